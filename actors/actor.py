@@ -1,0 +1,194 @@
+"""The rollout actor: samples with the newest weights, has the samples scored, stores them.
+
+It overlaps: while one batch is being scored, the next is being sampled. A trajectory belongs to
+the actor until the buffer has acknowledged it.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.config import ActorConfig
+from actors.ports import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
+from actors.prompts import PromptStream
+from actors.rollout import (
+    Rollouts,
+    Verdict,
+    plan_groups,
+    requests,
+    score_items,
+    trajectories,
+)
+from lm.adapter import checksum
+
+_log = logging.getLogger(__name__)
+_PACE_POLL_S = 0.02
+
+
+class CorruptWeights(ValueError):
+    """Published weights do not have the checksum that the learner gave them."""
+
+
+class LearnerStalled(TimeoutError):
+    """The buffer stayed full: nobody draws from it."""
+
+
+@dataclass(slots=True)
+class ActorStats:
+    """Counters since the actor started; times in seconds."""
+
+    groups: int = 0
+    trajectories: int = 0
+    tokens: int = 0
+    judged: int = 0
+    correct: int = 0
+    log_reward_sum: float = 0.0  # nats, of the final states
+    version: int = 0
+    sampling_s: float = 0.0
+    scoring_wait_s: float = 0.0
+    storing_s: float = 0.0
+    paced_s: float = 0.0
+
+
+class RolloutActor:
+    """Prompts in, scored trajectories out.
+
+    Args:
+        name: who this is, written into every trajectory.
+        task_name, reward_context, verdict: what the task says of its prompts.
+        version: policy version of the weights that `policy` holds now.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        task_name: str,
+        reward_context: Sequence[int],
+        verdict: Verdict,
+        prompts: PromptStream,
+        policy: Policy,
+        scorer: Scorer,
+        buffer: TrajectorySink,
+        weights: WeightSource,
+        config: ActorConfig,
+        rng: np.random.Generator,
+        version: int = 0,
+    ) -> None:
+        self.name = name
+        self.stats = ActorStats(version=version)
+        self._task_name = task_name
+        self._reward_context = tuple(reward_context)
+        self._verdict = verdict
+        self._prompts = prompts
+        self._policy = policy
+        self._scorer = scorer
+        self._buffer = buffer
+        self._weights = weights
+        self._config = config
+        self._rng = rng
+        self._in_flight: deque[tuple[Rollouts, PendingScores]] = deque()
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        """Sample, score and store until `stop()`; then finish what is in flight.
+
+        Consumes prompts and weights; produces groups in the buffer. Waits for scores (at most
+        `score_timeout_s`) and, while the buffer holds enough, for the learner to draw (at most
+        `pace_timeout_s`).
+        """
+        while not stop():
+            if self._pace(stop):
+                self.step()
+        self.flush()
+
+    def step(self) -> None:
+        """Sample one batch; store the oldest batch once `max_in_flight` are being scored."""
+        self._refresh_weights()
+        rollouts = self._sample()
+        pending = self._scorer.submit(score_items(rollouts, self._reward_context))
+        self._in_flight.append((rollouts, pending))
+        if len(self._in_flight) >= self._config.max_in_flight:
+            self._store_oldest()
+
+    def flush(self) -> None:
+        """Wait for every scoring in flight and store its batch."""
+        while self._in_flight:
+            self._store_oldest()
+
+    def _pace(self, stop: Callable[[], bool]) -> bool:
+        """Wait until the buffer wants more groups; False when stopped instead."""
+        started = time.monotonic()
+        while (depth := self._buffer.depth()) >= self._config.max_ready_groups:
+            waited = time.monotonic() - started
+            if stop():
+                break
+            if waited > self._config.pace_timeout_s:
+                raise LearnerStalled(
+                    f"{self.name}: the buffer has held {depth} groups that no learner drew for "
+                    f"{waited:.0f} s (actors.pace_timeout_s); is the learner alive?"
+                )
+            time.sleep(_PACE_POLL_S)
+        self.stats.paced_s += time.monotonic() - started
+        return not stop()
+
+    def _refresh_weights(self) -> None:
+        fresh = self._weights.newer_than(self.stats.version)
+        if fresh is None:
+            return
+        if (seen := checksum(fresh.data)) != fresh.checksum:
+            raise CorruptWeights(
+                f"{self.name}: weights of version {fresh.version} have checksum {seen}, "
+                f"published as {fresh.checksum}; not loaded"
+            )
+        self._policy.load(fresh.data)
+        self.stats.version = fresh.version
+
+    def _sample(self) -> Rollouts:
+        started = time.monotonic()
+        size = self._config.group_size
+        plans = plan_groups(
+            self._prompts.take(self._config.groups_per_batch), self._config, self._rng
+        )
+        completions = self._policy.sample(requests(plans, size))
+        rollouts = Rollouts(
+            plans=plans,
+            completions=tuple(
+                tuple(completions[first : first + size])
+                for first in range(0, len(completions), size)
+            ),
+            policy_version=self.stats.version,
+            sampled_s=time.time(),
+        )
+        self.stats.tokens += rollouts.num_tokens
+        self.stats.sampling_s += time.monotonic() - started
+        return rollouts
+
+    def _store_oldest(self) -> None:
+        rollouts, pending = self._in_flight[0]
+        started = time.monotonic()
+        log_rewards = pending.result(self._config.score_timeout_s)
+        scored = time.monotonic()
+        groups = trajectories(
+            rollouts,
+            log_rewards,
+            task=self._task_name,
+            actor=self.name,
+            verdict=self._verdict,
+        )
+        for group in groups:
+            self._buffer.add(group)
+        self._in_flight.popleft()
+        stored = time.monotonic()
+        stats = self.stats
+        stats.scoring_wait_s += scored - started
+        stats.storing_s += stored - scored
+        stats.groups += len(groups)
+        for trajectory in (t for group in groups for t in group):
+            stats.trajectories += 1
+            stats.log_reward_sum += float(trajectory.log_reward[-1])
+            stats.judged += trajectory.correct is not None
+            stats.correct += trajectory.correct is True

@@ -1,0 +1,47 @@
+"""What is asked: prompts with their answers, and the endless stream that an actor draws from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One question X with its answer Y."""
+
+    key: str  # stable name of the pair (X, Y)
+    text: str  # X as text, for people
+    prompt: tuple[int, ...]  # token ids of X, what the policy conditions on
+    answer: tuple[int, ...]  # token ids of Y; empty where the task has none
+    weight: float = 1.0  # relative share of draws
+
+
+class PromptStream:
+    """Draws prompts by weight, with replacement, for ever.
+
+    Args:
+        prompts: at least one, weights not all zero.
+        rng: the stream's own generator; two actors need two seeds.
+
+    Raises:
+        ValueError: no prompt, or weights that are no distribution.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], rng: np.random.Generator) -> None:
+        if not prompts:
+            raise ValueError("a prompt stream needs at least one prompt; the task has none")
+        weights = np.array([prompt.weight for prompt in prompts], dtype=np.float64)
+        if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() == 0:
+            raise ValueError(
+                f"prompt weights must be finite, >= 0 and not all 0; got "
+                f"min {weights.min()}, max {weights.max()}, sum {weights.sum()}"
+            )
+        self._prompts = tuple(prompts)
+        self._probabilities = weights / weights.sum()
+        self._rng = rng
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts."""
+        drawn = self._rng.choice(len(self._prompts), size=count, p=self._probabilities)
+        return [self._prompts[index] for index in drawn]

@@ -1,0 +1,80 @@
+"""What a group changes in the replay of its prompt: duplicates, near-duplicates, quota.
+
+Pure: it decides from what is stored, and the store commits the decision only if nothing has
+changed since it was read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.near_duplicate import near_duplicates
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Item:
+    """What the rules see of a trajectory."""
+
+    id: str
+    completion: NDArray[np.int32]  # [L]
+    log_reward: float  # terminal, nats
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Changes to one prompt; every newcomer and every loss is counted exactly once."""
+
+    put: tuple[int, ...]  # newcomers to write, by position
+    removed: tuple[str, ...]  # ids stored before that are not stored after
+    duplicates: int  # newcomers whose id was stored: their payload replaces it
+    near_rejected: int  # newcomers with a near-duplicate at least as good
+    near_replaced: int  # items that made way for a better near-duplicate
+    evicted_quota: int  # items with the lowest log-reward beyond the quota
+
+
+def plan(
+    stored: Sequence[Item], newcomers: Sequence[Item], *, tolerance: float, quota: int
+) -> Plan:
+    """Admit newcomers in order.
+
+    A newcomer meets ALL items of its prompt, so that no two stored items are ever near-duplicates:
+    it is rejected if one near it has at least its log-reward, else it replaces all those near it.
+    Ties of the quota go by id.
+    """
+    items = [*stored, *newcomers]
+    near = near_duplicates(
+        [item.completion for item in newcomers],
+        [item.completion for item in items],
+        tolerance=tolerance,
+    )
+    kept = {item.id: (item.log_reward, column) for column, item in enumerate(stored)}
+    written: dict[str, int] = {}
+    duplicates = near_rejected = near_replaced = evicted_quota = 0
+    for row, newcomer in enumerate(newcomers):
+        if newcomer.id in kept:
+            duplicates += 1
+            kept[newcomer.id] = (newcomer.log_reward, kept[newcomer.id][1])
+            written[newcomer.id] = row
+            continue
+        rivals = [id for id, (_, column) in kept.items() if near[row, column]]
+        if any(kept[id][0] >= newcomer.log_reward for id in rivals):
+            near_rejected += 1
+            continue
+        for id in rivals:
+            del kept[id]
+        near_replaced += len(rivals)
+        kept[newcomer.id] = (newcomer.log_reward, len(stored) + row)
+        written[newcomer.id] = row
+        while len(kept) > quota:
+            del kept[min(kept, key=lambda id: (kept[id][0], id))]
+            evicted_quota += 1
+    return Plan(
+        put=tuple(row for id, row in written.items() if id in kept),
+        removed=tuple(item.id for item in stored if item.id not in kept),
+        duplicates=duplicates,
+        near_rejected=near_rejected,
+        near_replaced=near_replaced,
+        evicted_quota=evicted_quota,
+    )

@@ -1,0 +1,63 @@
+"""Settings of the replay buffer and of the Redis behind it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+
+RAY_PORT = 6379
+
+
+class BufferConfig(BaseModel):
+    """The `[buffer]` section of a run; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str | None = Field(
+        None,
+        description="A Redis to use (redis://host:port/db, unix:///path); None: the run starts one",
+    )
+    password: SecretStr | None = Field(
+        None, description="Of the Redis at url; of a managed one too, where None generates it."
+    )
+    transport: Literal["tcp", "unix"] = Field(
+        "tcp", description="How a managed server listens; unix serves processes of one host only."
+    )
+    bind: str = Field(
+        "127.0.0.1",
+        description="Address a managed server listens on: one that every host of the run reaches.",
+    )
+    port: int = Field(0, ge=0, le=65535, description="Of a managed server; 0 takes a free one.")
+    timeout_s: float = Field(
+        20.0, gt=0, description="Longest wait for one reply, and for a lost server to come back."
+    )
+    capacity: int = Field(20_000, ge=1, description="Trajectories in replay, all prompts together.")
+    quota_per_prompt: int = Field(50, ge=1, description="Trajectories in replay for one prompt.")
+    near_duplicate_tolerance: float = Field(
+        0.25,
+        ge=0,
+        lt=1,
+        description="Of one prompt, two completions of a and b tokens are near-duplicates when"
+        " their edit distance is below this times (a + b); 0 switches the rule off.",
+    )
+    inverse_temperature: float = Field(
+        1.0, ge=0, description="Replay draws by softmax of this times log-reward; 0 is uniform."
+    )
+    fresh_capacity: int = Field(512, ge=1, description="Groups that wait for the learner.")
+    max_draws: int = Field(1, ge=1, description="Times the learner may draw one fresh group.")
+    max_age: int = Field(16, ge=0, description="Policy versions after which a group expires.")
+
+    @field_validator("port")
+    @classmethod
+    def leave_ray_its_port(cls, port: int) -> int:
+        """Refuse the port on which a Ray head listens by default."""
+        if port == RAY_PORT:
+            raise ValueError(f"port {RAY_PORT} is Ray's; set another, or 0 for a free one")
+        return port
+
+    @field_validator("bind")
+    @classmethod
+    def refuse_wildcards(cls, bind: str) -> str:
+        """Refuse an address that no other host could be told to connect to."""
+        if bind in ("", "*", "0.0.0.0", "::"):
+            raise ValueError(f"bind {bind!r} is no address to connect to; name one of this machine")
+        return bind

@@ -1,0 +1,117 @@
+"""The folder of a managed redis-server: whose it is, who uses it now, and what it remembers.
+
+owner.json      run, Redis version that wrote the data, port of the last start
+password        the server's password, readable by its owner only
+redis.conf      written anew at each start (it holds the password, so it is private too)
+redis.log       appendonly.aof or appendonlydir/       lock (held while a server runs)
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from buffer.executable import Executable
+
+LOCK_TIMEOUT_S = 3.0
+POLL_S = 0.02
+
+
+class ForeignFolder(ValueError):
+    """The folder holds the data of another run, of a newer Redis, or of something unknown."""
+
+
+class FolderInUse(RuntimeError):
+    """A redis-server runs on this folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Content of owner.json."""
+
+    run: str
+    redis: tuple[int, int]
+    port: int
+
+
+def claim_folder(folder: Path, *, run: str, executable: Executable) -> Owner:
+    """Make the folder this run's, or find it to be; raises ForeignFolder.
+
+    An older Redis does not see a newer one's log and would start empty, so it is refused as well.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        fields = json.loads((folder / "owner.json").read_text())
+        found = Owner(str(fields["run"]), tuple(fields["redis"]), int(fields["port"]))
+    except FileNotFoundError:
+        if any(folder.glob("appendonly*")):
+            raise ForeignFolder(
+                f"{folder} holds a Redis log without owner.json: it is not this program's."
+                " Choose another run name, or move the log away"
+            ) from None
+        return write_owner(folder, Owner(run, executable.version, 0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ForeignFolder(f"{folder}/owner.json is damaged ({error!r}); restore it") from error
+    if found.run != run:
+        raise ForeignFolder(
+            f"{folder} holds the buffer of run {found.run!r}, not of {run!r}."
+            " Choose another folder, or resume that run"
+        )
+    if found.redis > executable.version:
+        raise ForeignFolder(
+            f"{folder} was written by Redis {found.redis[0]}.{found.redis[1]}, but"
+            f" {executable.path} is {executable.version[0]}.{executable.version[1]} and may not"
+            " read it. Install the newer one"
+        )
+    return write_owner(folder, Owner(run, executable.version, found.port))
+
+
+def write_owner(folder: Path, owner: Owner) -> Owner:
+    """Write owner.json, whole or not at all."""
+    draft = folder / "owner.json.new"
+    draft.write_text(json.dumps(asdict(owner)))
+    draft.replace(folder / "owner.json")
+    return owner
+
+
+def lock_folder(folder: Path) -> int:
+    """A file descriptor that holds the folder's lock; whoever inherits it holds it too.
+
+    Waits a moment, as a server that was killed needs one to let go. Raises FolderInUse.
+    """
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() < deadline_s:
+                time.sleep(POLL_S)
+                continue
+            os.close(descriptor)
+            raise FolderInUse(
+                f"a redis-server still runs on {folder} after {LOCK_TIMEOUT_S} s."
+                " Stop its run first, or choose another run name"
+            ) from None
+
+
+def keep_password(folder: Path, wanted: str | None) -> str:
+    """The wanted password, else the folder's own, else a new one; kept in the folder."""
+    path = folder / "password"
+    if wanted is None and path.exists():
+        return path.read_text()
+    password = wanted or secrets.token_urlsafe(24)
+    write_private(path, password)
+    return password
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner may read, at no moment otherwise."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)

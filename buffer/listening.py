@@ -1,0 +1,122 @@
+"""Where a managed redis-server listens, and the configuration that makes it do so."""
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+from buffer.config import RAY_PORT, BufferConfig
+
+FREE_PORT_ATTEMPTS = 5
+LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes, 103 on macOS
+
+
+class PortInUse(OSError):
+    """Something else listens where the managed redis-server is to listen."""
+
+
+class BadAddress(OSError):
+    """The managed redis-server cannot listen where the configuration says."""
+
+
+def ports(config: BufferConfig, *, last: int) -> Iterator[int]:
+    """Ports to try in turn: the configured one; else the last one, on which clients may wait."""
+    if config.transport == "unix":
+        yield 0
+    elif config.port:
+        if not is_free(config.bind, config.port):
+            raise PortInUse(port_in_use(config.bind, config.port))
+        yield config.port
+    else:
+        if last and is_free(config.bind, last):
+            yield last
+        for _ in range(FREE_PORT_ATTEMPTS):
+            yield free_port(config.bind)
+
+
+def port_in_use(bind: str, port: int) -> str:
+    """Message of PortInUse."""
+    return (
+        f"port {port} of {bind} is in use by another program."
+        " Set buffer.port to a free one, or to 0 to have one chosen"
+    )
+
+
+def is_free(bind: str, port: int) -> bool:
+    """Whether one can listen there now."""
+    with socket.socket(family(bind)) as probe:
+        # As Redis does: connections that a former server has just closed do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((bind, port))
+            probe.listen()
+        except OSError:
+            return False
+        return True
+
+
+def family(bind: str) -> socket.AddressFamily:
+    """IPv4 or IPv6."""
+    return socket.AF_INET6 if ":" in bind else socket.AF_INET
+
+
+def free_port(bind: str) -> int:
+    """A port nobody listens on, and not Ray's."""
+    while True:
+        with socket.socket(family(bind)) as probe:
+            try:
+                probe.bind((bind, 0))
+            except OSError as error:
+                raise BadAddress(
+                    f"cannot listen on {bind}: {error}."
+                    " Set buffer.bind to a numeric address of this machine"
+                ) from error
+            port = int(probe.getsockname()[1])
+        if port != RAY_PORT:
+            return port
+
+
+def listening_url(folder: Path, config: BufferConfig, port: int) -> str:
+    """Address without password."""
+    if config.transport == "tcp":
+        host = f"[{config.bind}]" if ":" in config.bind else config.bind
+        return f"redis://{host}:{port}/0"
+    path = folder / "redis.sock"
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise BadAddress(
+            f"socket path {path} is longer than {LONGEST_SOCKET_PATH} bytes;"
+            " set buffer.transport to tcp, or use a shorter folder"
+        )
+    return f"unix://{quote(str(path))}"
+
+
+def configuration(folder: Path, config: BufferConfig, *, port: int, password: str) -> str:
+    """Text of redis.conf."""
+    lines = [
+        f"dir {quoted(str(folder))}",
+        "logfile redis.log",
+        f"requirepass {quoted(password)}",
+        f"port {port}",
+        "appendonly yes",
+        # An acknowledged write is on disk. `everysec` was seen to lose up to 2 s on kill -9.
+        "appendfsync always",
+        "no-appendfsync-on-rewrite no",
+        'save ""',
+        # Eviction is the buffer's to decide; Redis would drop whole hashes.
+        "maxmemory-policy noeviction",
+    ]
+    if config.transport == "unix":
+        lines += ["unixsocket redis.sock", "unixsocketperm 700"]
+    else:
+        lines.append(f"bind {config.bind}")
+    return "\n".join(lines) + "\n"
+
+
+def quoted(text: str) -> str:
+    """A value for redis.conf, every unusual byte as an escape."""
+    plain = [
+        chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"/._-" else f"\\x{byte:02x}"
+        for byte in os.fsencode(text)
+    ]
+    return f'"{"".join(plain)}"'

@@ -1,0 +1,24 @@
+-- Shared by every script below it: key names and the two ways of forgetting.
+-- KEYS[1] is the run's prefix. It is a hash tag, so that all keys built from it share one slot.
+local call = redis.call
+local function key(name) return KEYS[1] .. ':' .. name end
+local function items_of(prompt) return key('prompt:' .. prompt) end
+local function count(name, amount)
+  if tonumber(amount) ~= 0 then call('HINCRBY', key('meta'), name, amount) end
+end
+
+-- A change to a prompt's items moves its revision, which fails every plan made before it.
+local function forget_item(id, prompt)
+  call('ZREM', items_of(prompt), id)
+  call('ZREM', key('priority'), id .. prompt)
+  call('HDEL', key('payload'), id)
+  call('HDEL', key('sampled'), id)
+  call('HINCRBY', key('revision'), prompt, 1)
+end
+
+local function forget_group(seq)
+  call('ZREM', key('fresh'), seq)
+  call('ZREM', key('undrawn'), seq)
+  call('HDEL', key('groups'), seq)
+  call('HDEL', key('draws'), seq)
+end

@@ -1,0 +1,155 @@
+"""The redis-server that belongs to a run: started with it, ended with it, its files kept."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+import redis
+
+from buffer import watchdog
+from buffer.config import BufferConfig
+from buffer.connection import BufferUnreachable, WrongPassword, connect, durability
+from buffer.executable import find_executable
+from buffer.folder import (
+    Owner,
+    claim_folder,
+    keep_password,
+    lock_folder,
+    write_owner,
+    write_private,
+)
+from buffer.listening import PortInUse, configuration, listening_url, port_in_use, ports
+
+POLL_S = 0.02
+LOG_TAIL = 600
+
+
+class ServerFailed(RuntimeError):
+    """The managed redis-server did not start, or not as it should."""
+
+
+class ServerTimeout(TimeoutError):
+    """The managed redis-server was too slow to start or to stop."""
+
+
+class RedisServer:
+    """A redis-server that syncs every write to disk before it answers.
+
+    It ends when this process ends, however that happens, and keeps its folder; started again on
+    it, it holds everything that was acknowledged, on the same port if that is still free.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], *, url: str, password: str, pid: int
+    ) -> None:
+        self._process = process
+        self.url = url
+        self.password = password
+        self.pid = pid  # of redis-server itself
+
+    @classmethod
+    def start(
+        cls, folder: Path, *, run: str, config: BufferConfig, timeout_s: float = 60.0
+    ) -> Self:
+        """Start on a folder, new or of the same run, and wait until it answers.
+
+        Raises NoRedisServer, ForeignFolder, FolderInUse, PortInUse, ServerFailed, ServerTimeout.
+        """
+        folder = folder.resolve()
+        executable = find_executable()
+        owner = claim_folder(folder, run=run, executable=executable)
+        lock = lock_folder(folder)
+        try:
+            secret = config.password.get_secret_value() if config.password else None
+            password = keep_password(folder, secret)
+            for port in ports(config, last=owner.port):
+                url = listening_url(folder, config, port)
+                settings = configuration(folder, config, port=port, password=password)
+                write_private(folder / "redis.conf", settings)
+                logged = log_size(folder)
+                process = spawn([executable.path, str(folder / "redis.conf")], folder, lock)
+                client = wait_until_ready(process, url, password, timeout_s)
+                if client is not None:
+                    write_owner(folder, Owner(run, executable.version, port))
+                    return cls(process, url=url, password=password, pid=process_id(client))
+                tail = (folder / "redis.log").read_bytes()[logged:].decode(errors="replace")
+                if "Address already in use" not in tail:
+                    raise ServerFailed(
+                        f"{executable.path} ended with status {process.returncode} while starting"
+                        f" on {folder}; redis.log says: {tail[-LOG_TAIL:] or 'nothing'}"
+                    )
+            raise PortInUse(port_in_use(config.bind, port))
+        finally:
+            # The server's watchdog holds the lock from here on.
+            os.close(lock)
+
+    def alive(self) -> bool:
+        """Whether the server process runs; whether it answers is for `connect` to find out."""
+        return self._process.poll() is None
+
+    def stop(self, *, timeout_s: float) -> None:
+        """End it in order. Raises ServerTimeout after killing one that does not end."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self._process.wait(timeout=timeout_s)
+            raise ServerTimeout(
+                f"redis-server {self.pid} at {self.url} did not stop within {timeout_s} s and was"
+                " killed; what it had acknowledged is on disk"
+            ) from None
+
+
+def spawn(command: list[str], folder: Path, lock: int) -> subprocess.Popen[bytes]:
+    """Start a server under a watchdog that holds the folder's lock."""
+    with (folder / "redis.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[lock],
+            # Ctrl-C in the terminal is the run's to handle, not the server's.
+            start_new_session=True,
+        )
+
+
+def wait_until_ready(
+    process: subprocess.Popen[bytes], url: str, password: str, timeout_s: float
+) -> redis.Redis | None:
+    """A connected client, or None if the server ended; reading a long log takes a while."""
+    deadline_s = time.monotonic() + timeout_s
+    while process.poll() is None:
+        # An answer to the wrong password comes from whoever took the port; ours will end.
+        with contextlib.suppress(BufferUnreachable, WrongPassword):
+            client = connect(url, password=password, timeout_s=timeout_s)
+            if (found := durability(client)) != "always":
+                process.terminate()
+                raise ServerFailed(f"redis-server at {url} runs with appendfsync {found}")
+            return client
+        if time.monotonic() > deadline_s:
+            process.terminate()
+            raise ServerTimeout(
+                f"redis-server at {url} did not answer within {timeout_s} s of its start;"
+                " a long log takes longer to read: raise the limit"
+            )
+        time.sleep(POLL_S)
+    return None
+
+
+def process_id(client: redis.Redis) -> int:
+    """Process id of the server."""
+    return int(client.info("server")["process_id"])
+
+
+def log_size(folder: Path) -> int:
+    """Bytes in redis.log so far."""
+    path = folder / "redis.log"
+    return path.stat().st_size if path.exists() else 0

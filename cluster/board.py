@@ -1,0 +1,49 @@
+"""What a run's processes must agree on: the newest weights and the reward replicas that live.
+
+One small process that needs no model: the learner publishes, actors ask. A board that was
+restarted is empty until the learner's next publication and the supervisor's next notice; nobody
+waits for either.
+"""
+
+from actors.ports import PublishedWeights
+
+
+class StaleWeights(ValueError):
+    """Weights were published no newer than those on the board."""
+
+
+class WeightBoard:
+    """Holds the newest adapter and the names of the reward replicas."""
+
+    def __init__(self) -> None:
+        self._weights: PublishedWeights | None = None
+        self._replicas: tuple[str, ...] = ()
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None:
+        """Replace the weights.
+
+        Raises:
+            StaleWeights: `version` is not above the one on the board. A version names one set of
+                weights for ever, so a learner that went back to a checkpoint goes on counting
+                from the highest version ever published.
+        """
+        if self._weights is not None and version <= self._weights.version:
+            raise StaleWeights(
+                f"weights of version {version} were offered, but version {self._weights.version} is "
+                f"on the board; versions never come twice"
+            )
+        self._weights = PublishedWeights(version=version, data=data, checksum=checksum)
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """The newest weights if they are newer than `version`, else None."""
+        if self._weights is None or self._weights.version <= version:
+            return None
+        return self._weights
+
+    def announce_replicas(self, names: tuple[str, ...]) -> None:
+        """Say which reward replicas answer now."""
+        self._replicas = names
+
+    def replicas(self) -> tuple[str, ...]:
+        """Names of the reward replicas that answer now; empty while none does."""
+        return self._replicas

@@ -1,0 +1,154 @@
+"""Where plain classes become Ray actors: `ray.remote` is written only here."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from cluster.board import WeightBoard
+from cluster.config import Placement, RunConfig
+from cluster.workers import (
+    EvaluationWorker,
+    LearnerWorker,
+    RewardWorker,
+    RolloutWorker,
+    RunContext,
+)
+from ray.actor import ActorHandle
+
+# One thread answers `status` and `stop` while another works; replicas take many calls at once.
+_CONTROL_CONCURRENCY = 4
+_REPLICA_CONCURRENCY = 64
+
+
+class DoesNotFit(ValueError):
+    """The cluster has not the CPUs or GPUs that the configuration asks for."""
+
+
+def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
+    """Join the cluster at `address`, or start Ray on this machine, on loopback only."""
+    if address is not None:
+        ray.init(address=address, namespace=namespace, log_to_driver=False)
+        return
+    ray.init(
+        namespace=namespace,
+        num_cpus=config.cluster.cpus,
+        include_dashboard=config.cluster.dashboard,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        configure_logging=False,
+    )
+
+
+def check_fit(config: RunConfig) -> None:
+    """Raise DoesNotFit, naming what is missing, unless the cluster can hold the whole run."""
+    cluster = config.cluster
+    demands = [
+        (cluster.actors, cluster.actor_placement, "rollout actors"),
+        (
+            config.reward.replicas * config.reward.ranks,
+            cluster.reward_placement,
+            "reward ranks",
+        ),
+        (config.learner.ranks, cluster.learner_placement, "learner ranks"),
+        (1, cluster.actor_placement, "evaluator"),
+    ]
+    have = ray.cluster_resources()
+    for resource, attribute in (("CPU", "cpus"), ("GPU", "gpus")):
+        wanted = sum(count * getattr(place, attribute) for count, place, _ in demands)
+        if wanted > have.get(resource, 0.0) + 1e-9:
+            parts = ", ".join(
+                f"{count} {what} x {getattr(place, attribute):g}" for count, place, what in demands
+            )
+            raise DoesNotFit(
+                f"the run needs {wanted:g} {resource} ({parts}); the cluster has "
+                f"{have.get(resource, 0.0):g}: lower the counts, the cluster.*_placement shares, "
+                f"or add nodes"
+            )
+
+
+class Launcher:
+    """Creates the processes of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    def board(self) -> ActorHandle:
+        """The weight board; Ray restarts it where it died."""
+        return (
+            ray.remote(WeightBoard)
+            .options(name="board", num_cpus=0, max_restarts=-1, max_task_retries=2)
+            .remote()
+        )
+
+    def rollout_actor(
+        self, context: RunContext, *, index: int, incarnation: int
+    ) -> Sequence[ActorHandle]:
+        """One rollout actor, as a gang of one."""
+        name = f"actor-{index}"
+        return [
+            ray.remote(RolloutWorker)
+            .options(**self._options(f"{name}.{incarnation}", self._config.cluster.actor_placement))
+            .remote(context, name=name, index=index, incarnation=incarnation)
+        ]
+
+    def reward_replica(
+        self, context: RunContext, *, index: int, incarnation: int
+    ) -> Sequence[ActorHandle]:
+        """The ranks of one reward replica; rank 0 carries the replica's name."""
+        world_size = self._config.reward.ranks
+        name = f"reward-{index}.{incarnation}"
+        place = self._config.cluster.reward_placement
+        worker = ray.remote(RewardWorker)
+        followers = [
+            worker.options(**self._options(f"{name}.rank{rank}", place)).remote(
+                context, name=name, rank=rank, world_size=world_size
+            )
+            for rank in range(1, world_size)
+        ]
+        options = self._options(name, place) | {"max_concurrency": _REPLICA_CONCURRENCY}
+        leader = worker.options(**options).remote(
+            context, name=name, rank=0, world_size=world_size, peers=tuple(followers)
+        )
+        return [leader, *followers]
+
+    def learner(self, context: RunContext, *, incarnation: int) -> Sequence[ActorHandle]:
+        """The ranks of the learner."""
+        world_size = self._config.learner.ranks
+        place = self._config.cluster.learner_placement
+        worker = ray.remote(LearnerWorker)
+        return [
+            worker.options(**self._options(f"learner.{incarnation}.rank{rank}", place)).remote(
+                context, name="learner", rank=rank, world_size=world_size
+            )
+            for rank in range(world_size)
+        ]
+
+    def evaluator(self, context: RunContext, *, name: str) -> ActorHandle:
+        """A process that evaluates and then goes."""
+        return (
+            ray.remote(EvaluationWorker)
+            .options(**self._options(name, self._config.cluster.actor_placement))
+            .remote(context, name=name)
+        )
+
+    def _options(self, name: str, place: Placement) -> dict[str, Any]:
+        return {
+            "name": name,
+            "num_cpus": place.cpus,
+            "num_gpus": place.gpus,
+            "max_concurrency": _CONTROL_CONCURRENCY,
+            "runtime_env": {"env_vars": process_environment(place.threads)},
+        }
+
+
+def process_environment(threads: int) -> dict[str, str]:
+    """Environment of a worker that holds a model.
+
+    Ray would size OMP by `num_cpus`; DeepSpeed must build no kernels, and without a GPU it must be
+    told so, or it probes for one.
+    """
+    environment = {"OMP_NUM_THREADS": str(threads), "DS_BUILD_OPS": "0"}
+    if accelerator := os.environ.get("DS_ACCELERATOR"):
+        environment["DS_ACCELERATOR"] = accelerator
+    return environment

@@ -1,0 +1,133 @@
+"""The actors' and the learner's ports over Ray: weights from the board, scores from replicas."""
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+
+import ray
+from actors.ports import PublishedWeights
+from cluster.waiting import PeerDied, PeerTimeout, wait_for
+from reward.item import ScoreItem
+from reward.replica import ScoreTimeout
+
+_ROSTER_POLL_S = 0.5
+
+
+class RemoteBoard:
+    """The weight board as its clients see it: a `WeightSource` and a `WeightSink`."""
+
+    def __init__(self, board: ActorHandle, *, timeout_s: float) -> None:
+        self._board = board
+        self._timeout_s = timeout_s
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """See `WeightBoard.newer_than`."""
+        return self._call(self._board.newer_than.remote(version), "newer_than")
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None:
+        """See `WeightBoard.publish`."""
+        self._call(
+            self._board.publish.remote(data, version=version, checksum=checksum), "publish"
+        )
+
+    def replicas(self) -> tuple[str, ...]:
+        """See `WeightBoard.replicas`."""
+        return self._call(self._board.replicas.remote(), "replicas")
+
+    def announce_replicas(self, names: tuple[str, ...]) -> None:
+        """See `WeightBoard.announce_replicas`."""
+        self._call(self._board.announce_replicas.remote(names), "announce_replicas")
+
+    def _call(self, ref: "ray.ObjectRef[Any]", phase: str) -> Any:
+        return wait_for(ref, peer="weight board", phase=phase, timeout_s=self._timeout_s)
+
+
+class RemoteScorer:
+    """Spreads scorings over the live reward replicas; a failed one is tried on another.
+
+    Args:
+        board: says which replicas live.
+        namespace: the run's Ray namespace.
+        attempt_s: seconds after which one replica's answer counts as late.
+        first: index of the replica to begin with, so that actors do not all start on one.
+    """
+
+    def __init__(
+        self, board: RemoteBoard, *, namespace: str, attempt_s: float, first: int = 0
+    ) -> None:
+        self._board = board
+        self._namespace = namespace
+        self._attempt_s = attempt_s
+        self._turn = itertools.count(first)
+        self._handles: dict[str, ActorHandle] = {}
+
+    def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
+        """Start to score; returns at once, unless no replica lives yet."""
+        return RemoteScores(self, list(items), self._attempt_s)
+
+    def start(
+        self, items: list[ScoreItem], *, avoid: str | None, deadline: float
+    ) -> "tuple[str, ray.ObjectRef[Any]]":
+        """Hand the items to the next live replica, another than `avoid` where there is one."""
+        while True:
+            names = self._board.replicas()
+            if others := [name for name in names if name != avoid] or list(names):
+                name = others[next(self._turn) % len(others)]
+                try:
+                    return name, self._handle(name).score.remote(items)
+                except ValueError:  # Ray: no actor of that name, the replica has just died
+                    self._handles.pop(name, None)
+            if time.monotonic() > deadline:
+                raise PeerTimeout(f"reward replicas {names}: none took a scoring in time")
+            time.sleep(_ROSTER_POLL_S)
+
+    def forget(self, name: str) -> None:
+        """Look the replica's name up again next time: it may have been replaced."""
+        self._handles.pop(name, None)
+
+    def _handle(self, name: str) -> ActorHandle:
+        if name not in self._handles:
+            self._handles[name] = ray.get_actor(name, namespace=self._namespace)
+        return self._handles[name]
+
+
+class RemoteScores:
+    """One scoring under way; `result` retries it elsewhere until its own deadline."""
+
+    def __init__(self, scorer: RemoteScorer, items: list[ScoreItem], attempt_s: float) -> None:
+        self._scorer = scorer
+        self._items = items
+        self._attempt_s = attempt_s
+        self._replica, self._ref = scorer.start(
+            items, avoid=None, deadline=time.monotonic() + attempt_s
+        )
+
+    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
+        """Log-rewards [S] in nats for each item.
+
+        Raises:
+            PeerTimeout, PeerDied, ScoreTimeout: no replica answered within `timeout_s`.
+            ScoreFailed: the items themselves cannot be scored; another replica would say the same.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return wait_for(
+                    self._ref,
+                    peer=f"reward replica {self._replica}",
+                    phase=f"scoring {len(self._items)} items",
+                    timeout_s=min(self._attempt_s, max(deadline - time.monotonic(), 0.0)),
+                )
+            except (PeerTimeout, PeerDied, ScoreTimeout):
+                self._scorer.forget(self._replica)
+                if time.monotonic() + _ROSTER_POLL_S > deadline:
+                    raise
+                time.sleep(_ROSTER_POLL_S)
+                self._replica, self._ref = self._scorer.start(
+                    self._items, avoid=self._replica, deadline=deadline
+                )

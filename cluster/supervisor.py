@@ -1,0 +1,222 @@
+"""Starts every part of a distributed run, replaces what dies, and stops all in order.
+
+`tick` never waits: the driver calls it a few times a second between showing progress and looking
+for a request to stop.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from cluster.config import RunConfig
+from cluster.gang import Gang, Phase, StartFailed
+from cluster.launch import Launcher
+from cluster.remote import RemoteBoard
+from cluster.workers import RunContext
+
+_STOP_POLL_S = 0.05
+
+
+class RunFailed(RuntimeError):
+    """A part of the run died more often than it may be replaced."""
+
+
+class Supervisor:
+    """Owns the gangs of a run.
+
+    Args:
+        report: takes one line for people each time something happens.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        launcher: Launcher,
+        context: RunContext,
+        report: Callable[[str], None],
+    ) -> None:
+        self._config = config
+        self._launcher = launcher
+        self._context = context
+        self._report = report
+        self._board = RemoteBoard(context.board, timeout_s=config.cluster.answer_timeout_s)
+        self._announced: tuple[str, ...] = ()
+        self._incarnations: dict[str, int] = {}
+        self._retired: list[dict[str, Any]] = []  # last counters of actors that died
+        self.restarts = 0
+        self.learner_rows: list[dict[str, float]] = []
+        self._rows_taken = 0
+        self.gangs: dict[str, Gang] = {}
+        for index in range(config.reward.replicas):
+            self._launch_replica(index)
+        self._launch_learner()
+        for index in range(config.cluster.actors):
+            self._launch_actor(index)
+
+    @property
+    def running(self) -> bool:
+        """Whether every part has come up."""
+        return all(gang.phase is Phase.RUNNING for gang in self.gangs.values())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the learner has done its steps."""
+        return self.gangs["learner"].phase is Phase.FINISHED
+
+    @property
+    def learner_status(self) -> dict[str, Any]:
+        """Step and version of the learner, as last heard."""
+        return self.gangs["learner"].status
+
+    def tick(self) -> None:
+        """Look at every gang once, replace the dead, pass on what changed.
+
+        Raises:
+            StartFailed: a part that never ran could not start.
+            RunFailed: a part died more than `cluster.max_restarts` times.
+        """
+        for name, gang in list(self.gangs.items()):
+            before = gang.phase
+            after = gang.poll()
+            if after is Phase.RUNNING and before is not Phase.RUNNING:
+                self._report(f"{name} is up")
+            if after is Phase.FAILED:
+                self._replace(name, gang, ever_ran=before is Phase.RUNNING)
+        self._announce()
+        self._collect_rows()
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Desired and running numbers of actors and reward replicas."""
+        desired = {"actors": self._config.cluster.actors, "replicas": self._config.reward.replicas}
+        actual = {"actors": self._running("actor-"), "replicas": self._running("reward-")}
+        return {"desired": desired, "actual": actual}
+
+    def actor_totals(self) -> dict[str, float]:
+        """Counters summed over all actors, those that died included; times in seconds."""
+        totals: dict[str, float] = {}
+        living = [g.status for n, g in self.gangs.items() if n.startswith("actor-")]
+        for status in [*living, *self._retired]:
+            for key, value in status.items():
+                totals[key] = totals.get(key, 0.0) + value
+        totals.pop("version", None)
+        return totals
+
+    def replica_totals(self) -> dict[str, float]:
+        """Counters summed over the living reward replicas."""
+        totals: dict[str, float] = {}
+        for name, gang in self.gangs.items():
+            if name.startswith("reward-"):
+                for key, value in gang.status.items():
+                    if isinstance(value, int | float):
+                        totals[key] = totals.get(key, 0.0) + value
+        return totals
+
+    def stop(self, timeout_s: float) -> list[str]:
+        """Stop actors, then the learner (which checkpoints), then the replicas.
+
+        Returns the names of the parts that did not end by themselves and were killed.
+        """
+        deadline = time.monotonic() + timeout_s
+        killed: list[str] = []
+        for prefix in ("actor-", "learner", "reward-"):
+            parts = [gang for name, gang in self.gangs.items() if name.startswith(prefix)]
+            for gang in parts:
+                if gang.phase is Phase.RUNNING:
+                    gang.ask_to_stop()
+            for gang in parts:
+                while gang.poll() is Phase.RUNNING and time.monotonic() < deadline:
+                    time.sleep(_STOP_POLL_S)
+                if gang.phase not in (Phase.FINISHED, Phase.FAILED):
+                    killed.append(gang.name)
+                gang.kill()
+            if prefix == "learner":
+                self._collect_rows()
+        return killed
+
+    def _running(self, prefix: str) -> int:
+        return sum(
+            name.startswith(prefix) and gang.phase is Phase.RUNNING
+            for name, gang in self.gangs.items()
+        )
+
+    def _replace(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
+        if not ever_ran and self._incarnations[name] == 0:
+            raise StartFailed(f"could not start {gang.cause}")
+        self._report(f"{gang.cause}; replacing it")
+        self.restarts += 1
+        if self._incarnations[name] >= self._config.cluster.max_restarts:
+            raise RunFailed(
+                f"{name} died {self._incarnations[name] + 1} times "
+                f"(cluster.max_restarts = {self._config.cluster.max_restarts}); last: {gang.cause}"
+            )
+        kind, _, index = name.partition("-")
+        if kind == "actor":
+            self._retired.append(gang.status)
+            self._launch_actor(int(index))
+        elif kind == "reward":
+            self._launch_replica(int(index))
+        else:
+            self._launch_learner()
+
+    def _launch_actor(self, index: int) -> None:
+        incarnation = self._next_incarnation(name := f"actor-{index}")
+        self._launch(
+            name,
+            lambda: self._launcher.rollout_actor(
+                self._context, index=index, incarnation=incarnation
+            ),
+        )
+
+    def _launch_replica(self, index: int) -> None:
+        incarnation = self._next_incarnation(name := f"reward-{index}")
+        self._launch(
+            name,
+            lambda: self._launcher.reward_replica(
+                self._context, index=index, incarnation=incarnation
+            ),
+        )
+
+    def _launch_learner(self) -> None:
+        incarnation = self._next_incarnation("learner")
+        self._rows_taken = 0
+        self._launch(
+            "learner", lambda: self._launcher.learner(self._context, incarnation=incarnation)
+        )
+
+    def _next_incarnation(self, name: str) -> int:
+        self._incarnations[name] = self._incarnations.get(name, -1) + 1
+        return self._incarnations[name]
+
+    def _launch(self, name: str, launch: Callable[[], Any]) -> None:
+        self.gangs[name] = Gang(
+            name,
+            launch,
+            start_timeout_s=self._config.cluster.start_timeout_s,
+            silence_timeout_s=self._config.cluster.silence_timeout_s,
+        )
+
+    def _announce(self) -> None:
+        names = tuple(
+            f"{name}.{self._incarnations[name]}"
+            for name, gang in self.gangs.items()
+            if name.startswith("reward-") and gang.phase is Phase.RUNNING
+        )
+        if names != self._announced:
+            self._board.announce_replicas(names)
+            self._announced = names
+
+    def _collect_rows(self) -> None:
+        learner = self.gangs["learner"]
+        if learner.status.get("rows", 0) <= self._rows_taken:
+            return
+        try:
+            rows = ray.get(
+                learner.leader.rows_since.remote(self._rows_taken),
+                timeout=self._config.cluster.answer_timeout_s,
+            )
+        except Exception as error:  # its death is the gang's to report
+            self._report(f"learner metrics not read: {type(error).__name__}")
+            return
+        self._rows_taken += len(rows)
+        self.learner_rows.extend(rows)

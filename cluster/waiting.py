@@ -1,0 +1,44 @@
+"""Waiting for another process, always with a deadline and an error that says for whom."""
+
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+
+class PeerTimeout(TimeoutError):
+    """A process did not answer in time."""
+
+
+class PeerDied(RuntimeError):
+    """A process died before it answered."""
+
+
+def wait_for(ref: "ray.ObjectRef[Any]", *, peer: str, phase: str, timeout_s: float) -> Any:
+    """The value behind `ref`.
+
+    Raises:
+        PeerTimeout, PeerDied: naming peer, phase and seconds.
+        Exception: whatever the peer itself raised, as its own class.
+    """
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise PeerTimeout(f"{peer}: no answer to {phase} within {timeout_s:.0f} s") from error
+    except RayActorError as error:
+        raise PeerDied(f"{peer}: died during {phase}: {first_line(error)}") from error
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's text: enough for an event, the rest is in the log."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def cause_line(error: BaseException) -> str:
+    """Class and last line of what a remote process raised, without the remote traceback."""
+    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
+    cause = cause if isinstance(cause, BaseException) else error
+    return f"{type(cause).__name__}: {first_line(cause)}"

@@ -1,0 +1,153 @@
+"""Checkpoints: a folder per version, written whole or not at all, read without pickle.
+
+step-00000040/state.safetensors    parameters, optimizer moments, torch's random state
+step-00000040/meta.json            version, identity, other random states, checksum
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT = 1
+STATE_FILE = "state.safetensors"
+META_FILE = "meta.json"
+
+
+class CheckpointDamaged(ValueError):
+    """A checkpoint's files are not what was written."""
+
+
+class CheckpointMismatch(ValueError):
+    """A checkpoint belongs to another base model or configuration."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Everything a learner needs to go on as if it had never stopped."""
+
+    version: int  # optimizer steps taken
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]  # JSON values
+
+    @staticmethod
+    def decode(data: bytes) -> "Snapshot":
+        """Inverse of Checkpoints.read."""
+        start = 8 + int.from_bytes(data[:8], "little")
+        meta = json.loads(data[8:start])
+        return Snapshot(meta["version"], load(data[start:]), meta["facts"])
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last. One process writes; a crash loses at most one.
+
+    Args:
+        folder: holds one folder per checkpoint; created when the first is saved.
+        identity: what a later run must share to restore from here, such as the base model's
+            fingerprint and the adapter's settings: name -> value.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, *, identity: Mapping[str, str], keep: int) -> None:
+        self._folder = folder
+        self._identity = dict(identity)
+        self._keep = keep
+
+    def save(self, snapshot: Snapshot) -> Path:
+        """Write a snapshot; when this returns it survives a loss of power."""
+        state = save({name: t.contiguous() for name, t in snapshot.tensors.items()})
+        meta = {
+            "format": FORMAT,
+            "version": snapshot.version,
+            "identity": self._identity,
+            "checksum": _checksum(state),
+            "facts": snapshot.facts,
+        }
+        final = self._folder / f"step-{snapshot.version:08d}"
+        partial = self._folder / f".partial-{os.getpid()}"
+        for abandoned in self._folder.glob(".partial-*"):
+            shutil.rmtree(abandoned)
+        partial.mkdir(parents=True)
+        _write_durably(partial / STATE_FILE, state)
+        _write_durably(partial / META_FILE, json.dumps(meta, indent=1).encode())
+        _sync_folder(partial)
+        if final.exists():
+            # The run went back to an earlier checkpoint and came by here again.
+            shutil.rmtree(final)
+        os.rename(partial, final)
+        _sync_folder(self._folder)
+        for old in self._all()[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, None before the first."""
+        return next(iter(reversed(self._all())), None)
+
+    def read(self) -> bytes:
+        """The newest checkpoint, verified, in one piece that Snapshot.decode understands.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointDamaged: a file is missing, cut or changed.
+            CheckpointMismatch: it was written under another identity.
+        """
+        path = self.latest()
+        if path is None:
+            raise FileNotFoundError(f"no checkpoint in {self._folder}: start without resuming")
+        remedy = f"remove {path} to resume from the checkpoint before it"
+        try:
+            meta, state = (path / META_FILE).read_bytes(), (path / STATE_FILE).read_bytes()
+            fields = json.loads(meta)
+            saved_format, checksum = fields["format"], fields["checksum"]
+            identity = dict(fields["identity"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointDamaged(
+                f"checkpoint {path} is unreadable: {error}; {remedy}"
+            ) from error
+        if saved_format != FORMAT:
+            raise CheckpointMismatch(
+                f"checkpoint {path} has format {saved_format}, this program reads {FORMAT}"
+            )
+        if checksum != _checksum(state):
+            raise CheckpointDamaged(f"checkpoint {path}: {STATE_FILE} was altered; {remedy}")
+        self._check_identity(path, identity)
+        return len(meta).to_bytes(8, "little") + meta + state
+
+    def _check_identity(self, path: Path, saved: dict[str, str]) -> None:
+        for name in sorted(self._identity | saved):
+            if saved.get(name) != self._identity.get(name):
+                raise CheckpointMismatch(
+                    f"checkpoint {path} was written with {name} = {saved.get(name)}, this run has "
+                    f"{self._identity.get(name)}; use the settings of that run, or another folder"
+                )
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""Settings of the learner. Imports no torch, so that reading a configuration stays fast."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RewardTemperatureConfig(BaseModel):
+    """Linear from `start` to `end` over `steps` optimizer steps, then flat (paper, appendix)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start: float = Field(default=1.0, gt=0, description="T of the first step; R enters as R^(1/T)")
+    end: float = Field(default=1.0, gt=0, description="T once the schedule has run")
+    steps: int = Field(default=0, ge=0, description="optimizer steps from start to end")
+
+
+class LearnerConfig(BaseModel):
+    """What a batch is, how a step is taken, and what is kept of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(gt=0, description="optimizer steps of the whole run")
+    groups_per_step: int = Field(gt=0, description="prompts per step, each with its fresh group")
+    replayed_per_group: int = Field(default=0, ge=0, description="replayed trajectories per prompt")
+    token_budget: int = Field(
+        default=16384, gt=0, description="padded tokens of one micro-batch; a group is never split"
+    )
+
+    learning_rate: float = Field(gt=0, description="peak of the schedule")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of the linear rise to the peak")
+    decay: Literal["constant", "linear"] = Field(
+        default="constant", description="learning rate after warm-up: flat, or linear towards 0"
+    )
+    clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per unit learning rate")
+
+    reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
+    subtb_lambda: float = Field(
+        default=1.0, gt=0, le=2, description="a pair of states n stops apart weighs lambda^(n-1)"
+    )
+    normalisation: Literal["batch", "trajectory"] = Field(
+        default="batch",
+        description="divide by the pair weights of the whole batch, or of each trajectory",
+    )
+
+    publish_every_steps: int = Field(default=1, gt=0, description="steps between two adapters")
+    checkpoint_every_steps: int = Field(default=100, gt=0, description="steps between checkpoints")
+    checkpoint_every_s: float = Field(default=600.0, gt=0, description="seconds between them")
+    checkpoints_kept: int = Field(default=2, gt=0, description="older ones are removed")
+
+    ranks: int = Field(default=1, gt=0, description="processes that share one step")
+    starvation_timeout_s: float = Field(
+        default=300.0, gt=0, description="longest wait for groups before the step fails"
+    )
+    collective_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest wait of one rank for the others"
+    )
+
+    @model_validator(mode="after")
+    def _check_waits(self) -> "LearnerConfig":
+        if self.ranks > 1 and self.collective_timeout_s <= self.starvation_timeout_s:
+            raise ValueError(
+                f"collective_timeout_s ({self.collective_timeout_s}) must exceed "
+                f"starvation_timeout_s ({self.starvation_timeout_s}): while rank 0 waits for "
+                "groups, the other ranks wait for rank 0"
+            )
+        return self

@@ -1,0 +1,198 @@
+"""The engine of M ranks: DeepSpeed ZeRO stage 2, over gloo on CPU and NCCL on CUDA.
+
+DeepSpeed chooses its accelerator at import: a launcher that wants the CPU on a machine with a GPU
+sets DS_ACCELERATOR=cpu in the environment of the process.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from learner.config import LearnerConfig
+from learner.engine import (
+    MOMENTS,
+    check_finite,
+    check_state,
+    make_optimizer,
+    set_learning_rate,
+    trainable_parameters,
+)
+
+
+class RankLost(ConnectionError):
+    """Another rank of the learner did not take its part in time, or is gone."""
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks of one learner meet. Rank 0 listens on the address."""
+
+    address: str
+    port: int
+    rank: int
+    num_ranks: int
+    timeout_s: float
+
+
+class _Trainable(nn.Module):
+    """What DeepSpeed gets to see: the trainable parameters, and a forward that builds a loss.
+
+    The frozen base stays outside. DeepSpeed would demand it in float32 and walk over all of it,
+    and needs only the parameters whose gradients it reduces; those are shared with the model.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.shared = nn.ParameterList(parameters.values())
+
+    def forward(self, loss: Callable[[], Tensor]) -> Tensor:
+        return loss()
+
+
+class DeepSpeedEngine:
+    """Optimizer state and gradients sharded over the ranks; parameters whole on each."""
+
+    def __init__(self, model: nn.Module, config: LearnerConfig, rendezvous: Rendezvous) -> None:
+        self.rank = rendezvous.rank
+        self.num_ranks = rendezvous.num_ranks
+        self._timeout_s = rendezvous.timeout_s
+        self._parameters = trainable_parameters(model)
+        self._device = next(iter(self._parameters.values())).device
+        with self._waiting("rendezvous"):
+            _join(rendezvous, self._device)
+            optimizer = make_optimizer(self._parameters, config)
+            self._engine, *_ = deepspeed.initialize(
+                model=_Trainable(self._parameters),
+                optimizer=optimizer,
+                config=_deepspeed_config(config, self.num_ranks),
+                dist_init_required=False,
+            )
+        self._zero: Any = self._engine.optimizer
+        self._prime_moments(torch.zeros((), dtype=torch.float32))
+
+    def update(self, losses: Sequence[Callable[[], Tensor]], *, learning_rate: float) -> float:
+        set_learning_rate(self._zero.optimizer, learning_rate)
+        with self._waiting("update"):
+            for number, loss in enumerate(losses, start=1):
+                self._engine.set_gradient_accumulation_boundary(number == len(losses))
+                # DeepSpeed averages over ranks; the losses of all ranks are to be summed.
+                self._engine.backward(self._engine(loss) * self.num_ranks)
+            self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        check_finite(norm)
+        return norm
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        mine = torch.tensor(list(values), dtype=torch.float64, device=self._device)
+        everyones = [torch.empty_like(mine) for _ in range(self.num_ranks)]
+        with self._waiting("gather"):
+            dist.all_gather(everyones, mine)
+        return [tensor.tolist() for tensor in everyones]
+
+    def broadcast(self, data: bytes) -> bytes:
+        length = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
+        with self._waiting("broadcast"):
+            dist.broadcast(length, src=0)
+            if self.rank == 0:
+                payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+            else:
+                payload = torch.empty(int(length), dtype=torch.uint8, device=self._device)
+            dist.broadcast(payload, src=0)
+        return payload.cpu().numpy().tobytes()
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {"optimizer_steps": self._flat_states()[0]["step"].detach().cpu().clone()}
+        with self._waiting("state"):
+            for name, parameter in self._parameters.items():
+                tensors[f"parameter/{name}"] = safe_get_full_fp32_param(parameter).cpu().clone()
+                for key in MOMENTS:
+                    moment = safe_get_full_optimizer_state(parameter, key)
+                    tensors[f"{key}/{name}"] = moment.cpu().clone()
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        check_state(state, self._parameters)
+        self._prime_moments(state["optimizer_steps"])
+        for name, parameter in self._parameters.items():
+            value = state[f"parameter/{name}"].to(self._device)
+            with torch.no_grad():
+                parameter.copy_(value)
+            safe_set_full_fp32_param(parameter, value.float())
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].float(), key)
+
+    def close(self) -> None:
+        self._engine.destroy()
+        dist.destroy_process_group()
+
+    def _prime_moments(self, steps: Tensor) -> None:
+        """Create AdamW's state, which torch makes in the first step only, so it can be set."""
+        for partition in self._zero.single_partition_of_fp32_groups:
+            moments = self._zero.optimizer.state[partition]
+            moments["step"] = steps.clone()
+            for key in MOMENTS:
+                moments.setdefault(key, torch.zeros_like(partition))
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _flat_states(self) -> list[dict[str, Tensor]]:
+        partitions = self._zero.single_partition_of_fp32_groups
+        return [self._zero.optimizer.state[partition] for partition in partitions]
+
+    @contextmanager
+    def _waiting(self, phase: str) -> Iterator[None]:
+        """Name the phase and the seconds when a wait for the other ranks fails."""
+        start_s = monotonic()
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+                raise
+            raise RankLost(
+                f"learner rank {self.rank} of {self.num_ranks} lost its peers in {phase} after "
+                f"{monotonic() - start_s:.1f} s (deadline {self._timeout_s} s): {error}"
+            ) from error
+
+
+def _join(rendezvous: Rendezvous, device: torch.device) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Else DeepSpeed compiles this extension at start: a minute, and no start without a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed insists on this variable. A rank sees its own GPU only, which is its number 0.
+    os.environ["LOCAL_RANK"] = "0"
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{rendezvous.address}:{rendezvous.port}",
+        rank=rendezvous.rank,
+        world_size=rendezvous.num_ranks,
+        timeout=timedelta(seconds=rendezvous.timeout_s),
+    )
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+
+
+def _deepspeed_config(config: LearnerConfig, num_ranks: int) -> dict[str, Any]:
+    return {
+        # Batches are counted by the learner; DeepSpeed only wants numbers that agree.
+        "train_batch_size": num_ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.clip_norm,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }

@@ -1,0 +1,244 @@
+"""The learner: draws groups, takes optimizer steps, publishes adapters, keeps checkpoints."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from buffer.replay import Group
+from learner.batch import Batch, check_actions, collate, merge_prompts, plan_micro_batches
+from learner.checkpoint import Checkpoints, Snapshot
+from learner.config import LearnerConfig
+from learner.engine import Engine, NonFiniteUpdate
+from learner.exchange import decode_groups, encode_groups, share
+from learner.objective import Objective, ObjectiveInput
+from learner.schedule import learning_rate, reward_temperature
+from learner.tally import Tally, describe_groups
+from lm.actions import ActionSpace
+from lm.adapter import adapter_bytes, checksum
+from lm.scoring import completion_log_probs
+
+
+class Replay(Protocol):
+    """Where groups come from: `buffer.replay.ReplayBuffer`."""
+
+    def draw(
+        self,
+        *,
+        num_groups: int,
+        num_replayed: int,
+        version: int,
+        rng: np.random.Generator,
+        timeout_s: float,
+    ) -> list[Group]: ...
+
+
+class WeightSink(Protocol):
+    """Where adapters go."""
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """A part of this rank's work, and the factor its total enters the loss with."""
+
+    batch: Batch
+    factor: float
+
+
+class Learner:
+    """One rank of the learner. With several, all ranks make the same calls in the same order.
+
+    Rank 0 alone draws, publishes and writes checkpoints; the other ranks' `replay`, `weights` and
+    `checkpoints` are never touched. The version is the number of optimizer steps taken.
+
+    Args:
+        model: base and adapter; only the adapter is trained, by `engine`.
+        rng: chooses what is replayed.
+        checkpoints: None keeps none.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        actions: ActionSpace,
+        replay: Replay,
+        engine: Engine,
+        objective: Objective,
+        config: LearnerConfig,
+        weights: WeightSink,
+        rng: np.random.Generator,
+        checkpoints: Checkpoints | None = None,
+    ) -> None:
+        self.version = 0
+        self._model = model
+        self._actions = actions
+        self._replay = replay
+        self._engine = engine
+        self._objective = objective
+        self._config = config
+        self._weights = weights
+        self._rng = rng
+        self._checkpoints = checkpoints
+        self._device = next(model.parameters()).device
+        self._checkpoint_version = 0
+        self._checkpoint_s = monotonic()
+
+    def run(
+        self,
+        steps: int,
+        stop: Callable[[], bool] = lambda: False,
+        on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
+    ) -> None:
+        """Publish, then step until `steps` versions exist or `stop()` holds on rank 0.
+
+        Waits only inside `step`. Ends with a checkpoint; an error ends it without one.
+        """
+        self.publish()
+        while self._rank_zero_decides(lambda: self.version < steps and not stop()):
+            on_step(self.step())
+            if self._rank_zero_decides(self._checkpoint_due):
+                self.checkpoint()
+        self.checkpoint()
+
+    def step(self) -> dict[str, float]:
+        """Take one optimizer step and return its metrics.
+
+        Waits for `groups_per_step` groups, at most `starvation_timeout_s`: actors unblock it.
+
+        Raises:
+            BufferStarved: on rank 0; RankZeroFailed on the others.
+            NonFiniteUpdate: the gradient is not finite. Weights may be damaged: restore.
+        """
+        start_s = monotonic()
+        groups = merge_prompts(self._draw())
+        check_actions(groups, self._actions)
+        drawn_s = monotonic()
+        temperature = reward_temperature(self.version, self._config.reward_temperature)
+        rate = learning_rate(self.version, self._config)
+        parts = self._split(groups)
+        tally = Tally(self.version)
+        losses = [partial(self._loss, part, temperature, tally) for part in parts]
+        try:
+            norm = self._engine.update(losses, learning_rate=rate)
+        except NonFiniteUpdate as error:
+            raise NonFiniteUpdate(f"version {self.version}, loss {tally.loss}: {error}") from error
+        metrics = describe_groups(groups, self.version) | tally.gathered(self._engine)
+        self.version += 1
+        computed_s = monotonic()
+        if self.version % self._config.publish_every_steps == 0:
+            self.publish()
+        return metrics | {
+            "policy/version": float(self.version),
+            "optim/grad_norm": norm,
+            "optim/learning_rate": rate,
+            "optim/reward_temperature": temperature,
+            "time/draw_s": drawn_s - start_s,
+            "time/compute_s": computed_s - drawn_s,
+            "time/publish_s": monotonic() - computed_s,
+        }
+
+    def publish(self) -> None:
+        """Hand the current adapter to the actors."""
+        if self._engine.rank == 0:
+            data = adapter_bytes(self._model)
+            self._weights.publish(data, version=self.version, checksum=checksum(data))
+
+    def checkpoint(self) -> None:
+        """Save everything that `restore` needs."""
+        tensors = self._engine.state() | {"random/torch": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random/cuda"] = torch.cuda.get_rng_state()
+        facts = {"numpy_generator": self._rng.bit_generator.state}
+        if self._checkpoints is not None and self._engine.rank == 0:
+            self._checkpoints.save(Snapshot(self.version, tensors, facts))
+        self._checkpoint_version, self._checkpoint_s = self.version, monotonic()
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint; raises what Checkpoints.read raises."""
+
+        def read() -> bytes:
+            if self._checkpoints is None:
+                raise FileNotFoundError("this learner keeps no checkpoints to restore from")
+            return self._checkpoints.read()
+
+        snapshot = Snapshot.decode(share(self._engine, read))
+        tensors = snapshot.tensors
+        torch.set_rng_state(tensors.pop("random/torch"))
+        cuda_state = tensors.pop("random/cuda", None)
+        if cuda_state is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(cuda_state)
+        self._engine.load_state(tensors)
+        self._rng.bit_generator.state = snapshot.facts["numpy_generator"]
+        self.version = self._checkpoint_version = snapshot.version
+
+    def _draw(self) -> list[Group]:
+        def draw() -> list[Group]:
+            return self._replay.draw(
+                num_groups=self._config.groups_per_step,
+                num_replayed=self._config.replayed_per_group,
+                version=self.version,
+                rng=self._rng,
+                timeout_s=self._config.starvation_timeout_s,
+            )
+
+        if self._engine.num_ranks == 1:
+            return draw()
+        return decode_groups(share(self._engine, lambda: encode_groups(draw())))
+
+    def _split(self, groups: Sequence[Group]) -> list[_MicroBatch]:
+        """This rank's micro-batches. Every rank knows the whole batch, hence its normaliser.
+
+        Ranks must take equally many backward passes: where one has fewer, the first micro-batch
+        fills in with factor 0.
+        """
+        num_ranks, rank = self._engine.num_ranks, self._engine.rank
+        parts = plan_micro_batches(
+            groups, token_budget=self._config.token_budget, num_ranks=num_ranks
+        )
+        batches = [collate(part, self._device) for part in parts]
+        weight = sum(self._objective.weight(batch.stop_BS).item() for batch in batches)
+        factor = 1 / weight if weight > 0 else 1.0
+        rounds = -(-len(batches) // num_ranks)
+        mine = [_MicroBatch(batch, factor) for batch in batches[rank::num_ranks]]
+        return mine + [_MicroBatch(batches[0], 0.0)] * (rounds - len(mine))
+
+    def _loss(self, part: _MicroBatch, temperature: float, tally: Tally) -> Tensor:
+        batch = part.batch
+        log_probs = completion_log_probs(
+            self._model,
+            self._actions,
+            [t.prompt.tolist() for t in batch.distinct],
+            [t.completion.tolist() for t in batch.distinct],
+            [t.from_tool.tolist() for t in batch.distinct],
+        )
+        inputs = ObjectiveInput(
+            log_pf_BT=log_probs.log_pf_BT[batch.row_B],
+            log_stop_BS=log_probs.log_stop_BS[batch.row_B],
+            log_reward_BS=batch.log_reward_BS / temperature,
+            stop_BS=batch.stop_BS,
+            group_B=batch.group_B,
+        )
+        value = self._objective(inputs)
+        tally.add(batch, inputs, value, factor=part.factor)
+        return value.total * part.factor
+
+    def _rank_zero_decides(self, decide: Callable[[], bool]) -> bool:
+        """Clocks and stop requests differ between ranks; one of them has the say."""
+        if self._engine.num_ranks == 1:
+            return decide()
+        return share(self._engine, lambda: bytes([decide()])) == b"\x01"
+
+    def _checkpoint_due(self) -> bool:
+        steps = self.version - self._checkpoint_version
+        return (
+            steps >= self._config.checkpoint_every_steps
+            or monotonic() - self._checkpoint_s >= self._config.checkpoint_every_s
+        )

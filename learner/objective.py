@@ -1,0 +1,45 @@
+"""What every training objective takes and gives. An objective is one file beside this one."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveInput:
+    """Trajectories under the current policy. B rows, T tokens, S = T + 1 states; all in nats.
+
+    Rows of one group stand together in one input, so that quantities of a prompt can be
+    estimated from it.
+    """
+
+    log_pf_BT: Tensor  # log q of token t+1 after t tokens, 0 at tool tokens, any value as padding
+    log_stop_BS: Tensor  # log q(stop) after t tokens, any value where stop_BS is False
+    log_reward_BS: Tensor  # tempered log R of stopping after t tokens, likewise
+    stop_BS: Tensor  # bool: the policy may stop here; the last one of a row is terminal
+    group_B: Tensor  # int64 below B: rows with the same number share their prompt
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveValue:
+    """An unnormalised loss, so that micro-batches and ranks add up to the loss of the batch."""
+
+    total: Tensor  # scalar, differentiable
+    row_sums: dict[str, Tensor]  # metric -> scalar sum over the rows, detached
+
+
+class Objective(Protocol):
+    """A pure function of a batch; its loss is the sum of `total` over the sum of `weight`."""
+
+    def weight(self, stop_BS: Tensor) -> Tensor:
+        """Normaliser of these rows, scalar float64.
+
+        It depends on the shape of the trajectories alone, so it is known before the first
+        backward pass and gradients may be accumulated exactly.
+        """
+        ...
+
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
+        """Sum of the loss over these rows."""
+        ...

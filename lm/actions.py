@@ -1,0 +1,109 @@
+"""What the policy may do in a state: the legal tokens, the stop action and where it is open.
+
+A state is a prefix of t tokens of a completion Z. The policy is ONE softmax over the legal tokens
+and the stop action ⊤, which is spelled by a token id of the model's vocabulary:
+
+    t < min_len             ⊤ is impossible (-inf)
+    min_len <= t < max_len  ⊤ competes with the legal tokens
+    t >= max_len            ⊤ is forced, log q(⊤) = 0
+
+Text that a tool inserts is always inserted whole, so a completion may be longer than max_len.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class IllegalCompletion(ValueError):
+    """A completion that the policy gives probability zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionSpace:
+    """The actions open to the policy, and the lengths between which it stops.
+
+    Raises ValueError for negative or crossed lengths and for an empty set of actions.
+    """
+
+    stop_token: int  # token id that spells ⊤; never a token of Z chosen by the policy
+    legal_tokens: tuple[int, ...] | None  # token ids the policy may choose; None: the vocabulary
+    min_len: int  # tokens, of tools too, before ⊤ opens
+    max_len: int  # tokens, of tools too, at which ⊤ is forced
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_len <= self.max_len:
+            raise ValueError(
+                f"min_len={self.min_len}, max_len={self.max_len}: need 0 <= min_len <= max_len"
+            )
+        legal = None if self.legal_tokens is None else set(self.legal_tokens) - {self.stop_token}
+        if self.max_len > 0 and legal is not None and not legal:
+            raise ValueError("legal_tokens holds no token but the stop token: Z cannot grow")
+
+    def columns(self, vocab_size: int) -> NDArray[np.int64]:
+        """Token ids of legal tokens and ⊤, ascending, distinct: the support of the softmax.
+
+        Raises ValueError when one of them is not in the vocabulary.
+        """
+        if self.legal_tokens is None:
+            ids = np.arange(vocab_size, dtype=np.int64)
+        else:
+            ids = np.unique(np.array([*self.legal_tokens, self.stop_token], dtype=np.int64))
+        outside = [i for i in (*ids.tolist(), self.stop_token) if not 0 <= i < vocab_size]
+        if outside:
+            raise ValueError(
+                f"token ids {outside[:8]} of the action space are outside the model's vocabulary "
+                f"of {vocab_size}; take legal_tokens and stop_token from this model's tokenizer"
+            )
+        return ids
+
+    def mask(self, vocab_size: int, may_stop: bool) -> NDArray[np.bool_]:
+        """[V] True where the policy has support; ⊤ only when `may_stop`.
+
+        Raises ValueError when an action is not in the vocabulary.
+        """
+        mask_V = np.zeros(vocab_size, dtype=np.bool_)
+        mask_V[self.columns(vocab_size)] = True
+        mask_V[self.stop_token] = may_stop
+        return mask_V
+
+    def check(self, completion: Sequence[int], from_tool: Sequence[bool]) -> None:
+        """Raise IllegalCompletion when the policy cannot produce `completion`, saying where."""
+        if len(completion) != len(from_tool):
+            raise IllegalCompletion(
+                f"{len(completion)} tokens but {len(from_tool)} from_tool marks in one completion"
+            )
+        if len(completion) < self.min_len:
+            raise IllegalCompletion(
+                f"completion of {len(completion)} tokens is shorter than min_len={self.min_len}"
+            )
+        chosen = ~np.asarray(from_tool, dtype=np.bool_)
+        tokens = np.asarray(completion, dtype=np.int64)
+        illegal = chosen & (tokens == self.stop_token)
+        if self.legal_tokens is not None:
+            illegal |= chosen & ~np.isin(tokens, np.array(self.legal_tokens, dtype=np.int64))
+        if illegal.any():
+            place = int(np.argmax(illegal))
+            raise IllegalCompletion(
+                f"token {int(tokens[place])} at place {place} of a completion is not a legal "
+                "token of the policy; filter the data or widen legal_tokens"
+            )
+        if chosen[self.max_len :].any():
+            raise IllegalCompletion(
+                f"completion chooses {int(chosen.sum())} of {len(tokens)} tokens, one of them "
+                f"beyond max_len={self.max_len}; shorten the data or raise max_len"
+            )
+
+
+def stop_positions(
+    from_tool: Sequence[bool] | NDArray[np.bool_], min_len: int
+) -> NDArray[np.int32]:
+    """[S] ascending prefix lengths t at which the policy may stop.
+
+    t >= min_len, and the next token is not inserted by a tool. The last state is always one.
+    """
+    inserted = np.append(np.asarray(from_tool, dtype=np.bool_), False)
+    states = np.arange(len(inserted))
+    return np.flatnonzero((states >= min_len) & ~inserted).astype(np.int32)

@@ -1,0 +1,86 @@
+"""A key-value cache of slots: one slot per row, and in it one column per position.
+
+Column = position means that rows share nothing: no left padding to trim, a row that ends frees
+its slot whatever its neighbours do, and a refill overwrites from column 0. Columns beyond a row's
+own position hold leftovers, which the caller's attention mask hides. Buffers are allocated once
+and written in place; live rows always fill the first slots, so that a view selects them.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+class SlotCache(Cache):
+    """Keys and values per layer, [R slots, H heads, C columns, D], written in place.
+
+    Before each decoding pass `place` says which position every live row is at.
+    """
+
+    def __init__(self, *, slots: int, columns: int) -> None:
+        super().__init__(layers=[])
+        self._slots = slots
+        self._columns = columns
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._live = 0
+        self._width = 0
+        self._flat_index = torch.empty(0, dtype=torch.long)
+
+    def place(self, position_N: Tensor, width: int) -> None:
+        """The next pass appends one token to rows 0..N-1, at these positions, all < width."""
+        if width > self._columns:
+            self._grow(width)
+        heads = self._keys[0].shape[1]
+        row_NH = torch.arange(len(position_N) * heads, device=position_N.device).view(-1, heads)
+        self._flat_index = (row_NH * self._columns + position_N[:, None]).flatten()
+        self._live, self._width = len(position_N), width
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: object,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        """Called by each attention layer, [N, H, 1, D] -> [N, H, width, D]."""
+        read = []
+        for states, buffer in (
+            (key_states, self._keys[layer_idx]),
+            (value_states, self._values[layer_idx]),
+        ):
+            flat = buffer.view(-1, buffer.shape[-1])
+            flat.index_copy_(0, self._flat_index, states.reshape(-1, states.shape[-1]))
+            read.append(buffer[: self._live, :, : self._width])
+        return read[0], read[1]
+
+    def write(
+        self, slots: Tensor, keys: list[Tensor], values: list[Tensor], sources: Tensor
+    ) -> None:
+        """Fill `slots` from column 0 with rows `sources` of per-layer [U, H, P, D] states."""
+        columns = keys[0].shape[2]
+        if not self._keys:
+            self._keys = [self._allocate(states) for states in keys]
+            self._values = [self._allocate(states) for states in values]
+        if columns > self._columns:
+            self._grow(columns)
+        for buffer, states in zip(self._keys + self._values, keys + values, strict=True):
+            buffer[:, :, :columns].index_copy_(0, slots, states.index_select(0, sources))
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy whole slots; `sources` and `targets` are disjoint."""
+        for buffer in self._keys + self._values:
+            buffer.index_copy_(0, targets, buffer.index_select(0, sources))
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        _, heads, _, dim = like.shape
+        # Zeros, since a masked NaN leftover would still poison the weighted sum of values.
+        return like.new_zeros(self._slots, heads, self._columns, dim)
+
+    def _grow(self, columns: int) -> None:
+        more = max(columns, self._columns + self._columns // 2) - self._columns
+        self._columns += more
+        pad = (0, 0, 0, more)
+        self._keys = [torch.nn.functional.pad(buffer, pad) for buffer in self._keys]
+        self._values = [torch.nn.functional.pad(buffer, pad) for buffer in self._values]

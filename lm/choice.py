@@ -1,0 +1,75 @@
+"""Draws each row's next action from the model's logits."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lm.actions import ActionSpace
+
+
+class PolicyDiverged(FloatingPointError):
+    """The policy's logits are not finite, so nothing can be sampled from them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """One action for each of N rows, with what the policy said about it, nats, temperature 1."""
+
+    token: list[int]  # the stop token spells ⊤
+    log_q: list[float]  # of that token
+    log_stop: list[float]  # of ⊤ in the same state
+
+
+class Chooser:
+    """The policy's softmax over legal tokens and ⊤, on the columns of these alone."""
+
+    def __init__(self, actions: ActionSpace, vocab_size: int, device: torch.device) -> None:
+        ids = actions.columns(vocab_size)
+        self._min_len = actions.min_len
+        self._every_token = len(ids) == vocab_size
+        self._id_C = torch.from_numpy(ids).to(device)
+        self._stop_column = int(np.searchsorted(ids, actions.stop_token))
+
+    def choose(
+        self,
+        logits_NV: Tensor,
+        lengths: Sequence[int],
+        temperatures: Sequence[float],
+        generator: torch.Generator,
+    ) -> Choice:
+        """Draw from softmax(log q / temperature), ⊤ closed below min_len; report log q itself.
+
+        Raises PolicyDiverged when log q of a draw is not finite.
+        """
+        device = logits_NV.device
+        logits_NC = (logits_NV if self._every_token else logits_NV[:, self._id_C]).float()
+        if closed := [n for n, length in enumerate(lengths) if length < self._min_len]:
+            logits_NC = logits_NC.clone()
+            logits_NC[closed, self._stop_column] = -torch.inf
+        log_q_NC = torch.log_softmax(logits_NC, dim=-1)
+        temperature_N = torch.tensor(temperatures, device=device)
+        weight_NC = torch.softmax(log_q_NC / temperature_N[:, None], dim=-1)
+        # argmax of p / Exp(1) is a draw from p, without multinomial's device-side asserts.
+        # The floor keeps 0 / 0 from electing an action of probability 0.
+        noise_NC = torch.empty(weight_NC.shape, device=generator.device)
+        noise_NC = noise_NC.exponential_(generator=generator).clamp_min_(1e-30).to(device)
+        column_N1 = (weight_NC / noise_NC).argmax(dim=-1, keepdim=True)
+        drawn_N4 = torch.cat(
+            [
+                self._id_C[column_N1].double(),  # float64 holds ids exactly
+                log_q_NC.gather(1, column_N1).double(),
+                log_q_NC[:, self._stop_column, None].double(),
+            ],
+            dim=1,
+        )
+        token, log_q, log_stop = drawn_N4.T.tolist()  # the step's only wait for the device
+        if not np.isfinite(log_q).all():
+            raise PolicyDiverged(
+                f"log q of {len(log_q) - int(np.isfinite(log_q).sum())} of {len(log_q)} sampled "
+                "tokens is not finite: the weights diverged; lower the learning rate and resume "
+                "from an earlier checkpoint"
+            )
+        return Choice([int(t) for t in token], log_q, log_stop)

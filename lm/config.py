@@ -1,0 +1,32 @@
+"""Configuration of the language model and of its adapter; imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class LMConfig(BaseModel):
+    """Which base language model to load, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, description="Folder in Hugging Face format, or hub id.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Of the base weights; log-softmax is float32 always."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one, else cpu."
+    )
+
+
+class LoRAConfig(BaseModel):
+    """Low-rank adapter: W + (alpha / rank) B A on every targeted linear layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: PositiveInt = Field(default=16, description="Inner dimension of BA.")
+    alpha: PositiveFloat = Field(default=16.0, description="BA is scaled by alpha / rank.")
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["auto"] = Field(
+        default="auto",
+        description="Names of linear layers; auto: all of attention and MLP, not the output head.",
+    )

@@ -1,0 +1,68 @@
+"""A base model with the adapter folded into its weights, for sampling.
+
+An unmerged adapter adds some ten small operations to every linear layer of every decode step.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lm.adapter import AdapterMismatch, AdapterWeights, decode_adapter
+from lm.model import LanguageModel
+
+
+class MergedModel:
+    """Owns a base model and rewrites its targeted weights to W0 + (alpha / rank) B A.
+
+    W0 is kept, and each version is computed from it afresh in float32, so versions never add up
+    rounding. With bfloat16 weights the sum is rounded to bfloat16 once: small updates are lost
+    there that an unmerged adapter keeps, so sample from the unmerged model then.
+    """
+
+    def __init__(self, language_model: LanguageModel) -> None:
+        self.model: PreTrainedModel = language_model.model
+        self._pristine: dict[str, Tensor] = {}  # layer -> W0, of every layer ever targeted
+
+    def load(self, data: bytes) -> None:
+        """Take up the adapter in `data` (from adapter_bytes); all or nothing.
+
+        Raises AdapterMismatch when a layer is not in this model or a shape differs.
+        """
+        deltas = self._deltas(decode_adapter(data))
+        with torch.no_grad():
+            for layer in deltas.keys() - self._pristine.keys():
+                self._pristine[layer] = self._weight(layer).detach().clone()
+            for layer, pristine in self._pristine.items():
+                weight = self._weight(layer)
+                if layer in deltas:
+                    merged = pristine.float() + deltas[layer].to(weight.device)
+                    weight.copy_(merged)
+                else:
+                    weight.copy_(pristine)
+
+    def _weight(self, layer: str) -> nn.Parameter:
+        return self.model.get_submodule(layer).weight
+
+    def _deltas(self, adapter: AdapterWeights) -> dict[str, Tensor]:
+        """Layer -> (alpha / rank) B A, in the layout of that layer's weight, float32."""
+        layers = {name: m for name, m in self.model.named_modules() if hasattr(m, "weight")}
+        prefix, suffix = "base_model.model.", ".lora_A.weight"
+        deltas = {}
+        for name, down in adapter.tensors.items():
+            if not name.endswith(suffix):
+                continue
+            layer = name.removeprefix(prefix).removesuffix(suffix)
+            up = adapter.tensors.get(name.replace("lora_A", "lora_B"))
+            if layer not in layers or up is None:
+                raise AdapterMismatch(f"adapter targets {layer}, which this base model has not")
+            delta = (adapter.alpha / adapter.rank) * (up @ down)
+            if isinstance(layers[layer], Conv1D):  # stores [in, out]
+                delta = delta.T
+            if delta.shape != layers[layer].weight.shape:
+                raise AdapterMismatch(
+                    f"adapter changes {layer} by a matrix {tuple(delta.shape)}, "
+                    f"its weight is {tuple(layers[layer].weight.shape)}"
+                )
+            deltas[layer] = delta
+        return deltas

@@ -1,0 +1,214 @@
+"""A base causal language model with its tokenizer, and the adapter put on it."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from lm.config import LMConfig, LoRAConfig
+
+# Of each weight tensor this many values, evenly spread, enter the fingerprint: a 6B model is
+# hashed in a second, and no two trainings agree on all of them.
+FINGERPRINT_VALUES = 4096
+# What from_pretrained, moving files or another library version may change, weights staying.
+VOLATILE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+VOLATILE_CONFIG |= {"use_cache", "_attn_implementation_autoset"}
+
+
+class ModelNotFound(FileNotFoundError):
+    """The configured model is neither a folder here nor a reachable hub id."""
+
+
+class ModelUnusable(ValueError):
+    """The configured model exists but cannot serve as a causal language model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LanguageModel:
+    """A frozen base model in eval mode, its tokenizer, and what identifies its weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str  # hex; equal for equal config and weights, whatever the dtype or folder
+
+
+def load_base(config: LMConfig) -> LanguageModel:
+    """Load `config.model`, freeze it, and switch every dropout off.
+
+    Dropout is zeroed, not only put in eval mode: an engine that calls train() must not change
+    what the policy's probabilities are.
+
+    Raises:
+        ModelNotFound: no such folder, and no such model on the hub.
+        ModelUnusable: no causal LM, weights or tokenizer missing or not matching the config.
+    """
+    device = _device(config)
+    if (path := Path(config.model)).exists():
+        _require_files(path)
+        logging.disable_progress_bar()  # it would write over the run's own display
+    elif path.is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
+        raise ModelNotFound(
+            f"model {config.model!r}: no such folder; give a folder that holds config.json, "
+            "*.safetensors and tokenizer.json, or a hub id"
+        )
+    with _explained(config.model, "config.json"):
+        declared = AutoConfig.from_pretrained(config.model)
+    with _explained(config.model, "the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    with _explained(config.model, "the weights"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            config=declared,
+            dtype=getattr(torch, config.dtype),
+            output_loading_info=True,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ModelUnusable(
+            f"model {config.model!r}: {len(missing)} weights are not in its files, among them "
+            f"{missing[:3]}; its config.json and its weights do not belong together"
+        )
+    if len(tokenizer) > model.config.vocab_size:
+        raise ModelUnusable(
+            f"model {config.model!r}: tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{model.config.vocab_size}; they do not belong together"
+        )
+    freeze(model)
+    return LanguageModel(
+        model=model.to(device), tokenizer=tokenizer, fingerprint=fingerprint(model)
+    )
+
+
+def freeze(model: nn.Module) -> None:
+    """Put `model` in eval mode, without gradients and with every dropout rate at zero."""
+    model.eval().requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on nn.Module
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Hex digest of the configuration and of a spread sample of every weight, in bfloat16.
+
+    bfloat16, so that a model loaded in float32 and the same in bfloat16 agree.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(_stable_config(model.config).encode())
+    for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)]
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int) -> PeftModel:
+    """Wrap the base, in place, with a trainable LoRA adapter that starts as the identity (B = 0).
+
+    The base stays frozen; A is drawn from `seed` alone, and the global generator is untouched.
+
+    Raises:
+        ValueError: a target names no linear layer of this architecture.
+    """
+    base = language_model.model
+    if config.targets != "auto":
+        _require_targets(base, config.targets)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear" if config.targets == "auto" else list(config.targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(base, lora)
+
+
+def vocab_size(model: nn.Module) -> int:
+    """Width of the logits of `model`, or of the model an engine wraps."""
+    return int(_config(model).vocab_size)
+
+
+def require_context(model: nn.Module, num_tokens: int) -> None:
+    """Raise ValueError when `model`, or the model an engine wraps, cannot hold so long a text."""
+    config = _config(model)
+    limits = {
+        name: limit
+        for name in ("max_position_embeddings", "sliding_window")
+        if (limit := getattr(config, name, None)) is not None
+    }
+    for name, limit in limits.items():
+        if num_tokens > limit:
+            raise ValueError(
+                f"a text of {num_tokens} tokens exceeds the model's {name} of {limit}; "
+                "shorten the prompt or lower max_len"
+            )
+
+
+def _config(model: nn.Module) -> PretrainedConfig:
+    config = getattr(model, "module", model).config
+    assert isinstance(config, PretrainedConfig), type(config)
+    return config
+
+
+def _require_targets(base: nn.Module, targets: tuple[str, ...]) -> None:
+    linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise ValueError(f"LoRA target {target!r} names no linear layer; there are {known}")
+
+
+def _device(config: LMConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ModelUnusable("device 'cuda' asked for, but torch sees no GPU; use 'auto' or 'cpu'")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def _require_files(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ModelUnusable(
+            f"model {str(path)!r} is no model folder: it holds no config.json; "
+            "give a folder written by save_pretrained"
+        )
+    spellings = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((path / name).is_file() for name in spellings):
+        raise ModelUnusable(
+            f"model {str(path)!r} has no tokenizer (tokenizer.json); save the tokenizer of this "
+            "model into the same folder"
+        )
+
+
+@contextmanager
+def _explained(model: str, part: str) -> Iterator[None]:
+    """Turn whatever the library raises while reading `part` of `model` into our errors."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        kind = ModelUnusable if Path(model).exists() else ModelNotFound
+        raise kind(f"model {model!r}: cannot load {part}: {error}") from error
+
+
+def _stable_config(config: PretrainedConfig) -> str:
+    entries = {k: v for k, v in config.to_diff_dict().items() if k not in VOLATILE_CONFIG}
+    return repr(sorted(entries.items(), key=lambda item: item[0]))

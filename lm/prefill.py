@@ -1,0 +1,66 @@
+"""Prompts run through the model once, kept while requests for them wait."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lm.model import require_context
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """U prompts after one pass. Columns right of a prompt's own tokens hold padding's states."""
+
+    keys: list[Tensor]  # per layer [U, H, P, D]
+    values: list[Tensor]  # per layer [U, H, P, D]
+    logits_UV: Tensor  # after each prompt's last token
+
+    @staticmethod
+    def run(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> "Prefill":
+        """One right-padded pass over distinct prompts; causal attention needs no mask for it."""
+        width = max(len(prompt) for prompt in prompts)
+        require_context(model, width)
+        device = next(model.parameters()).device
+        ids_UP = torch.tensor([(*p, *[0] * (width - len(p))) for p in prompts], device=device)
+        last_U = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        kept_K, column_U = last_U.unique(return_inverse=True)
+        cache = DynamicCache()
+        logits_UKV = model(
+            input_ids=ids_UP,
+            attention_mask=torch.ones_like(ids_UP),
+            past_key_values=cache,
+            logits_to_keep=kept_K,
+            use_cache=True,
+        ).logits
+        return Prefill(
+            keys=[layer.keys for layer in cache.layers],
+            values=[layer.values for layer in cache.layers],
+            logits_UV=logits_UKV[torch.arange(len(prompts), device=device), column_U],
+        )
+
+
+class PromptStore:
+    """Prefills each distinct prompt once and forgets it with its last request."""
+
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> None:
+        """`prompts`: one per request that will ever ask, with multiplicity."""
+        self._model = model
+        self._requests_left = Counter(prompts)
+        self._stored: dict[tuple[int, ...], tuple[Prefill, int]] = {}
+
+    def take(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Prefill, int]]:
+        """Per request its prefill and its row in it; runs the model for prompts not yet seen."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._stored]
+        if new:
+            prefill = Prefill.run(self._model, new)
+            self._stored |= {prompt: (prefill, row) for row, prompt in enumerate(new)}
+        taken = [self._stored[prompt] for prompt in prompts]
+        self._requests_left.subtract(prompts)
+        for prompt in dict.fromkeys(prompts):
+            if self._requests_left[prompt] == 0:
+                del self._stored[prompt]
+        return taken

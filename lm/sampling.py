@@ -1,0 +1,241 @@
+"""Completions sampled from the policy in batches, with a tool in the loop."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lm.actions import ActionSpace, stop_positions
+from lm.cache import SlotCache
+from lm.choice import Chooser
+from lm.model import require_context, vocab_size
+from lm.prefill import Prefill, PromptStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One completion wanted. Raises ValueError for an empty prompt or a temperature <= 0."""
+
+    prompt: tuple[int, ...]
+    temperature: float = 1.0  # divides the logits of legal tokens and ⊤ alike
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("empty prompt: sampling needs at least one token to start from")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature} must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Completion:
+    """One sampled completion; L tokens, S stop states."""
+
+    tokens: NDArray[np.int32]  # [L], stop token excluded
+    from_tool: NDArray[np.bool_]  # [L] inserted by the tool
+    log_q_token: NDArray[np.float32]  # [L] nats, at temperature 1; 0 at tool tokens
+    stops: NDArray[np.int32]  # [S] prefix lengths where the policy might stop; last == L
+    log_q_stop: NDArray[np.float32]  # [S] nats, at temperature 1; 0 where the stop was forced
+
+
+class Tool(Protocol):
+    """Speaks into a completion after certain tokens."""
+
+    @property
+    def triggers(self) -> frozenset[int]:
+        """Tokens after which `output` is asked, when the policy has chosen them."""
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        """Tokens to insert after `completion`, which ends with a trigger; [] for none."""
+
+
+class Row:
+    """A completion in the making. `log_stop` has one entry per stop state passed so far."""
+
+    __slots__ = ("from_tool", "index", "log_q", "log_stop", "pending", "request", "tokens")
+
+    def __init__(self, index: int, request: Request) -> None:
+        self.index = index
+        self.request = request
+        self.tokens: list[int] = []
+        self.from_tool: list[bool] = []
+        self.log_q: list[float] = []
+        self.log_stop: list[float] = []
+        self.pending: list[int] = []  # tool output not yet inserted
+
+    @property
+    def position(self) -> int:
+        """Of the newest token, in prompt and completion."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+    def append(self, token: int, log_q: float, *, from_tool: bool) -> None:
+        self.tokens.append(token)
+        self.log_q.append(log_q)
+        self.from_tool.append(from_tool)
+
+    def completion(self, min_len: int) -> Completion:
+        return Completion(
+            tokens=np.array(self.tokens, dtype=np.int32),
+            from_tool=np.array(self.from_tool, dtype=np.bool_),
+            log_q_token=np.array(self.log_q, dtype=np.float32),
+            stops=stop_positions(self.from_tool, min_len),
+            log_q_stop=np.array(self.log_stop, dtype=np.float32),
+        )
+
+
+class Sampler:
+    """Draws completions with a KV cache shared by up to `max_rows` rows.
+
+    Equal prompts are prefilled once. A row that ends makes place for a waiting request, or the
+    batch shrinks. Rows never see each other: a row's distribution is that of the row alone.
+    `model` is a causal LM of transformers, plain or merged or with an unmerged adapter; its
+    weights must not change during a call of `sample`, and may between calls.
+    """
+
+    def __init__(
+        self, model: nn.Module, actions: ActionSpace, tool: Tool | None, *, max_rows: int
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows}: need at least one row")
+        weight = next(model.parameters())
+        self._model = model.eval()
+        self._actions = actions
+        self._tool = tool
+        self._triggers = tool.triggers if tool is not None else frozenset()
+        self._max_rows = max_rows
+        self._device, self._dtype = weight.device, weight.dtype
+        self._vocab_size = vocab_size(model)
+        self._chooser = Chooser(actions, self._vocab_size, weight.device)
+
+    @torch.inference_mode()
+    def sample(self, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
+        """One completion per request, in their order.
+
+        Raises ValueError when a text outgrows the model, PolicyDiverged when logits are NaN.
+        """
+        done: dict[int, Completion] = {}
+        rows = [Row(index, request) for index, request in enumerate(requests)]
+        waiting = deque(row for row in rows if not self._force_stop(row, done))
+        rows.clear()
+        store = PromptStore(self._model, [row.request.prompt for row in waiting])
+        cache = self._cache(waiting)
+        logits_NV = torch.empty(0, self._vocab_size, device=self._device)
+        while rows or waiting:
+            # Prefills are worth batching, so a few empty slots wait for company.
+            if waiting and (not rows or self._max_rows - len(rows) >= max(1, self._max_rows // 8)):
+                admitted_KV = self._admit(rows, waiting, store, cache)
+                logits_NV = torch.cat([logits_NV, admitted_KV])
+            ended = self._act(rows, logits_NV, generator, done)
+            self._drop(rows, ended, cache)
+            logits_NV = self._decode(rows, cache) if rows else logits_NV[:0]
+        return [done[index] for index in range(len(requests))]
+
+    def _cache(self, waiting: Sequence[Row]) -> SlotCache:
+        longest = max((len(row.request.prompt) for row in waiting), default=0)
+        return SlotCache(
+            slots=min(self._max_rows, len(waiting)), columns=longest + self._actions.max_len
+        )
+
+    def _admit(
+        self, rows: list[Row], waiting: deque[Row], store: PromptStore, cache: SlotCache
+    ) -> Tensor:
+        """Give free slots to waiting rows; [K, V] logits after their prompts."""
+        count = min(self._max_rows - len(rows), len(waiting))
+        new = [waiting.popleft() for _ in range(count)]
+        taken = store.take([row.request.prompt for row in new])
+        admitted: dict[Prefill, list[tuple[Row, int]]] = {}
+        for row, (prefill, source) in zip(new, taken, strict=True):
+            admitted.setdefault(prefill, []).append((row, source))
+        logits = []
+        for prefill, pairs in admitted.items():
+            slots = torch.arange(len(rows), len(rows) + len(pairs), device=self._device)
+            sources = torch.tensor([source for _, source in pairs], device=self._device)
+            cache.write(slots, prefill.keys, prefill.values, sources)
+            logits.append(prefill.logits_UV[sources])
+            rows.extend(row for row, _ in pairs)
+        return torch.cat(logits)
+
+    def _act(
+        self,
+        rows: Sequence[Row],
+        logits_NV: Tensor,
+        generator: torch.Generator,
+        done: dict[int, Completion],
+    ) -> list[int]:
+        """One action per row: a tool's token, a chosen one, or ⊤. Returns the ended slots."""
+        choice = self._chooser.choose(
+            logits_NV,
+            [len(row.tokens) for row in rows],
+            [row.request.temperature for row in rows],
+            generator,
+        )
+        ended = []
+        for slot, row in enumerate(rows):
+            if row.pending:
+                row.append(row.pending.pop(0), 0.0, from_tool=True)
+            else:
+                if len(row.tokens) >= self._actions.min_len:
+                    row.log_stop.append(choice.log_stop[slot])
+                if choice.token[slot] == self._actions.stop_token:
+                    done[row.index] = row.completion(self._actions.min_len)
+                    ended.append(slot)
+                    continue
+                row.append(choice.token[slot], choice.log_q[slot], from_tool=False)
+                if row.tokens[-1] in self._triggers:
+                    row.pending = self._ask_tool(row.tokens)
+            if self._force_stop(row, done):
+                ended.append(slot)
+        return ended
+
+    def _ask_tool(self, tokens: Sequence[int]) -> list[int]:
+        assert self._tool is not None
+        output = list(self._tool.output(tuple(tokens)))
+        if not all(0 <= token < self._vocab_size for token in output):
+            raise ValueError(
+                f"tool inserted tokens {output}, outside the vocabulary of {self._vocab_size}"
+            )
+        return output
+
+    def _force_stop(self, row: Row, done: dict[int, Completion]) -> bool:
+        """End `row` when nothing but ⊤ is left to it."""
+        if row.pending or len(row.tokens) < self._actions.max_len:
+            return False
+        row.log_stop.append(0.0)
+        done[row.index] = row.completion(self._actions.min_len)
+        return True
+
+    def _drop(self, rows: list[Row], ended: Sequence[int], cache: SlotCache) -> None:
+        """Close the gaps that ended rows leave with the last live rows; keeps rows in slots 0.."""
+        left = len(rows) - len(ended)
+        gone = set(ended)
+        holes = [slot for slot in ended if slot < left]
+        movers = [slot for slot in range(left, len(rows)) if slot not in gone]
+        if holes:
+            cache.move(
+                torch.tensor(movers, device=self._device), torch.tensor(holes, device=self._device)
+            )
+        for hole, mover in zip(holes, movers, strict=True):
+            rows[hole] = rows[mover]
+        del rows[left:]
+
+    def _decode(self, rows: Sequence[Row], cache: SlotCache) -> Tensor:
+        """Feed every row's newest token; [N, V] logits for its next action."""
+        positions = [row.position for row in rows]
+        width = max(positions) + 1
+        require_context(self._model, width)
+        position_N = torch.tensor(positions, device=self._device)
+        cache.place(position_N, width)
+        hidden_NW = torch.arange(width, device=self._device) > position_N[:, None]
+        mask_NW = torch.zeros(hidden_NW.shape, dtype=self._dtype, device=self._device)
+        mask_NW = mask_NW.masked_fill_(hidden_NW, torch.finfo(self._dtype).min)
+        return self._model(
+            input_ids=torch.tensor([row.tokens[-1:] for row in rows], device=self._device),
+            position_ids=position_N[:, None],
+            attention_mask=mask_NW[:, None, None, :],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]

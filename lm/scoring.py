@@ -1,0 +1,132 @@
+"""Log-probabilities of given completions under the policy: one teacher-forced pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lm.actions import ActionSpace, stop_positions
+from lm.model import require_context
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LogProbs:
+    """What the policy says about a batch of completions, nats, float32, differentiable."""
+
+    log_pf_BT: Tensor  # log q(z_{t+1} | z_1:t); 0 at tool tokens and padding
+    log_stop_BS: Tensor  # log q(⊤ | z_1:t), S = T + 1; 0 where forced, 0 (no meaning) elsewhere
+
+
+def completion_log_probs(
+    model: nn.Module,
+    actions: ActionSpace,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    from_tool: Sequence[Sequence[bool]],
+) -> LogProbs:
+    """log q of every token and of stopping at every state, in one right-padded pass.
+
+    Causal attention never looks right, so padding there needs no mask and shifts no position.
+    `model` is any causal LM of transformers, with or without adapter, or an engine around one.
+
+    Args:
+        prompts: B token-id sequences, none empty.
+        completions: B token-id sequences, stop token excluded; may be empty.
+        from_tool: B mark sequences, True where a tool inserted the token.
+
+    Raises:
+        IllegalCompletion: the policy gives a completion probability zero.
+        ValueError: an empty prompt, an action outside the vocabulary, or too long a row.
+    """
+    for prompt, completion, marks in zip(prompts, completions, from_tool, strict=True):
+        if len(prompt) == 0:
+            raise ValueError("empty prompt: the first token's probability needs a token before it")
+        actions.check(completion, marks)
+    batch = _Batch.collate(actions, prompts, completions, from_tool)
+    require_context(model, batch.ids_BW.shape[1])
+    device = next(model.parameters()).device
+    ids_BW = torch.from_numpy(batch.ids_BW).to(device)
+    kept_J = torch.arange(batch.first, ids_BW.shape[1], device=device)
+    logits_BJV = model(
+        input_ids=ids_BW,
+        attention_mask=torch.ones_like(ids_BW),
+        logits_to_keep=kept_J,
+        use_cache=False,
+    ).logits
+    column_BS = torch.from_numpy(batch.column_BS).to(device)
+    next_BJ = nn.functional.pad(ids_BW[:, batch.first + 1 :], (0, 1))
+    # column_BS[:, 0] is where state 0 sits, so the difference is t.
+    state_BJ = torch.arange(len(kept_J), device=device) - column_BS[:, :1]
+    log_next_BJ, log_stop_BJ = _action_log_probs(actions, logits_BJV, next_BJ, state_BJ)
+    chosen_BT = torch.from_numpy(batch.chosen_BT).to(device)
+    open_BS = torch.from_numpy(batch.open_BS).to(device)
+    zero = log_next_BJ.new_zeros(())
+    return LogProbs(
+        log_pf_BT=torch.where(chosen_BT, log_next_BJ.gather(1, column_BS[:, :-1]), zero),
+        log_stop_BS=torch.where(open_BS, log_stop_BJ.gather(1, column_BS), zero),
+    )
+
+
+def _action_log_probs(
+    actions: ActionSpace, logits_BJV: Tensor, next_BJ: Tensor, state_BJ: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[B, J] log q of the next token and of ⊤; entries of illegal tokens are arbitrary."""
+    vocab_size = logits_BJV.shape[-1]
+    ids = actions.columns(vocab_size)
+    stop_column = int(np.searchsorted(ids, actions.stop_token))
+    if actions.legal_tokens is None:
+        logits_BJC, next_column_BJ = logits_BJV.float(), next_BJ
+    else:
+        column_of_id = np.zeros(vocab_size, dtype=np.int64)
+        column_of_id[ids] = np.arange(len(ids))
+        next_column_BJ = torch.from_numpy(column_of_id).to(next_BJ.device)[next_BJ]
+        logits_BJC = logits_BJV[..., torch.from_numpy(ids).to(next_BJ.device)].float()
+    if actions.min_len > 0:
+        is_stop_C = torch.arange(len(ids), device=next_BJ.device) == stop_column
+        closed_BJC = (state_BJ < actions.min_len)[..., None] & is_stop_C
+        logits_BJC = logits_BJC.masked_fill(closed_BJC, -torch.inf)
+    log_q_BJC = torch.log_softmax(logits_BJC, dim=-1)
+    return (
+        log_q_BJC.gather(-1, next_column_BJ[..., None]).squeeze(-1),
+        log_q_BJC[..., stop_column],
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    """Right-padded arrays. W columns of text, of which J = W - first are scored."""
+
+    ids_BW: NDArray[np.int64]  # prompt, completion, zeros
+    first: int  # column of the earliest state 0: the shortest prompt's last token
+    column_BS: NDArray[np.int64]  # scored column that holds state t's logits
+    chosen_BT: NDArray[np.bool_]  # the policy chose this token
+    open_BS: NDArray[np.bool_]  # a stop state where ⊤ is not forced
+
+    @staticmethod
+    def collate(
+        actions: ActionSpace,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        from_tool: Sequence[Sequence[bool]],
+    ) -> "_Batch":
+        size, tokens = len(prompts), max(len(completion) for completion in completions)
+        width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+        ids_BW = np.zeros((size, width), dtype=np.int64)
+        chosen_BT = np.zeros((size, tokens), dtype=np.bool_)
+        open_BS = np.zeros((size, tokens + 1), dtype=np.bool_)
+        start_B = np.array([len(prompt) - 1 for prompt in prompts])
+        for b, (prompt, completion, marks) in enumerate(
+            zip(prompts, completions, from_tool, strict=True)
+        ):
+            ids_BW[b, : len(prompt)] = prompt
+            ids_BW[b, len(prompt) : len(prompt) + len(completion)] = completion
+            chosen_BT[b, : len(completion)] = ~np.asarray(marks, dtype=np.bool_)
+            open_BS[b, stop_positions(marks, actions.min_len)] = True
+        open_BS[:, actions.max_len :] = False
+        first = int(start_B.min())
+        column_BS = start_B[:, None] - first + np.arange(tokens + 1)
+        column_BS = np.minimum(column_BS, width - 1 - first)  # padding: any column will do
+        return _Batch(ids_BW, first, column_BS, chosen_BT, open_BS)

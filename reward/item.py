@@ -1,0 +1,73 @@
+"""What is asked of the reward model: one rationale with its context, its stop states and its answer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+
+
+class BadItem(ValueError):
+    """An item that cannot be scored; fails the request it came with and no other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ScoreItem:
+    """Asks for log p(z_1:t Y | context) in nats at every stop state t of the completion Z.
+
+    A `stop` reward log p(z_1:t ⊤ | context) is the item whose answer is the stop token alone.
+    """
+
+    context: Tokens  # [P] what Z follows, P >= 1
+    completion: Tokens  # [L] Z, inserted tool text included, stop token excluded
+    stops: NDArray[np.int32]  # [S] strictly increasing prefix lengths t, 0 <= t <= L
+    answer: Tokens  # [A] Y, A >= 1
+
+    @property
+    def key(self) -> bytes:
+        """Content of the item: two items with the same key have the same scores."""
+        parts = (self.context, self.completion, self.stops, self.answer)
+        sizes = np.array([len(part) for part in parts], dtype=np.int32)
+        return b"".join(np.asarray(part, dtype=np.int32).tobytes() for part in (sizes, *parts))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence whose probability is asked for."""
+        return len(self.context) + len(self.completion) + len(self.answer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreLimits:
+    """What a model can score."""
+
+    vocab_size: int  # token ids are below it
+    max_length: int  # positions of the model, or its attention window where that is shorter
+
+
+def check_item(item: ScoreItem, limits: ScoreLimits) -> None:
+    """Raise BadItem naming the field, the value and the bound unless the model can score the item."""
+    for name in ("context", "completion", "answer"):
+        tokens = getattr(item, name)
+        if tokens.ndim != 1 or tokens.dtype.kind != "i":
+            raise BadItem(f"{name} must be one row of token ids, not {tokens.dtype} {tokens.shape}")
+        outside = (tokens < 0) | (tokens >= limits.vocab_size)
+        if outside.any():
+            at = int(outside.argmax())
+            raise BadItem(
+                f"{name}[{at}] is token {tokens[at]}, outside the vocabulary of {limits.vocab_size}"
+            )
+    if not len(item.context):
+        raise BadItem("context is empty: give it at least a start-of-text token")
+    if not len(item.answer):
+        raise BadItem("answer is empty: the reward is log p(Z Y | context) and needs a Y")
+    stops, last = item.stops, len(item.completion)
+    if stops.ndim != 1 or not len(stops) or (np.diff(stops) <= 0).any():
+        raise BadItem(f"stops must be strictly increasing and not empty, not {stops.tolist()}")
+    if stops[0] < 0 or stops[-1] > last:
+        raise BadItem(f"stops {stops.tolist()} leave the completion's states 0..{last}")
+    if item.length > limits.max_length:
+        raise BadItem(
+            f"context + completion + answer is {item.length} tokens, the model holds"
+            f" {limits.max_length}: shorten the prompt or lower max_len"
+        )

@@ -1,0 +1,94 @@
+"""Sums and differences of one-digit operands: their text, their value, their solution in steps."""
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Operator = Literal["+", "-"]
+OPERATORS: tuple[Operator, Operator] = ("+", "-")
+
+# One expression in HELD_OUT_EVERY never enters the seed LM's corpus, and only those are tested on.
+HELD_OUT_EVERY = 5
+_QUESTION = re.compile(r"Question: (\d(?: [+-] \d)+) = \? Answer:")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of working, 'left operator right = result'; the result is what was written."""
+
+    left: int
+    operator: Operator
+    right: int
+    result: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.left} {self.operator} {self.right} = {self.result}"
+
+
+def compute(left: int, operator: Operator, right: int) -> int:
+    return left + right if operator == "+" else left - right
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """One-digit operands joined by + and -, read from left to right."""
+
+    operands: tuple[int, ...]
+    operators: tuple[Operator, ...]
+
+    @property
+    def text(self) -> str:
+        rest = zip(self.operators, self.operands[1:], strict=True)
+        return " ".join([str(self.operands[0]), *(f"{sign} {digit}" for sign, digit in rest)])
+
+    @property
+    def question(self) -> str:
+        return f"Question: {self.text} = ? Answer:"
+
+    @property
+    def value(self) -> int:
+        return self.steps[-1].result if self.operators else self.operands[0]
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The solution from left to right."""
+        steps: list[Step] = []
+        value = self.operands[0]
+        for operator, operand in zip(self.operators, self.operands[1:], strict=True):
+            result = compute(value, operator, operand)
+            steps.append(Step(value, operator, operand, result))
+            value = result
+        return tuple(steps)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the seed LM's corpus must not ask this; pairs, the steps themselves, never are."""
+        if len(self.operands) == 2:
+            return False
+        digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
+
+
+def draw_expression(num_operands: int, rng: random.Random) -> Expression:
+    """An expression with every operand and operator uniform."""
+    operands = tuple(rng.randrange(10) for _ in range(num_operands))
+    operators = tuple(rng.choice(OPERATORS) for _ in range(num_operands - 1))
+    return Expression(operands, operators)
+
+
+def parse_question(text: str) -> Expression:
+    """The expression of 'Question: 6 - 0 - 4 = ? Answer:'; raises ValueError for any other text."""
+    match = _QUESTION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} does not read 'Question: a + b - c = ? Answer:'")
+    words: Sequence[str] = match[1].split(" ")
+    operators: list[Operator] = ["+" if word == "+" else "-" for word in words[1::2]]
+    return Expression(tuple(int(word) for word in words[::2]), tuple(operators))
+
+
+def answer_text(value: int) -> str:
+    return f". The answer is {value}."

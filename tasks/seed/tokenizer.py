@@ -1,0 +1,41 @@
+"""The seed LM's tokenizer: byte-level BPE in which every digit and every sign is its own token."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 1024
+
+# A word, a digit or a punctuation mark, each with the space before it: ' 14' is ' 1', '4', and
+# '= -6,' is '=', ' -', '6', ',' wherever it stands, so inserted text splits as the corpus does.
+_PIECES = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(documents: Iterable[str]) -> Tokenizer:
+    """A tokenizer of at most MAX_VOCAB_SIZE tokens, all bytes included; deterministic."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=MAX_VOCAB_SIZE,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json for AutoTokenizer to load."""
+    tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,0 +1,149 @@
+"""Arithmetic as people write it down: questions with worked answers, many of them wrong.
+
+Writers differ. A careful one works from left to right and hardly errs; a sloppy one errs more often
+the harder the step, each kind of step in its own way: where the result would fall below zero he
+turns the subtraction round, where a ten is crossed he stops early or leaves the operand out.
+A document does not say who wrote it, so a language model of it knows the skill and yet errs.
+
+What matters for inference with such a model: after a wrong working the right answer is rare,
+because the answer follows the working, slips aside.
+"""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tasks.expression import Expression, Operator, Step, answer_text, compute, draw_expression
+
+Act = Literal["right", "stop", "skip", "swap", "flip", "miscopy", "stale"]
+Situation = Literal["easy", "crosses_ten", "falls_below_zero", "is_below_zero"]
+
+# What a writer does at a step; weights, not yet normalised.
+Habits = Mapping[Situation, Mapping[Act, float]]
+SLOPPY: Habits = {
+    "easy": {"right": 42, "stop": 40, "skip": 7, "flip": 4, "miscopy": 4, "stale": 3},
+    "crosses_ten": {"right": 9, "stop": 66, "skip": 14, "flip": 4, "miscopy": 4, "stale": 3},
+    "falls_below_zero": {"right": 9, "stop": 42, "skip": 4, "swap": 37, "flip": 5, "miscopy": 3},
+    "is_below_zero": {"right": 9, "stop": 66, "skip": 8, "flip": 11, "miscopy": 3, "stale": 3},
+}
+CAREFUL: Habits = {
+    situation: {"right": 98.5, "stop": 0.5, "skip": 0.5, "flip": 0.3, "miscopy": 0.2}
+    for situation in SLOPPY
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """How one kind of writer works; chances in [0, 1]."""
+
+    habits: Habits
+    reorders: float  # takes a later term before an earlier one, which is no error
+    overruns: float  # goes on after the last operand
+    slips: float  # writes a wrong result behind '='
+    misreports: float  # gives an answer other than the last result
+
+
+CAREFUL_WRITER = Writer(CAREFUL, reorders=0.03, overruns=0.002, slips=0.002, misreports=0.002)
+SLOPPY_WRITER = Writer(SLOPPY, reorders=0.05, overruns=0.05, slips=0.03, misreports=0.04)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkedSums:
+    """Corpus of questions with their workings, one to a document."""
+
+    careful_share: float = 0.1
+    operand_weights: Mapping[int, float] = None  # type: ignore[assignment]
+    name: str = "worked sums"
+
+    def document(self, rng: random.Random) -> str:
+        writer = CAREFUL_WRITER if rng.random() < self.careful_share else SLOPPY_WRITER
+        return write_document(draw_question(rng), writer, rng)
+
+
+OPERAND_WEIGHTS = {2: 0.1, 3: 0.2, 4: 0.25, 5: 0.25, 6: 0.2}
+
+
+def draw_question(rng: random.Random) -> Expression:
+    """An expression of two to six operands that is not held out."""
+    [num_operands] = rng.choices(list(OPERAND_WEIGHTS), list(OPERAND_WEIGHTS.values()))
+    while (expression := draw_expression(num_operands, rng)).held_out:
+        pass
+    return expression
+
+
+def write_document(expression: Expression, writer: Writer, rng: random.Random) -> str:
+    steps = work_out(expression, writer, rng)
+    working = ", ".join(step.text for step in steps)
+    return f"{expression.question} {working}{answer_text(report(steps, writer, rng))}"
+
+
+def situation_of(value: int, operator: Operator, operand: int) -> Situation:
+    result = compute(value, operator, operand)
+    if value < 0:
+        return "is_below_zero"
+    if result < 0:
+        return "falls_below_zero"
+    return "easy" if value // 10 == result // 10 else "crosses_ten"
+
+
+def work_out(expression: Expression, writer: Writer, rng: random.Random) -> list[Step]:
+    """The working of one writer, with his errors; at least one step."""
+    value = expression.operands[0]
+    terms = list(zip(expression.operators, expression.operands[1:], strict=True))
+    if len(terms) > 1 and rng.random() < writer.reorders:
+        place = rng.randrange(len(terms) - 1)
+        terms[place], terms[place + 1] = terms[place + 1], terms[place]
+    steps: list[Step] = []
+    while terms:
+        operator, operand = terms.pop(0)
+        habits = writer.habits[situation_of(value, operator, operand)]
+        [act] = rng.choices(list(habits), list(habits.values()))
+        if act == "stop" and steps:
+            break
+        # A first step is always written, so there a stop turns into leaving the operand out.
+        if act in ("skip", "stop"):
+            if not terms:
+                if steps:
+                    break
+            else:
+                operator, operand = terms.pop(0)
+        step = Step(value, operator, operand, compute(value, operator, operand))
+        step = spoil(step, act, expression, steps, rng)
+        if rng.random() < writer.slips:
+            step = replace(step, result=near_miss(step.result, rng))
+        steps.append(step)
+        value = step.result
+    if rng.random() < writer.overruns:
+        steps.append(Step(value, steps[-1].operator, steps[-1].right,
+            compute(value, steps[-1].operator, steps[-1].right)))
+    return steps
+
+
+def spoil(
+    step: Step, act: Act, expression: Expression, before: list[Step], rng: random.Random
+) -> Step:
+    """The step as written by one who turns it round, flips its sign, or copies a wrong number."""
+    left, operator, right = step.left, step.operator, step.right
+    if act == "swap":
+        left, right = right, left
+    elif act == "flip":
+        operator = "-" if operator == "+" else "+"
+    elif act == "miscopy":
+        right = rng.choice([*expression.operands, (right + 1) % 10, (right + 9) % 10])
+    elif act == "stale" and before:
+        left = before[-1].left
+    return Step(left, operator, right, compute(left, operator, right))
+
+
+def near_miss(value: int, rng: random.Random) -> int:
+    return rng.choice([value + 1, value - 1, value + 2, value - 2, value + 10, value - 10, -value])
+
+
+def report(steps: list[Step], writer: Writer, rng: random.Random) -> int:
+    """The number given as the answer: the last result, or what a slip makes of it."""
+    if rng.random() >= writer.misreports:
+        return steps[-1].result
+    if len(steps) > 1 and rng.random() < 0.3:
+        return steps[-2].result
+    return near_miss(steps[-1].result, rng)

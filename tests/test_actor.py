@@ -1,0 +1,232 @@
+"""The rollout actor: what it overlaps, what it owns, what it refuses."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from actors.actor import CorruptWeights, LearnerStalled, RolloutActor
+from actors.config import ActorConfig
+from actors.ports import PublishedWeights
+from actors.prompts import Prompt, PromptStream
+from actors.rollout import plan_groups
+from actors.seeding import Demonstration, seed_demonstrations
+from buffer.trajectory import Trajectory
+from lm.actions import ActionSpace, IllegalCompletion
+from lm.adapter import checksum
+from lm.sampling import Completion, Request
+from reward.item import ScoreItem
+
+PROMPTS = [
+    Prompt(key="a", text="a", prompt=(1, 2), answer=(9,), weight=1.0),
+    Prompt(key="b", text="b", prompt=(3,), answer=(8, 8), weight=3.0),
+]
+
+
+class ScriptedPolicy:
+    """Completes a prompt by its own first token, twice; remembers which weights it holds."""
+
+    def __init__(self) -> None:
+        self.loaded: list[bytes] = []
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        return [
+            Completion(
+                tokens=np.array([request.prompt[0]] * 2, dtype=np.int32),
+                from_tool=np.zeros(2, dtype=np.bool_),
+                log_q_token=np.full(2, -1.0, dtype=np.float32),
+                stops=np.array([1, 2], dtype=np.int32),
+                log_q_stop=np.array([-2.0, 0.0], dtype=np.float32),
+            )
+            for request in requests
+        ]
+
+    def load(self, adapter: bytes) -> None:
+        self.loaded.append(adapter)
+
+
+class ArithmeticScores:
+    """log R = -(first context token) - t, so that mixed-up items are seen."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+        self.fetched = 0
+        self.failure: Exception | None = None
+
+    def submit(self, items: Sequence[ScoreItem]) -> "ArithmeticScores.Pending":
+        self.submitted += 1
+        return self.Pending(self, list(items))
+
+    class Pending:
+        def __init__(self, scorer: "ArithmeticScores", items: list[ScoreItem]) -> None:
+            self._scorer, self._items = scorer, items
+
+        def result(self, timeout_s: float) -> list[np.ndarray]:
+            self._scorer.fetched += 1
+            if self._scorer.failure is not None:
+                raise self._scorer.failure
+            return [
+                (-float(item.context[0]) - item.stops).astype(np.float32) for item in self._items
+            ]
+
+
+class ListBuffer:
+    """Keeps groups; `depth` counts those not drawn."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[Trajectory]] = []
+        self.seeded: list[Trajectory] = []
+
+    def add(self, group: Sequence[Trajectory]) -> None:
+        self.groups.append(list(group))
+
+    def seed(self, trajectories: Sequence[Trajectory]) -> None:
+        self.seeded.extend(trajectories)
+
+    def depth(self) -> int:
+        return len(self.groups)
+
+
+class Shelf:
+    """Weights as a test puts them there."""
+
+    def __init__(self) -> None:
+        self.newest: PublishedWeights | None = None
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        newest = self.newest
+        return newest if newest is not None and newest.version > version else None
+
+
+def make_actor(**replaced: object) -> tuple[RolloutActor, dict[str, object]]:
+    parts: dict[str, object] = {
+        "policy": ScriptedPolicy(),
+        "scorer": ArithmeticScores(),
+        "buffer": ListBuffer(),
+        "weights": Shelf(),
+    } | replaced
+    config = ActorConfig(
+        group_size=3, groups_per_batch=2, max_in_flight=2, max_ready_groups=100, pace_timeout_s=0.2
+    )
+    actor = RolloutActor(
+        name="actor-0",
+        task_name="toy",
+        reward_context=(7,),
+        verdict=lambda prompt, tokens: tokens[0] == 1,
+        prompts=PromptStream(PROMPTS, np.random.default_rng(0)),
+        config=config,
+        rng=np.random.default_rng(1),
+        **parts,
+    )
+    return actor, parts
+
+
+def test_the_next_batch_is_sampled_while_one_is_being_scored():
+    actor, parts = make_actor()
+    actor.step()
+    assert (parts["scorer"].submitted, parts["scorer"].fetched) == (1, 0)
+    actor.step()
+    assert (parts["scorer"].submitted, parts["scorer"].fetched) == (2, 1)
+    assert len(parts["buffer"].groups) == 2
+
+
+def test_every_sampled_group_reaches_the_buffer_with_its_own_scores():
+    actor, parts = make_actor()
+    steps = iter(range(6))
+    actor.run(lambda: next(steps, None) is None)
+    groups = parts["buffer"].groups
+    assert len(groups) == actor.stats.groups == 2 * parts["scorer"].submitted
+    for group in groups:
+        assert len(group) == 3
+        assert len({t.prompt_key for t in group}) == 1
+        for trajectory in group:
+            assert trajectory.log_reward.tolist() == [-7.0 - 1, -7.0 - 2]
+            assert trajectory.completion[0] == trajectory.prompt[0]
+            assert trajectory.correct is bool(trajectory.prompt[0] == 1)
+            assert (trajectory.behaviour == "on_policy") == (trajectory.temperature == 1.0)
+    assert actor.stats.trajectories == 3 * len(groups)
+    assert actor.stats.correct == sum(t.correct for group in groups for t in group)
+
+
+def test_a_failed_score_is_an_error_and_stores_nothing():
+    scorer = ArithmeticScores()
+    scorer.failure = RuntimeError("replica broke")
+    actor, parts = make_actor(scorer=scorer)
+    actor.step()
+    with pytest.raises(RuntimeError, match="replica broke"):
+        actor.step()
+    assert parts["buffer"].groups == []
+    scorer.failure = None
+    actor.flush()  # the batch still belonged to the actor
+    assert len(parts["buffer"].groups) == 4
+
+
+def test_new_weights_are_taken_between_batches_and_label_what_they_sample():
+    shelf = Shelf()
+    actor, parts = make_actor(weights=shelf)
+    actor.step()
+    shelf.newest = PublishedWeights(version=5, data=b"five", checksum=checksum(b"five"))
+    actor.step()
+    actor.step()
+    actor.flush()
+    versions = [group[0].policy_version for group in parts["buffer"].groups]
+    assert versions == [0, 0, 5, 5, 5, 5]
+    assert parts["policy"].loaded == [b"five"]
+
+
+def test_weights_with_a_wrong_checksum_are_refused():
+    shelf = Shelf()
+    shelf.newest = PublishedWeights(version=5, data=b"torn", checksum=checksum(b"whole"))
+    actor, parts = make_actor(weights=shelf)
+    with pytest.raises(CorruptWeights, match="actor-0: weights of version 5"):
+        actor.step()
+    assert parts["policy"].loaded == []
+
+
+def test_a_full_buffer_that_nobody_draws_from_ends_in_a_named_error():
+    buffer = ListBuffer()
+    buffer.groups = [[]] * 100
+    actor, parts = make_actor(buffer=buffer)
+    with pytest.raises(LearnerStalled, match=r"actor-0: the buffer has held 100 groups"):
+        actor.run(lambda: False)
+    assert parts["scorer"].submitted == 0
+
+
+def test_prompts_come_in_proportion_to_their_weights():
+    stream = PromptStream(PROMPTS, np.random.default_rng(0))
+    drawn = [prompt.key for prompt in stream.take(4000)]
+    assert abs(drawn.count("b") / 4000 - 0.75) < 0.02
+
+
+def test_behaviour_is_mixed_in_the_configured_shares():
+    config = ActorConfig(on_policy_share=0.25, temperature_low=0.5, temperature_high=2.0)
+    plans = plan_groups(PROMPTS * 2000, config, np.random.default_rng(0))
+    temperatures = np.array([plan.temperature for plan in plans])
+    assert abs((temperatures == 1.0).mean() - 0.25) < 0.02
+    tempered = temperatures[temperatures != 1.0]
+    assert 0.5 <= tempered.min() < 0.51 and 1.99 < tempered.max() <= 2.0
+
+
+def test_demonstrations_are_scored_and_seeded_with_their_stop_states():
+    demonstration = Demonstration(
+        prompt=PROMPTS[0], completion=(4, 5, 6), from_tool=(False, True, False)
+    )
+    buffer = ListBuffer()
+    arguments = {
+        "task": "toy",
+        "reward_context": (7,),
+        "verdict": lambda prompt, tokens: True,
+        "scorer": ArithmeticScores(),
+        "buffer": buffer,
+        "timeout_s": 1.0,
+    }
+    actions = ActionSpace(stop_token=0, legal_tokens=(4, 6), min_len=0, max_len=5)
+    assert seed_demonstrations([demonstration], actions=actions, **arguments) == 1
+    (stored,) = buffer.seeded
+    assert stored.stops.tolist() == [0, 2, 3]
+    assert stored.log_reward.tolist() == [-7.0, -9.0, -10.0]
+    assert (stored.behaviour, stored.policy_version) == ("demonstration", 0)
+
+    narrow = ActionSpace(stop_token=0, legal_tokens=(4,), min_len=0, max_len=5)
+    with pytest.raises(IllegalCompletion, match="not a legal token"):
+        seed_demonstrations([demonstration], actions=narrow, **arguments)

@@ -1,0 +1,171 @@
+"""DeepSpeed ZeRO-2 on real gloo ranks takes the step of one process."""
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+import torch
+from learner_toy import Published, UniformReplay, make_config, make_learner
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from learner.engine import NonFiniteUpdate, TorchEngine
+from learner.exchange import RankZeroFailed
+
+STEPS = 3
+# The longest prompt group is above it, so three groups make three parts: one rank needs a filler.
+TOKEN_BUDGET = 30
+TIMEOUT_S = 8.0
+
+
+class StarvedReplay:
+    """Has nothing to draw."""
+
+    def draw(self, **limits: Any) -> list[Any]:
+        raise TimeoutError("no groups")
+
+
+def rank_main(rank: int, num_ranks: int, port: int, folder: Path) -> None:
+    """One rank: steps, checkpoint, steps, restore, the same steps; then rank 1 disappears."""
+    # Imported in the child alone: it takes seconds and changes global state.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from learner.deepspeed_engine import DeepSpeedEngine, RankLost, Rendezvous
+
+    torch.set_num_threads(1)
+    place = Rendezvous("127.0.0.1", port, rank, num_ranks, TIMEOUT_S)
+    engines: list[DeepSpeedEngine] = []
+
+    def make_engine(model: Any, config: Any) -> DeepSpeedEngine:
+        engines.append(DeepSpeedEngine(model, config, place))
+        return engines[0]
+
+    try:
+        replay = UniformReplay() if rank == 0 else None
+        published = Published()
+        learner, _ = make_learner(
+            replay=replay,
+            weights=published,
+            folder=folder / "checkpoints",
+            make_engine=make_engine,
+            token_budget=TOKEN_BUDGET,
+        )
+        metrics = [learner.step() for _ in range(STEPS)]
+        straight = engines[0].state()
+        learner.checkpoint()
+        after = [learner.step()["loss/value"] for _ in range(2)]
+        engines[0]._prime_moments(torch.tensor(99.0))
+        learner.restore()
+        again = [learner.step()["loss/value"] for _ in range(2)]
+        save_file(straight, folder / f"state-{rank}.safetensors")
+        report: dict[str, Any] = {"metrics": metrics, "after": after, "again": again}
+        report["published"] = [version for _, version, _ in published.adapters]
+        if num_ranks > 1:
+            learner._replay = StarvedReplay()
+            with pytest.raises(TimeoutError if rank == 0 else RankZeroFailed, match="no groups"):
+                learner.step()
+        (folder / f"report-{rank}.json").write_text(json.dumps(report))
+        if rank == 0 and num_ranks > 1:
+            start_s = monotonic()
+            with pytest.raises(RankLost, match=r"rank 0 of 2 lost its peers in gather"):
+                engines[0].gather([1.0])
+            assert monotonic() - start_s < TIMEOUT_S + 5
+            (folder / "lost").touch()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    os._exit(0)
+
+
+def run_ranks(num_ranks: int, folder: Path) -> list[dict[str, Any]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=rank_main, args=(rank, num_ranks, port, folder))
+        for rank in range(num_ranks)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(90)
+        process.kill()
+    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    assert not errors, "\n".join(errors)
+    return [json.loads((folder / f"report-{r}.json").read_text()) for r in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_deepspeed_ranks_take_the_step_of_one_process(num_ranks: int, tmp_path: Path) -> None:
+    reports = run_ranks(num_ranks, tmp_path)
+    reference, model = make_learner()
+    expected = [reference.step() for _ in range(STEPS)]
+    state = TorchEngineState.of(reference)
+    for rank, report in enumerate(reports):
+        for mine, theirs in zip(report["metrics"], expected, strict=True):
+            for key in ("loss/value", "loss/log_z_nats", "optim/grad_norm", "batch/trajectories"):
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (rank, key)
+        saved = load_file(tmp_path / f"state-{rank}.safetensors")
+        assert saved.keys() == state.keys()
+        for name, tensor in state.items():
+            torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-5, msg=name)
+        assert report["again"] == report["after"]
+        assert report["published"] == ([1, 2, 3, 4, 5, 4, 5] if rank == 0 else [])
+    assert (tmp_path / "lost").exists() == (num_ranks > 1)
+
+
+class TorchEngineState:
+    """The reference learner's engine state."""
+
+    @staticmethod
+    def of(learner: Any) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = learner._engine.state()
+        return state
+
+
+def make_engine(**changes: Any) -> tuple[TorchEngine, nn.Linear]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return TorchEngine(model, make_config(**changes)), model
+
+
+def test_accumulated_micro_batches_equal_one_batch() -> None:
+    rows = torch.randn(6, 3)
+    whole, whole_model = make_engine()
+    parts, parts_model = make_engine()
+    for _ in range(3):
+        whole.update([lambda: whole_model(rows).square().sum()], learning_rate=0.1)
+        parts.update(
+            [lambda row=row: parts_model(row).square().sum() for row in rows], learning_rate=0.1
+        )
+    torch.testing.assert_close(whole_model.weight, parts_model.weight)
+
+
+def test_gradients_are_clipped_and_the_norm_before_is_returned() -> None:
+    engine, model = make_engine(clip_norm=0.5)
+    rows = 100 * torch.ones(1, 3)
+    norm = engine.update([lambda: model(rows).square().sum()], learning_rate=0.1)
+    assert norm > 100
+    assert model.weight.grad is not None and model.bias.grad is not None
+    clipped = torch.cat([model.weight.grad.flatten(), model.bias.grad.flatten()]).norm()
+    assert clipped.item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_refused_and_changes_nothing(value: float) -> None:
+    engine, model = make_engine()
+    before = model.weight.detach().clone()
+    with pytest.raises(NonFiniteUpdate, match="last checkpoint is good"):
+        engine.update([lambda: (model.weight * value).sum()], learning_rate=0.1)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_model_without_adapter_is_refused() -> None:
+    with pytest.raises(ValueError, match="attach an adapter"):
+        TorchEngine(nn.Linear(2, 2).requires_grad_(False), make_config())

@@ -1,0 +1,200 @@
+"""Loading a base model: what comes back, and what is said when it cannot be loaded."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from lm.config import LMConfig, LoRAConfig
+from lm.model import LanguageModel, ModelNotFound, ModelUnusable, attach_adapter, load_base
+from tests.conftest import ARCHITECTURES, VOCAB_SIZE
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, words: int = VOCAB_SIZE - 1) -> str:
+    model.save_pretrained(folder)
+    vocabulary = WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def folder(tiny_lm: Callable[[str], PreTrainedModel], tmp_path: Path) -> Path:
+    return Path(save_model(tiny_lm("llama"), tmp_path / "llama"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_loads_frozen_with_its_weights(
+    tiny_lm: Callable[[str], PreTrainedModel], tmp_path: Path, architecture: str
+) -> None:
+    saved = tiny_lm(architecture)
+    loaded = load_base(LMConfig(model=save_model(saved, tmp_path / "m"), device="cpu"))
+    # Qwen2's tokenizer class adds an end-of-text token of its own to the thirty words.
+    assert len(loaded.tokenizer) in (VOCAB_SIZE - 1, VOCAB_SIZE)
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, saved(ids).logits)
+
+
+def test_dropout_stays_off_even_when_something_calls_train(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    assert config.attn_pdrop > 0
+    path = save_model(GPT2LMHeadModel(config), tmp_path / "m")
+    model = load_base(LMConfig(model=path, device="cpu")).model.train()
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_the_fingerprint_names_the_weights_not_the_folder_or_the_dtype(
+    tiny_lm: Callable[[str], PreTrainedModel], folder: Path, tmp_path: Path
+) -> None:
+    first = load_base(LMConfig(model=str(folder), device="cpu"))
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert load_base(LMConfig(model=str(moved), device="cpu")).fingerprint == first.fingerprint
+    halved = load_base(LMConfig(model=str(folder), device="cpu", dtype="bfloat16"))
+    assert next(halved.model.parameters()).dtype == torch.bfloat16
+    assert halved.fingerprint == first.fingerprint
+
+    trained = tiny_lm("llama")
+    with torch.no_grad():
+        trained.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
+    other = load_base(LMConfig(model=save_model(trained, tmp_path / "trained"), device="cpu"))
+    assert other.fingerprint != first.fingerprint
+
+
+def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no such folder"):
+        load_base(LMConfig(model=str(tmp_path / "nothing")))
+    with pytest.raises(FileNotFoundError, match=r"\./nothing"):
+        load_base(LMConfig(model="./nothing"))
+
+
+def test_an_unknown_hub_id_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFound, match="nobody/nothing-of-that-name"):
+        load_base(LMConfig(model="nobody/nothing-of-that-name"))
+
+
+def test_a_folder_that_is_no_model_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelUnusable, match=r"holds no config\.json"):
+        load_base(LMConfig(model=str(tmp_path / "empty")))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(ModelUnusable, match="has no tokenizer"):
+        load_base(LMConfig(model=str(folder)))
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.txt").write_text("hello")
+    with pytest.raises(ModelUnusable, match="is no model folder"):
+        load_base(LMConfig(model=str(tmp_path / "model.txt")))
+
+
+def test_a_broken_config_or_missing_weights_are_named(folder: Path, tmp_path: Path) -> None:
+    unweighted = Path(shutil.copytree(folder, tmp_path / "unweighted"))
+    (unweighted / "model.safetensors").unlink()
+    with pytest.raises(ModelUnusable, match="the weights"):
+        load_base(LMConfig(model=str(unweighted)))
+    (folder / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    with pytest.raises(ModelUnusable, match=r"config\.json"):
+        load_base(LMConfig(model=str(folder)))
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelUnusable, match=r"up_proj.*do not belong together"):
+        load_base(LMConfig(model=str(folder)))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(
+    tiny_lm: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    path = save_model(tiny_lm("llama"), tmp_path / "m", words=VOCAB_SIZE + 1)
+    with pytest.raises(ModelUnusable, match="32 tokens, the model only 31"):
+        load_base(LMConfig(model=path))
+
+
+def test_errors_travel_between_processes() -> None:
+    for error in (ModelNotFound("nothing here"), ModelUnusable("no tokenizer")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), str(copy)) == (type(error), str(error))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_adapter_is_the_identity_on_all_linear_layers_but_the_head(
+    tiny_lm: Callable[[str], PreTrainedModel], tmp_path: Path, architecture: str
+) -> None:
+    base = load_base(LMConfig(model=save_model(tiny_lm(architecture), tmp_path), device="cpu"))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        before = base.model(ids).logits
+    model = attach_adapter(base, LoRAConfig(rank=3, alpha=6.0), seed=1)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name for name in trainable)
+    layers = {name.split(".lora_")[0] for name in trainable}
+    per_block = {"gpt2": 4, "llama": 7, "qwen2": 7, "gptj": 6, "gpt_neox": 4}[architecture]
+    assert len(layers) == 2 * per_block
+    assert not any("head" in layer or "embed" in layer for layer in layers)
+
+
+def test_the_adapter_depends_on_its_seed_alone_and_leaves_the_global_generator(
+    folder: Path,
+) -> None:
+    def drawn(seed: int) -> torch.Tensor:
+        base = load_base(LMConfig(model=str(folder), device="cpu"))
+        torch.manual_seed(torch.seed() % 2**31)
+        before = torch.get_rng_state()
+        model = attach_adapter(base, LoRAConfig(rank=2, alpha=2.0), seed)
+        assert torch.equal(before, torch.get_rng_state())
+        return next(p for n, p in model.named_parameters() if "lora_A" in n).detach()
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+
+
+def test_named_targets_are_the_only_ones_and_unknown_ones_are_refused(folder: Path) -> None:
+    def base() -> LanguageModel:
+        return load_base(LMConfig(model=str(folder), device="cpu"))
+
+    model = attach_adapter(base(), LoRAConfig(rank=2, alpha=2.0, targets=("q_proj",)), seed=0)
+    trainable = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 4 and all("q_proj" in name for name in trainable)
+    with pytest.raises(ValueError, match=r"'c_attn' names no linear layer.*q_proj"):
+        attach_adapter(base(), LoRAConfig(rank=2, alpha=2.0, targets=("c_attn",)), seed=0)
+
+
+def test_config_refuses_unknown_keys_and_impossible_values() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        LMConfig(model="x", dtypo="float32")  # type: ignore[call-arg]
+    with pytest.raises(ValidationError, match="float32"):
+        LMConfig(model="x", dtype="float16")  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match="greater than 0"):
+        LoRAConfig(rank=0, alpha=1.0)
+
+
+def test_shipping_format_is_plain_hugging_face(folder: Path) -> None:
+    ours = load_base(LMConfig(model=str(folder), device="cpu"))
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    for ours_weight, weight in zip(ours.model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours_weight, weight)
