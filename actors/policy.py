@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
+from lm.actions import ActionSpace
 from lm.merged import MergedModel
 from lm.model import LanguageModel
 from lm.sampling import Completion, Request, Sampler, Tool
-from lm.actions import ActionSpace
 
 
 class SamplingPolicy:

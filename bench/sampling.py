@@ -1,7 +1,7 @@
-"""Tokens per second of our sampler against transformers' generate, on a model of seed size.
+"""Tokens per CPU second of our sampler against transformers' generate, on a model of seed size.
 
 Both draw the same groups from the same random weights with the same legal tokens; only tokens up
-to a row's end count. generate keeps no log-probabilities; ours records them. Run on one thread.
+to a row's end count. generate keeps no log-probabilities; ours records them. One thread.
 
     python bench/sampling.py [--json] [--repeats N]
 """
@@ -133,13 +133,13 @@ def generated_tokens(
 
 
 def tokens_per_s(draw: Callable[[int], int], repeats: int) -> float:
-    """Fastest of `repeats` runs, since other work on the machine only ever slows one down."""
+    """Fastest of `repeats` runs by CPU time, so that other work on the machine counts little."""
     draw(0)
     best = 0.0
     for seed in range(1, repeats + 1):
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         tokens = draw(seed)
-        best = max(best, tokens / (time.perf_counter() - start_s))
+        best = max(best, tokens / (time.process_time() - start_s))
     return best
 
 

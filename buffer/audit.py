@@ -39,6 +39,7 @@ class Snapshot:
     undrawn: Mapping[bytes, float]
     groups: Mapping[bytes, bytes]
     draws: Mapping[bytes, bytes]
+    sampled: Mapping[bytes, bytes]
     prompts: Mapping[bytes, Mapping[bytes, float]]
 
 
@@ -62,7 +63,7 @@ def audit_store(store: Store, config: BufferConfig) -> Audit:
 
 def read_snapshot(answer: Sequence[Any]) -> Snapshot:
     """Give the flat lists of snapshot.lua their names."""
-    meta, payload, priority, fresh, undrawn, groups, draws, prompts = answer
+    meta, payload, priority, fresh, undrawn, groups, draws, sampled, prompts = answer
     return Snapshot(
         meta=pairs(meta),
         payload=pairs(payload),
@@ -71,6 +72,7 @@ def read_snapshot(answer: Sequence[Any]) -> Snapshot:
         undrawn=scores(undrawn),
         groups=pairs(groups),
         draws=pairs(draws),
+        sampled=pairs(sampled),
         prompts={prompt: scores(items) for prompt, items in pairs(prompts).items()},
     )
 
@@ -99,6 +101,8 @@ def check_replay_indexes(snapshot: Snapshot) -> Iterator[str]:
     if ranked != snapshot.payload.keys():
         differing_ids = ranked ^ snapshot.payload.keys()
         yield f"{len(differing_ids)} ids have a rank or a payload, but not both"
+    if strays := snapshot.sampled.keys() - snapshot.payload.keys():
+        yield f"{len(strays)} counts of draws belong to nothing stored"
 
 
 def check_replay_rules(snapshot: Snapshot, config: BufferConfig) -> Iterator[str]:

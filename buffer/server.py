@@ -9,8 +9,6 @@ import time
 from pathlib import Path
 from typing import Self
 
-import redis
-
 from buffer import watchdog
 from buffer.config import BufferConfig
 from buffer.connection import BufferUnreachable, WrongPassword, connect, durability
@@ -73,10 +71,10 @@ class RedisServer:
                 write_private(folder / "redis.conf", settings)
                 logged = log_size(folder)
                 process = spawn([executable.path, str(folder / "redis.conf")], folder, lock)
-                client = wait_until_ready(process, url, password, timeout_s)
-                if client is not None:
+                pid = wait_until_ready(process, url, password, timeout_s)
+                if pid is not None:
                     write_owner(folder, Owner(run, executable.version, port))
-                    return cls(process, url=url, password=password, pid=process_id(client))
+                    return cls(process, url=url, password=password, pid=pid)
                 tail = (folder / "redis.log").read_bytes()[logged:].decode(errors="replace")
                 if "Address already in use" not in tail:
                     raise ServerFailed(
@@ -123,30 +121,37 @@ def spawn(command: list[str], folder: Path, lock: int) -> subprocess.Popen[bytes
 
 def wait_until_ready(
     process: subprocess.Popen[bytes], url: str, password: str, timeout_s: float
-) -> redis.Redis | None:
-    """A connected client, or None if the server ended; reading a long log takes a while."""
+) -> int | None:
+    """Process id of the server once it answers, None if it ended.
+
+    Reading a long log takes a while, in which it does not answer. A process that raises an error
+    here is ended.
+    """
     deadline_s = time.monotonic() + timeout_s
-    while process.poll() is None:
-        # An answer to the wrong password comes from whoever took the port; ours will end.
-        with contextlib.suppress(BufferUnreachable, WrongPassword):
-            client = connect(url, password=password, timeout_s=timeout_s)
-            if (found := durability(client)) != "always":
-                process.terminate()
-                raise ServerFailed(f"redis-server at {url} runs with appendfsync {found}")
-            return client
-        if time.monotonic() > deadline_s:
-            process.terminate()
-            raise ServerTimeout(
-                f"redis-server at {url} did not answer within {timeout_s} s of its start;"
-                " a long log takes longer to read: raise the limit"
-            )
-        time.sleep(POLL_S)
+    try:
+        while process.poll() is None:
+            # A refusal comes from whoever took the port; ours is about to end.
+            with contextlib.suppress(BufferUnreachable, WrongPassword):
+                return answering(url, password, timeout_s)
+            if time.monotonic() > deadline_s:
+                raise ServerTimeout(
+                    f"redis-server at {url} did not answer within {timeout_s} s of its start;"
+                    " a long log takes longer to read: raise the limit"
+                )
+            time.sleep(POLL_S)
+    except BaseException:
+        process.terminate()
+        process.wait(timeout=timeout_s)
+        raise
     return None
 
 
-def process_id(client: redis.Redis) -> int:
-    """Process id of the server."""
-    return int(client.info("server")["process_id"])
+def answering(url: str, password: str, timeout_s: float) -> int:
+    """Process id of a server that answers; raises ServerFailed if it does not sync every write."""
+    with connect(url, password=password, timeout_s=timeout_s) as client:
+        if (found := durability(client)) != "always":
+            raise ServerFailed(f"redis-server at {url} runs with appendfsync {found}")
+        return int(client.info("server")["process_id"])
 
 
 def log_size(folder: Path) -> int:

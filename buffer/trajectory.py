@@ -95,9 +95,9 @@ def check_scalars(trajectory: Trajectory) -> None:
     if trajectory.behaviour not in BEHAVIOURS:
         raise MalformedTrajectory(f"behaviour must be one of {BEHAVIOURS}")
     temperature, created_s = trajectory.temperature, trajectory.created_s
-    if type(temperature) is not float or not 0.0 < temperature < math.inf:
+    if not isinstance(temperature, float) or not 0.0 < temperature < math.inf:
         raise MalformedTrajectory(f"temperature must be a positive float: {temperature!r:.80}")
-    if type(created_s) is not float or not 0.0 <= created_s < math.inf:
+    if not isinstance(created_s, float) or not 0.0 <= created_s < math.inf:
         raise MalformedTrajectory(f"created_s must be unix seconds as a float: {created_s!r:.80}")
     if trajectory.correct is not None and type(trajectory.correct) is not bool:
         raise MalformedTrajectory(f"correct must be a bool or None: {trajectory.correct!r:.80}")
@@ -112,9 +112,7 @@ def check_tokens(trajectory: Trajectory) -> None:
     from_tool = rows(trajectory, ("from_tool",), np.bool_)
     length, stops = trajectory.completion.size, trajectory.stops
     if from_tool.size != length:
-        raise MalformedTrajectory(
-            f"from_tool has {from_tool.size} entries for {length} completion tokens"
-        )
+        raise MalformedTrajectory(f"from_tool has {from_tool.size} entries for {length} tokens")
     if stops.size == 0 or stops[-1] != length or not np.logical_and.reduce(stops[1:] > stops[:-1]):
         raise MalformedTrajectory(f"stops must rise strictly and end at the length {length}")
     if np.logical_or.reduce(from_tool[stops[:-1]]):
@@ -131,8 +129,7 @@ def check_logs(trajectory: Trajectory) -> None:
             f"log_reward, log_q_token, log_q_stop have {sizes} entries for {num_stops} stop states"
             f" and {length} tokens"
         )
-    # A sum is finite only if all its terms are: one reduction instead of two.
-    if not math.isfinite(np.add.reduce(logs)):
+    if not np.logical_and.reduce(np.isfinite(logs)):
         raise MalformedTrajectory("a log-reward or log-probability is not finite")
     if np.maximum.reduce(logs[num_stops:]) > LOG_PROBABILITY_SLACK:
         raise MalformedTrajectory("a log-probability lies above 0")

@@ -29,8 +29,8 @@ class WeightBoard:
         """
         if self._weights is not None and version <= self._weights.version:
             raise StaleWeights(
-                f"weights of version {version} were offered, but version {self._weights.version} is "
-                f"on the board; versions never come twice"
+                f"weights of version {version} were offered, but the board holds version "
+                f"{self._weights.version}; a version never comes twice"
             )
         self._weights = PublishedWeights(version=version, data=data, checksum=checksum)
 

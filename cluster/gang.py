@@ -13,8 +13,9 @@ from enum import StrEnum
 from typing import Any
 
 import ray
-from cluster.waiting import cause_line
 from ray.actor import ActorHandle
+
+from cluster.waiting import cause_line
 
 
 class Phase(StrEnum):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+
 from cluster.board import WeightBoard
 from cluster.config import Placement, RunConfig
 from cluster.workers import (
@@ -14,15 +16,10 @@ from cluster.workers import (
     RolloutWorker,
     RunContext,
 )
-from ray.actor import ActorHandle
 
 # One thread answers `status` and `stop` while another works; replicas take many calls at once.
 _CONTROL_CONCURRENCY = 4
 _REPLICA_CONCURRENCY = 64
-
-
-class DoesNotFit(ValueError):
-    """The cluster has not the CPUs or GPUs that the configuration asks for."""
 
 
 def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
@@ -38,33 +35,6 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
         log_to_driver=False,
         configure_logging=False,
     )
-
-
-def check_fit(config: RunConfig) -> None:
-    """Raise DoesNotFit, naming what is missing, unless the cluster can hold the whole run."""
-    cluster = config.cluster
-    demands = [
-        (cluster.actors, cluster.actor_placement, "rollout actors"),
-        (
-            config.reward.replicas * config.reward.ranks,
-            cluster.reward_placement,
-            "reward ranks",
-        ),
-        (config.learner.ranks, cluster.learner_placement, "learner ranks"),
-        (1, cluster.actor_placement, "evaluator"),
-    ]
-    have = ray.cluster_resources()
-    for resource, attribute in (("CPU", "cpus"), ("GPU", "gpus")):
-        wanted = sum(count * getattr(place, attribute) for count, place, _ in demands)
-        if wanted > have.get(resource, 0.0) + 1e-9:
-            parts = ", ".join(
-                f"{count} {what} x {getattr(place, attribute):g}" for count, place, what in demands
-            )
-            raise DoesNotFit(
-                f"the run needs {wanted:g} {resource} ({parts}); the cluster has "
-                f"{have.get(resource, 0.0):g}: lower the counts, the cluster.*_placement shares, "
-                f"or add nodes"
-            )
 
 
 class Launcher:
@@ -96,32 +66,32 @@ class Launcher:
         self, context: RunContext, *, index: int, incarnation: int
     ) -> Sequence[ActorHandle]:
         """The ranks of one reward replica; rank 0 carries the replica's name."""
-        world_size = self._config.reward.ranks
+        num_ranks = self._config.reward.ranks
         name = f"reward-{index}.{incarnation}"
         place = self._config.cluster.reward_placement
         worker = ray.remote(RewardWorker)
         followers = [
             worker.options(**self._options(f"{name}.rank{rank}", place)).remote(
-                context, name=name, rank=rank, world_size=world_size
+                context, name=name, rank=rank, num_ranks=num_ranks
             )
-            for rank in range(1, world_size)
+            for rank in range(1, num_ranks)
         ]
         options = self._options(name, place) | {"max_concurrency": _REPLICA_CONCURRENCY}
         leader = worker.options(**options).remote(
-            context, name=name, rank=0, world_size=world_size, peers=tuple(followers)
+            context, name=name, rank=0, num_ranks=num_ranks, peers=tuple(followers)
         )
         return [leader, *followers]
 
     def learner(self, context: RunContext, *, incarnation: int) -> Sequence[ActorHandle]:
         """The ranks of the learner."""
-        world_size = self._config.learner.ranks
+        num_ranks = self._config.learner.ranks
         place = self._config.cluster.learner_placement
         worker = ray.remote(LearnerWorker)
         return [
             worker.options(**self._options(f"learner.{incarnation}.rank{rank}", place)).remote(
-                context, name="learner", rank=rank, world_size=world_size
+                context, name="learner", rank=rank, num_ranks=num_ranks
             )
-            for rank in range(world_size)
+            for rank in range(num_ranks)
         ]
 
     def evaluator(self, context: RunContext, *, name: str) -> ActorHandle:

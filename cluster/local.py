@@ -1,91 +1,65 @@
 """The same run in one process, without Ray: the same classes, wired directly.
 
-Actor and learner take turns, so this run is also the deterministic one: the same seed gives the
-same trajectories and the same weights.
+Actor and learner take turns, so the same seed gives the same trajectories and the same weights.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from cluster import roles
 from cluster.board import WeightBoard
 from cluster.config import RunConfig
-from reward.item import ScoreItem
+from learner.engine import TorchEngine
+from lm.adapter import save_adapter
+from lm.model import load_base
 from reward.replica import RewardReplica
-
-
-class DirectScorer:
-    """Scores in the caller's own thread, when the result is asked for."""
-
-    def __init__(self, replica: RewardReplica) -> None:
-        self._replica = replica
-
-    def submit(self, items: Sequence[ScoreItem]) -> "DirectScores":
-        """Remember what to score."""
-        return DirectScores(self._replica, list(items))
-
-
-class DirectScores:
-    """A scoring that has not begun."""
-
-    def __init__(self, replica: RewardReplica, items: list[ScoreItem]) -> None:
-        self._replica = replica
-        self._items = items
-
-    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
-        """Log-rewards [S] in nats for each item."""
-        return self._replica.score(self._items)
+from reward.whole import WholeRank
 
 
 class LocalRun:
-    """One actor, one reward rank and one learner rank, stepped by the driver.
-
-    Raises:
-        ValueError: the configuration asks for several ranks, which one process cannot be.
-    """
+    """One actor, one reward rank and one learner rank, stepped by the driver."""
 
     def __init__(
-        self, config: RunConfig, *, run: str, run_dir: str, buffer_url: str, buffer_password: str
+        self,
+        config: RunConfig,
+        *,
+        run: str,
+        checkpoints: Path,
+        adapter: Path,
+        buffer_url: str,
+        buffer_password: str | None,
     ) -> None:
-        if config.reward.ranks > 1 or config.learner.ranks > 1:
-            raise ValueError(
-                f"--local is one process, but reward.ranks = {config.reward.ranks} and "
-                f"learner.ranks = {config.learner.ranks}; set both to 1 or leave --local out"
-            )
         self._config = config
+        self._adapter = adapter
+        self._base, task = roles.load_task(config)
         board = WeightBoard()
-        address, port = roles.own_rendezvous()
-        self._replica = roles.build_replica(
-            config,
-            name="reward-0",
-            rank=roles.build_reward_rank(config, rank=0, world_size=1, address=address, port=port),
-            peers=[],
+        scorer = RewardReplica(
+            WholeRank(load_base(config.lm).model), [], config.reward, name="reward-0"
         )
-        scorer = DirectScorer(self._replica)
-        self._buffer = roles.build_buffer(config, run, buffer_url, buffer_password)
+        self._replica = scorer
+        self._buffer = roles.build_buffer(config, run=run, url=buffer_url, password=buffer_password)
         self._learner = roles.build_learner(
             config,
-            run_dir=run_dir,
-            rank=0,
-            world_size=1,
-            address=address,
-            port=port,
+            base=self._base,
+            task=task,
+            checkpoints=checkpoints,
+            make_engine=TorchEngine,
             buffer=self._buffer,
             weights=board,
         )
         self._actor = roles.build_actor(
             config,
+            base=load_base(config.lm),
+            task=task,
             name="actor-0",
             seed=(config.seed, 0, self._learner.version),
             buffer=self._buffer,
             scorer=scorer,
             weights=board,
         )
-        roles.seed_buffer(config, scorer=scorer, buffer=self._buffer)
+        roles.seed_buffer(config, task=task, scorer=scorer, buffer=self._buffer)
+        self._learner.publish()
         self.learner_rows: list[dict[str, float]] = []
         self.restarts = 0
 
@@ -130,5 +104,7 @@ class LocalRun:
     def stop(self, timeout_s: float) -> list[str]:
         """Store what is in flight and checkpoint; nothing can be left to kill."""
         self._actor.flush()
-        self._learner.finish()
+        self._learner.checkpoint()
+        save_adapter(self._learner.model, self._adapter, self._base.fingerprint)
+        self._replica.close(timeout_s)
         return []

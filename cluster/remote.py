@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
-import ray
 from actors.ports import PublishedWeights
 from cluster.waiting import PeerDied, PeerTimeout, wait_for
 from reward.item import ScoreItem
-from reward.replica import ScoreTimeout
+from reward.replica import ScoreFailed, ScoreTimeout
 
 _ROSTER_POLL_S = 0.5
 
@@ -31,9 +31,7 @@ class RemoteBoard:
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
         """See `WeightBoard.publish`."""
-        self._call(
-            self._board.publish.remote(data, version=version, checksum=checksum), "publish"
-        )
+        self._call(self._board.publish.remote(data, version=version, checksum=checksum), "publish")
 
     def replicas(self) -> tuple[str, ...]:
         """See `WeightBoard.replicas`."""
@@ -111,8 +109,8 @@ class RemoteScores:
         """Log-rewards [S] in nats for each item.
 
         Raises:
-            PeerTimeout, PeerDied, ScoreTimeout: no replica answered within `timeout_s`.
-            ScoreFailed: the items themselves cannot be scored; another replica would say the same.
+            PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed: no replica answered in `timeout_s`.
+            BadItem: an item cannot be scored; another replica would say the same.
         """
         deadline = time.monotonic() + timeout_s
         while True:
@@ -123,7 +121,7 @@ class RemoteScores:
                     phase=f"scoring {len(self._items)} items",
                     timeout_s=min(self._attempt_s, max(deadline - time.monotonic(), 0.0)),
                 )
-            except (PeerTimeout, PeerDied, ScoreTimeout):
+            except (PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed):
                 self._scorer.forget(self._replica)
                 if time.monotonic() + _ROSTER_POLL_S > deadline:
                     raise

@@ -4,7 +4,7 @@ A run over Ray and a run in one process build the same parts here; only the port
 differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,20 @@ from actors.seeding import seed_demonstrations
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from cluster.config import RunConfig
-from learner.batch import Collator
-from learner.deepspeed_engine import DeepSpeedEngine
+from learner.checkpoint import Checkpoints
+from learner.config import LearnerConfig
+from learner.engine import Engine
 from learner.learner import Learner, WeightSink
 from learner.subtb import SubTB
-from lm.model import attach_adapter, load_base
-from reward.rank import RewardRank
-from reward.replica import Peer, RewardReplica
+from lm.model import LanguageModel, attach_adapter, load_base
 from tasks.registry import build_task
+from tasks.task import Task
+
+MakeEngine = Callable[[Any, LearnerConfig], Engine]
 
 
-def build_buffer(config: RunConfig, run: str, url: str, password: str) -> ReplayBuffer:
-    """A client of the run's replay buffer."""
+def build_buffer(config: RunConfig, *, run: str, url: str, password: str | None) -> ReplayBuffer:
+    """A client of the run's replay buffer, once it has been answered."""
     client = connect(url, password=password, timeout_s=config.buffer.timeout_s)
     return ReplayBuffer(client, run=run, config=config.buffer)
 
@@ -37,6 +39,8 @@ def build_buffer(config: RunConfig, run: str, url: str, password: str) -> Replay
 def build_actor(
     config: RunConfig,
     *,
+    base: LanguageModel,
+    task: Task,
     name: str,
     seed: Sequence[int],
     buffer: ReplayBuffer,
@@ -44,8 +48,6 @@ def build_actor(
     weights: WeightSource,
 ) -> RolloutActor:
     """A rollout actor with the base LM as its policy; it takes up the learner's weights itself."""
-    base = load_base(config.lm)
-    task = build_task(config.task, base.tokenizer)
     prompt_seed, behaviour_seed, sampler_seed = np.random.SeedSequence(seed).spawn(3)
     return RolloutActor(
         name=name,
@@ -66,3 +68,62 @@ def build_actor(
         config=config.actors,
         rng=np.random.default_rng(behaviour_seed),
     )
+
+
+def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer) -> int:
+    """Put the task's demonstrations into replay; how many. Harmless to repeat."""
+    return seed_demonstrations(
+        task.demonstrations,
+        task=task.name,
+        actions=task.actions,
+        reward_context=task.reward_context,
+        verdict=task.verdict,
+        scorer=scorer,
+        buffer=buffer,
+        timeout_s=config.actors.score_timeout_s,
+    )
+
+
+def build_learner(
+    config: RunConfig,
+    *,
+    base: LanguageModel,
+    task: Task,
+    checkpoints: Path,
+    make_engine: MakeEngine,
+    buffer: ReplayBuffer,
+    weights: WeightSink,
+) -> Learner:
+    """One rank of the learner, gone back to the run's newest checkpoint if there is one."""
+    model = attach_adapter(base, config.lora, config.seed)
+    store = Checkpoints(
+        checkpoints,
+        identity={
+            "base": base.fingerprint,
+            "lora": config.lora.model_dump_json(),
+            "task": task.name,
+        },
+        keep=config.learner.checkpoints_kept,
+    )
+    learner = Learner(
+        model=model,
+        actions=task.actions,
+        replay=buffer,
+        engine=make_engine(model, config.learner),
+        objective=SubTB(
+            decay=config.learner.subtb_lambda, normalisation=config.learner.normalisation
+        ),
+        config=config.learner,
+        weights=weights,
+        rng=np.random.default_rng([config.seed, 1]),
+        checkpoints=store,
+    )
+    if store.latest() is not None:
+        learner.restore()
+    return learner
+
+
+def load_task(config: RunConfig) -> tuple[LanguageModel, Task]:
+    """The base LM and the task in its tokens."""
+    base = load_base(config.lm)
+    return base, build_task(config.task, base.tokenizer)

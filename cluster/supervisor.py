@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+
 from cluster.config import RunConfig
 from cluster.gang import Gang, Phase, StartFailed
 from cluster.launch import Launcher
@@ -113,13 +114,16 @@ class Supervisor:
         return totals
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Stop actors, then the learner (which checkpoints), then the replicas.
+        """Stop the learner, which checkpoints, then the actors, then the replicas.
+
+        The learner first: it may be waiting for groups that only living actors bring. Replicas
+        last: actors store what is being scored.
 
         Returns the names of the parts that did not end by themselves and were killed.
         """
         deadline = time.monotonic() + timeout_s
         killed: list[str] = []
-        for prefix in ("actor-", "learner", "reward-"):
+        for prefix in ("learner", "actor-", "reward-"):
             parts = [gang for name, gang in self.gangs.items() if name.startswith(prefix)]
             for gang in parts:
                 if gang.phase is Phase.RUNNING:

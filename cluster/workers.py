@@ -8,18 +8,29 @@ thread, `status` and `stop`.
 import os
 import socket
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
+
+import learner.deepspeed_engine
+import reward.rank
 from cluster import roles
 from cluster.config import RunConfig
+from cluster.measure import Measurement, measure
 from cluster.remote import RemoteBoard, RemoteScorer
-from ray.actor import ActorHandle
+from lm.adapter import save_adapter
+from lm.model import load_base
+from reward.replica import RewardReplica
+
+_HEALTH_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
+class Meeting:
     """Where the ranks of one gang meet."""
 
     address: str
@@ -32,33 +43,32 @@ class RunContext:
 
     config: RunConfig
     run: str
-    run_dir: str
+    checkpoints: Path
+    adapter: Path
     namespace: str
     buffer_url: str
-    buffer_password: str
+    buffer_password: str | None
     board: ActorHandle
 
 
 class Worker:
     """The part of a process's life that is the same for all."""
 
-    def __init__(self, context: RunContext, *, name: str, rank: int, world_size: int) -> None:
+    def __init__(self, context: RunContext, *, name: str, rank: int, num_ranks: int) -> None:
         self._context = context
         self._name = name
         self._rank = rank
-        self._world_size = world_size
+        self._num_ranks = num_ranks
         self._stopping = threading.Event()
 
     def __repr__(self) -> str:
-        return self._name if self._world_size == 1 else f"{self._name}.{self._rank}"
+        return self._name if self._num_ranks == 1 else f"{self._name}.rank{self._rank}"
 
-    def rendezvous(self) -> Rendezvous:
+    def rendezvous(self) -> Meeting:
         """An address of this node and a port that is free on it now."""
         with socket.socket() as probe:
             probe.bind(("", 0))
-            return Rendezvous(
-                address=ray.util.get_node_ip_address(), port=probe.getsockname()[1]
-            )
+            return Meeting(address=ray.util.get_node_ip_address(), port=probe.getsockname()[1])
 
     def stop(self) -> None:
         """Ask `run` to end; it finishes what it holds first."""
@@ -78,34 +88,43 @@ class RolloutWorker(Worker):
     """One rollout actor."""
 
     def __init__(self, context: RunContext, *, name: str, index: int, incarnation: int) -> None:
-        super().__init__(context, name=name, rank=0, world_size=1)
+        super().__init__(context, name=name, rank=0, num_ranks=1)
         self._index = index
         self._incarnation = incarnation
 
-    def start(self, _: Rendezvous) -> None:
-        """Load LM and task, connect to the buffer; seed it, if this is the first actor."""
+    def start(self, _: Meeting) -> None:
+        """Load LM and task, connect to the buffer."""
         context = self._context
-        scorer = RemoteScorer(
+        base, self._task = roles.load_task(context.config)
+        self._scorer = RemoteScorer(
             self._board(),
             namespace=context.namespace,
             attempt_s=context.config.reward.deadline_s,
             first=self._index,
         )
+        self._buffer = roles.build_buffer(
+            context.config,
+            run=context.run,
+            url=context.buffer_url,
+            password=context.buffer_password,
+        )
         self._actor = roles.build_actor(
             context.config,
+            base=base,
+            task=self._task,
             name=self._name,
             seed=(context.config.seed, self._index, self._incarnation),
-            buffer=roles.build_buffer(
-                context.config, context.run, context.buffer_url, context.buffer_password
-            ),
-            scorer=scorer,
+            buffer=self._buffer,
+            scorer=self._scorer,
             weights=self._board(),
         )
 
     def run(self) -> dict[str, Any]:
-        """Roll out until stopped; the final counters."""
+        """Roll out until stopped; the final counters. The first actor seeds the buffer before."""
         if self._index == 0:
-            self._actor.seed()
+            roles.seed_buffer(
+                self._context.config, task=self._task, scorer=self._scorer, buffer=self._buffer
+            )
         self._actor.run(self._stopping.is_set)
         return self.status()
 
@@ -123,42 +142,46 @@ class RewardWorker(Worker):
         *,
         name: str,
         rank: int,
-        world_size: int,
+        num_ranks: int,
         peers: tuple[ActorHandle, ...] = (),
     ) -> None:
-        super().__init__(context, name=name, rank=rank, world_size=world_size)
+        super().__init__(context, name=name, rank=rank, num_ranks=num_ranks)
         self._peers = peers
 
-    def start(self, meeting: Rendezvous) -> None:
+    def start(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
-        self._rank_of_lm = roles.build_reward_rank(
-            self._context.config,
-            rank=self._rank,
-            world_size=self._world_size,
-            address=meeting.address,
-            port=meeting.port,
+        config = self._context.config
+        self._shard = reward.rank.RewardRank(
+            load_base(config.lm).model,
+            reward.rank.Rendezvous(
+                address=meeting.address,
+                port=meeting.port,
+                rank=self._rank,
+                num_ranks=self._num_ranks,
+                timeout_s=config.reward.deadline_s,
+            ),
         )
         if self._rank == 0:
-            self._replica = roles.build_replica(
-                self._context.config,
-                name=self._name,
-                rank=self._rank_of_lm,
-                peers=[RemotePeer(handle) for handle in self._peers],
-            )
+            peers = [RemotePeer(handle) for handle in self._peers]
+            self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
 
     def score(self, items: list[Any]) -> list[Any]:
         """Log-rewards of the items (rank 0 only)."""
         return self._replica.score(items)
 
-    def forward(self, share: Any) -> Any:
+    def forward(self, share: Sequence[Any]) -> list[Any]:
         """This rank's part of one scoring (ranks above 0)."""
-        return self._rank_of_lm.forward(share)
+        return self._shard.forward(share)
 
     def run(self) -> dict[str, Any]:
-        """Serve until stopped or broken."""
-        while not self._stopping.wait(timeout=0.5):
+        """Serve until stopped.
+
+        Raises:
+            RuntimeError: the ranks are out of step; the replica must be built anew.
+        """
+        while not self._stopping.wait(timeout=_HEALTH_POLL_S):
             if self._rank == 0 and not self._replica.healthy():
-                raise RuntimeError(f"{self!r}: a rank failed; the replica must be rebuilt")
+                raise RuntimeError("a pass over the ranks failed or outlasted its deadline")
         return self.status()
 
     def status(self) -> dict[str, Any]:
@@ -172,7 +195,7 @@ class RemotePeer:
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
 
-    def forward(self, share: Any) -> "RemoteShare":
+    def forward(self, share: Sequence[Any]) -> "RemoteShare":
         """Start the peer's part; returns at once."""
         return RemoteShare(self._handle.forward.remote(share))
 
@@ -183,38 +206,51 @@ class RemoteShare:
     def __init__(self, ref: "ray.ObjectRef[Any]") -> None:
         self._ref = ref
 
-    def result(self, timeout_s: float) -> Any:
+    def result(self, timeout: float) -> Any:
         """What the peer computed; raises as Ray does."""
-        return ray.get(self._ref, timeout=timeout_s)
+        return ray.get(self._ref, timeout=timeout)
 
 
 class LearnerWorker(Worker):
     """One rank of the learner; rank 0 draws, publishes, checkpoints and reports."""
 
-    def start(self, meeting: Rendezvous) -> None:
+    def start(self, meeting: Meeting) -> None:
         """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
-        context = self._context
+        context, config = self._context, self._context.config
         self._rows: list[dict[str, float]] = []
-        self._learner = roles.build_learner(
-            context.config,
-            run_dir=context.run_dir,
-            rank=self._rank,
-            world_size=self._world_size,
+        self._base, task = roles.load_task(config)
+        rendezvous = learner.deepspeed_engine.Rendezvous(
             address=meeting.address,
             port=meeting.port,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            timeout_s=config.learner.collective_timeout_s,
+        )
+        self._learner = roles.build_learner(
+            config,
+            base=self._base,
+            task=task,
+            checkpoints=context.checkpoints,
+            make_engine=lambda model, settings: learner.deepspeed_engine.DeepSpeedEngine(
+                model, settings, rendezvous
+            ),
             buffer=roles.build_buffer(
-                context.config, context.run, context.buffer_url, context.buffer_password
+                config, run=context.run, url=context.buffer_url, password=context.buffer_password
             ),
             weights=self._board(),
         )
 
     def run(self) -> dict[str, Any]:
-        """Learn until the configured steps are done or until stopped; checkpoints at the end."""
-        self._learner.run(self._stopping.is_set, self._rows.append)
+        """Learn until the configured steps are done or until stopped; then leave the adapter."""
+        self._learner.run(
+            self._context.config.learner.steps, self._stopping.is_set, self._rows.append
+        )
+        if self._rank == 0:
+            save_adapter(self._learner.model, self._context.adapter, self._base.fingerprint)
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """Step, version and step count asked for."""
+        """Steps taken, version published, and how many rows of metrics can be read."""
         return {
             "step": self._learner.completed_steps,
             "version": self._learner.version,
@@ -230,8 +266,8 @@ class EvaluationWorker(Worker):
     """Evaluates the policy on the task's test data, before training and after."""
 
     def __init__(self, context: RunContext, *, name: str) -> None:
-        super().__init__(context, name=name, rank=0, world_size=1)
+        super().__init__(context, name=name, rank=0, num_ranks=1)
 
-    def evaluate(self, adapter: str | None) -> dict[str, Any]:
-        """Scores of the base (`adapter` None) or of the adapter in a folder, as plain data."""
-        return roles.evaluate(self._context.config, adapter=adapter)
+    def evaluate(self, adapter: Path | None) -> Measurement:
+        """Results of the base (None) or of the adapter in a folder."""
+        return measure(self._context.config, adapter=adapter)

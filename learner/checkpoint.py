@@ -2,6 +2,7 @@
 
 step-00000040/state.safetensors    parameters, optimizer moments, torch's random state
 step-00000040/meta.json            version, identity, other random states, checksum
+    published                          highest version that actors may have seen
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 FORMAT = 1
+PUBLISHED_FILE = "published"
 STATE_FILE = "state.safetensors"
 META_FILE = "meta.json"
 
@@ -33,7 +35,7 @@ class CheckpointMismatch(ValueError):
 class Snapshot:
     """Everything a learner needs to go on as if it had never stopped."""
 
-    version: int  # optimizer steps taken
+    version: int  # of the weights
     tensors: dict[str, Tensor]
     facts: dict[str, Any]  # JSON values
 
@@ -86,6 +88,23 @@ class Checkpoints:
         for old in self._all()[: -self._keep]:
             shutil.rmtree(old)
         return final
+
+    def note_published(self, version: int) -> None:
+        """Remember, before anybody sees it, that `version` is used up.
+
+        Survives the death of this process; after a loss of power the last few may be forgotten.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{PUBLISHED_FILE}-{os.getpid()}"
+        partial.write_text(f"{version}\n")
+        os.replace(partial, self._folder / PUBLISHED_FILE)
+
+    def last_published(self) -> int:
+        """The highest version noted, -1 before the first."""
+        try:
+            return int((self._folder / PUBLISHED_FILE).read_text())
+        except FileNotFoundError:
+            return -1
 
     def latest(self) -> Path | None:
         """The newest checkpoint, None before the first."""

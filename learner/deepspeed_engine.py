@@ -14,9 +14,11 @@ from time import monotonic
 from typing import Any
 
 import deepspeed
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import (
+    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -66,7 +68,13 @@ class _Trainable(nn.Module):
 
 
 class DeepSpeedEngine:
-    """Optimizer state and gradients sharded over the ranks; parameters whole on each."""
+    """Optimizer state and gradients sharded over the ranks; parameters whole on each.
+
+    One per process and lifetime of the process: DeepSpeed keeps its groups in globals.
+
+    Raises:
+        RankLost: the ranks did not meet in time; from every method, that one went missing.
+    """
 
     def __init__(self, model: nn.Module, config: LearnerConfig, rendezvous: Rendezvous) -> None:
         self.rank = rendezvous.rank
@@ -109,10 +117,9 @@ class DeepSpeedEngine:
         length = torch.tensor([len(data)], dtype=torch.int64, device=self._device)
         with self._waiting("broadcast"):
             dist.broadcast(length, src=0)
+            payload = torch.empty(int(length), dtype=torch.uint8, device=self._device)
             if self.rank == 0:
-                payload = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
-            else:
-                payload = torch.empty(int(length), dtype=torch.uint8, device=self._device)
+                payload.copy_(torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8)))
             dist.broadcast(payload, src=0)
         return payload.cpu().numpy().tobytes()
 
@@ -175,14 +182,17 @@ def _join(rendezvous: Rendezvous, device: torch.device) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed insists on this variable. A rank sees its own GPU only, which is its number 0.
     os.environ["LOCAL_RANK"] = "0"
+    timeout = timedelta(seconds=rendezvous.timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=f"tcp://{rendezvous.address}:{rendezvous.port}",
         rank=rendezvous.rank,
         world_size=rendezvous.num_ranks,
-        timeout=timedelta(seconds=rendezvous.timeout_s),
+        timeout=timeout,
     )
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed talks over a copy of the group, made with torch's deadline of half an hour.
+    dist.distributed_c10d._set_pg_timeout(timeout, groups._clone_world_group())
 
 
 def _deepspeed_config(config: LearnerConfig, num_ranks: int) -> dict[str, Any]:

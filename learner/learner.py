@@ -56,7 +56,11 @@ class Learner:
     """One rank of the learner. With several, all ranks make the same calls in the same order.
 
     Rank 0 alone draws, publishes and writes checkpoints; the other ranks' `replay`, `weights` and
-    `checkpoints` are never touched. The version is the number of optimizer steps taken.
+    `checkpoints` are never touched.
+
+    A version names one set of weights for ever. It grows by one with every step; a learner that
+    went back to a checkpoint goes on from the highest version that was ever published, because
+    actors and buffer hold trajectories of those that are lost.
 
     Args:
         model: base and adapter; only the adapter is trained, by `engine`.
@@ -78,7 +82,8 @@ class Learner:
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.version = 0
-        self._model = model
+        self.completed_steps = 0
+        self.model = model
         self._actions = actions
         self._replay = replay
         self._engine = engine
@@ -88,7 +93,7 @@ class Learner:
         self._rng = rng
         self._checkpoints = checkpoints
         self._device = next(model.parameters()).device
-        self._checkpoint_version = 0
+        self._checkpoint_steps = 0
         self._checkpoint_s = monotonic()
 
     def run(
@@ -97,12 +102,12 @@ class Learner:
         stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
     ) -> None:
-        """Publish, then step until `steps` versions exist or `stop()` holds on rank 0.
+        """Publish, then step until `steps` are completed or `stop()` holds on rank 0.
 
         Waits only inside `step`. Ends with a checkpoint; an error ends it without one.
         """
         self.publish()
-        while self._rank_zero_decides(lambda: self.version < steps and not stop()):
+        while self._rank_zero_decides(lambda: self.completed_steps < steps and not stop()):
             on_step(self.step())
             if self._rank_zero_decides(self._checkpoint_due):
                 self.checkpoint()
@@ -121,8 +126,8 @@ class Learner:
         groups = merge_prompts(self._draw())
         check_actions(groups, self._actions)
         drawn_s = monotonic()
-        temperature = reward_temperature(self.version, self._config.reward_temperature)
-        rate = learning_rate(self.version, self._config)
+        temperature = reward_temperature(self.completed_steps, self._config.reward_temperature)
+        rate = learning_rate(self.completed_steps, self._config)
         parts = self._split(groups)
         tally = Tally(self.version)
         losses = [partial(self._loss, part, temperature, tally) for part in parts]
@@ -132,10 +137,12 @@ class Learner:
             raise NonFiniteUpdate(f"version {self.version}, loss {tally.loss}: {error}") from error
         metrics = describe_groups(groups, self.version) | tally.gathered(self._engine)
         self.version += 1
+        self.completed_steps += 1
         computed_s = monotonic()
-        if self.version % self._config.publish_every_steps == 0:
+        if self.completed_steps % self._config.publish_every_steps == 0:
             self.publish()
         return metrics | {
+            "progress/step": float(self.completed_steps),
             "policy/version": float(self.version),
             "optim/grad_norm": norm,
             "optim/learning_rate": rate,
@@ -148,7 +155,9 @@ class Learner:
     def publish(self) -> None:
         """Hand the current adapter to the actors."""
         if self._engine.rank == 0:
-            data = adapter_bytes(self._model)
+            data = adapter_bytes(self.model)
+            if self._checkpoints is not None:
+                self._checkpoints.note_published(self.version)
             self._weights.publish(data, version=self.version, checksum=checksum(data))
 
     def checkpoint(self) -> None:
@@ -156,10 +165,13 @@ class Learner:
         tensors = self._engine.state() | {"random/torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
-        facts = {"numpy_generator": self._rng.bit_generator.state}
+        facts = {
+            "numpy_generator": self._rng.bit_generator.state,
+            "completed_steps": self.completed_steps,
+        }
         if self._checkpoints is not None and self._engine.rank == 0:
             self._checkpoints.save(Snapshot(self.version, tensors, facts))
-        self._checkpoint_version, self._checkpoint_s = self.version, monotonic()
+        self._checkpoint_steps, self._checkpoint_s = self.completed_steps, monotonic()
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; raises what Checkpoints.read raises."""
@@ -177,7 +189,10 @@ class Learner:
             torch.cuda.set_rng_state(cuda_state)
         self._engine.load_state(tensors)
         self._rng.bit_generator.state = snapshot.facts["numpy_generator"]
-        self.version = self._checkpoint_version = snapshot.version
+        self.completed_steps = self._checkpoint_steps = snapshot.facts["completed_steps"]
+        published = int(share(self._engine, lambda: str(self._last_published()).encode()))
+        lost_later_ones = published > snapshot.version
+        self.version = published + 1 if lost_later_ones else snapshot.version
 
     def _draw(self) -> list[Group]:
         def draw() -> list[Group]:
@@ -213,7 +228,7 @@ class Learner:
     def _loss(self, part: _MicroBatch, temperature: float, tally: Tally) -> Tensor:
         batch = part.batch
         log_probs = completion_log_probs(
-            self._model,
+            self.model,
             self._actions,
             [t.prompt.tolist() for t in batch.distinct],
             [t.completion.tolist() for t in batch.distinct],
@@ -236,8 +251,11 @@ class Learner:
             return decide()
         return share(self._engine, lambda: bytes([decide()])) == b"\x01"
 
+    def _last_published(self) -> int:
+        return -1 if self._checkpoints is None else self._checkpoints.last_published()
+
     def _checkpoint_due(self) -> bool:
-        steps = self.version - self._checkpoint_version
+        steps = self.completed_steps - self._checkpoint_steps
         return (
             steps >= self._config.checkpoint_every_steps
             or monotonic() - self._checkpoint_s >= self._config.checkpoint_every_s

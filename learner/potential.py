@@ -33,12 +33,8 @@ def state_potentials(
     assert log_pf_BT.shape == (rows, states - 1), (log_pf_BT.shape, stop_BS.shape)
     assert log_stop_BS.shape == stop_BS.shape, (log_stop_BS.shape, stop_BS.shape)
     assert log_reward_BS.shape == stop_BS.shape, (log_reward_BS.shape, stop_BS.shape)
-    stops_from_here_BS = stop_BS.flip(1).cumsum(1).flip(1)
-    # Selecting before any arithmetic keeps -inf and NaN of the padding out of the gradient.
-    log_pf_BT = torch.where(stops_from_here_BS[:, 1:] > 0, log_pf_BT, 0.0)
-    log_stop_BS = torch.where(stop_BS, log_stop_BS, 0.0)
-    log_reward_BS = torch.where(stop_BS, log_reward_BS, 0.0)
     path_BS = torch.nn.functional.pad(log_pf_BT.cumsum(dim=1), (1, 0))
+    # Everything before is a sum, so that nothing of -inf or NaN padding gets past this choice.
     return torch.where(stop_BS, path_BS + log_stop_BS - log_reward_BS, 0.0)
 
 

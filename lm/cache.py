@@ -19,8 +19,8 @@ class SlotCache(Cache):
 
     def __init__(self, *, slots: int, columns: int) -> None:
         super().__init__(layers=[])
-        self._slots = slots
-        self._columns = columns
+        self.slots = slots
+        self.columns = columns
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._live = 0
@@ -29,11 +29,11 @@ class SlotCache(Cache):
 
     def place(self, position_N: Tensor, width: int) -> None:
         """The next pass appends one token to rows 0..N-1, at these positions, all < width."""
-        if width > self._columns:
+        if width > self.columns:
             self._grow(width)
         heads = self._keys[0].shape[1]
         row_NH = torch.arange(len(position_N) * heads, device=position_N.device).view(-1, heads)
-        self._flat_index = (row_NH * self._columns + position_N[:, None]).flatten()
+        self._flat_index = (row_NH * self.columns + position_N[:, None]).flatten()
         self._live, self._width = len(position_N), width
 
     def update(
@@ -58,13 +58,11 @@ class SlotCache(Cache):
     def write(
         self, slots: Tensor, keys: list[Tensor], values: list[Tensor], sources: Tensor
     ) -> None:
-        """Fill `slots` from column 0 with rows `sources` of per-layer [U, H, P, D] states."""
+        """Fill `slots` from column 0 with rows `sources` of per-layer [U, H, P, D], P <= columns."""
         columns = keys[0].shape[2]
         if not self._keys:
             self._keys = [self._allocate(states) for states in keys]
             self._values = [self._allocate(states) for states in values]
-        if columns > self._columns:
-            self._grow(columns)
         for buffer, states in zip(self._keys + self._values, keys + values, strict=True):
             buffer[:, :, :columns].index_copy_(0, slots, states.index_select(0, sources))
 
@@ -76,11 +74,11 @@ class SlotCache(Cache):
     def _allocate(self, like: Tensor) -> Tensor:
         _, heads, _, dim = like.shape
         # Zeros, since a masked NaN leftover would still poison the weighted sum of values.
-        return like.new_zeros(self._slots, heads, self._columns, dim)
+        return like.new_zeros(self.slots, heads, self.columns, dim)
 
     def _grow(self, columns: int) -> None:
-        more = max(columns, self._columns + self._columns // 2) - self._columns
-        self._columns += more
+        more = max(columns, self.columns + self.columns // 2) - self.columns
+        self.columns += more
         pad = (0, 0, 0, more)
         self._keys = [torch.nn.functional.pad(buffer, pad) for buffer in self._keys]
         self._values = [torch.nn.functional.pad(buffer, pad) for buffer in self._values]

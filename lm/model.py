@@ -1,6 +1,7 @@
 """A base causal language model with its tokenizer, and the adapter put on it."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,22 +51,12 @@ class LanguageModel:
 def load_base(config: LMConfig) -> LanguageModel:
     """Load `config.model`, freeze it, and switch every dropout off.
 
-    Dropout is zeroed, not only put in eval mode: an engine that calls train() must not change
-    what the policy's probabilities are.
-
     Raises:
         ModelNotFound: no such folder, and no such model on the hub.
         ModelUnusable: no causal LM, weights or tokenizer missing or not matching the config.
     """
     device = _device(config)
-    if (path := Path(config.model)).exists():
-        _require_files(path)
-        logging.disable_progress_bar()  # it would write over the run's own display
-    elif path.is_absolute() or config.model.startswith(".") or config.model.count("/") > 1:
-        raise ModelNotFound(
-            f"model {config.model!r}: no such folder; give a folder that holds config.json, "
-            "*.safetensors and tokenizer.json, or a hub id"
-        )
+    _require_folder_or_hub_id(config.model)
     with _explained(config.model, "config.json"):
         declared = AutoConfig.from_pretrained(config.model)
     with _explained(config.model, "the tokenizer"):
@@ -82,19 +73,21 @@ def load_base(config: LMConfig) -> LanguageModel:
             f"model {config.model!r}: {len(missing)} weights are not in its files, among them "
             f"{missing[:3]}; its config.json and its weights do not belong together"
         )
-    if len(tokenizer) > model.config.vocab_size:
+    if len(tokenizer) > vocab_size(model):
         raise ModelUnusable(
             f"model {config.model!r}: tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.config.vocab_size}; they do not belong together"
+            f"{vocab_size(model)}; they do not belong together"
         )
     freeze(model)
-    return LanguageModel(
-        model=model.to(device), tokenizer=tokenizer, fingerprint=fingerprint(model)
-    )
+    model.to(device)
+    return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=fingerprint(model))
 
 
 def freeze(model: nn.Module) -> None:
-    """Put `model` in eval mode, without gradients and with every dropout rate at zero."""
+    """Put `model` in eval mode, without gradients and with every dropout rate at zero.
+
+    At zero, since an engine that calls train() must not change the policy's probabilities.
+    """
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -147,20 +140,20 @@ def vocab_size(model: nn.Module) -> int:
     return int(_config(model).vocab_size)
 
 
-def require_context(model: nn.Module, num_tokens: int) -> None:
-    """Raise ValueError when `model`, or the model an engine wraps, cannot hold so long a text."""
+def context_limit(model: nn.Module) -> int:
+    """Longest text, in tokens, that `model` attends over in full."""
     config = _config(model)
-    limits = {
-        name: limit
-        for name in ("max_position_embeddings", "sliding_window")
-        if (limit := getattr(config, name, None)) is not None
-    }
-    for name, limit in limits.items():
-        if num_tokens > limit:
-            raise ValueError(
-                f"a text of {num_tokens} tokens exceeds the model's {name} of {limit}; "
-                "shorten the prompt or lower max_len"
-            )
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    return min((limit for limit in named if limit is not None), default=sys.maxsize)
+
+
+def require_context(model: nn.Module, num_tokens: int) -> None:
+    """Raise ValueError when a text is too long for `model`, or for the model an engine wraps."""
+    if num_tokens > (limit := context_limit(model)):
+        raise ValueError(
+            f"a text of {num_tokens} tokens exceeds the {limit} tokens of the model's context; "
+            "shorten the prompt or lower max_len"
+        )
 
 
 def _config(model: nn.Module) -> PretrainedConfig:
@@ -185,18 +178,27 @@ def _device(config: LMConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _require_files(path: Path) -> None:
+def _require_folder_or_hub_id(model: str) -> None:
+    path = Path(model)
+    if not path.exists():
+        if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+            raise ModelNotFound(
+                f"model {model!r}: no such folder; give a folder that holds config.json, "
+                "*.safetensors and tokenizer.json, or a hub id"
+            )
+        return
     if not (path / "config.json").is_file():
         raise ModelUnusable(
-            f"model {str(path)!r} is no model folder: it holds no config.json; "
+            f"model {model!r} is no model folder: it holds no config.json; "
             "give a folder written by save_pretrained"
         )
     spellings = ("tokenizer.json", "vocab.json", "tokenizer.model")
     if not any((path / name).is_file() for name in spellings):
         raise ModelUnusable(
-            f"model {str(path)!r} has no tokenizer (tokenizer.json); save the tokenizer of this "
+            f"model {model!r} has no tokenizer (tokenizer.json); save the tokenizer of this "
             "model into the same folder"
         )
+    logging.disable_progress_bar()  # it would write over the run's own display
 
 
 @contextmanager

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from lm.model import require_context
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
@@ -23,7 +21,6 @@ class Prefill:
     def run(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> "Prefill":
         """One right-padded pass over distinct prompts; causal attention needs no mask for it."""
         width = max(len(prompt) for prompt in prompts)
-        require_context(model, width)
         device = next(model.parameters()).device
         ids_UP = torch.tensor([(*p, *[0] * (width - len(p))) for p in prompts], device=device)
         last_U = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)

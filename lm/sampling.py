@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm.actions import ActionSpace, stop_positions
 from lm.cache import SlotCache
 from lm.choice import Chooser
-from lm.model import require_context, vocab_size
+from lm.model import context_limit, require_context, vocab_size
 from lm.prefill import Prefill, PromptStore
 
 
@@ -107,8 +107,9 @@ class Sampler:
         self._tool = tool
         self._triggers = tool.triggers if tool is not None else frozenset()
         self._max_rows = max_rows
+        self._cache: SlotCache | None = None
         self._device, self._dtype = weight.device, weight.dtype
-        self._vocab_size = vocab_size(model)
+        self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
         self._chooser = Chooser(actions, self._vocab_size, weight.device)
 
     @torch.inference_mode()
@@ -118,27 +119,34 @@ class Sampler:
         Raises ValueError when a text outgrows the model, PolicyDiverged when logits are NaN.
         """
         done: dict[int, Completion] = {}
-        rows = [Row(index, request) for index, request in enumerate(requests)]
-        waiting = deque(row for row in rows if not self._force_stop(row, done))
-        rows.clear()
+        everyone = (Row(index, request) for index, request in enumerate(requests))
+        waiting = deque(row for row in everyone if not self._force_stop(row, done))
+        rows: list[Row] = []  # rows[i] lives in slot i of the cache
         store = PromptStore(self._model, [row.request.prompt for row in waiting])
-        cache = self._cache(waiting)
+        cache = self._take_cache(waiting)
         logits_NV = torch.empty(0, self._vocab_size, device=self._device)
         while rows or waiting:
             # Prefills are worth batching, so a few empty slots wait for company.
-            if waiting and (not rows or self._max_rows - len(rows) >= max(1, self._max_rows // 8)):
-                admitted_KV = self._admit(rows, waiting, store, cache)
-                logits_NV = torch.cat([logits_NV, admitted_KV])
-            ended = self._act(rows, logits_NV, generator, done)
-            self._drop(rows, ended, cache)
+            if waiting and self._max_rows - len(rows) >= max(1, self._max_rows // 8):
+                logits_NV = torch.cat([logits_NV, self._admit(rows, waiting, store, cache)])
+            self._drop(rows, self._act(rows, logits_NV, generator, done), cache)
             logits_NV = self._decode(rows, cache) if rows else logits_NV[:0]
+        self._cache = cache
         return [done[index] for index in range(len(requests))]
 
-    def _cache(self, waiting: Sequence[Row]) -> SlotCache:
+    def _take_cache(self, waiting: Sequence[Row]) -> SlotCache:
+        """The last call's buffers, if they are large enough: fresh pages are slow to touch.
+
+        Handed back only by a call that ends well, so that no NaN of a diverged policy stays.
+        """
+        cache, self._cache = self._cache, None
+        slots = min(self._max_rows, len(waiting))
         longest = max((len(row.request.prompt) for row in waiting), default=0)
-        return SlotCache(
-            slots=min(self._max_rows, len(waiting)), columns=longest + self._actions.max_len
-        )
+        columns = longest + self._actions.max_len
+        require_context(self._model, columns)
+        if cache is None or cache.slots < slots or cache.columns < columns:
+            return SlotCache(slots=slots, columns=columns)
+        return cache
 
     def _admit(
         self, rows: list[Row], waiting: deque[Row], store: PromptStore, cache: SlotCache
@@ -226,7 +234,8 @@ class Sampler:
         """Feed every row's newest token; [N, V] logits for its next action."""
         positions = [row.position for row in rows]
         width = max(positions) + 1
-        require_context(self._model, width)
+        if width > self._context_limit:  # a tool wrote past max_len
+            require_context(self._model, width)
         position_N = torch.tensor(positions, device=self._device)
         cache.place(position_N, width)
         hidden_NW = torch.arange(width, device=self._device) > position_N[:, None]

@@ -29,7 +29,6 @@ def completion_log_probs(
 ) -> LogProbs:
     """log q of every token and of stopping at every state, in one right-padded pass.
 
-    Causal attention never looks right, so padding there needs no mask and shifts no position.
     `model` is any causal LM of transformers, with or without adapter, or an engine around one.
 
     Args:
@@ -41,33 +40,35 @@ def completion_log_probs(
         IllegalCompletion: the policy gives a completion probability zero.
         ValueError: an empty prompt, an action outside the vocabulary, or too long a row.
     """
-    for prompt, completion, marks in zip(prompts, completions, from_tool, strict=True):
-        if len(prompt) == 0:
-            raise ValueError("empty prompt: the first token's probability needs a token before it")
-        actions.check(completion, marks)
     batch = _Batch.collate(actions, prompts, completions, from_tool)
     require_context(model, batch.ids_BW.shape[1])
     device = next(model.parameters()).device
+    column_BS, chosen_BT, open_BS = (
+        torch.from_numpy(array).to(device)
+        for array in (batch.column_BS, batch.chosen_BT, batch.open_BS)
+    )
     ids_BW = torch.from_numpy(batch.ids_BW).to(device)
-    kept_J = torch.arange(batch.first, ids_BW.shape[1], device=device)
-    logits_BJV = model(
-        input_ids=ids_BW,
-        attention_mask=torch.ones_like(ids_BW),
-        logits_to_keep=kept_J,
-        use_cache=False,
-    ).logits
-    column_BS = torch.from_numpy(batch.column_BS).to(device)
+    logits_BJV = _logits(model, ids_BW, batch.first)
     next_BJ = nn.functional.pad(ids_BW[:, batch.first + 1 :], (0, 1))
     # column_BS[:, 0] is where state 0 sits, so the difference is t.
-    state_BJ = torch.arange(len(kept_J), device=device) - column_BS[:, :1]
+    state_BJ = torch.arange(next_BJ.shape[1], device=device) - column_BS[:, :1]
     log_next_BJ, log_stop_BJ = _action_log_probs(actions, logits_BJV, next_BJ, state_BJ)
-    chosen_BT = torch.from_numpy(batch.chosen_BT).to(device)
-    open_BS = torch.from_numpy(batch.open_BS).to(device)
     zero = log_next_BJ.new_zeros(())
     return LogProbs(
         log_pf_BT=torch.where(chosen_BT, log_next_BJ.gather(1, column_BS[:, :-1]), zero),
         log_stop_BS=torch.where(open_BS, log_stop_BJ.gather(1, column_BS), zero),
     )
+
+
+def _logits(model: nn.Module, ids_BW: Tensor, first: int) -> Tensor:
+    """[B, J, V] from column `first` on. Causal attention needs no mask for padding at the right."""
+    logits: Tensor = model(
+        input_ids=ids_BW,
+        attention_mask=torch.ones_like(ids_BW),
+        logits_to_keep=torch.arange(first, ids_BW.shape[1], device=ids_BW.device),
+        use_cache=False,
+    ).logits
+    return logits
 
 
 def _action_log_probs(
@@ -112,6 +113,8 @@ class _Batch:
         completions: Sequence[Sequence[int]],
         from_tool: Sequence[Sequence[bool]],
     ) -> "_Batch":
+        if not all(len(prompt) for prompt in prompts):
+            raise ValueError("empty prompt: the first token's probability needs a token before it")
         size, tokens = len(prompts), max(len(completion) for completion in completions)
         width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids_BW = np.zeros((size, width), dtype=np.int64)
@@ -121,6 +124,7 @@ class _Batch:
         for b, (prompt, completion, marks) in enumerate(
             zip(prompts, completions, from_tool, strict=True)
         ):
+            actions.check(completion, marks)
             ids_BW[b, : len(prompt)] = prompt
             ids_BW[b, len(prompt) : len(prompt) + len(completion)] = completion
             chosen_BT[b, : len(completion)] = ~np.asarray(marks, dtype=np.bool_)

@@ -1,4 +1,4 @@
-"""What is asked of the reward model: one rationale with its context, its stop states and its answer."""
+"""What is asked of the reward model: a rationale with its context, stop states and answer."""
 
 from dataclasses import dataclass
 
@@ -36,6 +36,12 @@ class ScoreItem:
         """Tokens of the longest sequence whose probability is asked for."""
         return len(self.context) + len(self.completion) + len(self.answer)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a packed pass over this item alone."""
+        copies = len(self.stops) * (len(self.answer) - 1)
+        return len(self.context) + len(self.completion) + copies
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreLimits:
@@ -46,7 +52,7 @@ class ScoreLimits:
 
 
 def check_item(item: ScoreItem, limits: ScoreLimits) -> None:
-    """Raise BadItem naming the field, the value and the bound unless the model can score the item."""
+    """Raise BadItem, which names field, value and bound, if the model cannot score the item."""
     for name in ("context", "completion", "answer"):
         tokens = getattr(item, name)
         if tokens.ndim != 1 or tokens.dtype.kind != "i":

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lm.model import context_limit, vocab_size
 from reward.item import ScoreItem, ScoreLimits, Tokens, check_item
 from reward.layout import MicroBatch, plan, read
 
@@ -44,12 +45,12 @@ def suffix_log_rewards(
 def stop_log_rewards(
     model: PreTrainedModel, items: Sequence[ScoreItem], stop_token: int, token_budget: int
 ) -> list[NDArray[np.float32]]:
-    """log p(z_1:t ⊤ | context) in nats at every stop state; the items' answers are not looked at."""
+    """log p(z_1:t ⊤ | context) in nats at every stop state; the items' own answers do not count."""
     return suffix_log_rewards(model, [stopping(item, stop_token) for item in items], token_budget)
 
 
 def stopping(item: ScoreItem, stop_token: int) -> ScoreItem:
-    """The item with the stop token as its answer, which turns a suffix reward into a stop reward."""
+    """The item with the stop token as its answer: turns a suffix reward into a stop reward."""
     return ScoreItem(
         context=item.context,
         completion=item.completion,
@@ -59,15 +60,11 @@ def stopping(item: ScoreItem, stop_token: int) -> ScoreItem:
 
 
 def score_limits(model: PreTrainedModel) -> ScoreLimits:
-    """Vocabulary and length that the model can score.
+    """What the model can score.
 
     The explicit mask knows no sliding window, so a model with one is held to texts inside it.
     """
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    window = getattr(config, "sliding_window", None)
-    bounds = [size for size in (longest, window) if size is not None]
-    return ScoreLimits(vocab_size=config.vocab_size, max_length=min(bounds))
+    return ScoreLimits(vocab_size=vocab_size(model), max_length=context_limit(model))
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class RewardRank:
                 model=self._model, config=_zero3_config(model), dist_init_required=False
             )
         except (dist.DistError, RuntimeError) as error:
-            raise self._lost("rendezvous", start_s, error) from error
+            raise self._named("rendezvous", start_s, error) from error
 
     def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
         """Log-probabilities of all edges of each micro-batch.
@@ -77,9 +77,7 @@ class RewardRank:
         try:
             return [edge_log_probs(self._model, batch) for batch in share]
         except (dist.DistError, RuntimeError) as error:
-            if self._meeting.num_ranks == 1:
-                raise
-            raise self._lost("forward", start_s, error) from error
+            raise self._named("forward", start_s, error) from error
 
     @property
     def num_held(self) -> int:
@@ -90,7 +88,11 @@ class RewardRank:
         """Leave the process group."""
         dist.destroy_process_group()
 
-    def _lost(self, phase: str, start_s: float, error: Exception) -> RankLost:
+    def _named(self, phase: str, start_s: float, error: Exception) -> Exception:
+        """RankLost where the error is one of communication, else the error itself."""
+        # Gloo raises plain RuntimeErrors, which only their text tells from the model's own.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            return error
         where = self._meeting
         return RankLost(
             f"reward rank {where.rank} of {where.num_ranks} at {where.address}:{where.port} lost "
@@ -122,8 +124,8 @@ def _zero3_config(model: PreTrainedModel) -> dict[str, object]:
         "zero_optimization": {
             "stage": 3,
             # By default DeepSpeed keeps parameters below 100 000 elements whole on every rank,
-            # which of a small model is all of them. Vectors stay whole: a gather costs more.
-            "stage3_param_persistence_threshold": max(model.config.hidden_size, 1024),
+            # which of a small model is all of them.
+            "stage3_param_persistence_threshold": 0,
             # Release every layer after its use instead of keeping it for the next pass.
             "stage3_max_reuse_distance": 0,
         },

@@ -12,7 +12,7 @@ OPERATORS: tuple[Operator, Operator] = ("+", "-")
 
 # One expression in HELD_OUT_EVERY never enters the seed LM's corpus, and only those are tested on.
 HELD_OUT_EVERY = 5
-_QUESTION = re.compile(r"Question: (\d(?: [+-] \d)+) = \? Answer:")
+_QUESTION = re.compile(r"Question: ([0-9](?: [+-] [0-9])+) = \? Answer:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,13 @@ class Step:
     result: int
 
     @property
+    def request(self) -> str:
+        """The step up to '=', where a calculator takes over."""
+        return f"{self.left} {self.operator} {self.right} ="
+
+    @property
     def text(self) -> str:
-        return f"{self.left} {self.operator} {self.right} = {self.result}"
+        return f"{self.request} {self.result}"
 
 
 def compute(left: int, operator: Operator, right: int) -> int:
@@ -66,7 +71,7 @@ class Expression:
 
     @property
     def held_out(self) -> bool:
-        """Whether the seed LM's corpus must not ask this; pairs, the steps themselves, never are."""
+        """Whether the seed LM's corpus must not ask this; pairs, being the steps, are asked."""
         if len(self.operands) == 2:
             return False
         digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()

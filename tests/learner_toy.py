@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import VOCAB_SIZE, tiny_config
 from transformers import AutoModelForCausalLM
 
 from buffer.replay import Group
@@ -20,6 +19,7 @@ from learner.subtb import SubTB
 from lm.actions import ActionSpace, stop_positions
 from lm.config import LoRAConfig
 from lm.model import LanguageModel, attach_adapter, freeze
+from tests.conftest import VOCAB_SIZE, tiny_config
 
 ACTIONS = ActionSpace(stop_token=0, legal_tokens=(1, 2), min_len=1, max_len=3)
 PROMPTS = {"short": [5, 6], "long": [7, 8, 9, 10], "other": [11, 12, 13]}
@@ -34,6 +34,11 @@ def make_policy() -> Any:
     """The same tiny model with the same fresh adapter at every call."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    # At the default initialisation the frozen output head bounds every logit by about 0.6.
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0.0, 0.3)
     freeze(base)
     language_model = LanguageModel(model=base, tokenizer=None, fingerprint="tiny")
     return attach_adapter(language_model, LoRAConfig(rank=4, alpha=8.0), seed=1)
@@ -87,7 +92,9 @@ class UniformReplay:
         timeout_s: float,
     ) -> list[Group]:
         def some(key: str, count: int) -> tuple[Trajectory, ...]:
-            return tuple(make_trajectory(key, STRINGS[rng.integers(len(STRINGS))]) for _ in range(count))
+            return tuple(
+                make_trajectory(key, STRINGS[rng.integers(len(STRINGS))]) for _ in range(count)
+            )
 
         keys = [self._prompts[n % len(self._prompts)] for n in range(num_groups)]
         return [

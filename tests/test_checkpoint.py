@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from learner_toy import adapter_of, make_learner
 
 from learner.checkpoint import (
     CheckpointDamaged,
@@ -15,6 +14,7 @@ from learner.checkpoint import (
     Snapshot,
 )
 from learner.engine import StateMismatch, TorchEngine
+from tests.learner_toy import adapter_of, make_learner
 
 
 def make_snapshot(version: int) -> Snapshot:

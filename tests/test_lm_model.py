@@ -188,7 +188,7 @@ def test_config_refuses_unknown_keys_and_impossible_values() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         LMConfig(model="x", dtypo="float32")  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="float32"):
-        LMConfig(model="x", dtype="float16")  # type: ignore[arg-type]
+        LMConfig(model="x", dtype="float16")
     with pytest.raises(ValidationError, match="greater than 0"):
         LoRAConfig(rank=0, alpha=1.0)
 

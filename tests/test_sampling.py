@@ -1,74 +1,17 @@
 """The sampler draws from exactly the policy that scoring describes, row by row."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lm.actions import ActionSpace, IllegalCompletion, stop_positions
-from lm.choice import PolicyDiverged
-from lm.sampling import Completion, Request, Sampler
-from lm.scoring import completion_log_probs
+from lm.actions import ActionSpace
+from lm.choice import Chooser, PolicyDiverged
+from lm.sampling import Request, Sampler
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
-
-STOP, CALL, MUTE = 1, 3, 4
-
-
-class Echo:
-    """After CALL it inserts three tokens, one of them an action the policy lacks."""
-
-    triggers = frozenset({CALL, MUTE})
-
-    def output(self, completion: Sequence[int]) -> list[int]:
-        return [29, CALL, len(completion) % 5 + 2] if completion[-1] == CALL else []
-
-
-def mixed_requests(count: int) -> list[Request]:
-    """Prompts of lengths 2 to 6, each many times, in three temperatures."""
-    prompts = [tuple(range(5, 7 + kind)) for kind in range(5)]
-    return [
-        Request(prompt=prompts[i * 7 % 5], temperature=(1.0, 0.5, 2.0)[i % 3]) for i in range(count)
-    ]
-
-
-def draw(
-    model: PreTrainedModel,
-    actions: ActionSpace,
-    requests: Sequence[Request],
-    *,
-    tool: Echo | None = None,
-    max_rows: int = 16,
-    seed: int = 0,
-) -> list[Completion]:
-    sampler = Sampler(model, actions, tool, max_rows=max_rows)
-    return sampler.sample(requests, torch.Generator().manual_seed(seed))
-
-
-def worst_disagreement(
-    model: PreTrainedModel,
-    actions: ActionSpace,
-    requests: Sequence[Request],
-    completions: Sequence[Completion],
-) -> float:
-    """Largest difference, nats, between the sampler's record and a recomputation."""
-    with torch.no_grad():
-        scored = completion_log_probs(
-            model,
-            actions,
-            [request.prompt for request in requests],
-            [completion.tokens.tolist() for completion in completions],
-            [completion.from_tool.tolist() for completion in completions],
-        )
-    worst = 0.0
-    for b, drawn in enumerate(completions):
-        log_pf = scored.log_pf_BT[b, : len(drawn.tokens)].numpy()
-        log_stop = scored.log_stop_BS[b].numpy()[drawn.stops]
-        worst = max(worst, float(np.abs(log_pf - drawn.log_q_token).max(initial=0.0)))
-        worst = max(worst, float(np.abs(log_stop - drawn.log_q_stop).max()))
-    return worst
+from tests.sampling_toy import CALL, MUTE, STOP, Echo, draw, mixed_requests, worst_disagreement
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -204,80 +147,6 @@ def test_illegal_tokens_and_the_stop_token_are_never_chosen(
     assert chosen == set(legal)
 
 
-def enumerable_policy() -> tuple[PreTrainedModel, ActionSpace]:
-    """A model over six tokens, and a space of 1 + 4 + 16 + 64 completions."""
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=6,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0.0, 0.4)
-    return model, ActionSpace(stop_token=0, legal_tokens=(1, 2, 3, 4), min_len=0, max_len=3)
-
-
-def exact_probabilities(
-    model: PreTrainedModel, actions: ActionSpace, prompt: tuple[int, ...], temperature: float
-) -> dict[tuple[int, ...], float]:
-    """By one plain forward per prefix: nothing shared with sampler or scorer."""
-    found: dict[tuple[int, ...], float] = {}
-
-    def descend(prefix: tuple[int, ...], probability: float) -> None:
-        if len(prefix) == actions.max_len:
-            found[prefix] = probability
-            return
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *prefix]])).logits[0, -1].double() / temperature
-        legal = [*(actions.legal_tokens or range(len(logits)))]
-        open_actions = [*legal, actions.stop_token] if len(prefix) >= actions.min_len else legal
-        p = dict(zip(open_actions, torch.softmax(logits[open_actions], 0).tolist(), strict=True))
-        if actions.stop_token in p:
-            found[prefix] = probability * p.pop(actions.stop_token)
-        for token, p_token in p.items():
-            descend((*prefix, token), probability * p_token)
-
-    descend((), 1.0)
-    return found
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
-@pytest.mark.parametrize("min_len", [0, 2])
-def test_samples_follow_the_exact_distribution(temperature: float, min_len: int) -> None:
-    model, actions = enumerable_policy()
-    actions = ActionSpace(
-        stop_token=0, legal_tokens=actions.legal_tokens, min_len=min_len, max_len=3
-    )
-    exact = exact_probabilities(model, actions, (5, 2), temperature)
-    assert sum(exact.values()) == pytest.approx(1.0, abs=1e-6)
-
-    count = 20_000
-    # A second prompt in the same batch, with refills, must not disturb the first.
-    requests = [
-        Request(prompt=(5, 2) if i % 2 else (3, 1, 1), temperature=temperature)
-        for i in range(2 * count)
-    ]
-    completions = draw(model, actions, requests, max_rows=4096, seed=1)
-    seen = Counter(tuple(c.tokens.tolist()) for c in completions[1::2])
-    assert seen.keys() <= exact.keys()
-    common = {z: p for z, p in exact.items() if p * count >= 5}
-    chi2 = sum((seen[z] - p * count) ** 2 / (p * count) for z, p in common.items())
-    rest = 1.0 - sum(common.values())
-    if rest * count >= 5:
-        others = sum(seen[z] for z in exact.keys() - common.keys())
-        chi2 += (others - rest * count) ** 2 / (rest * count)
-    freedom = len(common) - 1 + (rest * count >= 5)
-    # Wilson-Hilferty: the cube root of chi2 / freedom is nearly normal; 4 sigma.
-    z_score = ((chi2 / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-    assert z_score < 4.0, (chi2, freedom)
-
-
 def test_the_same_seed_gives_the_same_completions(
     tiny_lm: Callable[[str], PreTrainedModel],
 ) -> None:
@@ -303,28 +172,56 @@ def test_bad_input_is_named(tiny_lm: Callable[[str], PreTrainedModel]) -> None:
     model = tiny_lm("gpt2")
     with pytest.raises(ValueError, match=r"token ids \[31, 99\].*vocabulary of 31"):
         draw(model, ActionSpace(stop_token=1, legal_tokens=(2, 31, 99), min_len=0, max_len=3), [])
-    with pytest.raises(ValueError, match="need 0 <= min_len <= max_len"):
-        ActionSpace(stop_token=1, legal_tokens=None, min_len=4, max_len=3)
-    with pytest.raises(ValueError, match="no token but the stop token"):
-        ActionSpace(stop_token=1, legal_tokens=(1,), min_len=0, max_len=3)
     with pytest.raises(ValueError, match="empty prompt"):
         Request(prompt=())
     with pytest.raises(ValueError, match="temperature 0"):
         Request(prompt=(1,), temperature=0.0)
     actions = ActionSpace(stop_token=STOP, legal_tokens=None, min_len=3, max_len=3)
-    with pytest.raises(ValueError, match="max_position_embeddings of 256"):
+    with pytest.raises(ValueError, match="exceeds the 256 tokens"):
         draw(model, actions, [Request(prompt=(2,) * 255)])
+    with pytest.raises(ValueError, match="exceeds the 256 tokens"):
+        draw(model, actions, [Request(prompt=(2,) * 300)])
 
 
-def test_a_diverged_policy_is_an_error_not_a_sample(
+def test_a_diverged_policy_is_an_error_and_leaves_nothing_behind(
     tiny_lm: Callable[[str], PreTrainedModel],
 ) -> None:
     model = tiny_lm("llama")
+    actions = ActionSpace(stop_token=STOP, legal_tokens=None, min_len=0, max_len=6)
+    sampler = Sampler(model, actions, None, max_rows=8)
+    generator = torch.Generator().manual_seed(0)
+    healthy = model.model.embed_tokens.weight.detach().clone()
     with torch.no_grad():
-        model.model.norm.weight.fill_(torch.nan)
-    actions = ActionSpace(stop_token=STOP, legal_tokens=None, min_len=0, max_len=3)
+        model.model.embed_tokens.weight.fill_(torch.nan)
     with pytest.raises(PolicyDiverged, match="not finite"):
-        draw(model, actions, [Request(prompt=(2, 3))])
+        sampler.sample([Request(prompt=tuple(range(2, 22)))] * 8, generator)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(healthy)
+    requests = mixed_requests(30)
+    assert worst_disagreement(model, actions, requests, sampler.sample(requests, generator)) < 1e-4
+
+
+def test_an_action_of_probability_zero_is_not_drawn_by_vanishing_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda noise, generator: noise.zero_())
+    actions = ActionSpace(stop_token=0, legal_tokens=None, min_len=1, max_len=2)
+    chooser = Chooser(actions, 4, torch.device("cpu"))
+    choice = chooser.choose(torch.zeros(1, 4), [0], [1.0], torch.Generator())
+    assert choice.token[0] != actions.stop_token
+
+
+def test_a_sampler_used_again_is_not_disturbed_by_what_its_buffers_still_hold(
+    tiny_lm: Callable[[str], PreTrainedModel],
+) -> None:
+    model = tiny_lm("gpt_neox")
+    actions = ActionSpace(stop_token=STOP, legal_tokens=(2, CALL, 5, 9), min_len=0, max_len=6)
+    sampler = Sampler(model, actions, Echo(), max_rows=12)
+    generator = torch.Generator().manual_seed(0)
+    for count in (40, 3, 25, 60):
+        requests = mixed_requests(count)
+        completions = sampler.sample(requests, generator)
+        assert worst_disagreement(model, actions, requests, completions) < 1e-4
 
 
 def test_a_tool_that_leaves_the_vocabulary_is_named(
@@ -340,36 +237,3 @@ def test_a_tool_that_leaves_the_vocabulary_is_named(
     sampler = Sampler(tiny_lm("llama"), actions, Broken(), max_rows=4)
     with pytest.raises(ValueError, match=r"tool inserted tokens \[31\]"):
         sampler.sample([Request(prompt=(2,))], torch.Generator())
-
-
-def test_stop_positions_leave_out_short_prefixes_and_text_a_tool_is_inserting() -> None:
-    marks = [False, False, True, True, False, True]
-    assert stop_positions(marks, 0).tolist() == [0, 1, 4, 6]
-    assert stop_positions(marks, 2).tolist() == [4, 6]
-    assert stop_positions([], 0).tolist() == [0]
-
-
-def test_the_mask_is_the_support_of_the_softmax() -> None:
-    actions = ActionSpace(stop_token=4, legal_tokens=(1, 3), min_len=0, max_len=2)
-    assert np.flatnonzero(actions.mask(6, True)).tolist() == [1, 3, 4]
-    assert np.flatnonzero(actions.mask(6, False)).tolist() == [1, 3]
-    free = ActionSpace(stop_token=4, legal_tokens=None, min_len=0, max_len=2)
-    assert np.flatnonzero(~free.mask(6, False)).tolist() == [4]
-
-
-@pytest.mark.parametrize(
-    ("completion", "marks", "complaint"),
-    [
-        ([2, 9, 3], [False] * 3, "token 9 at place 1"),
-        ([2, 1, 3], [False] * 3, "token 1 at place 1"),
-        ([2], [False], "shorter than min_len=2"),
-        ([2, 3, 2, 3, 2], [False] * 5, "beyond max_len=4"),
-        ([2, 3], [False], "2 tokens but 1 from_tool marks"),
-    ],
-)
-def test_completions_the_policy_cannot_produce_are_refused(
-    completion: list[int], marks: list[bool], complaint: str
-) -> None:
-    actions = ActionSpace(stop_token=1, legal_tokens=(2, 3), min_len=2, max_len=4)
-    with pytest.raises(IllegalCompletion, match=complaint):
-        actions.check(completion, marks)

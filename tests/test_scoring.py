@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lm.actions import ActionSpace, IllegalCompletion, stop_positions
 from lm.scoring import completion_log_probs
 from tests.conftest import ARCHITECTURES
-from tests.test_sampling import enumerable_policy
+from tests.sampling_toy import enumerable_policy
 
 PROMPTS = [(5, 6), (7, 8, 9, 10, 11), (3,), (5, 6)]
 COMPLETIONS = [[2, 3, 29, 30, 9], [9], [2, 2, 2, 9, 9, 2, 5], []]
@@ -131,19 +131,20 @@ def test_the_gradient_equals_that_of_separate_rows_and_is_finite(
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("legal", [None, (2, 3, 5, 9)], ids=["vocabulary", "legal"])
 def test_log_probs_are_float32_under_bfloat16_weights(
-    tiny_lm: Callable[[str], PreTrainedModel],
+    tiny_lm: Callable[[str], PreTrainedModel], legal: tuple[int, ...] | None
 ) -> None:
     model = tiny_lm("llama").to(torch.bfloat16)
-    actions = ActionSpace(stop_token=1, legal_tokens=None, min_len=0, max_len=4)
+    actions = ActionSpace(stop_token=1, legal_tokens=legal, min_len=0, max_len=4)
     with torch.no_grad():
         scored = completion_log_probs(model, actions, [(5, 6)], [[2, 3]], [[False, False]])
         logits = model(torch.tensor([[5, 6, 2, 3]])).logits[0].float()
-    log_q = torch.log_softmax(logits, -1)
-    assert scored.log_pf_BT.dtype == torch.float32
-    torch.testing.assert_close(
-        scored.log_pf_BT[0], torch.stack([log_q[1, 2], log_q[2, 3]]), rtol=0, atol=1e-6
-    )
+    closed = torch.from_numpy(~actions.mask(logits.shape[-1], may_stop=True))
+    log_q = torch.log_softmax(logits.masked_fill(closed, -torch.inf), -1)
+    assert scored.log_pf_BT.dtype == scored.log_stop_BS.dtype == torch.float32
+    expected = torch.stack([log_q[1, 2], log_q[2, 3]])
+    torch.testing.assert_close(scored.log_pf_BT[0], expected, rtol=0, atol=1e-6)
 
 
 def test_bad_input_is_named(tiny_lm: Callable[[str], PreTrainedModel]) -> None:
@@ -153,5 +154,5 @@ def test_bad_input_is_named(tiny_lm: Callable[[str], PreTrainedModel]) -> None:
         completion_log_probs(model, actions, [()], [[2]], [[False]])
     with pytest.raises(IllegalCompletion, match="token 7 at place 0"):
         completion_log_probs(model, actions, [(2,)], [[7]], [[False]])
-    with pytest.raises(ValueError, match="max_position_embeddings of 256"):
+    with pytest.raises(ValueError, match="exceeds the 256 tokens"):
         completion_log_probs(model, actions, [(2,)], [[2] * 256], [[False] * 256])

@@ -30,11 +30,10 @@ def ragged_batch(*, root_stops: str, seed: int = 0) -> ObjectiveInput:
             stop_BS[row, 0] = True
         elif length > 0:
             stop_BS[row, 0] = False
-    draw = {"dtype": torch.float64, "generator": generator}
     return ObjectiveInput(
-        log_pf_BT=-3 * torch.rand(len(lengths), tokens, **draw),  # type: ignore[call-overload]
-        log_stop_BS=-5 * torch.rand(len(lengths), tokens + 1, **draw),  # type: ignore[call-overload]
-        log_reward_BS=-90 + 9 * torch.randn(len(lengths), tokens + 1, **draw),  # type: ignore[call-overload]
+        log_pf_BT=-3 * torch.rand(len(lengths), tokens, generator=generator).double(),
+        log_stop_BS=-5 * torch.rand(len(lengths), tokens + 1, generator=generator).double(),
+        log_reward_BS=9 * torch.randn(len(lengths), tokens + 1, generator=generator).double() - 90,
         stop_BS=stop_BS,
         group_B=torch.tensor([0, 0, 0, 1, 1, 2]),
     )

@@ -1,5 +1,6 @@
 -- The whole buffer as of one instant, for the audit.
--- Returns {meta, payload, priority, fresh, undrawn, groups, draws, {prompt, {id, log-reward, ...}, ...}},
+-- Returns {meta, payload, priority, fresh, undrawn, groups, draws, sampled,
+--          {prompt, {id, log-reward, ...}, ...}},
 -- each hash and zset as a flat list.
 local prompts = {}
 for _, prompt in ipairs(call('HKEYS', key('revision'))) do
@@ -14,5 +15,6 @@ return {
   call('ZRANGE', key('undrawn'), 0, -1, 'WITHSCORES'),
   call('HGETALL', key('groups')),
   call('HGETALL', key('draws')),
+  call('HGETALL', key('sampled')),
   prompts,
 }

@@ -1,5 +1,6 @@
 """The seed LM's tokenizer: byte-level BPE in which every digit and every sign is its own token."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def train_tokenizer(documents: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json for AutoTokenizer to load."""
+def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_positions: int) -> None:
+    """Write tokenizer.json and what AutoTokenizer must know beside it."""
     tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_positions,
+    }
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -12,20 +12,21 @@ because the answer follows the working, slips aside.
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tasks.expression import Expression, Operator, Step, answer_text, compute, draw_expression
 
+T = TypeVar("T")
 Act = Literal["right", "stop", "skip", "swap", "flip", "miscopy", "stale"]
 Situation = Literal["easy", "crosses_ten", "falls_below_zero", "is_below_zero"]
 
 # What a writer does at a step; weights, not yet normalised.
 Habits = Mapping[Situation, Mapping[Act, float]]
 SLOPPY: Habits = {
-    "easy": {"right": 42, "stop": 40, "skip": 7, "flip": 4, "miscopy": 4, "stale": 3},
-    "crosses_ten": {"right": 9, "stop": 66, "skip": 14, "flip": 4, "miscopy": 4, "stale": 3},
-    "falls_below_zero": {"right": 9, "stop": 42, "skip": 4, "swap": 37, "flip": 5, "miscopy": 3},
-    "is_below_zero": {"right": 9, "stop": 66, "skip": 8, "flip": 11, "miscopy": 3, "stale": 3},
+    "easy": {"right": 46, "stop": 38, "skip": 5, "flip": 4, "miscopy": 4, "stale": 3},
+    "crosses_ten": {"right": 9, "stop": 72, "skip": 8, "flip": 4, "miscopy": 4, "stale": 3},
+    "falls_below_zero": {"right": 9, "stop": 62, "skip": 4, "swap": 17, "flip": 5, "miscopy": 3},
+    "is_below_zero": {"right": 6, "stop": 76, "skip": 6, "flip": 6, "miscopy": 3, "stale": 3},
 }
 CAREFUL: Habits = {
     situation: {"right": 98.5, "stop": 0.5, "skip": 0.5, "flip": 0.3, "miscopy": 0.2}
@@ -33,46 +34,60 @@ CAREFUL: Habits = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Writer:
     """How one kind of writer works; chances in [0, 1]."""
 
     habits: Habits
+    impatience: float  # by how much each term still to come makes stopping likelier
     reorders: float  # takes a later term before an earlier one, which is no error
     overruns: float  # goes on after the last operand
     slips: float  # writes a wrong result behind '='
     misreports: float  # gives an answer other than the last result
 
 
-CAREFUL_WRITER = Writer(CAREFUL, reorders=0.03, overruns=0.002, slips=0.002, misreports=0.002)
-SLOPPY_WRITER = Writer(SLOPPY, reorders=0.05, overruns=0.05, slips=0.03, misreports=0.04)
+CAREFUL_WRITER = Writer(
+    CAREFUL, impatience=0.0, reorders=0.03, overruns=0.002, slips=0.002, misreports=0.002
+)
+SLOPPY_WRITER = Writer(
+    SLOPPY, impatience=0.4, reorders=0.05, overruns=0.05, slips=0.03, misreports=0.04
+)
+
+
+# Writers and their shares of the pages.
+WRITERS = {CAREFUL_WRITER: 0.2, SLOPPY_WRITER: 0.8}
+# Numbers of operands, and of questions on a page, with their shares.
+OPERANDS = {2: 0.1, 3: 0.2, 4: 0.25, 5: 0.25, 6: 0.2}
+QUESTIONS = {1: 0.85, 2: 0.05, 3: 0.05, 4: 0.05}
 
 
 @dataclass(frozen=True, slots=True)
 class WorkedSums:
-    """Corpus of questions with their workings, one to a document."""
+    """Corpus of pages; a page has one writer and a line for each question."""
 
-    careful_share: float = 0.1
-    operand_weights: Mapping[int, float] = None  # type: ignore[assignment]
     name: str = "worked sums"
 
     def document(self, rng: random.Random) -> str:
-        writer = CAREFUL_WRITER if rng.random() < self.careful_share else SLOPPY_WRITER
-        return write_document(draw_question(rng), writer, rng)
+        writer = draw(WRITERS, rng)
+        lines = [write_line(draw_question(rng), writer, rng) for _ in range(draw(QUESTIONS, rng))]
+        return "\n".join(lines)
 
 
-OPERAND_WEIGHTS = {2: 0.1, 3: 0.2, 4: 0.25, 5: 0.25, 6: 0.2}
+def draw(weights: Mapping[T, float], rng: random.Random) -> T:
+    """One of the keys, by its weight."""
+    [key] = rng.choices(list(weights), list(weights.values()))
+    return key
 
 
 def draw_question(rng: random.Random) -> Expression:
     """An expression of two to six operands that is not held out."""
-    [num_operands] = rng.choices(list(OPERAND_WEIGHTS), list(OPERAND_WEIGHTS.values()))
+    num_operands = draw(OPERANDS, rng)
     while (expression := draw_expression(num_operands, rng)).held_out:
         pass
     return expression
 
 
-def write_document(expression: Expression, writer: Writer, rng: random.Random) -> str:
+def write_line(expression: Expression, writer: Writer, rng: random.Random) -> str:
     steps = work_out(expression, writer, rng)
     working = ", ".join(step.text for step in steps)
     return f"{expression.question} {working}{answer_text(report(steps, writer, rng))}"
@@ -90,34 +105,41 @@ def situation_of(value: int, operator: Operator, operand: int) -> Situation:
 def work_out(expression: Expression, writer: Writer, rng: random.Random) -> list[Step]:
     """The working of one writer, with his errors; at least one step."""
     value = expression.operands[0]
-    terms = list(zip(expression.operators, expression.operands[1:], strict=True))
-    if len(terms) > 1 and rng.random() < writer.reorders:
-        place = rng.randrange(len(terms) - 1)
-        terms[place], terms[place + 1] = terms[place + 1], terms[place]
+    terms = order_terms(expression, writer, rng)
     steps: list[Step] = []
     while terms:
         operator, operand = terms.pop(0)
         habits = writer.habits[situation_of(value, operator, operand)]
-        [act] = rng.choices(list(habits), list(habits.values()))
+        hurry = habits["stop"] * (1 + writer.impatience * len(terms))
+        act = draw({**habits, "stop": hurry}, rng)
         if act == "stop" and steps:
             break
-        # A first step is always written, so there a stop turns into leaving the operand out.
+        # Nobody answers without a step: there a stop turns into leaving the operand out.
         if act in ("skip", "stop"):
-            if not terms:
-                if steps:
-                    break
-            else:
+            if terms:
                 operator, operand = terms.pop(0)
-        step = Step(value, operator, operand, compute(value, operator, operand))
-        step = spoil(step, act, expression, steps, rng)
-        if rng.random() < writer.slips:
-            step = replace(step, result=near_miss(step.result, rng))
-        steps.append(step)
-        value = step.result
+            elif steps:
+                break
+        step = spoil(Step(value, operator, operand, 0), act, expression, steps, rng)
+        result = compute(step.left, step.operator, step.right)
+        value = near_miss(result, rng) if rng.random() < writer.slips else result
+        steps.append(replace(step, result=value))
     if rng.random() < writer.overruns:
-        steps.append(Step(value, steps[-1].operator, steps[-1].right,
-            compute(value, steps[-1].operator, steps[-1].right)))
+        last = steps[-1]
+        again = compute(value, last.operator, last.right)
+        steps.append(Step(value, last.operator, last.right, again))
     return steps
+
+
+def order_terms(
+    expression: Expression, writer: Writer, rng: random.Random
+) -> list[tuple[Operator, int]]:
+    """What is to be added and taken away, from left to right or with two neighbours swapped."""
+    terms = list(zip(expression.operators, expression.operands[1:], strict=True))
+    if len(terms) > 1 and rng.random() < writer.reorders:
+        place = rng.randrange(len(terms) - 1)
+        terms[place], terms[place + 1] = terms[place + 1], terms[place]
+    return terms
 
 
 def spoil(
@@ -133,7 +155,7 @@ def spoil(
         right = rng.choice([*expression.operands, (right + 1) % 10, (right + 9) % 10])
     elif act == "stale" and before:
         left = before[-1].left
-    return Step(left, operator, right, compute(left, operator, right))
+    return replace(step, left=left, operator=operator, right=right)
 
 
 def near_miss(value: int, rng: random.Random) -> int:

@@ -1,0 +1,171 @@
+"""Milliseconds to add and to draw, against redis-py used naively, on one server in one run.
+
+Naive is one command per round trip with the same record and the same server, appendfsync always:
+per trajectory a look-up by id, the payload, a rank, an arrival and a trim. It has no atomicity,
+no quota per prompt and no near-duplicate rule; ours has all three switched on. Rounds of the two
+alternate; figures are medians. `ratio` is naive / ours.
+
+    python bench/replay.py [--json] [--repeats N]
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import redis
+
+from buffer.config import BufferConfig
+from buffer.connection import connect
+from buffer.replay import ReplayBuffer
+from buffer.server import RedisServer
+from buffer.trajectory import Trajectory, pack, unpack
+
+NUM_PROMPTS = 32
+NUM_GROUPS = 16
+NUM_REPLAYED = 4
+CONFIG = BufferConfig(capacity=20_000, quota_per_prompt=50)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One workload: groups of `group` trajectories with completions of `length` tokens."""
+
+    group: int
+    length: int
+
+
+CASES = (Case(group=16, length=40), Case(group=16, length=250), Case(group=64, length=40))
+
+
+class NaiveBuffer:
+    """A hash of payloads, a ranking, and a list of arrivals; every command waits for its answer."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client: Any = client  # redis-py types one signature for all answer formats
+
+    def add(self, group: Sequence[Trajectory]) -> None:
+        for trajectory in group:
+            id = trajectory.id
+            if not self._client.hexists("naive:payload", id):
+                self._client.lpush("naive:arrivals", id)
+            self._client.hset("naive:payload", id, pack(trajectory))
+            self._client.zadd("naive:rank", {id: trajectory.terminal_log_reward})
+            if self._client.zcard("naive:rank") > CONFIG.capacity:
+                self._client.zpopmin("naive:rank")
+
+    def draw(self, num_fresh: int, num_replayed: int, rng: np.random.Generator) -> list[Trajectory]:
+        ids = self._client.lrange("naive:arrivals", 0, num_fresh - 1)
+        ranked = self._client.zrange("naive:rank", 0, -1, withscores=True)
+        log_reward = np.array([score for _, score in ranked])
+        weight = np.exp(log_reward - log_reward.max())
+        picks = rng.choice(len(ranked), num_replayed, replace=False, p=weight / weight.sum())
+        ids += [ranked[pick][0] for pick in picks]
+        return [unpack(self._client.hget("naive:payload", id)) for id in ids]
+
+
+def random_trajectory(rng: np.random.Generator, prompt: int, length: int) -> Trajectory:
+    return Trajectory(
+        task="bench",
+        prompt_key=f"prompt-{prompt}",
+        prompt=rng.integers(0, 1000, 60, dtype=np.int32),
+        answer=rng.integers(0, 1000, 6, dtype=np.int32),
+        completion=rng.integers(0, 1000, length, dtype=np.int32),
+        from_tool=np.zeros(length, np.bool_),
+        stops=np.arange(length + 1, dtype=np.int32),
+        log_reward=-rng.random(length + 1, dtype=np.float32),
+        log_q_token=-rng.random(length, dtype=np.float32),
+        log_q_stop=-rng.random(length + 1, dtype=np.float32),
+        policy_version=0,
+        behaviour="on_policy",
+        temperature=1.0,
+        actor="bench",
+        created_s=time.time(),
+        correct=None,
+    )
+
+
+def elapsed_ms(action: Callable[[], object]) -> float:
+    start_s = time.perf_counter()
+    action()
+    return (time.perf_counter() - start_s) * 1e3
+
+
+def measure(client: redis.Redis, case: Case, repeats: int) -> list[dict[str, object]]:
+    """Rows for add and draw of one workload, on an emptied server."""
+    client.flushall()
+    rng = np.random.default_rng(0)
+    ours, naive = ReplayBuffer(client, run="bench", config=CONFIG), NaiveBuffer(client)
+    times: dict[str, list[float]] = {
+        name: [] for name in ("ours add", "naive add", "ours draw", "naive draw")
+    }
+    # Enough rounds first to fill every prompt to its quota, which is the slowest state of an add.
+    warm_up = -(-CONFIG.quota_per_prompt * NUM_PROMPTS // (NUM_GROUPS * case.group)) + 1
+    for turn in range(warm_up + repeats):
+        for i in range(NUM_GROUPS):
+            prompt = (turn * NUM_GROUPS + i) % NUM_PROMPTS
+            group = [random_trajectory(rng, prompt, case.length) for _ in range(case.group)]
+            times["ours add"].append(elapsed_ms(partial(ours.add, group)))
+            if i == 0 or turn == 0:
+                times["naive add"].append(elapsed_ms(partial(naive.add, group)))
+        times["ours draw"].append(
+            elapsed_ms(
+                partial(
+                    ours.draw,
+                    num_groups=NUM_GROUPS,
+                    num_replayed=NUM_REPLAYED,
+                    version=0,
+                    rng=rng,
+                    timeout_s=1.0,
+                )
+            )
+        )
+        num_fresh, num_replayed = NUM_GROUPS * case.group, NUM_GROUPS * NUM_REPLAYED
+        times["naive draw"].append(elapsed_ms(partial(naive.draw, num_fresh, num_replayed, rng)))
+    median = {name: statistics.median(values[-repeats:]) for name, values in times.items()}
+    size = len(pack(random_trajectory(rng, 0, case.length)))
+    return [
+        {
+            "what": what,
+            "group": case.group,
+            "bytes": size,
+            "ours_ms": round(median[f"ours {what}"], 2),
+            "naive_ms": round(median[f"naive {what}"], 2),
+            "ratio": round(median[f"naive {what}"] / median[f"ours {what}"], 2),
+        }
+        for what in ("add", "draw")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", action="store_true", help='print {"rows": [...]}')
+    parser.add_argument("--repeats", type=int, default=10, help="rounds per row (default 10)")
+    arguments = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisServer.start(Path(folder), run="bench", config=CONFIG)
+        try:
+            with connect(server.url, password=server.password, timeout_s=10.0) as client:
+                for case in CASES:
+                    rows += measure(client, case, arguments.repeats)
+        finally:
+            server.stop(timeout_s=10.0)
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+        return
+    print(f"add one group; draw {NUM_GROUPS} groups with {NUM_REPLAYED} replayed each")
+    print("".join(f"{name:>10}" for name in rows[0]))
+    for row in rows:
+        print("".join(f"{value!s:>10}" for value in row.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Entry point: parses, then imports the verb, so that --help stays fast."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cluster.cli import parse
+
+_OUR_PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "tasks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit status.
+
+    Errors of our own classes are written for people and are shown as they are. Any other is a
+    defect, and shows its traceback.
+    """
+    verb, arguments = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(importlib.import_module(f"cluster.{verb}").run(arguments))
+    except KeyboardInterrupt:
+        print(f"amortize {verb}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in _OUR_PACKAGES:
+            raise
+        print(f"amortize {verb}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""The command line: verbs and their arguments. Imports nothing heavy."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+_DESCRIPTION = """\
+Amortized Bayesian inference in language models: GFlowNet fine-tuning as a distributed
+actor-learner system.
+
+verbs:
+{verbs}
+
+'amortize VERB --help' says more of each."""
+
+
+def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """The verb and its arguments; exits with a message where they are wrong."""
+    listing = "\n".join(f"  {verb:<10}{summary}" for verb, (summary, _) in _VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="amortize",
+        usage="amortize VERB ...",
+        description=_DESCRIPTION.format(verbs=listing),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help=argparse.SUPPRESS)
+    verb = parser.parse_args(argv[:1]).verb
+    summary, add_arguments = _VERBS[verb]
+    verb_parser = argparse.ArgumentParser(prog=f"amortize {verb}", description=f"{summary}.")
+    add_arguments(verb_parser)
+    # Intermixed, so that overrides may stand before and after options.
+    return verb, verb_parser.parse_intermixed_args(argv[1:])
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    parser.add_argument("--run", metavar="NAME", help="name in runs/ (default: task and time)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run called --run")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--address",
+        metavar="A",
+        help="Ray cluster to use (default: cluster.address, RAY_ADDRESS, else one on this machine)",
+    )
+    where.add_argument("--local", action="store_true", help="one process, without Ray")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="changes to the configuration, values as in TOML",
+    )
+
+
+def _evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--run", metavar="NAME", help="evaluate the adapter of this run")
+    which.add_argument("--adapter", metavar="PATH", help="evaluate the adapter in this folder")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="test files (default: those of the configuration)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="NAME", help="one run in full (default: all, a line each)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _stop(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="NAME", help="which run (default: the one that runs)")
+
+
+_VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "train": ("Fine-tune a language model on a task", _train),
+    "evaluate": ("Score a model, with or without an adapter, on test data", _evaluate),
+    "status": ("Show runs: progress, parts that live, last figures", _status),
+    "stop": ("Ask a run to checkpoint and end, and wait until it has", _stop),
+}

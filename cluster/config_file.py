@@ -1,0 +1,175 @@
+"""Reading a run's configuration: TOML, overrides from the command line, all mistakes at once."""
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from cluster.config import RunConfig
+from cluster.toml_source import key_lines, line_of
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+_COMMAND_LINE = "command line"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the text lists every mistake with its place."""
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the TOML file at `path`, changed by `section.key=value` overrides.
+
+    `path` and the files that the configuration names are looked for in the working directory,
+    then in the project.
+
+    Raises:
+        ConfigError: missing file, bad TOML, or any key or value that the schema refuses.
+    """
+    file = locate(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: no such file, neither here nor in {PROJECT_ROOT}")
+    try:
+        text = file.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+    overridden = {_override(table, item) for item in overrides}
+    lines = key_lines(text)
+
+    def place(key: str) -> str:
+        if any(key == name or key.startswith(f"{name}.") for name in overridden):
+            return _COMMAND_LINE
+        line = line_of(key, lines)
+        return path if line is None else f"{path}:{line}"
+
+    return _validated(_located(table), place)
+
+
+def locate(path: str) -> Path:
+    """`path` where it exists: from the working directory, else from the project's root."""
+    given = Path(path).expanduser()
+    if given.exists() or not (PROJECT_ROOT / given).exists():
+        return given
+    return PROJECT_ROOT / given
+
+
+def resolved_toml(config: RunConfig) -> str:
+    """`config` with every default filled in, as TOML that `load_config` reads; no passwords."""
+    plain = config.model_dump(mode="json", exclude={"buffer": {"password"}})
+    return "\n".join(_toml_table(plain, ""))
+
+
+def keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of the schema with its default and its description."""
+    for name, field in model.model_fields.items():
+        inner = _model_of(field.annotation)
+        if inner is not None:
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else _toml_value(field.default)
+            yield f"{prefix}{name}", default, field.description or ""
+
+
+def _override(table: dict[str, Any], item: str) -> str:
+    """Set one `section.key=value` in `table`; its key."""
+    key, equals, text = item.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{_COMMAND_LINE}: {item!r} is no override; write section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a string needs no quotes here: shells eat them
+    *sections, last = key.split(".")
+    for position, section in enumerate(sections):
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            owner = ".".join(sections[: position + 1])
+            raise ConfigError(f"{_COMMAND_LINE}: {key}: {owner} is a value and has no keys")
+    table[last] = value
+    return key
+
+
+def _located(table: dict[str, Any]) -> dict[str, Any]:
+    """`table` with the model's and the task's files as absolute paths, where they exist."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(item) for item in value]
+        if isinstance(value, dict):
+            return {key: absolute(item) for key, item in value.items()}
+        if isinstance(value, str) and "/" in value and locate(value).exists():
+            return str(locate(value).resolve())
+        return value
+
+    return {
+        key: absolute(value) if key in ("lm", "task") else value for key, value in table.items()
+    }
+
+
+def _validated(table: dict[str, Any], place: Callable[[str], str]) -> RunConfig:
+    try:
+        # JSON, because strict mode then takes arrays for tuples but no string for a number.
+        return RunConfig.model_validate_json(json.dumps(table, default=str), strict=True)
+    except ValidationError as error:
+        found = [_describe(detail, place) for detail in error.errors(include_url=False)]
+    raise ConfigError(
+        "\n".join([*found, f"{len(found)} mistakes" if len(found) > 1 else ""]).strip()
+    )
+
+
+def _describe(detail: ErrorDetails, place: Callable[[str], str]) -> str:
+    parts = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
+    key = ".".join(parts)
+    where = f"{place(key)}: {key}"
+    value = "" if isinstance(detail["input"], dict) else f" = {_toml_value(detail['input'])}"
+    if detail["type"] == "extra_forbidden":
+        return f"{where}{value}: unknown key{_suggestion(key)}"
+    if detail["type"] == "missing":
+        return f"{where}: missing; the configuration must set it"
+    return f"{where}{value}: {detail['msg'].removeprefix('Value error, ')}"
+
+
+def _suggestion(key: str) -> str:
+    known = [name for name, _, _ in keys()] + list(RunConfig.model_fields)
+    section, _, last = key.rpartition(".")
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
+    near += [name for name in known if name.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if near:
+        return f"; did you mean {near[0]}?"
+    names = ", ".join(name.rpartition(".")[2] for name in siblings)
+    return f"; [{section}] has {names}" if names else ""
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _toml_table(table: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in table.items():
+        if value is not None and not isinstance(value, dict):
+            yield f"{key} = {_toml_value(value)}"
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield f"\n[{prefix}{key}]"
+            yield from _toml_table(value, f"{prefix}{key}.")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    # JSON's strings, numbers and booleans are TOML's too, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,174 @@
+"""The driver of one run: steps it, shows it, records it, and ends it, whatever happens."""
+
+import time
+from collections.abc import Callable
+
+from cluster.config import RunConfig
+from cluster.measure import Measurement, Scores
+from cluster.metrics import MetricsLog
+from cluster.progress import Progress
+from cluster.rundir import RunDirectory, RunPhase, first_state, write_whole
+from cluster.session import PendingMeasurement, Run, Session
+from cluster.terminal import Terminal
+from cluster.waiting import first_line
+
+_TICK_S = 0.1
+_STATE_EVERY_S = 1.0
+
+
+class Driver:
+    """Drives a run from `open` to the last word in `state.json`.
+
+    Args:
+        revive_buffer: restarts the run's Redis if it died; whether it had to.
+        buffer_size: trajectories in replay now.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        session: Session,
+        terminal: Terminal,
+        *,
+        revive_buffer: Callable[[], bool],
+        buffer_size: Callable[[], int],
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._session = session
+        self._terminal = terminal
+        self._revive_buffer = revive_buffer
+        self._buffer_size = buffer_size
+        self._state = first_state(directory.name, steps=config.learner.steps)
+        self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
+        self._state_written_s = float("-inf")
+        self._stop_requested = False
+        self._recorded = 0
+        self._scores = read_scores(directory)
+
+    def request_stop(self) -> None:
+        """Checkpoint and end as soon as the step under way is done."""
+        self._stop_requested = True
+
+    def drive(self) -> Scores:
+        """Measure the base, train, measure the policy; what was measured.
+
+        A run that was stopped on request is not measured again: it may be resumed.
+
+        Raises:
+            DoesNotFit, StartFailed, RunFailed, ...: after everything that had come up was stopped,
+                with a checkpoint if the learner could still write one.
+        """
+        try:
+            self._enter("starting")
+            self._session.open()
+            self._train()
+            if self._stop_requested:
+                self._enter("stopped")
+            else:
+                self._enter("evaluating")
+                after = self._wait_for(self._session.evaluate(self._directory.adapter))
+                self._keep(self._scores.model_copy(update={"after": after}))
+                self._enter("done")
+            return self._scores
+        except BaseException as error:
+            self._enter("failed", message=first_line(error))
+            raise
+        finally:
+            self._session.close()
+
+    def _train(self) -> None:
+        """Bring the run up, step it to its end, stop it in order; meanwhile measure the base."""
+        before = self._session.evaluate(None) if self._scores.before is None else None
+        run = self._session.start(self._event)
+        with MetricsLog(self._directory.metrics_file) as log:
+            try:
+                while not (run.finished or self._should_end(run)):
+                    run.tick()
+                    if run.running and self._state.phase == "starting":
+                        self._enter("training")
+                        self._progress.begin()
+                    if before is not None and before.done():
+                        self._keep(Scores(before=before.result()))
+                        before = None
+                    self._watch(run, log)
+            finally:
+                if not run.finished:
+                    self._enter("stopping")
+                killed = tuple(run.stop(self._config.cluster.stop_timeout_s))
+                self._state = self._state.model_copy(update={"killed": killed})
+                self._watch(run, log)
+        if before is not None and not self._stop_requested:
+            self._enter("evaluating")
+            self._keep(Scores(before=self._wait_for(before)))
+
+    def _should_end(self, run: Run) -> bool:
+        if self._directory.stop_request.exists():
+            self._stop_requested = True
+        if self._progress.time_is_up:
+            self._event(f"time limit of {self._config.cluster.time_limit_s:g} s reached")
+            return True
+        return self._stop_requested
+
+    def _watch(self, run: Run, log: MetricsLog) -> None:
+        """Record new rows, keep the buffer alive, show and write the state."""
+        if self._revive_buffer():
+            self._event("redis-server died; started again on its files")
+        status = run.learner_status
+        step = int(status.get("step", self._state.step))
+        totals = run.actor_totals()
+        self._progress.observe(trajectories=totals.get("trajectories", 0.0), step=step)
+        for row in run.learner_rows[self._recorded :]:
+            log.write(self._progress.row(row, step=int(row["progress/step"])))
+        self._recorded = len(run.learner_rows)
+        self._state = self._state.model_copy(
+            update={
+                "step": step,
+                "version": int(status.get("version", self._state.version)),
+                "address": self._session.address,
+                **run.counts(),
+            }
+        )
+        self._show(with_figures=True)
+
+    def _wait_for(self, pending: PendingMeasurement) -> Measurement:
+        while not pending.done():
+            self._show(with_figures=False)
+            time.sleep(_TICK_S)
+        return pending.result()
+
+    def _keep(self, scores: Scores) -> None:
+        self._scores = scores
+        write_whole(self._directory.scores_file, scores.model_dump_json(indent=2))
+
+    def _enter(self, phase: RunPhase, *, message: str = "") -> None:
+        self._state = self._state.model_copy(
+            update={"phase": phase, "message": message or self._state.message}
+        )
+        self._state_written_s = float("-inf")
+        self._show(with_figures=False)
+
+    def _event(self, text: str) -> None:
+        self._terminal.event(text)
+        self._state = self._state.model_copy(update={"message": text})
+
+    def _show(self, *, with_figures: bool) -> None:
+        """Show the state; write it once a second, or at once when the phase has changed."""
+        now = time.monotonic()
+        if now - self._state_written_s < _STATE_EVERY_S:
+            return
+        self._state_written_s = now
+        update: dict[str, object] = {"heartbeat_s": time.time()}
+        if with_figures:
+            update["metrics"] = self._progress.shown(buffer_size=self._buffer_size())
+        self._state = self._state.model_copy(update=update)
+        self._directory.write_state(self._state)
+        self._terminal.show(self._state)
+
+
+def read_scores(directory: RunDirectory) -> Scores:
+    """What earlier sittings of the run have measured."""
+    if not directory.scores_file.exists():
+        return Scores()
+    return Scores.model_validate_json(directory.scores_file.read_bytes())

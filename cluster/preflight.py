@@ -1,0 +1,111 @@
+"""What is checked before anything starts, so that a mistake costs a second and not a run.
+
+Each room raises its own errors; this calls them in order of price.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from buffer.config import BufferConfig
+from buffer.connection import connect
+from buffer.executable import find_executable
+from buffer.listening import PortInUse, is_free, port_in_use
+from cluster.config import RunConfig
+from cluster.fit import check_fit
+from cluster.rundir import RunDirectory
+from lm.adapter import load_adapter
+from lm.model import load_base
+from tasks.registry import build_task
+
+
+class LocalIsOne(ValueError):
+    """`--local` was asked for with more processes than one."""
+
+
+class NoAdapter(FileNotFoundError):
+    """A folder that should hold an adapter does not."""
+
+
+def check_before_start(
+    config: RunConfig,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    address: str | None,
+    local: bool,
+) -> None:
+    """Everything that can be known of a run before its first process.
+
+    Args:
+        address: of a Ray cluster that exists; None starts one on this machine.
+
+    Raises:
+        RunExists, RunMissing, RunAlive: about the run's name.
+        LocalIsOne, DoesNotFit: more processes than there is room for.
+        WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
+        ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the model and the data.
+    """
+    directory.check(resume=resume)
+    if local:
+        check_local(config)
+    elif address is None:
+        # Ray counts this machine's GPUs itself, when it starts.
+        cpus = config.cluster.cpus or os.cpu_count() or 1
+        check_fit(config, {"CPU": cpus, "GPU": float("inf")})
+    check_buffer(config.buffer)
+    here = local or address is None
+    # The cluster's nodes have the GPUs; this machine need not have one.
+    check_model(config if here else on_cpu(config), adapter=None, data=())
+
+
+def check_local(config: RunConfig) -> None:
+    """Raise LocalIsOne when one process would have to be several."""
+    counts = {
+        "reward.ranks": config.reward.ranks,
+        "learner.ranks": config.learner.ranks,
+    }
+    several = [f"{name} = {count}" for name, count in counts.items() if count > 1]
+    if several:
+        raise LocalIsOne(
+            f"--local is one process, but {' and '.join(several)}: set to 1, or leave --local out"
+        )
+
+
+def check_buffer(config: BufferConfig) -> None:
+    """Raise unless the Redis of `config` answers, or one could be started as it says."""
+    if config.url is not None:
+        password = config.password.get_secret_value() if config.password else None
+        connect(config.url, password=password, timeout_s=config.timeout_s).close()
+        return
+    find_executable()
+    if config.transport == "tcp" and config.port and not is_free(config.bind, config.port):
+        raise PortInUse(port_in_use(config.bind, config.port))
+
+
+def check_model(config: RunConfig, *, adapter: Path | None, data: Sequence[str]) -> None:
+    """Raise unless the model loads, and adapter and data are such as it can use.
+
+    Reads the weights: files that do not belong together show only then.
+    """
+    base = load_base(config.lm)
+    task = build_task(config.task, base.tokenizer)
+    for path in data or config.task.tests:
+        task.test_items(path)
+    if adapter is not None:
+        check_adapter(adapter)
+        load_adapter(base, adapter)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise NoAdapter unless `folder` looks like one; whose it is, only loading tells."""
+    if not (folder / "adapter_config.json").is_file():
+        raise NoAdapter(
+            f"{folder} holds no adapter (no adapter_config.json): give the 'adapter' folder of a "
+            f"run, or name the run with --run"
+        )
+
+
+def on_cpu(config: RunConfig) -> RunConfig:
+    """The same run with its models on the CPU."""
+    return config.model_copy(update={"lm": config.lm.model_copy(update={"device": "cpu"})})

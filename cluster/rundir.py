@@ -1,0 +1,216 @@
+"""The folder of a run: where everything it writes goes, who drives it, how far it is."""
+
+import fcntl
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RUNS = Path("runs")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# The kernel gives start times in clock ticks; rounding must not look like another process.
+_START_TOLERANCE_S = 1.0
+
+RunPhase = Literal["starting", "evaluating", "training", "stopping", "stopped", "done", "failed"]
+ENDED: tuple[RunPhase, ...] = ("stopped", "done", "failed")
+
+
+class RunExists(FileExistsError):
+    """A new run was asked for under a name that is taken."""
+
+
+class RunMissing(FileNotFoundError):
+    """No run of that name."""
+
+
+class RunAlive(RuntimeError):
+    """Another process drives this run."""
+
+
+class BadRunName(ValueError):
+    """A name that cannot be a folder's."""
+
+
+class RunState(BaseModel):
+    """What `state.json` says; the driver writes it, anybody reads it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    pid: int = Field(description="Of the driver, on `host`.")
+    pid_started_s: float = Field(description="Unix seconds; tells a reused pid apart.")
+    host: str
+    started_s: float = Field(description="Unix seconds when this driver began.")
+    heartbeat_s: float = Field(description="Unix seconds of this state.")
+    phase: RunPhase
+    step: int = 0
+    steps: int = 0
+    version: int = 0
+    address: str = Field(default="", description="Of the Ray cluster; empty without Ray.")
+    desired: dict[str, int] = Field(default={}, description="Parts wanted, by kind.")
+    actual: dict[str, int] = Field(default={}, description="Parts that run, by kind.")
+    metrics: dict[str, float] = Field(default={}, description="Last value of each.")
+    message: str = Field(default="", description="Why it failed, or the last event.")
+    killed: tuple[str, ...] = Field(
+        default=(), description="Parts that did not stop by themselves."
+    )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the driver said good-bye."""
+        return self.phase in ENDED
+
+    def driver(self) -> psutil.Process | None:
+        """The driver's process, if it lives on this machine."""
+        if self.host != socket.gethostname():
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.pid_started_s) <= _START_TOLERANCE_S
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+
+def first_state(run: str, *, steps: int) -> RunState:
+    """The state of a run that this process begins to drive."""
+    return RunState(
+        run=run,
+        pid=os.getpid(),
+        pid_started_s=psutil.Process().create_time(),
+        host=socket.gethostname(),
+        started_s=time.time(),
+        heartbeat_s=time.time(),
+        phase="starting",
+        steps=steps,
+    )
+
+
+class RunDirectory:
+    """Paths of one run, below `root`/`name`.
+
+    Raises:
+        BadRunName: `name` has other characters than letters, digits, dot, dash and underscore.
+    """
+
+    def __init__(self, name: str, *, root: Path = RUNS) -> None:
+        if not _NAME.fullmatch(name):
+            raise BadRunName(
+                f"run name {name!r}: use up to 100 letters, digits, '.', '-' and '_', "
+                f"beginning with a letter or digit"
+            )
+        self.name = name
+        self.path = (root / name).absolute()
+        self.config_file = self.path / "config.toml"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.state_file = self.path / "state.json"
+        self.scores_file = self.path / "scores.json"
+        self.report_file = self.path / "report.html"
+        self.stop_request = self.path / "stop-request"
+        self.adapter = self.path / "adapter"
+        self.buffer = self.path / "buffer"
+        self.checkpoints = self.path / "checkpoints"
+        self.plots = self.path / "plots"
+        self._lock: int | None = None
+
+    def begin(self, *, resume: bool) -> None:
+        """Make this process the driver of a new run, or of an old one that goes on.
+
+        The claim ends with the process, however it ends.
+
+        Raises:
+            RunExists: a new run, but the name is taken.
+            RunMissing: nothing to resume.
+            RunAlive: another process drives the run.
+        """
+        self.check(resume=resume)
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path / "driver.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise RunAlive(self._driven_elsewhere()) from error
+        self._lock = lock
+        self.stop_request.unlink(missing_ok=True)
+
+    def check(self, *, resume: bool) -> None:
+        """Raise what `begin` would, but for a race with another process; changes nothing."""
+        state = self.state()
+        if state is not None and not state.ended and state.driver() is not None:
+            raise RunAlive(self._driven_elsewhere())
+        if resume and not self.config_file.exists():
+            raise RunMissing(
+                f"there is no run {self.name!r} in {self.path.parent} to resume; "
+                f"it has: {_listing(self.path.parent)}"
+            )
+        if not resume and self.path.exists():
+            raise RunExists(
+                f"{self.path} exists: add --resume to go on with it, or choose another --run"
+            )
+
+    def end(self) -> None:
+        """Give up the claim of `begin`."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def write_state(self, state: RunState) -> None:
+        """Replace `state.json`; a reader sees the old or the new, never a part."""
+        write_whole(self.state_file, state.model_dump_json(indent=2))
+
+    def state(self) -> RunState | None:
+        """What the driver last wrote; None before it wrote anything readable."""
+        try:
+            return RunState.model_validate_json(self.state_file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def _driven_elsewhere(self) -> str:
+        state = self.state()
+        who = "another process" if state is None else f"process {state.pid} on {state.host}"
+        return (
+            f"run {self.name!r} is driven by {who}: stop it with 'amortize stop --run {self.name}'"
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that no reader and no crash ever sees half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def new_name(task: str, *, root: Path = RUNS) -> str:
+    """A free name such as arithmetic-20260101-120000."""
+    stem = f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = (stem, *(f"{stem}-{number}" for number in range(2, 1000)))
+    return next(name for name in names if not (root / name).exists())
+
+
+def find_run(name: str, *, root: Path = RUNS) -> RunDirectory:
+    """An existing run; raises RunMissing, listing those that exist."""
+    run = RunDirectory(name, root=root)
+    if not run.path.is_dir():
+        raise RunMissing(f"no run {name!r} in {root.absolute()}; it has: {_listing(root)}")
+    return run
+
+
+def all_runs(*, root: Path = RUNS) -> Iterator[RunDirectory]:
+    """Every run that has a state, oldest first."""
+    if root.is_dir():
+        found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)]
+        runs = (RunDirectory(path.name, root=root) for path in found)
+        states = [(state.started_s, run) for run in runs if (state := run.state()) is not None]
+        yield from (run for _, run in sorted(states, key=lambda pair: pair[0]))
+
+
+def _listing(root: Path) -> str:
+    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    return ", ".join(names[-10:]) or "none"

@@ -1,0 +1,216 @@
+"""What a driver steps and asks to evaluate: a run over Ray, or one in this process."""
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from cluster.config import RunConfig
+from cluster.fit import check_fit
+from cluster.launch import Launcher, connect_ray
+from cluster.local import LocalRun
+from cluster.measure import Measurement, measure
+from cluster.rundir import RunDirectory
+from cluster.supervisor import Supervisor
+from cluster.waiting import wait_for
+from cluster.workers import RunContext
+
+EVALUATION_TIMEOUT_S = 3600.0
+
+
+class Run(Protocol):
+    """A run as its driver sees it: over Ray (`Supervisor`) or in one process (`LocalRun`)."""
+
+    learner_rows: list[dict[str, float]]
+    restarts: int
+
+    @property
+    def running(self) -> bool:
+        """Whether every part has come up."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether the learner has done its steps."""
+        ...
+
+    @property
+    def learner_status(self) -> Mapping[str, Any]:
+        """Step and version."""
+        ...
+
+    def tick(self) -> None:
+        """Do or watch a little."""
+        ...
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Desired and actual numbers of actors and replicas."""
+        ...
+
+    def actor_totals(self) -> dict[str, float]:
+        """Counters summed over all actors."""
+        ...
+
+    def replica_totals(self) -> dict[str, float]:
+        """Counters summed over all replicas."""
+        ...
+
+    def stop(self, timeout_s: float) -> list[str]:
+        """Stop in order; names of what had to be killed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferAddress:
+    """Where the run's Redis is."""
+
+    url: str
+    password: str | None
+
+
+class PendingMeasurement(Protocol):
+    """An evaluation under way."""
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        ...
+
+    def result(self) -> Measurement:
+        """Wait for it, at most EVALUATION_TIMEOUT_S."""
+        ...
+
+
+class Session(Protocol):
+    """Brings a run up and takes it down."""
+
+    address: str  # of the Ray cluster; empty without Ray
+
+    def open(self) -> None:
+        """Get what every run needs, before any part of it starts."""
+        ...
+
+    def start(self, report: Callable[[str], None]) -> Run:
+        """Start every part of the run."""
+        ...
+
+    def evaluate(self, adapter: Path | None) -> PendingMeasurement:
+        """Begin to measure the base (None) or an adapter."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
+
+class LocalSession:
+    """Everything in this process."""
+
+    address = ""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, buffer: BufferAddress) -> None:
+        self._config = config
+        self._directory = directory
+        self._buffer = buffer
+
+    def open(self) -> None:
+        """Nothing is needed."""
+
+    def start(self, report: Callable[[str], None]) -> LocalRun:
+        """Build actor, replica and learner."""
+        return LocalRun(
+            self._config,
+            run=self._directory.name,
+            checkpoints=self._directory.checkpoints,
+            adapter=self._directory.adapter,
+            buffer_url=self._buffer.url,
+            buffer_password=self._buffer.password,
+        )
+
+    def evaluate(self, adapter: Path | None) -> "Future[Measurement]":
+        """Measure now."""
+        pending: Future[Measurement] = Future()
+        pending.set_result(measure(self._config, adapter=adapter))
+        return pending
+
+    def close(self) -> None:
+        """Nothing is left."""
+
+
+class RaySession:
+    """Processes on a Ray cluster: the one at `address`, or one started here for this run."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        buffer: BufferAddress,
+        *,
+        address: str | None,
+    ) -> None:
+        self.address = address or "started for this run"
+        self._config = config
+        self._directory = directory
+        self._buffer = buffer
+        self._cluster = address
+        self._launcher = Launcher(config)
+        self._evaluations = 0
+
+    def open(self) -> None:
+        """Join or start Ray; raises DoesNotFit when the run is too large for it."""
+        namespace = f"amortize-{self._directory.name}"
+        connect_ray(self._config, self._cluster, namespace)
+        check_fit(self._config, ray.cluster_resources())
+        self._context = RunContext(
+            config=self._config,
+            run=self._directory.name,
+            checkpoints=self._directory.checkpoints,
+            adapter=self._directory.adapter,
+            namespace=namespace,
+            buffer_url=self._buffer.url,
+            buffer_password=self._buffer.password,
+            board=self._launcher.board(),
+        )
+
+    def start(self, report: Callable[[str], None]) -> Supervisor:
+        """Launch every gang."""
+        return Supervisor(self._config, self._launcher, self._context, report)
+
+    def evaluate(self, adapter: Path | None) -> "RemoteMeasurement":
+        """Measure in a process of its own, which ends with the answer."""
+        self._evaluations += 1
+        name = f"evaluator-{self._evaluations}"
+        worker = self._launcher.evaluator(self._context, name=name)
+        return RemoteMeasurement(worker, worker.evaluate.remote(adapter), name)
+
+    def close(self) -> None:
+        """Leave the cluster; one that was started here ends with all its processes."""
+        ray.shutdown()
+
+
+class RemoteMeasurement:
+    """An evaluation in another process."""
+
+    def __init__(self, worker: Any, ref: "ray.ObjectRef[Any]", name: str) -> None:
+        self._worker = worker
+        self._ref = ref
+        self._name = name
+        self._deadline = time.monotonic() + EVALUATION_TIMEOUT_S
+
+    def done(self) -> bool:
+        """Whether the answer, or an error, is there."""
+        return bool(ray.wait([self._ref], timeout=0)[0])
+
+    def result(self) -> Measurement:
+        """Wait for the answer and end the process."""
+        remaining_s = max(0.0, self._deadline - time.monotonic())
+        try:
+            answer: Measurement = wait_for(
+                self._ref, peer=self._name, phase="evaluation", timeout_s=remaining_s
+            )
+            return answer
+        finally:
+            ray.kill(self._worker)

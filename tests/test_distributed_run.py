@@ -1,0 +1,153 @@
+"""The whole system as a user starts it: Ray, Redis and DeepSpeed, with parts killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from buffer.config import BufferConfig
+from buffer.replay import ReplayBuffer
+from buffer.server import RedisServer
+from buffer.connection import connect
+from cluster.config_file import PROJECT_ROOT
+
+SMALL = [
+    "actors.groups_per_batch=2",
+    "actors.group_size=4",
+    "learner.groups_per_step=2",
+    "learner.replayed_per_group=2",
+    "learner.checkpoint_every_steps=2",
+    "evaluation.samples=2",
+    "evaluation.max_items=4",
+    "cluster.actors=1",
+]
+TIMEOUT_S = 240.0
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A function that starts `amortize train` in a folder of its own; what still runs is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "cluster", "train", "tasks/arithmetic.toml", *arguments]
+        log = (tmp_path / f"train-{len(started)}.log").open("w")
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+            for member in family:
+                member.kill()
+
+
+def output(tmp_path: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(tmp_path.glob("train-*.log")))
+
+
+def state(tmp_path: Path) -> dict[str, object]:
+    path = tmp_path / "runs" / "test" / "state.json"
+    return json.loads(path.read_text()) if path.exists() else {"step": -1, "phase": "none"}
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], tmp_path: Path) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert process.poll() is None, f"the run ended early:\n{output(tmp_path)}"
+        assert time.monotonic() < deadline, f"not within {TIMEOUT_S} s:\n{output(tmp_path)}"
+        time.sleep(0.1)
+
+
+def worker(process: subprocess.Popen[str], title: str) -> psutil.Process:
+    """The run's process whose title holds `title`; Ray names its workers by class."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        if title in " ".join(child.cmdline()):
+            return child
+    raise AssertionError(f"no process {title!r}")
+
+
+def rows(tmp_path: Path) -> list[dict[str, float]]:
+    path = tmp_path / "runs" / "test" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def open_buffer(tmp_path: Path) -> tuple[RedisServer, ReplayBuffer]:
+    config = BufferConfig()
+    server = RedisServer.start(tmp_path / "runs/test/buffer", run="test", config=config)
+    client = connect(server.url, password=server.password, timeout_s=10)
+    return server, ReplayBuffer(client, run="test", config=config)
+
+
+def test_a_run_goes_on_when_an_actor_and_a_reward_rank_are_killed(train, tmp_path):
+    process = train("--run", "test", *SMALL, "learner.steps=60", "reward.ranks=2")
+    wait_until(lambda: state(tmp_path)["step"] >= 3, process, tmp_path)
+    worker(process, "RolloutWorker").kill()
+    wait_until(lambda: state(tmp_path)["actual"]["actors"] == 0, process, tmp_path)
+    wait_until(lambda: state(tmp_path)["actual"]["actors"] == 1, process, tmp_path)
+    worker(process, "RewardWorker").kill()
+    wait_until(lambda: state(tmp_path)["actual"]["replicas"] == 0, process, tmp_path)
+
+    assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
+    assert (state(tmp_path)["phase"], state(tmp_path)["step"]) == ("done", 60)
+    assert [row["progress/step"] for row in rows(tmp_path)] == list(range(1, 61))
+    run = tmp_path / "runs" / "test"
+    for name in ("config.toml", "report.html", "scores.json", "plots", "checkpoints"):
+        assert (run / name).exists(), name
+    base = AutoModelForCausalLM.from_pretrained(PROJECT_ROOT / "tasks/seed/model")
+    adapted = PeftModel.from_pretrained(base, run / "adapter")
+    assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
+    server, buffer = open_buffer(tmp_path)
+    try:
+        audit = buffer.audit()
+        assert audit.ok, audit.discrepancies
+    finally:
+        server.stop(timeout_s=20)
+
+
+def test_an_interrupted_run_resumes_with_its_versions_optimizer_and_buffer(train, tmp_path):
+    process = train("--run", "test", *SMALL, "learner.steps=500")
+    wait_until(lambda: state(tmp_path)["step"] >= 5, process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
+    stopped = state(tmp_path)
+    assert stopped["phase"] == "stopped" and stopped["killed"] == [], stopped
+    assert psutil.pid_exists(process.pid) is False
+    server, buffer = open_buffer(tmp_path)
+    stored = buffer.stats().replay_size
+    server.stop(timeout_s=20)
+    assert stored > 0
+
+    steps = stopped["step"] + 4
+    process = train("--run", "test", "--resume", *SMALL, f"learner.steps={steps}")
+    assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
+    assert state(tmp_path)["step"] == steps
+    assert [row["progress/step"] for row in rows(tmp_path)] == list(range(1, steps + 1))
+    versions = [row["policy/version"] for row in rows(tmp_path)]
+    assert versions == sorted(set(versions)), "a version came twice"
+    server, buffer = open_buffer(tmp_path)
+    try:
+        assert buffer.stats().replay_size >= stored
+        assert buffer.audit().ok
+    finally:
+        server.stop(timeout_s=20)

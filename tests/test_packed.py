@@ -1,0 +1,223 @@
+"""Packed log-rewards against the naive definition, and the layout that makes them possible."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from subprocess import run
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from reward.item import BadItem, ScoreItem
+from reward.layout import plan
+from reward.naive import naive_log_rewards
+from reward.packed import (
+    edge_log_probs,
+    score_limits,
+    stop_log_rewards,
+    stopping,
+    suffix_log_rewards,
+)
+from tests.conftest import ARCHITECTURES, VOCAB_SIZE
+
+NATS = 1e-4
+LM = Callable[[str], PreTrainedModel]
+Ids = Sequence[int] | NDArray[np.integer] | range
+
+
+def ids(tokens: Ids) -> NDArray[np.int32]:
+    return np.array(tokens, dtype=np.int32)
+
+
+def item(
+    context: Ids,
+    completion: Ids,
+    answer: Ids,
+    stops: Sequence[int] | None = None,
+) -> ScoreItem:
+    return ScoreItem(
+        context=ids(context),
+        completion=ids(completion),
+        stops=ids(range(len(completion) + 1) if stops is None else stops),
+        answer=ids(answer),
+    )
+
+
+def mixed_items(seed: int, count: int = 24) -> list[ScoreItem]:
+    """Few contexts, ragged rationales that share prefixes or are equal, gaps in the stops."""
+    rng = np.random.default_rng(seed)
+    contexts = [rng.integers(0, VOCAB_SIZE, size) for size in (1, 2, 9, 17)]
+    answers = [rng.integers(0, VOCAB_SIZE, size) for size in (1, 2, 5)]
+    items = []
+    for _ in range(count):
+        length = int(rng.integers(0, 12))
+        states = rng.choice(length + 1, rng.integers(1, length + 2), replace=False)
+        items.append(
+            item(
+                contexts[rng.integers(4)],
+                rng.integers(0, 2, length),
+                answers[rng.integers(3)],
+                sorted({*states.tolist(), length}),
+            )
+        )
+    return items
+
+
+def assert_same(got: Sequence[NDArray], expected: Sequence[NDArray], nats: float = NATS) -> None:
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.dtype == np.float32
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=nats)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_equals_naive_on_every_architecture(
+    tiny_lm: LM, architecture: str, attention: str
+) -> None:
+    model = tiny_lm(architecture)
+    if architecture != "gptj":  # has one implementation only
+        model.set_attn_implementation(attention)
+    items = mixed_items(seed=1)
+    expected = naive_log_rewards(model, items)
+    assert np.ptp(np.concatenate(expected)) > 10  # sharp enough that an error would show
+    assert_same(suffix_log_rewards(model, items, token_budget=600), expected)
+
+
+@pytest.mark.parametrize("token_budget", [1, 40, 300, 100_000])
+def test_the_token_budget_changes_no_score(tiny_lm: LM, token_budget: int) -> None:
+    model, items = tiny_lm("llama"), mixed_items(seed=2)
+    layout = plan(items, token_budget)
+    for batch in layout.batches:
+        assert batch.num_tokens <= token_budget or len(batch.rows) == 1
+    assert_same(suffix_log_rewards(model, items, token_budget), naive_log_rewards(model, items))
+
+
+def test_a_stop_reward_is_the_probability_of_prefix_and_stop_token(tiny_lm: LM) -> None:
+    model, items = tiny_lm("gpt2"), mixed_items(seed=3)
+    expected = naive_log_rewards(model, [stopping(one, stop_token=7) for one in items])
+    assert_same(stop_log_rewards(model, items, stop_token=7, token_budget=300), expected)
+
+
+def test_rationales_wider_than_a_row_are_scored_too(tiny_lm: LM) -> None:
+    rng = np.random.default_rng(4)
+    long = [item([3, 4], rng.integers(0, VOCAB_SIZE, 60), [1, 2, 3, 4, 5, 6]) for _ in range(2)]
+    model = tiny_lm("qwen2")
+    assert_same(suffix_log_rewards(model, long, 500), naive_log_rewards(model, long))
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],  # the model never changes
+)
+@given(
+    drawn=st.lists(
+        st.tuples(
+            st.sampled_from([(5,), (5, 6, 7)]),
+            st.lists(st.integers(0, 2), max_size=7),
+            st.sampled_from([(8,), (8, 9, 8)]),
+            st.sets(st.integers(0, 7)),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_any_tree_of_rationales_scores_as_its_branches_do_alone(tiny_lm: LM, drawn: list) -> None:
+    items = [
+        item(context, z, answer, sorted({*(t for t in stops if t <= len(z)), len(z)}))
+        for context, z, answer, stops in drawn
+    ]
+    model = tiny_lm("llama")
+    together = suffix_log_rewards(model, items, 200)
+    alone = [suffix_log_rewards(model, [one], 200)[0] for one in items]
+    assert_same(together, alone)
+
+
+def test_what_rationales_share_is_computed_once() -> None:
+    prompt, answer = [1, 2, 3], [4, 5, 6]
+    stem = item(prompt, [7, 8, 9], answer)
+    longer = item(prompt, [7, 8, 9, 10], answer)
+    [row] = plan([longer, stem, stem], 1000).batches[0].rows
+    tokens = 1 + 4
+    copies = 5 * (len(answer) - 1)
+    assert row.width == tokens + copies
+    assert row.num_edges == 4 + 5 * len(answer)
+
+
+def test_every_column_sees_exactly_its_own_prefix() -> None:
+    branches = [item([1, 2], z, [4, 5, 6]) for z in ([7, 8], [7, 8, 9], [7, 3])]
+    [row] = plan(branches, 1000).batches[0].rows
+    sees = row.mask()
+    tokens, positions = np.concatenate(row.tokens), np.concatenate(row.positions)
+    allowed = {
+        (*z[:t], *y) for z in ([7, 8, 9], [7, 3]) for t in range(4) for y in ([], [4], [4, 5])
+    }
+    texts = set()
+    for column in range(row.width):
+        seen = np.flatnonzero(sees[column])
+        assert list(positions[seen]) == list(range(1, 1 + len(seen)))
+        assert seen[-1] == column
+        texts.add(tuple(tokens[seen].tolist()[1:]))
+    assert texts == allowed
+    assert len(texts) == row.width
+
+
+def test_changing_one_copy_of_the_answer_changes_no_other(tiny_lm: LM) -> None:
+    model = tiny_lm("gpt2")
+    one = item([1, 2, 3], [7, 8, 9], [4, 5, 6])
+    layout = plan([one], 1000)
+    before = edge_log_probs(model, layout.batches[0])
+    [row] = layout.batches[0].rows
+    copies = row.branches[0].copies
+    column = copies[1, 0]
+    flat = np.concatenate(row.tokens)
+    flat[column] = 11
+    row.tokens = [flat]
+    changed = edge_log_probs(model, layout.batches[0]) != before
+    own = [edge for edge, source in enumerate(np.concatenate(row.sources)) if source in copies[1]]
+    assert np.flatnonzero(changed).tolist() == own
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"answer": ids([])}, "answer is empty"),
+        ({"context": ids([])}, "context is empty"),
+        ({"completion": ids([1, VOCAB_SIZE])}, r"completion\[1\] is token 31, outside"),
+        ({"context": ids([-1])}, r"context\[0\] is token -1, outside"),
+        ({"stops": ids([0, 3])}, r"stops \[0, 3\] leave the completion's states 0..2"),
+        ({"stops": ids([1, 1])}, "strictly increasing"),
+        ({"stops": ids([])}, "strictly increasing"),
+        ({"context": ids([1] * 254)}, "is 258 tokens, the model holds 256"),
+        ({"answer": np.array([0.5])}, "answer must be one row of token ids"),
+    ],
+)
+def test_an_item_that_cannot_be_scored_is_refused(
+    tiny_lm: LM, broken: dict[str, NDArray], message: str
+) -> None:
+    good = item([1, 2], [3, 4], [5, 6])
+    with pytest.raises(BadItem, match=message):
+        suffix_log_rewards(tiny_lm("gpt2"), [good, replace(good, **broken)], 100)
+
+
+def test_a_sliding_window_bounds_what_can_be_scored(tiny_lm: LM) -> None:
+    model = tiny_lm("qwen2")
+    assert score_limits(model).max_length == 256
+    model.config.sliding_window = 32
+    assert score_limits(model).max_length == 32
+
+
+def test_no_items_have_no_scores(tiny_lm: LM) -> None:
+    assert suffix_log_rewards(tiny_lm("gpt2"), [], 100) == []
+
+
+def test_the_packed_scorer_imports_neither_deepspeed_nor_ray_nor_redis() -> None:
+    code = (
+        "import sys, reward.packed, reward.replica, reward.whole;"
+        "sys.exit(bool({'deepspeed', 'ray', 'redis'} & sys.modules.keys()))"
+    )
+    assert run([sys.executable, "-c", code], timeout=100, check=False).returncode == 0

@@ -1,0 +1,212 @@
+"""The replay buffer on a real redis-server does what a plain model on dicts does."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import redis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from buffer.config import BufferConfig
+from buffer.near_duplicate import near_duplicates
+from buffer.replay import BufferStarved, Group, ReplayBuffer
+from buffer.trajectory import Trajectory
+from tests.buffer_toy import serving, toy_trajectory
+
+SMALL = BufferConfig(
+    capacity=9,
+    quota_per_prompt=4,
+    near_duplicate_tolerance=0.2,
+    fresh_capacity=4,
+    max_draws=2,
+    max_age=2,
+)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
+    with serving(tmp_path_factory.mktemp("redis")) as (_, client):
+        yield client
+
+
+@cache
+def edit_distance(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Levenshtein distance by its definition."""
+    if not left or not right:
+        return len(left) + len(right)
+    return min(
+        edit_distance(left[1:], right) + 1,
+        edit_distance(left, right[1:]) + 1,
+        edit_distance(left[1:], right[1:]) + (left[0] != right[0]),
+    )
+
+
+@dataclass
+class Model:
+    """The rules on dicts and lists."""
+
+    config: BufferConfig
+    replay: dict[str, dict[str, tuple[tuple[int, ...], float]]] = field(default_factory=dict)
+    fresh: list[tuple[int, int, list[str]]] = field(default_factory=list)  # version, number, ids
+    draws: Counter[int] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    version: int | None = None
+
+    def admit(self, group: Sequence[Trajectory]) -> None:
+        items = self.replay.setdefault(group[0].prompt_key, {})
+        for trajectory in group:
+            self.counts["offered"] += 1
+            tokens, reward = tuple(trajectory.completion.tolist()), trajectory.terminal_log_reward
+            near = [
+                id
+                for id, (other, _) in items.items()
+                if edit_distance(tokens, other)
+                < self.config.near_duplicate_tolerance * (len(tokens) + len(other))
+            ]
+            if trajectory.id in items:
+                self.counts["duplicates"] += 1
+                items[trajectory.id] = (tokens, reward)
+            elif any(items[id][1] >= reward for id in near):
+                self.counts["near_rejected"] += 1
+            else:
+                for id in near:
+                    del items[id]
+                    self.counts["near_replaced"] += 1
+                items[trajectory.id] = (tokens, reward)
+                if len(items) > self.config.quota_per_prompt:
+                    del items[min(items, key=lambda id: (items[id][1], id))]
+                    self.counts["evicted_quota"] += 1
+        while sum(map(len, self.replay.values())) > self.config.capacity:
+            ranked = [
+                (r, id + p, id, p) for p, s in self.replay.items() for id, (_, r) in s.items()
+            ]
+            _, _, id, prompt = min(ranked)
+            del self.replay[prompt][id]
+            self.counts["evicted_capacity"] += 1
+
+    def queue(self, group: Sequence[Trajectory]) -> None:
+        self.counts["groups_accepted"] += 1
+        version = min(trajectory.policy_version for trajectory in group)
+        if self.version is not None and self.version - version > self.config.max_age:
+            self.counts["groups_expired"] += 1
+            return
+        number = self.counts["groups_accepted"]
+        self.fresh = sorted([*self.fresh, (version, number, [t.id for t in group])])
+        if len(self.fresh) > self.config.fresh_capacity:
+            del self.fresh[0]
+            self.counts["groups_dropped"] += 1
+
+    def draw(self, num_groups: int, version: int) -> list[list[str]] | None:
+        self.version = version
+        alive = [group for group in self.fresh if version - group[0] <= self.config.max_age]
+        self.counts["groups_expired"] += len(self.fresh) - len(alive)
+        self.fresh = alive
+        if len(alive) < num_groups:
+            return None
+        drawn = alive[::-1][:num_groups]
+        for group in drawn:
+            self.draws[group[1]] += 1
+            self.counts["groups_drawn"] += 1
+            if self.draws[group[1]] == self.config.max_draws:
+                self.fresh.remove(group)
+                self.counts["groups_exhausted"] += 1
+        return [ids for _, _, ids in drawn]
+
+
+def draw(buffer: ReplayBuffer, num_groups: int, version: int) -> list[Group]:
+    rng = np.random.default_rng(0)
+    return buffer.draw(
+        num_groups=num_groups, num_replayed=0, version=version, rng=rng, timeout_s=0.0
+    )
+
+
+TOKENS = st.lists(st.integers(0, 2), max_size=7)
+GROUP = st.tuples(
+    st.sampled_from("pqr"),
+    st.lists(st.tuples(TOKENS, st.integers(-5, 0)), min_size=1, max_size=5),
+    st.integers(0, 3),
+)
+STEP = st.one_of(
+    st.tuples(st.just("add"), GROUP),
+    st.tuples(st.just("add"), GROUP),
+    st.tuples(st.just("seed"), GROUP),
+    st.tuples(st.just("draw"), st.tuples(st.integers(1, 3), st.integers(0, 2))),
+)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    # Shrinking against a real server would outlast the time limit of the test.
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(steps=st.lists(STEP, min_size=8, max_size=25))
+def test_any_sequence_of_calls_does_what_the_plain_model_does(
+    client: redis.Redis, steps: list[tuple[str, tuple]]
+) -> None:
+    model, version, serial = Model(SMALL), 0, itertools.count()
+    buffer = ReplayBuffer(client, run=uuid4().hex, config=SMALL)
+    for action, detail in steps:
+        if action == "draw":
+            num_groups, later = detail
+            version += later
+            expected = model.draw(num_groups, version)
+            if expected is None:
+                with pytest.raises(BufferStarved):
+                    draw(buffer, num_groups, version)
+                continue
+            found = draw(buffer, num_groups, version)
+            assert [[t.id for t in group.fresh] for group in found] == expected
+            continue
+        prompt, members, age = detail
+        group = [
+            toy_trajectory(
+                tokens,
+                prompt=prompt,
+                log_reward=reward,
+                policy_version=max(0, version - age),
+                created_s=float(next(serial)),  # what makes two groups of equal content two
+            )
+            for tokens, reward in members
+        ]
+        model.admit(group)
+        if action == "add":
+            model.queue(group)
+            assert not buffer.add(group).repeated
+        else:
+            buffer.seed(group)
+    stored: dict[str, dict[str, float]] = {}
+    for trajectory in buffer.trajectories():
+        items = stored.setdefault(trajectory.prompt_key, {})
+        items[trajectory.id] = trajectory.terminal_log_reward
+    assert stored == {p: {id: r for id, (_, r) in s.items()} for p, s in model.replay.items() if s}
+    audit = buffer.audit()
+    assert audit.ok, audit.discrepancies
+    names = audit.counters.__dataclass_fields__
+    assert {name: getattr(audit.counters, name) for name in names} == {
+        name: model.counts[name] for name in names
+    }
+    assert buffer.depth() == sum(not model.draws[number] for _, number, _ in model.fresh)
+
+
+@given(st.lists(TOKENS, max_size=5), st.lists(TOKENS, max_size=5), st.sampled_from([0, 0.1, 0.3]))
+def test_near_means_what_the_definition_says(
+    rows: list[list[int]], columns: list[list[int]], tolerance: float
+) -> None:
+    found = near_duplicates(
+        [np.array(row, np.int32) for row in rows],
+        [np.array(column, np.int32) for column in columns],
+        tolerance=tolerance,
+    )
+    expected = [
+        [edit_distance(tuple(r), tuple(c)) < tolerance * (len(r) + len(c)) for c in columns]
+        for r in rows
+    ]
+    assert found.tolist() == expected

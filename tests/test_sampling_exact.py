@@ -1,0 +1,67 @@
+"""Samples against the enumerated distribution of a model with a handful of completions."""
+
+from collections import Counter
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lm.actions import ActionSpace
+from lm.sampling import Request, Sampler
+from tests.sampling_toy import enumerable_policy
+
+
+def exact_probabilities(
+    model: PreTrainedModel, actions: ActionSpace, prompt: tuple[int, ...], temperature: float
+) -> dict[tuple[int, ...], float]:
+    """By one plain forward per prefix: nothing shared with sampler or scorer."""
+    found: dict[tuple[int, ...], float] = {}
+
+    def descend(prefix: tuple[int, ...], probability: float) -> None:
+        if len(prefix) == actions.max_len:
+            found[prefix] = probability
+            return
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *prefix]])).logits[0, -1].double() / temperature
+        legal = [*(actions.legal_tokens or range(len(logits)))]
+        open_actions = [*legal, actions.stop_token] if len(prefix) >= actions.min_len else legal
+        p = dict(zip(open_actions, torch.softmax(logits[open_actions], 0).tolist(), strict=True))
+        if actions.stop_token in p:
+            found[prefix] = probability * p.pop(actions.stop_token)
+        for token, p_token in p.items():
+            descend((*prefix, token), probability * p_token)
+
+    descend((), 1.0)
+    return found
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+@pytest.mark.parametrize("min_len", [0, 2])
+def test_samples_follow_the_exact_distribution(temperature: float, min_len: int) -> None:
+    model, actions = enumerable_policy()
+    actions = ActionSpace(
+        stop_token=0, legal_tokens=actions.legal_tokens, min_len=min_len, max_len=3
+    )
+    exact = exact_probabilities(model, actions, (5, 2), temperature)
+    assert sum(exact.values()) == pytest.approx(1.0, abs=1e-6)
+
+    count = 20_000
+    # A second prompt in the same batch, with refills, must not disturb the first.
+    requests = [
+        Request(prompt=(5, 2) if i % 2 else (3, 1, 1), temperature=temperature)
+        for i in range(2 * count)
+    ]
+    sampler = Sampler(model, actions, None, max_rows=4096)
+    completions = sampler.sample(requests, torch.Generator().manual_seed(1))
+    seen = Counter(tuple(c.tokens.tolist()) for c in completions[1::2])
+    assert seen.keys() <= exact.keys()
+    common = {z: p for z, p in exact.items() if p * count >= 5}
+    chi2 = sum((seen[z] - p * count) ** 2 / (p * count) for z, p in common.items())
+    rest = 1.0 - sum(common.values())
+    if rest * count >= 5:
+        others = sum(seen[z] for z in exact.keys() - common.keys())
+        chi2 += (others - rest * count) ** 2 / (rest * count)
+    freedom = len(common) - 1 + (rest * count >= 5)
+    # Wilson-Hilferty: the cube root of chi2 / freedom is nearly normal; 4 sigma.
+    z_score = ((chi2 / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    assert z_score < 4.0, (chi2, freedom)
