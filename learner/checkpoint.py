@@ -2,7 +2,7 @@
 
 step-00000040/state.safetensors    parameters, optimizer moments, torch's random state
 step-00000040/meta.json            version, identity, other random states, checksum
-    published                          highest version that actors may have seen
+published                          highest version that actors may have seen
 """
 
 import hashlib

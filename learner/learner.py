@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,31 +16,12 @@ from learner.config import LearnerConfig
 from learner.engine import Engine, NonFiniteUpdate
 from learner.exchange import decode_groups, encode_groups, share
 from learner.objective import Objective, ObjectiveInput
+from learner.ports import Replay, WeightSink
 from learner.schedule import learning_rate, reward_temperature
 from learner.tally import Tally, describe_groups
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, checksum
 from lm.scoring import completion_log_probs
-
-
-class Replay(Protocol):
-    """Where groups come from: `buffer.replay.ReplayBuffer`."""
-
-    def draw(
-        self,
-        *,
-        num_groups: int,
-        num_replayed: int,
-        version: int,
-        rng: np.random.Generator,
-        timeout_s: float,
-    ) -> list[Group]: ...
-
-
-class WeightSink(Protocol):
-    """Where adapters go."""
-
-    def publish(self, data: bytes, *, version: int, checksum: str) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class SlotCache(Cache):
     def write(
         self, slots: Tensor, keys: list[Tensor], values: list[Tensor], sources: Tensor
     ) -> None:
-        """Fill `slots` from column 0 with rows `sources` of per-layer [U, H, P, D], P <= columns."""
+        """Fill `slots` from column 0 with rows `sources` of per-layer [U, H, P <= C, D]."""
         columns = keys[0].shape[2]
         if not self._keys:
             self._keys = [self._allocate(states) for states in keys]

@@ -46,13 +46,21 @@ def place(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imported(path: Path) -> Iterator[tuple[str, ast.stmt]]:
-    """Top-level names that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, ast.Import | ast.ImportFrom]]:
+    """Top-level names that a file imports, wherever in it, and the statements that do."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((name.name.partition(".")[0], node) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield (node.module or "").partition(".")[0], node
+
+
+def imported(path: Path) -> set[str]:
+    return {name for name, _ in imports(parsed(path))}
 
 
 ALL_SOURCES = [path for package in MAY_IMPORT for path in sources(package)]
@@ -62,7 +70,7 @@ ALL_SOURCES = [path for package in MAY_IMPORT for path in sources(package)]
 def test_imports_point_downwards(package: str) -> None:
     allowed = MAY_IMPORT[package] | {package}
     for path in sources(package):
-        ours = {name for name, _ in imported(path)} & MAY_IMPORT.keys()
+        ours = imported(path) & MAY_IMPORT.keys()
         assert ours <= allowed, f"{place(path)} imports {ours - allowed}"
 
 
@@ -71,19 +79,19 @@ def test_each_heavy_library_has_one_home(library: str) -> None:
     for path in ALL_SOURCES:
         at_home = any(place(path).startswith(f"{home}/") for home in HOMES[library])
         if not at_home:
-            assert library not in {name for name, _ in imported(path)}, place(path)
+            assert library not in imported(path), place(path)
 
 
 def test_imports_are_absolute_and_at_module_level() -> None:
     for path in ALL_SOURCES:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         # An optional dependency may be tried, at module level still.
         top = {
             id(node)
             for outer in tree.body
             for node in (outer, *(outer.body if isinstance(outer, ast.Try) else ()))
         }
-        for _, node in imported(path):
+        for _, node in imports(tree):
             late = id(node) not in top
             assert not late or place(path) in IMPORTS_LATE, f"{place(path)}:{node.lineno}"
             relative = isinstance(node, ast.ImportFrom) and node.level > 0
@@ -94,7 +102,7 @@ def test_files_and_functions_stay_short_enough_to_read() -> None:
     for path in ALL_SOURCES:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= LONGEST_FILE, f"{place(path)} is too long"
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 assert lines <= LONGEST_FUNCTION, f"{place(path)}: {node.name} has {lines} lines"

@@ -146,7 +146,8 @@ def test_deepspeed_ranks_take_the_step_of_one_process(num_ranks: int, tmp_path: 
         for name, tensor in state.items():
             torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-5, msg=name)
         assert report["again"] == report["after"]
-        assert report["published"] == ([1, 2, 3, 4, 5, 4, 5] if rank == 0 else [])
+        # Versions 4 and 5 are used up: what follows the restored version 3 gets new names.
+        assert report["published"] == ([1, 2, 3, 4, 5, 7, 8] if rank == 0 else [])
     if num_ranks > 1:
         assert TIMEOUT_S - 1 < reports[0]["lost_after_s"] < TIMEOUT_S + 5
 

@@ -191,10 +191,12 @@ def test_a_diverged_policy_is_an_error_and_leaves_nothing_behind(
     sampler = Sampler(model, actions, None, max_rows=8)
     generator = torch.Generator().manual_seed(0)
     healthy = model.model.embed_tokens.weight.detach().clone()
+    long = [Request(prompt=tuple(range(2, 22)))] * 8
+    sampler.sample(long, generator)
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(torch.nan)
     with pytest.raises(PolicyDiverged, match="not finite"):
-        sampler.sample([Request(prompt=tuple(range(2, 22)))] * 8, generator)
+        sampler.sample(long, generator)
     with torch.no_grad():
         model.model.embed_tokens.weight.copy_(healthy)
     requests = mixed_requests(30)

@@ -158,7 +158,7 @@ def test_a_field_of_any_other_content_is_malformed_or_valid(
         ("from_tool", np.zeros(4, np.bool_), "4 entries for 3"),
         ("from_tool", np.array([False, False, True]), "stop state lies"),
         ("stops", np.array([], np.int32), "stops"),
-        ("stops", np.array([0, 1, 2, 2], np.int32), "rise strictly"),
+        ("stops", np.array([0, 2, 2, 3], np.int32), "rise strictly"),
         ("stops", np.array([0, 1, 2], np.int32), "end at the length 3"),
         ("log_reward", np.zeros(3, np.float32), "entries"),
         ("log_reward", np.array([0, 0, 0, np.inf], np.float32), "not finite"),
@@ -200,6 +200,9 @@ def test_the_id_is_that_of_the_content() -> None:
     trajectory = toy_trajectory((1, 2), prompt="p")
     assert trajectory.id == toy_trajectory((1, 2), log_reward=-9.0, policy_version=5).id
     assert trajectory.id != replace(trajectory, prompt=np.array([7], np.int32)).id
+    assert replace(trajectory, task="ab", prompt_key="c").id != (
+        replace(trajectory, task="a", prompt_key="bc").id
+    ), "fields must not run into each other"
     others = [
         toy_trajectory((1, 2), prompt="q"),
         toy_trajectory((1, 2), task="other"),
@@ -213,6 +216,13 @@ def test_a_lying_length_costs_no_memory() -> None:
     # An array of 2**32 - 1 entries is announced in five bytes.
     with pytest.raises(MalformedTrajectory, match="bounds"):
         unpack(b"\xdd\xff\xff\xff\xff")
+
+
+def test_a_tool_mask_of_other_bytes_than_0_and_1_is_malformed() -> None:
+    fields = msgpack.unpackb(pack(toy_trajectory((1, 2, 3))))
+    fields[5] = b"\x00\x02\x00"
+    with pytest.raises(MalformedTrajectory, match="from_tool holds a byte"):
+        unpack(msgpack.packb(fields))
 
 
 def test_arrays_read_from_the_wire_cannot_be_written() -> None:

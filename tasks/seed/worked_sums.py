@@ -10,7 +10,7 @@ because the answer follows the working, slips aside.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -42,15 +42,28 @@ class Writer:
     impatience: float  # by how much each term still to come makes stopping likelier
     reorders: float  # takes a later term before an earlier one, which is no error
     overruns: float  # goes on after the last operand
+    breaks_off: float  # leaves the working in the middle of a step, and answers from there
     slips: float  # writes a wrong result behind '='
     misreports: float  # gives an answer other than the last result
 
 
 CAREFUL_WRITER = Writer(
-    CAREFUL, impatience=0.0, reorders=0.03, overruns=0.002, slips=0.002, misreports=0.002
+    CAREFUL,
+    impatience=0.0,
+    reorders=0.03,
+    overruns=0.002,
+    breaks_off=0.005,
+    slips=0.002,
+    misreports=0.002,
 )
 SLOPPY_WRITER = Writer(
-    SLOPPY, impatience=0.4, reorders=0.05, overruns=0.05, slips=0.03, misreports=0.04
+    SLOPPY,
+    impatience=0.4,
+    reorders=0.05,
+    overruns=0.05,
+    breaks_off=0.08,
+    slips=0.03,
+    misreports=0.04,
 )
 
 
@@ -88,9 +101,23 @@ def draw_question(rng: random.Random) -> Expression:
 
 
 def write_line(expression: Expression, writer: Writer, rng: random.Random) -> str:
+    """Question, working and answer, as one writer puts them down."""
     steps = work_out(expression, writer, rng)
     working = ", ".join(step.text for step in steps)
-    return f"{expression.question} {working}{answer_text(report(steps, writer, rng))}"
+    answer = report([step.result for step in steps], writer, rng)
+    if rng.random() < writer.breaks_off:
+        working, results = break_off(steps, rng)
+        answer = report(results, writer, rng)
+    return f"{expression.question} {working}{answer_text(answer)}"
+
+
+def break_off(steps: Sequence[Step], rng: random.Random) -> tuple[str, list[int]]:
+    """The working up to somewhere in one of its steps, and the numbers reached until there."""
+    reached = rng.randrange(len(steps))
+    step = steps[reached]
+    words = step.request.split(" ")[: rng.randrange(1, 5)]
+    working = ", ".join([*(step.text for step in steps[:reached]), " ".join(words)])
+    return working, [step.result for step in steps[:reached]] or [step.left]
 
 
 def situation_of(value: int, operator: Operator, operand: int) -> Situation:
@@ -143,7 +170,7 @@ def order_terms(
 
 
 def spoil(
-    step: Step, act: Act, expression: Expression, before: list[Step], rng: random.Random
+    step: Step, act: Act, expression: Expression, before: Sequence[Step], rng: random.Random
 ) -> Step:
     """The step as written by one who turns it round, flips its sign, or copies a wrong number."""
     left, operator, right = step.left, step.operator, step.right
@@ -162,10 +189,10 @@ def near_miss(value: int, rng: random.Random) -> int:
     return rng.choice([value + 1, value - 1, value + 2, value - 2, value + 10, value - 10, -value])
 
 
-def report(steps: list[Step], writer: Writer, rng: random.Random) -> int:
+def report(results: Sequence[int], writer: Writer, rng: random.Random) -> int:
     """The number given as the answer: the last result, or what a slip makes of it."""
     if rng.random() >= writer.misreports:
-        return steps[-1].result
-    if len(steps) > 1 and rng.random() < 0.3:
-        return steps[-2].result
-    return near_miss(steps[-1].result, rng)
+        return results[-1]
+    if len(results) > 1 and rng.random() < 0.3:
+        return results[-2]
+    return near_miss(results[-1], rng)

@@ -1,0 +1,27 @@
+"""What the learner needs from outside: where groups come from, and where adapters go."""
+
+from typing import Protocol
+
+import numpy as np
+
+from buffer.replay import Group
+
+
+class Replay(Protocol):
+    """Where groups come from: `buffer.replay.ReplayBuffer`."""
+
+    def draw(
+        self,
+        *,
+        num_groups: int,
+        num_replayed: int,
+        version: int,
+        rng: np.random.Generator,
+        timeout_s: float,
+    ) -> list[Group]: ...
+
+
+class WeightSink(Protocol):
+    """Where adapters go."""
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None: ...
