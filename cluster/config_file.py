@@ -46,7 +46,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         if any(key == name or key.startswith(f"{name}.") for name in overridden):
             return _COMMAND_LINE
         line = line_of(key, lines)
-        return path if line is None else f"{path}:{line}"
+        in_file = path if line is None else f"{path}:{line}"
+        if any(name.startswith(f"{key}.") for name in overridden):  # a section with overrides in it
+            return f"{in_file} and {_COMMAND_LINE}" if key in lines else _COMMAND_LINE
+        return in_file
 
     return _validated(_located(table), place)
 
@@ -140,8 +143,8 @@ def _suggestion(key: str) -> str:
     known = [name for name, _, _ in keys()] + list(RunConfig.model_fields)
     section, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
-    near += [name for name in known if name.rpartition(".")[2] == last]
+    near = [name for name in known if name.rpartition(".")[2] == last]
+    near += difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
     near += difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {near[0]}?"

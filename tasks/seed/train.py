@@ -34,8 +34,8 @@ class Schedule:
     """How long and how fast to train."""
 
     steps: int
-    batch_size: int = 96  # documents
-    learning_rate: float = 4e-3  # peak: linear warm-up, then half a cosine down to a thirtieth
+    batch_size: int = 64  # documents
+    learning_rate: float = 3e-3  # peak: linear warm-up, then half a cosine down to a thirtieth
     warmup_steps: int = 100
     weight_decay: float = 0.05
     clip_norm: float = 1.0
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.seed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=2, help="of matrix products")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

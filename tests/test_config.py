@@ -1,0 +1,162 @@
+"""Configuration files: what they mean, and how mistakes in them are told."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.config import RunConfig
+from cluster.config_file import ConfigError, keys, load_config, locate, resolved_toml
+
+PLAIN = """\
+[task]
+name = "arithmetic"
+demonstrations = "d.json"
+questions = "q.json"
+tests = ["t.json"]
+
+[lm]
+model = "some/model"
+
+[learner]
+steps = 10
+groups_per_step = 4
+learning_rate = 1e-3
+"""
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    path = tmp_path / "plain.toml"
+    path.write_text(PLAIN)
+    return path
+
+
+def mistakes(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(path), overrides)
+    return str(caught.value)
+
+
+def test_defaults_fill_what_the_file_leaves_out(plain: Path) -> None:
+    config = load_config(str(plain))
+    assert config.learner.steps == 10
+    assert config.actors.on_policy_share == pytest.approx(1 / 3)
+    assert (config.actors.temperature_low, config.actors.temperature_high) == (0.5, 2.0)
+
+
+def test_overrides_are_toml_values_and_later_ones_win(plain: Path) -> None:
+    config = load_config(
+        str(plain),
+        [
+            "learner.steps=20",
+            "learner.steps = 30",
+            "learner.learning_rate=1",
+            "learner.reward_temperature.end=0.5",
+            'lora.targets=["q_proj", "v_proj"]',
+            "cluster.dashboard=true",
+            "cluster.reward_placement={cpus = 2.0, threads = 3}",
+            "lm.model=another-model",
+            'buffer.password="s=3"',
+        ],
+    )
+    assert config.learner.steps == 30
+    assert config.learner.learning_rate == 1.0
+    assert config.learner.reward_temperature.end == 0.5
+    assert config.lora.targets == ("q_proj", "v_proj")
+    assert config.cluster.dashboard is True
+    assert config.cluster.reward_placement.threads == 3
+    assert config.lm.model == "another-model"
+    assert config.buffer.password is not None
+    assert config.buffer.password.get_secret_value() == "s=3"
+
+
+def test_all_mistakes_are_told_at_once_with_file_line_key_and_value(plain: Path) -> None:
+    plain.write_text(PLAIN.replace("steps = 10", 'steps = "ten"').replace("model =", "modle ="))
+    told = mistakes(plain)
+    assert f'{plain}:11: learner.steps = "ten": Input should be a valid integer' in told
+    assert f'{plain}:8: lm.modle = "some/model": unknown key; did you mean lm.model?' in told
+    assert "lm.model: missing" in told
+    assert told.endswith("3 mistakes")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.stepz=1", "unknown key; did you mean learner.steps?"),
+        ("learner.group_size=6", "did you mean actors.group_size?"),
+        ("leaner.steps=6", "unknown key; did you mean learner?"),
+        ("learner.steps=1.5", "learner.steps = 1.5: Input should be a valid integer"),
+        ("learner.steps=true", "learner.steps = true: Input should be a valid integer"),
+        ('learner.steps="7"', 'learner.steps = "7": Input should be a valid integer'),
+        ("learner.steps=0", "greater than 0"),
+        ("cluster.dashboard=1", "cluster.dashboard = 1: Input should be a valid boolean"),
+        ("lm.dtype=float16", "'float32' or 'bfloat16'"),
+        ("lora.targets=[1]", "lora.targets"),
+        ("actors.temperature_low=9.0", "must not exceed temperature_high (2.0)"),
+        ("buffer.port=6379", "port 6379 is Ray's"),
+        ("seed.deep=1", "unknown"),
+        ("seed=[1]", "seed = [1]: Input should be a valid integer"),
+    ],
+)
+def test_a_wrong_override_is_told_as_such(plain: Path, override: str, expected: str) -> None:
+    if override == "seed.deep=1":
+        plain.write_text(f"seed = 1\n{PLAIN}")
+        expected = "seed is a value and has no keys"
+    told = mistakes(plain, override)
+    assert told.startswith("command line: ")
+    assert expected in told
+
+
+@pytest.mark.parametrize("text", ["learner.steps", "=3", ".steps=3", "learner.=3"])
+def test_what_is_no_override_is_refused(plain: Path, text: str) -> None:
+    assert "write section.key=value" in mistakes(plain, text)
+
+
+def test_a_missing_file_and_bad_toml_are_named(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.toml"
+    assert f"{missing}: no such file" in mistakes(missing)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[lm\n")
+    assert "line 1" in mistakes(broken)
+
+
+def test_the_resolved_configuration_reads_back_as_itself(plain: Path, tmp_path: Path) -> None:
+    config = load_config(str(plain), ["lora.targets=['a\"b', 'é']", "cluster.address='x:1'"])
+    written = tmp_path / "resolved.toml"
+    written.write_text(resolved_toml(config), encoding="utf-8")
+    assert load_config(str(written)) == config
+
+
+def test_the_resolved_configuration_holds_no_password(plain: Path) -> None:
+    config = load_config(str(plain), ["buffer.password=hunter2"])
+    text = resolved_toml(config)
+    assert "hunter2" not in text and "password" not in text
+    assert "hunter2" not in repr(config)
+
+
+def test_files_are_found_from_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate("tasks/config.py").is_file()
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "config.py").write_text("")
+    assert locate("tasks/config.py").resolve() == tmp_path / "tasks" / "config.py"
+
+
+def test_the_tasks_files_become_absolute_where_they_exist(plain: Path) -> None:
+    config = load_config(str(plain), ["task.questions=tasks/config.py", "lm.model=org/name"])
+    assert Path(config.task.questions).is_absolute()
+    assert config.task.demonstrations == "d.json"
+    assert config.lm.model == "org/name"
+
+
+def test_every_key_has_a_description() -> None:
+    undescribed = {name for name, _, text in keys() if not text}
+    assert undescribed <= {"task.name"}
+
+
+def test_a_configuration_cannot_be_changed(plain: Path) -> None:
+    config: RunConfig = load_config(str(plain))
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3  # type: ignore[misc]

@@ -1,0 +1,124 @@
+"""The whole loop in one process: what comes out of it is what the mathematics says."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from buffer.server import RedisServer
+from cluster import roles
+from cluster.config import RunConfig
+from cluster.config_file import load_config
+from cluster.local import LocalRun
+from lm.model import load_base
+from lm.scoring import completion_log_probs
+from reward.item import ScoreItem
+from reward.naive import naive_log_rewards
+
+SMALL = [
+    "actors.groups_per_batch=2",
+    "actors.group_size=4",
+    "learner.groups_per_step=2",
+    "learner.replayed_per_group=2",
+    "learner.learning_rate=0.01",
+    "learner.warmup_steps=0",
+]
+
+
+def start(config: RunConfig, folder: Path, server: RedisServer) -> LocalRun:
+    return LocalRun(
+        config,
+        run="test",
+        checkpoints=folder / "checkpoints",
+        adapter=folder / "adapter",
+        buffer_url=server.url,
+        buffer_password=server.password,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of five steps, its folder, its configuration and a client of its buffer."""
+    folder = tmp_path_factory.mktemp("local")
+    config = load_config("tasks/arithmetic.toml", [*SMALL, "learner.steps=5"])
+    server = RedisServer.start(folder / "buffer", run="test", config=config.buffer)
+    run = start(config, folder, server)
+    while not run.finished:
+        run.tick()
+    run.stop(timeout_s=30)
+    buffer = roles.build_buffer(config, run="test", url=server.url, password=server.password)
+    yield run, folder, config, buffer
+    server.stop(timeout_s=30)
+
+
+def test_log_q_recomputed_by_the_learner_is_what_the_sampler_recorded(finished):
+    run, *_ = finished
+    gaps = [row["agreement/max_nats"] for row in run.learner_rows if "agreement/max_nats" in row]
+    assert gaps and max(gaps) < 1e-4
+
+
+def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished):
+    _, _, config, buffer = finished
+    base, task = roles.load_task(config)
+    sampled = [t for t in buffer.trajectories() if t.behaviour != "demonstration"][:6]
+    assert len(sampled) == 6
+    for trajectory in sampled:
+        item = ScoreItem(
+            context=np.concatenate(
+                [np.array(task.reward_context, dtype=np.int32), trajectory.prompt]
+            ),
+            completion=trajectory.completion,
+            stops=trajectory.stops,
+            answer=trajectory.answer,
+        )
+        [naive_S] = naive_log_rewards(base.model, [item])
+        np.testing.assert_allclose(trajectory.log_reward, naive_S, atol=1e-4)
+
+
+def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished):
+    run, folder, config, _ = finished
+    base, task = roles.load_task(config)
+    prompt = list(task.prompts[0].prompt)
+    completion = list(task.demonstrations[0].completion)
+    from_tool = list(task.demonstrations[0].from_tool)
+    adapted = PeftModel.from_pretrained(load_base(config.lm).model, folder / "adapter")
+    with torch.no_grad():
+        kept, trained, untrained = (
+            completion_log_probs(model, task.actions, [prompt], [completion], [from_tool])
+            for model in (adapted, run._learner.model, base.model)
+        )
+    torch.testing.assert_close(kept.log_pf_BT, trained.log_pf_BT)
+    torch.testing.assert_close(kept.log_stop_BS, trained.log_stop_BS)
+    assert not torch.allclose(kept.log_pf_BT, untrained.log_pf_BT, atol=1e-2)
+
+
+def test_every_demonstration_is_in_replay_and_the_audit_balances(finished):
+    _, _, config, buffer = finished
+    _, task = roles.load_task(config)
+    seeded = {t.prompt_key for t in buffer.trajectories() if t.behaviour == "demonstration"}
+    assert len(seeded) >= 0.9 * len(task.demonstrations)  # a better near-duplicate may replace one
+    audit = buffer.audit()
+    assert audit.ok, audit.discrepancies
+
+
+def test_a_second_sitting_goes_on_where_the_first_one_ended(finished, tmp_path):
+    run, folder, config, buffer = finished
+    longer = load_config("tasks/arithmetic.toml", [*SMALL, "learner.steps=6"])
+    stored = buffer.stats().replay_size
+    server_url = buffer._store.client.connection_pool.connection_kwargs
+    again = LocalRun(
+        longer,
+        run="test",
+        checkpoints=folder / "checkpoints",
+        adapter=tmp_path / "adapter",
+        buffer_url=f"redis://{server_url['host']}:{server_url['port']}/0",
+        buffer_password=server_url["password"],
+    )
+    assert again.learner_status == {"step": 5, "version": 5}
+    while not again.finished:
+        again.tick()
+    again.stop(timeout_s=30)
+    assert [row["progress/step"] for row in again.learner_rows] == [6.0]
+    assert buffer.stats().replay_size >= stored
