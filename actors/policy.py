@@ -1,20 +1,27 @@
-"""The policy as an actor holds it: the base with the adapter folded in, and our sampler."""
+"""The policy as an actor holds it: the base LM with the newest adapter, and our sampler."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from lm.actions import ActionSpace
+from lm.adapter import load_adapter_bytes
+from lm.config import LoRAConfig
 from lm.merged import MergedModel
-from lm.model import LanguageModel
+from lm.model import LanguageModel, attach_adapter
 from lm.sampling import Completion, Request, Sampler, Tool
 
 
 class SamplingPolicy:
     """Samples completions; takes new adapter weights between calls.
 
+    In float32 the adapter is folded into the weights, which decodes faster. In bfloat16 that
+    would round small updates away, so there it stays beside them.
+
     Args:
-        language_model: becomes this policy's own; its weights are rewritten by `load`.
+        language_model: becomes this policy's own: its weights or layers are changed.
+        lora: shape of the adapters to come.
         max_rows: completions under way at once.
         seed: of the random generator of this policy alone.
     """
@@ -25,12 +32,19 @@ class SamplingPolicy:
         actions: ActionSpace,
         tool: Tool | None,
         *,
+        lora: LoRAConfig,
         max_rows: int,
         seed: int,
     ) -> None:
-        self._merged = MergedModel(language_model)
-        self._sampler = Sampler(self._merged.model, actions, tool, max_rows=max_rows)
-        device = next(self._merged.model.parameters()).device
+        model: Any = language_model.model
+        self._merged: MergedModel | None = None
+        if model.dtype == torch.float32:
+            self._merged = MergedModel(language_model)
+        else:
+            model = attach_adapter(language_model, lora, seed)
+        self._model = model
+        self._sampler = Sampler(model, actions, tool, max_rows=max_rows)
+        device = next(model.parameters()).device
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
@@ -38,5 +52,8 @@ class SamplingPolicy:
         return self._sampler.sample(requests, self._generator)
 
     def load(self, adapter: bytes) -> None:
-        """Take up an adapter; see `MergedModel.load`."""
-        self._merged.load(adapter)
+        """Take up an adapter from `lm.adapter.adapter_bytes`; raises AdapterMismatch."""
+        if self._merged is not None:
+            self._merged.load(adapter)
+        else:
+            load_adapter_bytes(self._model, adapter)

@@ -4,13 +4,13 @@ import time
 from collections.abc import Callable
 
 from cluster.config import RunConfig
-from cluster.measure import Measurement, Scores
+from cluster.measure import Scores
 from cluster.metrics import MetricsLog
 from cluster.progress import Progress
 from cluster.rundir import RunDirectory, RunPhase, first_state, write_whole
 from cluster.session import PendingMeasurement, Run, Session
 from cluster.terminal import Terminal
-from cluster.waiting import first_line
+from cluster.waiting import cause_line, first_line
 
 _TICK_S = 0.1
 _STATE_EVERY_S = 1.0
@@ -68,8 +68,9 @@ class Driver:
                 self._enter("stopped")
             else:
                 self._enter("evaluating")
-                after = self._wait_for(self._session.evaluate(self._directory.adapter))
-                self._keep(self._scores.model_copy(update={"after": after}))
+                pending = self._session.evaluate(self._directory.adapter)
+                self._wait_for(pending)
+                self._keep(self._scores.model_copy(update={"after": pending.result()}))
                 self._enter("done")
             return self._scores
         except BaseException as error:
@@ -90,7 +91,7 @@ class Driver:
                         self._enter("training")
                         self._progress.begin()
                     if before is not None and before.done():
-                        self._keep(Scores(before=before.result()))
+                        self._keep_before(before)
                         before = None
                     self._watch(run, log)
             finally:
@@ -101,7 +102,8 @@ class Driver:
                 self._watch(run, log)
         if before is not None and not self._stop_requested:
             self._enter("evaluating")
-            self._keep(Scores(before=self._wait_for(before)))
+            self._wait_for(before)
+            self._keep_before(before)
 
     def _should_end(self, run: Run) -> bool:
         if self._directory.stop_request.exists():
@@ -132,11 +134,17 @@ class Driver:
         )
         self._show(with_figures=True)
 
-    def _wait_for(self, pending: PendingMeasurement) -> Measurement:
+    def _wait_for(self, pending: PendingMeasurement) -> None:
         while not pending.done():
             self._show(with_figures=False)
             time.sleep(_TICK_S)
-        return pending.result()
+
+    def _keep_before(self, pending: PendingMeasurement) -> None:
+        """Keep the base's results; training is worth more than they are, so it goes on without."""
+        try:
+            self._keep(Scores(before=pending.result()))
+        except Exception as error:
+            self._event(f"the base LM could not be measured: {cause_line(error)}")
 
     def _keep(self, scores: Scores) -> None:
         self._scores = scores

@@ -70,7 +70,12 @@ def measure(config: RunConfig, *, adapter: Path | None, data: Sequence[str] = ()
         # Folding it in needs the plain base; peft wraps a second copy, only to read the folder.
         weights = adapter_bytes(load_adapter(load_base(config.lm), adapter))
     policy = SamplingPolicy(
-        base, task.actions, task.tool, max_rows=settings.max_rows, seed=settings.seed
+        base,
+        task.actions,
+        task.tool,
+        lora=config.lora,
+        max_rows=settings.max_rows,
+        seed=settings.seed,
     )
     if weights is not None:
         policy.load(weights)
@@ -78,6 +83,7 @@ def measure(config: RunConfig, *, adapter: Path | None, data: Sequence[str] = ()
         load_base(config.lm),
         task.answer_actions,
         None,
+        lora=config.lora,
         max_rows=settings.max_rows,
         seed=settings.seed,
     )

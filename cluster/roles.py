@@ -59,6 +59,7 @@ def build_actor(
             base,
             task.actions,
             task.tool,
+            lora=config.lora,
             max_rows=config.actors.max_rows,
             seed=int(sampler_seed.generate_state(1)[0]),
         ),

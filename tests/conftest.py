@@ -22,7 +22,9 @@ def tiny_config(architecture: str) -> PretrainedConfig:
     """Configuration of a two-layer model over VOCAB_SIZE tokens."""
     match architecture:
         case "gpt2":
-            return GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+            return GPT2Config(
+                vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256
+            )
         case "gptj":
             return GPTJConfig(
                 vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4

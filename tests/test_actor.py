@@ -1,9 +1,11 @@
 """The rollout actor: what it overlaps, what it owns, what it refuses."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from actors.actor import CorruptWeights, LearnerStalled, RolloutActor
 from actors.config import ActorConfig
@@ -61,7 +63,7 @@ class ArithmeticScores:
         def __init__(self, scorer: "ArithmeticScores", items: list[ScoreItem]) -> None:
             self._scorer, self._items = scorer, items
 
-        def result(self, timeout_s: float) -> list[np.ndarray]:
+        def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
             self._scorer.fetched += 1
             if self._scorer.failure is not None:
                 raise self._scorer.failure
@@ -98,8 +100,8 @@ class Shelf:
         return newest if newest is not None and newest.version > version else None
 
 
-def make_actor(**replaced: object) -> tuple[RolloutActor, dict[str, object]]:
-    parts: dict[str, object] = {
+def make_actor(**replaced: Any) -> tuple[RolloutActor, dict[str, Any]]:
+    parts: dict[str, Any] = {
         "policy": ScriptedPolicy(),
         "scorer": ArithmeticScores(),
         "buffer": ListBuffer(),
@@ -121,7 +123,7 @@ def make_actor(**replaced: object) -> tuple[RolloutActor, dict[str, object]]:
     return actor, parts
 
 
-def test_the_next_batch_is_sampled_while_one_is_being_scored():
+def test_the_next_batch_is_sampled_while_one_is_being_scored() -> None:
     actor, parts = make_actor()
     actor.step()
     assert (parts["scorer"].submitted, parts["scorer"].fetched) == (1, 0)
@@ -130,7 +132,7 @@ def test_the_next_batch_is_sampled_while_one_is_being_scored():
     assert len(parts["buffer"].groups) == 2
 
 
-def test_every_sampled_group_reaches_the_buffer_with_its_own_scores():
+def test_every_sampled_group_reaches_the_buffer_with_its_own_scores() -> None:
     actor, parts = make_actor()
     steps = iter(range(6))
     actor.run(lambda: next(steps, None) is None)
@@ -148,7 +150,7 @@ def test_every_sampled_group_reaches_the_buffer_with_its_own_scores():
     assert actor.stats.correct == sum(t.correct for group in groups for t in group)
 
 
-def test_a_failed_score_is_an_error_and_stores_nothing():
+def test_a_failed_score_is_an_error_and_stores_nothing() -> None:
     scorer = ArithmeticScores()
     scorer.failure = RuntimeError("replica broke")
     actor, parts = make_actor(scorer=scorer)
@@ -161,7 +163,7 @@ def test_a_failed_score_is_an_error_and_stores_nothing():
     assert len(parts["buffer"].groups) == 4
 
 
-def test_new_weights_are_taken_between_batches_and_label_what_they_sample():
+def test_new_weights_are_taken_between_batches_and_label_what_they_sample() -> None:
     shelf = Shelf()
     actor, parts = make_actor(weights=shelf)
     actor.step()
@@ -174,7 +176,7 @@ def test_new_weights_are_taken_between_batches_and_label_what_they_sample():
     assert parts["policy"].loaded == [b"five"]
 
 
-def test_weights_with_a_wrong_checksum_are_refused():
+def test_weights_with_a_wrong_checksum_are_refused() -> None:
     shelf = Shelf()
     shelf.newest = PublishedWeights(version=5, data=b"torn", checksum=checksum(b"whole"))
     actor, parts = make_actor(weights=shelf)
@@ -183,7 +185,7 @@ def test_weights_with_a_wrong_checksum_are_refused():
     assert parts["policy"].loaded == []
 
 
-def test_a_full_buffer_that_nobody_draws_from_ends_in_a_named_error():
+def test_a_full_buffer_that_nobody_draws_from_ends_in_a_named_error() -> None:
     buffer = ListBuffer()
     buffer.groups = [[]] * 100
     actor, parts = make_actor(buffer=buffer)
@@ -192,13 +194,13 @@ def test_a_full_buffer_that_nobody_draws_from_ends_in_a_named_error():
     assert parts["scorer"].submitted == 0
 
 
-def test_prompts_come_in_proportion_to_their_weights():
+def test_prompts_come_in_proportion_to_their_weights() -> None:
     stream = PromptStream(PROMPTS, np.random.default_rng(0))
     drawn = [prompt.key for prompt in stream.take(4000)]
     assert abs(drawn.count("b") / 4000 - 0.75) < 0.02
 
 
-def test_behaviour_is_mixed_in_the_configured_shares():
+def test_behaviour_is_mixed_in_the_configured_shares() -> None:
     config = ActorConfig(on_policy_share=0.25, temperature_low=0.5, temperature_high=2.0)
     plans = plan_groups(PROMPTS * 2000, config, np.random.default_rng(0))
     temperatures = np.array([plan.temperature for plan in plans])
@@ -207,12 +209,12 @@ def test_behaviour_is_mixed_in_the_configured_shares():
     assert 0.5 <= tempered.min() < 0.51 and 1.99 < tempered.max() <= 2.0
 
 
-def test_demonstrations_are_scored_and_seeded_with_their_stop_states():
+def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:
     demonstration = Demonstration(
         prompt=PROMPTS[0], completion=(4, 5, 6), from_tool=(False, True, False)
     )
     buffer = ListBuffer()
-    arguments = {
+    arguments: dict[str, Any] = {
         "task": "toy",
         "reward_context": (7,),
         "verdict": lambda prompt, tokens: True,

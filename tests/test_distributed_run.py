@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,9 +16,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from buffer.config import BufferConfig
+from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
-from buffer.connection import connect
 from cluster.config_file import PROJECT_ROOT
 
 SMALL = [
@@ -31,12 +32,13 @@ SMALL = [
     "cluster.actors=1",
 ]
 TIMEOUT_S = 240.0
+Train = Callable[..., subprocess.Popen[str]]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def train(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def train(tmp_path: Path) -> Iterator[Train]:
     """A function that starts `amortize train` in a folder of its own; what still runs is ended."""
     started: list[subprocess.Popen[str]] = []
 
@@ -66,12 +68,14 @@ def output(tmp_path: Path) -> str:
     return "\n".join(path.read_text() for path in sorted(tmp_path.glob("train-*.log")))
 
 
-def state(tmp_path: Path) -> dict[str, object]:
+def state(tmp_path: Path) -> dict[str, Any]:
     path = tmp_path / "runs" / "test" / "state.json"
     return json.loads(path.read_text()) if path.exists() else {"step": -1, "phase": "none"}
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], tmp_path: Path) -> None:
+def wait_until(
+    condition: Callable[[], bool], process: subprocess.Popen[str], tmp_path: Path
+) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
         assert process.poll() is None, f"the run ended early:\n{output(tmp_path)}"
@@ -99,7 +103,9 @@ def open_buffer(tmp_path: Path) -> tuple[RedisServer, ReplayBuffer]:
     return server, ReplayBuffer(client, run="test", config=config)
 
 
-def test_a_run_goes_on_when_an_actor_and_a_reward_rank_are_killed(train, tmp_path):
+def test_a_run_goes_on_when_an_actor_and_a_reward_rank_are_killed(
+    train: Train, tmp_path: Path
+) -> None:
     process = train("--run", "test", *SMALL, "learner.steps=60", "reward.ranks=2")
     wait_until(lambda: state(tmp_path)["step"] >= 3, process, tmp_path)
     worker(process, "RolloutWorker").kill()
@@ -125,7 +131,9 @@ def test_a_run_goes_on_when_an_actor_and_a_reward_rank_are_killed(train, tmp_pat
         server.stop(timeout_s=20)
 
 
-def test_an_interrupted_run_resumes_with_its_versions_optimizer_and_buffer(train, tmp_path):
+def test_an_interrupted_run_resumes_with_its_versions_optimizer_and_buffer(
+    train: Train, tmp_path: Path
+) -> None:
     process = train("--run", "test", *SMALL, "learner.steps=500")
     wait_until(lambda: state(tmp_path)["step"] >= 5, process, tmp_path)
     process.send_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 """The whole loop in one process: what comes out of it is what the mathematics says."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
+from buffer.config import BufferConfig
+from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster import roles
 from cluster.config import RunConfig
@@ -16,6 +19,8 @@ from lm.model import load_base
 from lm.scoring import completion_log_probs
 from reward.item import ScoreItem
 from reward.naive import naive_log_rewards
+
+Finished = tuple[LocalRun, Path, RunConfig, ReplayBuffer]
 
 SMALL = [
     "actors.groups_per_batch=2",
@@ -39,27 +44,36 @@ def start(config: RunConfig, folder: Path, server: RedisServer) -> LocalRun:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("local")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[RedisServer]:
+    running = RedisServer.start(folder / "buffer", run="test", config=BufferConfig())
+    yield running
+    running.stop(timeout_s=30)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, server: RedisServer) -> Finished:
     """A run of five steps, its folder, its configuration and a client of its buffer."""
-    folder = tmp_path_factory.mktemp("local")
     config = load_config("tasks/arithmetic.toml", [*SMALL, "learner.steps=5"])
-    server = RedisServer.start(folder / "buffer", run="test", config=config.buffer)
     run = start(config, folder, server)
     while not run.finished:
         run.tick()
     run.stop(timeout_s=30)
     buffer = roles.build_buffer(config, run="test", url=server.url, password=server.password)
-    yield run, folder, config, buffer
-    server.stop(timeout_s=30)
+    return run, folder, config, buffer
 
 
-def test_log_q_recomputed_by_the_learner_is_what_the_sampler_recorded(finished):
+def test_log_q_recomputed_by_the_learner_is_what_the_sampler_recorded(finished: Finished) -> None:
     run, *_ = finished
     gaps = [row["agreement/max_nats"] for row in run.learner_rows if "agreement/max_nats" in row]
     assert gaps and max(gaps) < 1e-4
 
 
-def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished):
+def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished: Finished) -> None:
     _, _, config, buffer = finished
     base, task = roles.load_task(config)
     sampled = [t for t in buffer.trajectories() if t.behaviour != "demonstration"][:6]
@@ -77,7 +91,7 @@ def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished):
         np.testing.assert_allclose(trajectory.log_reward, naive_S, atol=1e-4)
 
 
-def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished):
+def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished: Finished) -> None:
     run, folder, config, _ = finished
     base, task = roles.load_task(config)
     prompt = list(task.prompts[0].prompt)
@@ -94,7 +108,7 @@ def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished):
     assert not torch.allclose(kept.log_pf_BT, untrained.log_pf_BT, atol=1e-2)
 
 
-def test_every_demonstration_is_in_replay_and_the_audit_balances(finished):
+def test_every_demonstration_is_in_replay_and_the_audit_balances(finished: Finished) -> None:
     _, _, config, buffer = finished
     _, task = roles.load_task(config)
     seeded = {t.prompt_key for t in buffer.trajectories() if t.behaviour == "demonstration"}
@@ -103,19 +117,13 @@ def test_every_demonstration_is_in_replay_and_the_audit_balances(finished):
     assert audit.ok, audit.discrepancies
 
 
-def test_a_second_sitting_goes_on_where_the_first_one_ended(finished, tmp_path):
-    run, folder, config, buffer = finished
+def test_a_second_sitting_goes_on_where_the_first_one_ended(
+    finished: Finished, server: RedisServer, tmp_path: Path
+) -> None:
+    _, folder, _, buffer = finished
     longer = load_config("tasks/arithmetic.toml", [*SMALL, "learner.steps=6"])
     stored = buffer.stats().replay_size
-    server_url = buffer._store.client.connection_pool.connection_kwargs
-    again = LocalRun(
-        longer,
-        run="test",
-        checkpoints=folder / "checkpoints",
-        adapter=tmp_path / "adapter",
-        buffer_url=f"redis://{server_url['host']}:{server_url['port']}/0",
-        buffer_password=server_url["password"],
-    )
+    again = start(longer, folder, server)
     assert again.learner_status == {"step": 5, "version": 5}
     while not again.finished:
         again.tick()

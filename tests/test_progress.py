@@ -9,14 +9,14 @@ from cluster.readout import TIME_LEFT_S, TRAJECTORIES_PER_S
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that a test moves."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
-def test_rates_and_time_left_are_those_of_the_last_seconds(clock):
+def test_rates_and_time_left_are_those_of_the_last_seconds(clock: list[float]) -> None:
     progress = Progress(steps=100, time_limit_s=None)
     progress.begin()
     progress.observe(trajectories=0, step=0)
@@ -32,7 +32,7 @@ def test_rates_and_time_left_are_those_of_the_last_seconds(clock):
     assert progress.shown(buffer_size=3)[TRAJECTORIES_PER_S] == pytest.approx(10)
 
 
-def test_the_time_limit_counts_from_the_beginning_of_training(clock):
+def test_the_time_limit_counts_from_the_beginning_of_training(clock: list[float]) -> None:
     progress = Progress(steps=100, time_limit_s=60)
     clock[0] += 500
     assert not progress.time_is_up
@@ -44,7 +44,7 @@ def test_the_time_limit_counts_from_the_beginning_of_training(clock):
     assert progress.time_is_up
 
 
-def test_shown_metrics_average_the_last_rows(clock):
+def test_shown_metrics_average_the_last_rows(clock: list[float]) -> None:
     progress = Progress(steps=100, time_limit_s=None)
     for step in range(1, 31):
         row = progress.row({"loss/value": float(step)}, step=step)
