@@ -12,7 +12,7 @@ from actors.ports import Scorer
 from actors.prompts import Prompt
 from actors.rollout import Verdict
 from buffer.trajectory import Trajectory
-from lm.actions import ActionSpace, stop_positions
+from lm.actions import ActionSpace
 from reward.item import ScoreItem
 
 
@@ -95,4 +95,4 @@ def seed_demonstrations(
 
 def _stops(demonstration: Demonstration, actions: ActionSpace) -> NDArray[np.int32]:
     actions.check(demonstration.completion, demonstration.from_tool)
-    return stop_positions(demonstration.from_tool, actions.min_len)
+    return actions.stop_positions(demonstration.from_tool)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
-from lm.actions import ActionSpace, IllegalCompletion, stop_positions
+from lm.actions import ActionSpace, IllegalCompletion
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,12 +55,12 @@ def check_actions(groups: Sequence[Group], actions: ActionSpace) -> None:
     """
     for trajectory in chain.from_iterable((*g.fresh, *g.replayed) for g in groups):
         actions.check(trajectory.completion.tolist(), trajectory.from_tool.tolist())
-        expected = stop_positions(trajectory.from_tool, actions.min_len)
+        expected = actions.stop_positions(trajectory.from_tool)
         if not np.array_equal(trajectory.stops, expected):
             raise IllegalCompletion(
                 f"trajectory {trajectory.id} of {trajectory.actor!r} stops at "
                 f"{trajectory.stops.tolist()[:8]}.. where the learner's action space has "
-                f"{expected.tolist()[:8]}..; actors and learner must share min_len and the tool"
+                f"{expected.tolist()[:8]}..; actors and learner must share the task's settings"
             )
 
 

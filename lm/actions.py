@@ -7,6 +7,9 @@ and the stop action ⊤, which is spelled by a token id of the model's vocabular
     min_len <= t < max_len  ⊤ competes with the legal tokens
     t >= max_len            ⊤ is forced, log q(⊤) = 0
 
+A task whose rationale ends with a finished step may narrow this further: with `stop_after_tool`, ⊤
+has probability zero but right behind a tool's text.
+
 Text that a tool inserts is always inserted whole, so a completion may be longer than max_len.
 """
 
@@ -32,6 +35,7 @@ class ActionSpace:
     legal_tokens: tuple[int, ...] | None  # token ids the policy may choose; None: the vocabulary
     min_len: int  # tokens, of tools too, before ⊤ opens
     max_len: int  # tokens, of tools too, at which ⊤ is forced
+    stop_after_tool: bool = False  # ⊤ opens only right behind text that a tool inserted
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_len <= self.max_len:
@@ -69,6 +73,23 @@ class ActionSpace:
         mask_V[self.stop_token] = may_stop
         return mask_V
 
+    def stop_states(self, from_tool: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """[L + 1] True at every prefix where the policy may or must stop.
+
+        Never where the next token is inserted by a tool. The last state of a completion that the
+        policy can produce is always one.
+        """
+        inserted_L = np.asarray(from_tool, dtype=np.bool_)
+        state_S = np.arange(len(inserted_L) + 1)
+        open_S = (state_S >= self.min_len) & ~np.append(inserted_L, False)
+        if self.stop_after_tool:
+            open_S &= np.append(False, inserted_L) | (state_S >= self.max_len)
+        return open_S
+
+    def stop_positions(self, from_tool: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.int32]:
+        """[S] the stop states as ascending prefix lengths."""
+        return np.flatnonzero(self.stop_states(from_tool)).astype(np.int32)
+
     def check(self, completion: Sequence[int], from_tool: Sequence[bool]) -> None:
         """Raise IllegalCompletion when the policy cannot produce `completion`, saying where."""
         if len(completion) != len(from_tool):
@@ -78,6 +99,11 @@ class ActionSpace:
         if len(completion) < self.min_len:
             raise IllegalCompletion(
                 f"completion of {len(completion)} tokens is shorter than min_len={self.min_len}"
+            )
+        if not self.stop_states(from_tool)[-1]:
+            raise IllegalCompletion(
+                f"completion of {len(completion)} tokens ends where the policy cannot stop: not "
+                "right behind a tool's text (stop_after_tool)"
             )
         chosen = ~np.asarray(from_tool, dtype=np.bool_)
         tokens = np.asarray(completion, dtype=np.int64)
@@ -95,15 +121,3 @@ class ActionSpace:
                 f"completion chooses {int(chosen.sum())} of {len(tokens)} tokens, one of them "
                 f"beyond max_len={self.max_len}; shorten the data or raise max_len"
             )
-
-
-def stop_positions(
-    from_tool: Sequence[bool] | NDArray[np.bool_], min_len: int
-) -> NDArray[np.int32]:
-    """[S] ascending prefix lengths t at which the policy may stop.
-
-    t >= min_len, and the next token is not inserted by a tool. The last state is always one.
-    """
-    inserted = np.append(np.asarray(from_tool, dtype=np.bool_), False)
-    states = np.arange(len(inserted))
-    return np.flatnonzero((states >= min_len) & ~inserted).astype(np.int32)

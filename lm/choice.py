@@ -28,7 +28,6 @@ class Chooser:
 
     def __init__(self, actions: ActionSpace, vocab_size: int, device: torch.device) -> None:
         ids = actions.columns(vocab_size)
-        self._min_len = actions.min_len
         self._every_token = len(ids) == vocab_size
         self._id_C = torch.from_numpy(ids).to(device)
         self._stop_column = int(np.searchsorted(ids, actions.stop_token))
@@ -36,17 +35,17 @@ class Chooser:
     def choose(
         self,
         logits_NV: Tensor,
-        lengths: Sequence[int],
+        may_stop: Sequence[bool],
         temperatures: Sequence[float],
         generator: torch.Generator,
     ) -> Choice:
-        """Draw from softmax(log q / temperature), ⊤ closed below min_len; report log q itself.
+        """Draw from softmax(log q / temperature), ⊤ only where it may; report log q itself.
 
         Raises PolicyDiverged when log q of a draw is not finite.
         """
         device = logits_NV.device
         logits_NC = (logits_NV if self._every_token else logits_NV[:, self._id_C]).float()
-        if closed := [n for n, length in enumerate(lengths) if length < self._min_len]:
+        if closed := [n for n, may in enumerate(may_stop) if not may]:
             logits_NC = logits_NC.clone()
             logits_NC[closed, self._stop_column] = -torch.inf
         log_q_NC = torch.log_softmax(logits_NC, dim=-1)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.actions import ActionSpace, stop_positions
+from lm.actions import ActionSpace
 from lm.cache import SlotCache
 from lm.choice import Chooser
 from lm.model import context_limit, require_context, vocab_size
@@ -77,12 +77,17 @@ class Row:
         self.log_q.append(log_q)
         self.from_tool.append(from_tool)
 
-    def completion(self, min_len: int) -> Completion:
+    def may_stop(self, actions: ActionSpace) -> bool:
+        """Whether ⊤ is open in the present state, unless a tool is speaking."""
+        behind_tool = bool(self.from_tool) and self.from_tool[-1]
+        return len(self.tokens) >= actions.min_len and (behind_tool or not actions.stop_after_tool)
+
+    def completion(self, actions: ActionSpace) -> Completion:
         return Completion(
             tokens=np.array(self.tokens, dtype=np.int32),
             from_tool=np.array(self.from_tool, dtype=np.bool_),
             log_q_token=np.array(self.log_q, dtype=np.float32),
-            stops=stop_positions(self.from_tool, min_len),
+            stops=actions.stop_positions(self.from_tool),
             log_q_stop=np.array(self.log_stop, dtype=np.float32),
         )
 
@@ -175,9 +180,10 @@ class Sampler:
         done: dict[int, Completion],
     ) -> list[int]:
         """One action per row: a tool's token, a chosen one, or ⊤. Returns the ended slots."""
+        may_stop = [row.may_stop(self._actions) for row in rows]
         choice = self._chooser.choose(
             logits_NV,
-            [len(row.tokens) for row in rows],
+            may_stop,
             [row.request.temperature for row in rows],
             generator,
         )
@@ -186,10 +192,10 @@ class Sampler:
             if row.pending:
                 row.append(row.pending.pop(0), 0.0, from_tool=True)
             else:
-                if len(row.tokens) >= self._actions.min_len:
+                if may_stop[slot]:
                     row.log_stop.append(choice.log_stop[slot])
                 if choice.token[slot] == self._actions.stop_token:
-                    done[row.index] = row.completion(self._actions.min_len)
+                    done[row.index] = row.completion(self._actions)
                     ended.append(slot)
                     continue
                 row.append(choice.token[slot], choice.log_q[slot], from_tool=False)
@@ -213,7 +219,7 @@ class Sampler:
         if row.pending or len(row.tokens) < self._actions.max_len:
             return False
         row.log_stop.append(0.0)
-        done[row.index] = row.completion(self._actions.min_len)
+        done[row.index] = row.completion(self._actions)
         return True
 
     def _drop(self, rows: list[Row], ended: Sequence[int], cache: SlotCache) -> None:

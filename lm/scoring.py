@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.actions import ActionSpace, stop_positions
+from lm.actions import ActionSpace
 from lm.model import require_context
 
 
@@ -43,16 +43,17 @@ def completion_log_probs(
     batch = _Batch.collate(actions, prompts, completions, from_tool)
     require_context(model, batch.ids_BW.shape[1])
     device = next(model.parameters()).device
-    column_BS, chosen_BT, open_BS = (
+    column_BS, chosen_BT, may_stop_BS, open_BS = (
         torch.from_numpy(array).to(device)
-        for array in (batch.column_BS, batch.chosen_BT, batch.open_BS)
+        for array in (batch.column_BS, batch.chosen_BT, batch.may_stop_BS, batch.open_BS)
     )
     ids_BW = torch.from_numpy(batch.ids_BW).to(device)
     logits_BJV = _logits(model, ids_BW, batch.first)
     next_BJ = nn.functional.pad(ids_BW[:, batch.first + 1 :], (0, 1))
     # column_BS[:, 0] is where state 0 sits, so the difference is t.
     state_BJ = torch.arange(next_BJ.shape[1], device=device) - column_BS[:, :1]
-    log_next_BJ, log_stop_BJ = _action_log_probs(actions, logits_BJV, next_BJ, state_BJ)
+    may_stop_BJ = may_stop_BS.gather(1, state_BJ.clamp(0, may_stop_BS.shape[1] - 1))
+    log_next_BJ, log_stop_BJ = _action_log_probs(actions, logits_BJV, next_BJ, may_stop_BJ)
     zero = log_next_BJ.new_zeros(())
     return LogProbs(
         log_pf_BT=torch.where(chosen_BT, log_next_BJ.gather(1, column_BS[:, :-1]), zero),
@@ -72,7 +73,7 @@ def _logits(model: nn.Module, ids_BW: Tensor, first: int) -> Tensor:
 
 
 def _action_log_probs(
-    actions: ActionSpace, logits_BJV: Tensor, next_BJ: Tensor, state_BJ: Tensor
+    actions: ActionSpace, logits_BJV: Tensor, next_BJ: Tensor, may_stop_BJ: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[B, J] log q of the next token and of ⊤; entries of illegal tokens are arbitrary."""
     vocab_size = logits_BJV.shape[-1]
@@ -85,10 +86,8 @@ def _action_log_probs(
         column_of_id[ids] = np.arange(len(ids))
         next_column_BJ = torch.from_numpy(column_of_id).to(next_BJ.device)[next_BJ]
         logits_BJC = logits_BJV[..., torch.from_numpy(ids).to(next_BJ.device)].float()
-    if actions.min_len > 0:
-        is_stop_C = torch.arange(len(ids), device=next_BJ.device) == stop_column
-        closed_BJC = (state_BJ < actions.min_len)[..., None] & is_stop_C
-        logits_BJC = logits_BJC.masked_fill(closed_BJC, -torch.inf)
+    is_stop_C = torch.arange(len(ids), device=next_BJ.device) == stop_column
+    logits_BJC = logits_BJC.masked_fill(~may_stop_BJ[..., None] & is_stop_C, -torch.inf)
     log_q_BJC = torch.log_softmax(logits_BJC, dim=-1)
     return (
         log_q_BJC.gather(-1, next_column_BJ[..., None]).squeeze(-1),
@@ -104,7 +103,8 @@ class _Batch:
     first: int  # column of the earliest state 0: the shortest prompt's last token
     column_BS: NDArray[np.int64]  # scored column that holds state t's logits
     chosen_BT: NDArray[np.bool_]  # the policy chose this token
-    open_BS: NDArray[np.bool_]  # a stop state where ⊤ is not forced
+    may_stop_BS: NDArray[np.bool_]  # a stop state
+    open_BS: NDArray[np.bool_]  # ... where ⊤ is not forced
 
     @staticmethod
     def collate(
@@ -119,7 +119,7 @@ class _Batch:
         width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids_BW = np.zeros((size, width), dtype=np.int64)
         chosen_BT = np.zeros((size, tokens), dtype=np.bool_)
-        open_BS = np.zeros((size, tokens + 1), dtype=np.bool_)
+        may_stop_BS = np.zeros((size, tokens + 1), dtype=np.bool_)
         start_B = np.array([len(prompt) - 1 for prompt in prompts])
         for b, (prompt, completion, marks) in enumerate(
             zip(prompts, completions, from_tool, strict=True)
@@ -128,9 +128,10 @@ class _Batch:
             ids_BW[b, : len(prompt)] = prompt
             ids_BW[b, len(prompt) : len(prompt) + len(completion)] = completion
             chosen_BT[b, : len(completion)] = ~np.asarray(marks, dtype=np.bool_)
-            open_BS[b, stop_positions(marks, actions.min_len)] = True
+            may_stop_BS[b, : len(completion) + 1] = actions.stop_states(marks)
+        open_BS = may_stop_BS.copy()
         open_BS[:, actions.max_len :] = False
         first = int(start_B.min())
         column_BS = start_B[:, None] - first + np.arange(tokens + 1)
         column_BS = np.minimum(column_BS, width - 1 - first)  # padding: any column will do
-        return _Batch(ids_BW, first, column_BS, chosen_BT, open_BS)
+        return _Batch(ids_BW, first, column_BS, chosen_BT, may_stop_BS, open_BS)

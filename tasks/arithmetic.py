@@ -86,7 +86,7 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
         prompts.setdefault(item.expression.text, _prompt(item, weight, tokenizer))
     return Arithmetic(
         tokenizer=tokenizer,
-        actions=build_actions(tokenizer, min_len=config.min_len, max_len=config.max_len),
+        actions=build_actions(tokenizer, config),
         answer_actions=build_answer_actions(tokenizer),
         tool=tool,
         prompts=tuple(prompts.values()),
@@ -98,14 +98,20 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
     )
 
 
-def build_actions(tokenizer: Tokenizer, *, min_len: int, max_len: int) -> ActionSpace:
+def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace:
     """All tokens that spell digits, signs, commas and spaces; raises TokenizerUnfit."""
     stop = encode(tokenizer, STOP_TEXT)
     if len(stop) != 1:
         raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     legal = tuple(i for i, text in enumerate(texts) if text and LEGAL_CHARACTERS.issuperset(text))
-    return ActionSpace(stop_token=stop[0], legal_tokens=legal, min_len=min_len, max_len=max_len)
+    return ActionSpace(
+        stop_token=stop[0],
+        legal_tokens=legal,
+        min_len=config.min_len,
+        max_len=config.max_len,
+        stop_after_tool=config.stop_after_tool,
+    )
 
 
 def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:

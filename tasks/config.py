@@ -22,6 +22,10 @@ class ArithmeticConfig(BaseModel):
         default=0, ge=0, description="Worked questions that the reward's context starts with."
     )
     min_len: int = Field(default=1, ge=0, description="Tokens of a rationale before it may stop.")
+    stop_after_tool: bool = Field(
+        default=True,
+        description="A rationale may stop only behind a result of the calculator; false: anywhere.",
+    )
     max_len: int = Field(default=48, ge=1, description="Tokens at which it must stop.")
 
     @model_validator(mode="after")

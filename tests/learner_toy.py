@@ -16,7 +16,7 @@ from learner.config import LearnerConfig
 from learner.engine import Engine, TorchEngine
 from learner.learner import Learner
 from learner.subtb import SubTB
-from lm.actions import ActionSpace, stop_positions
+from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel, attach_adapter, freeze
 from tests.conftest import VOCAB_SIZE, tiny_config
@@ -52,7 +52,7 @@ def log_reward_of(prompt_key: str, prefix: Sequence[int]) -> float:
 def make_trajectory(prompt_key: str, string: Sequence[int], **changes: Any) -> Trajectory:
     """Scored under the toy's reward; its recorded log q are zeros unless given."""
     from_tool = np.zeros(len(string), dtype=np.bool_)
-    stops = stop_positions(from_tool, ACTIONS.min_len)
+    stops = ACTIONS.stop_positions(from_tool)
     rewards = [log_reward_of(prompt_key, string[:t]) for t in stops]
     fields: dict[str, Any] = {
         "task": "toy",

@@ -3,14 +3,26 @@
 import numpy as np
 import pytest
 
-from lm.actions import ActionSpace, IllegalCompletion, stop_positions
+from lm.actions import ActionSpace, IllegalCompletion
 
 
 def test_stop_positions_leave_out_short_prefixes_and_text_a_tool_is_inserting() -> None:
     marks = [False, False, True, True, False, True]
-    assert stop_positions(marks, 0).tolist() == [0, 1, 4, 6]
-    assert stop_positions(marks, 2).tolist() == [4, 6]
-    assert stop_positions([], 0).tolist() == [0]
+    from_zero = ActionSpace(stop_token=1, legal_tokens=None, min_len=0, max_len=9)
+    from_two = ActionSpace(stop_token=1, legal_tokens=None, min_len=2, max_len=9)
+    assert from_zero.stop_positions(marks).tolist() == [0, 1, 4, 6]
+    assert from_two.stop_positions(marks).tolist() == [4, 6]
+    assert from_zero.stop_positions([]).tolist() == [0]
+
+
+def test_a_stop_may_be_tied_to_the_end_of_a_tools_text_or_to_max_len() -> None:
+    actions = ActionSpace(
+        stop_token=1, legal_tokens=None, min_len=0, max_len=7, stop_after_tool=True
+    )
+    assert actions.stop_positions([False, False, True, True, False, True]).tolist() == [4, 6]
+    assert actions.stop_positions([False, True, *[False] * 5]).tolist() == [2, 7]
+    with pytest.raises(IllegalCompletion, match="not right behind a tool's text"):
+        actions.check([2, 3, 4], [False, True, False])
 
 
 def test_the_mask_is_the_support_of_the_softmax() -> None:

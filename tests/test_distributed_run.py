@@ -44,15 +44,15 @@ def train(tmp_path: Path) -> Iterator[Train]:
 
     def start(*arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "cluster", "train", "tasks/arithmetic.toml", *arguments]
-        log = (tmp_path / f"train-{len(started)}.log").open("w")
-        process = subprocess.Popen(
-            command,
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with (tmp_path / f"train-{len(started)}.log").open("w") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         started.append(process)
         return process
 

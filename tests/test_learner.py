@@ -219,7 +219,7 @@ def test_a_trajectory_sampled_under_other_stop_rules_is_refused() -> None:
         log_q_stop=np.zeros(1, dtype=np.float32),
     )
     learner, _ = make_learner(replay=FixedReplay([group]))
-    with pytest.raises(IllegalCompletion, match="must share min_len"):
+    with pytest.raises(IllegalCompletion, match="must share the task's settings"):
         learner.step()
 
 

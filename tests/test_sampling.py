@@ -15,12 +15,25 @@ from tests.sampling_toy import CALL, MUTE, STOP, Echo, draw, mixed_requests, wor
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("legal", [None, (2, CALL, MUTE, 5, 9)], ids=["vocabulary", "legal"])
+@pytest.mark.parametrize(
+    ("legal", "stop_after_tool"),
+    [(None, False), ((2, CALL, MUTE, 5, 9), False), ((2, CALL, MUTE, 5, 9), True)],
+    ids=["vocabulary", "legal", "stop after tool"],
+)
 def test_recomputed_log_q_equals_the_record_in_a_ragged_refilled_batch_with_tool_calls(
-    tiny_lm: Callable[[str], PreTrainedModel], architecture: str, legal: tuple[int, ...] | None
+    tiny_lm: Callable[[str], PreTrainedModel],
+    architecture: str,
+    legal: tuple[int, ...] | None,
+    stop_after_tool: bool,
 ) -> None:
     model = tiny_lm(architecture)
-    actions = ActionSpace(stop_token=STOP, legal_tokens=legal, min_len=2, max_len=9)
+    actions = ActionSpace(
+        stop_token=STOP,
+        legal_tokens=legal,
+        min_len=2,
+        max_len=9,
+        stop_after_tool=stop_after_tool,
+    )
     requests = mixed_requests(70)
     completions = draw(model, actions, requests, tool=Echo(), max_rows=16)
 

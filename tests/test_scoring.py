@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lm.actions import ActionSpace, IllegalCompletion, stop_positions
+from lm.actions import ActionSpace, IllegalCompletion
 from lm.scoring import completion_log_probs
 from tests.conftest import ARCHITECTURES
 from tests.sampling_toy import enumerable_policy
@@ -26,10 +26,10 @@ def naive(
 ) -> tuple[list[float], dict[int, float]]:
     """One unpadded forward per prefix; log q per token and per stop state."""
     log_pf, log_stop = [], {}
-    stops = stop_positions(marks, actions.min_len).tolist()
+    stops = actions.stop_positions(marks).tolist()
     for t in range(len(completion) + 1):
         logits = model(torch.tensor([[*prompt, *completion[:t]]])).logits[0, -1]
-        mask = actions.mask(len(logits), may_stop=t >= actions.min_len)
+        mask = actions.mask(len(logits), may_stop=bool(actions.stop_states(marks)[t]))
         log_q = torch.log_softmax(logits.masked_fill(~torch.from_numpy(mask), -torch.inf), 0)
         if t in stops:
             log_stop[t] = 0.0 if t >= actions.max_len else float(log_q[actions.stop_token])
@@ -73,20 +73,32 @@ def test_stop_is_closed_below_min_len_and_renormalises_the_tokens(
 
 
 @pytest.mark.parametrize("min_len", [0, 2])
-@pytest.mark.parametrize("with_tool", [False, True], ids=["no tool", "tool"])
+@pytest.mark.parametrize(
+    ("with_tool", "stop_after_tool"),
+    [(False, False), (True, False), (True, True)],
+    ids=["no tool", "tool", "stop after tool"],
+)
 def test_all_completions_of_a_small_space_have_total_probability_one(
-    min_len: int, with_tool: bool
+    min_len: int, with_tool: bool, stop_after_tool: bool
 ) -> None:
     """The tool answers token 2 with tokens 5 and 0: neither is legal, 0 even spells stop."""
     model, _ = enumerable_policy()
-    actions = ActionSpace(stop_token=0, legal_tokens=(1, 2, 3, 4), min_len=min_len, max_len=3)
+    actions = ActionSpace(
+        stop_token=0,
+        legal_tokens=(1, 2, 3, 4),
+        min_len=min_len,
+        max_len=3,
+        stop_after_tool=stop_after_tool,
+    )
     completions: list[list[int]] = []
     marks: list[list[bool]] = []
 
     def descend(prefix: list[int], from_tool: list[bool]) -> None:
         if with_tool and prefix and prefix[-1] == 2 and not from_tool[-1]:
             prefix, from_tool = [*prefix, 5, 0], [*from_tool, True, True]
-        if len(prefix) >= min_len:
+        behind_tool = bool(from_tool) and from_tool[-1]
+        closed = stop_after_tool and not behind_tool and len(prefix) < actions.max_len
+        if len(prefix) >= min_len and not closed:
             completions.append(prefix)
             marks.append(from_tool)
         if len(prefix) < actions.max_len:
