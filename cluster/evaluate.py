@@ -9,6 +9,7 @@ from rich.table import Table
 
 from cluster.config_file import load_config, locate
 from cluster.measure import Measurement, measure
+from cluster.preflight import check_adapter
 from cluster.rundir import find_run
 
 
@@ -18,6 +19,8 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = Path(arguments.adapter) if arguments.adapter else None
     if arguments.run:
         adapter = find_run(arguments.run).adapter
+    if adapter is not None:
+        check_adapter(adapter)
     data = [str(locate(path)) for path in arguments.data]
     measurement = measure(config, adapter=adapter, data=data)
     if arguments.json:

@@ -4,7 +4,6 @@ Each room raises its own errors; this calls them in order of price.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from buffer.config import BufferConfig
@@ -14,7 +13,6 @@ from buffer.listening import PortInUse, is_free, port_in_use
 from cluster.config import RunConfig
 from cluster.fit import check_fit
 from cluster.rundir import RunDirectory
-from lm.adapter import load_adapter
 from lm.model import load_base
 from tasks.registry import build_task
 
@@ -56,7 +54,7 @@ def check_before_start(
     check_buffer(config.buffer)
     here = local or address is None
     # The cluster's nodes have the GPUs; this machine need not have one.
-    check_model(config if here else on_cpu(config), adapter=None, data=())
+    check_model_and_data(config if here else on_cpu(config))
 
 
 def check_local(config: RunConfig) -> None:
@@ -83,18 +81,15 @@ def check_buffer(config: BufferConfig) -> None:
         raise PortInUse(port_in_use(config.bind, config.port))
 
 
-def check_model(config: RunConfig, *, adapter: Path | None, data: Sequence[str]) -> None:
-    """Raise unless the model loads, and adapter and data are such as it can use.
+def check_model_and_data(config: RunConfig) -> None:
+    """Raise unless the model loads and every file of the task is such as it can use.
 
     Reads the weights: files that do not belong together show only then.
     """
     base = load_base(config.lm)
     task = build_task(config.task, base.tokenizer)
-    for path in data or config.task.tests:
+    for path in config.task.tests:
         task.test_items(path)
-    if adapter is not None:
-        check_adapter(adapter)
-        load_adapter(base, adapter)
 
 
 def check_adapter(folder: Path) -> None:

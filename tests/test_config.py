@@ -6,6 +6,9 @@ import pytest
 
 from cluster.config import RunConfig
 from cluster.config_file import ConfigError, keys, load_config, locate, resolved_toml
+from cluster.reference import reference
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PLAIN = """\
 [task]
@@ -160,3 +163,8 @@ def test_a_configuration_cannot_be_changed(plain: Path) -> None:
     config: RunConfig = load_config(str(plain))
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
+
+
+def test_the_reference_in_docs_is_up_to_date() -> None:
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == reference(), "python -m cluster.reference > docs/configuration.md"

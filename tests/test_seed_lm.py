@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from actors.tools import Calculator
 from lm.config import LMConfig
 from lm.model import LanguageModel, load_base
-from tasks.expression import Expression, compute, draw_expression, parse_question
+from tasks.expression import OPERATORS, Expression, compute, draw_expression, parse_question
 from tasks.seed import train as seed_training
 from tasks.seed.card import stated_loss
 from tasks.seed.corpus import documents
@@ -55,7 +55,7 @@ def test_a_fifth_of_all_three_operand_questions_is_held_out() -> None:
     space = [
         Expression(operands, operators)
         for operands in product(range(10), repeat=3)
-        for operators in product("+-", repeat=2)
+        for operators in product(OPERATORS, repeat=2)
     ]
     assert len(space) == 4000
     assert sum(expression.held_out for expression in space) / 4000 == pytest.approx(0.2, abs=0.02)

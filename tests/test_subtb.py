@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 
 from learner.objective import ObjectiveInput
-from learner.potential import estimate_log_z, state_potentials
+from learner.potential import estimate_log_z
 from learner.subtb import SubTB, pair_sums
+from tests.tabular_toy import loss_of
 
 DECAYS = (0.3, 0.9, 1.0, 1.1)
-STOP = 2  # column of the stop action in the tabular policies, after the tokens 0 and 1
 
 
 def ragged_batch(*, root_stops: str, seed: int = 0) -> ObjectiveInput:
@@ -68,11 +67,6 @@ def with_leaves(batch: ObjectiveInput) -> tuple[ObjectiveInput, list[Tensor]]:
     return ObjectiveInput(
         leaves[0], leaves[1], batch.log_reward_BS, batch.stop_BS, batch.group_B
     ), leaves
-
-
-def loss_of(batch: ObjectiveInput, objective: SubTB) -> Tensor:
-    total = objective(batch).total
-    return total / objective.weight(batch.stop_BS).to(total)
 
 
 @pytest.mark.parametrize("decay", DECAYS)
@@ -192,115 +186,3 @@ def test_one_trajectory_per_prompt_estimates_its_own_log_z() -> None:
     together_B = estimate_log_z(phi_B, torch.tensor([1, 0, 1]))
     assert alone_B.tolist() == [-3.0, -5.0, -11.0]
     assert together_B.tolist() == [-7.0, -5.0, -7.0]
-
-
-@dataclass(frozen=True)
-class Toy:
-    """All binary strings of min_len to max_len tokens, with a random reward; enumerable."""
-
-    min_len: int
-    max_len: int
-    strings: list[tuple[int, ...]]
-    log_reward: dict[tuple[int, ...], float]
-    prefixes: list[tuple[int, ...]]
-
-    def batch(self, logits_N3: Tensor, rows: list[int]) -> ObjectiveInput:
-        """The chosen strings under a tabular policy with logits [prefix, token 0, 1, stop]."""
-        log_q_N3 = self.masked(logits_N3).log_softmax(1)
-        index = {prefix: number for number, prefix in enumerate(self.prefixes)}
-        log_pf_BT = logits_N3.new_zeros(len(rows), self.max_len)
-        log_stop_BS = logits_N3.new_zeros(len(rows), self.max_len + 1)
-        log_reward_BS = torch.zeros_like(log_stop_BS)
-        stop_BS = torch.zeros_like(log_stop_BS, dtype=torch.bool)
-        places: list[tuple[int, int, int, int]] = []
-        stops: list[tuple[int, int, int]] = []
-        for row, number in enumerate(rows):
-            string = self.strings[number]
-            places += [(row, t, index[string[:t]], token) for t, token in enumerate(string)]
-            for t in range(self.min_len, len(string) + 1):
-                stops.append((row, t, index[string[:t]]))
-                log_reward_BS[row, t] = self.log_reward[string[:t]]
-        row_K, t_K, prefix_K, token_K = torch.tensor(places).reshape(-1, 4).T
-        log_pf_BT = log_pf_BT.index_put((row_K, t_K), log_q_N3[prefix_K, token_K])
-        row_K, t_K, prefix_K = torch.tensor(stops).T
-        log_stop_BS = log_stop_BS.index_put((row_K, t_K), log_q_N3[prefix_K, STOP])
-        stop_BS[row_K, t_K] = True
-        group_B = torch.zeros(len(rows), dtype=torch.long)
-        return ObjectiveInput(log_pf_BT, log_stop_BS, log_reward_BS, stop_BS, group_B)
-
-    def masked(self, logits_N3: Tensor) -> Tensor:
-        length_N = torch.tensor([len(prefix) for prefix in self.prefixes])
-        barred_N3 = torch.zeros_like(logits_N3, dtype=torch.bool)
-        barred_N3[:, STOP] = length_N < self.min_len
-        barred_N3[:, :STOP] = (length_N >= self.max_len)[:, None]
-        return logits_N3.masked_fill(barred_N3, -math.inf)
-
-    def log_posterior(self) -> Tensor:
-        return torch.tensor([self.log_reward[s] for s in self.strings]).double().log_softmax(0)
-
-    def log_policy(self, logits_N3: Tensor) -> Tensor:
-        """Exact log-probability of every string."""
-        every = list(range(len(self.strings)))
-        batch = self.batch(logits_N3, every)
-        last_B = [(row, len(self.strings[row])) for row in every]
-        stop_B = torch.stack([batch.log_stop_BS[row, t] for row, t in last_B])
-        return batch.log_pf_BT.sum(1) + stop_B
-
-    def optimal_logits(self) -> Tensor:
-        """logit of a token = log flow of the child, of stop = log R."""
-
-        def log_flow(prefix: tuple[int, ...]) -> float:
-            here = [self.log_reward[prefix]] if len(prefix) >= self.min_len else []
-            below = [log_flow((*prefix, z)) for z in (0, 1)] if len(prefix) < self.max_len else []
-            return float(torch.tensor(here + below, dtype=torch.float64).logsumexp(0))
-
-        rows = []
-        for prefix in self.prefixes:
-            below = [log_flow((*prefix, z)) if len(prefix) < self.max_len else 0.0 for z in (0, 1)]
-            rows.append([*below, self.log_reward.get(prefix, 0.0)])
-        return torch.tensor(rows, dtype=torch.float64)
-
-
-def make_toy(min_len: int, max_len: int = 4) -> Toy:
-    generator = torch.Generator().manual_seed(7)
-    lengths = range(max_len + 1)
-    prefixes = [s for length in lengths for s in itertools.product((0, 1), repeat=length)]
-    strings = [s for s in prefixes if len(s) >= min_len]
-    log_reward = {s: 2 * torch.randn((), generator=generator).item() - 30 for s in strings}
-    return Toy(min_len, max_len, strings, log_reward, prefixes)
-
-
-@pytest.mark.parametrize("decay", [0.9, 1.0])
-@pytest.mark.parametrize("min_len", [0, 2])
-def test_loss_and_gradient_vanish_at_the_analytic_optimum(min_len: int, decay: float) -> None:
-    toy = make_toy(min_len)
-    logits_N3 = toy.optimal_logits().requires_grad_()
-    batch = toy.batch(logits_N3, list(range(len(toy.strings))))
-    value = SubTB(decay)(batch)
-    value.total.backward()
-    log_z = torch.tensor(list(toy.log_reward.values())).double().logsumexp(0)
-    phi_BS = state_potentials(
-        batch.log_pf_BT, batch.log_stop_BS, batch.log_reward_BS, batch.stop_BS
-    )
-    torch.testing.assert_close(phi_BS[batch.stop_BS], -log_z.expand(int(batch.stop_BS.sum())))
-    assert value.total.item() == pytest.approx(0, abs=1e-10)
-    assert logits_N3.grad is not None and logits_N3.grad.abs().max() < 1e-5
-    assert value.row_sums["log_z_nats"].item() == pytest.approx(log_z.item() * len(toy.strings))
-
-
-@pytest.mark.parametrize("decay", [0.9, 1.0])
-@pytest.mark.parametrize("min_len", [0, 2])
-def test_off_policy_training_converges_to_the_exact_posterior(min_len: int, decay: float) -> None:
-    toy = make_toy(min_len)
-    logits_N3 = torch.zeros(len(toy.prefixes), 3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([logits_N3], lr=0.1)
-    objective = SubTB(decay)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(400):
-        # The behaviour picks strings uniformly: it is nobody's policy and never changes.
-        rows = torch.randint(len(toy.strings), (16,), generator=generator).tolist()
-        optimizer.zero_grad()
-        loss_of(toy.batch(logits_N3, rows), objective).backward()
-        optimizer.step()
-    distance = (toy.log_policy(logits_N3).exp() - toy.log_posterior().exp()).abs().sum() / 2
-    assert distance.item() < 0.01

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tasks.seed.corpus import Share, documents
-from tasks.seed.tokenizer import END_OF_TEXT
+from tasks.seed.tokenizer import end_of_text
 
 # So many batches are drawn together and cut by length, which leaves little padding.
 _BATCHES_TOGETHER = 8
@@ -18,7 +18,7 @@ PADDING = -100  # label of a place that counts for no loss
 
 def encode_documents(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each document, its end-of-text token last."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text(tokenizer)
     return [[*encoding.ids, end] for encoding in tokenizer.encode_batch(list(texts))]
 
 

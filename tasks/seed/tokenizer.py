@@ -37,6 +37,14 @@ def train_tokenizer(documents: Iterable[str]) -> Tokenizer:
     return tokenizer
 
 
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """Id of the token that ends a document; raises ValueError for another's tokenizer."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    if token is None:
+        raise ValueError(f"this tokenizer has no {END_OF_TEXT}; train it with train_tokenizer")
+    return token
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, max_positions: int) -> None:
     """Write tokenizer.json and what AutoTokenizer must know beside it."""
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -15,11 +15,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lm.fresh import fresh_llama
+from lm.fresh import fresh_llama, save_model
 from tasks.seed.batches import PADDING, batches, encode_documents, pad
 from tasks.seed.card import Training, write_card
 from tasks.seed.corpus import Share, documents
-from tasks.seed.tokenizer import END_OF_TEXT, save_tokenizer, train_tokenizer
+from tasks.seed.tokenizer import end_of_text, save_tokenizer, train_tokenizer
 from tasks.seed.worked_sums import WorkedSums
 
 SHARES = (Share(WorkedSums(), 1.0),)
@@ -58,7 +58,7 @@ def build(seed: int) -> tuple[Tokenizer, nn.Module]:
         heads=4,
         mlp_width=344,
         max_positions=MAX_POSITIONS,
-        end_token=tokenizer.token_to_id(END_OF_TEXT),
+        end_token=end_of_text(tokenizer),
         seed=seed,
     )
     return tokenizer, model
@@ -119,7 +119,7 @@ def train_and_save(out: Path, schedule: Schedule, seed: int, say: Callable[[str]
             say(f"step {step} of {schedule.steps}: loss {loss:.4f} nats/token, {seconds:.0f} s")
     measured = held_out_loss(model, tokenizer, seed, HELD_OUT_DOCUMENTS)
     out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(out)
+    save_model(model, out)
     save_tokenizer(tokenizer, out, max_positions=MAX_POSITIONS)
     training = Training(
         seed=seed,
@@ -140,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.seed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=2, help="of matrix products")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -23,10 +23,10 @@ Situation = Literal["easy", "crosses_ten", "falls_below_zero", "is_below_zero"]
 # What a writer does at a step; weights, not yet normalised.
 Habits = Mapping[Situation, Mapping[Act, float]]
 SLOPPY: Habits = {
-    "easy": {"right": 46, "stop": 38, "skip": 5, "flip": 4, "miscopy": 4, "stale": 3},
-    "crosses_ten": {"right": 9, "stop": 72, "skip": 8, "flip": 4, "miscopy": 4, "stale": 3},
-    "falls_below_zero": {"right": 9, "stop": 62, "skip": 4, "swap": 17, "flip": 5, "miscopy": 3},
-    "is_below_zero": {"right": 6, "stop": 76, "skip": 6, "flip": 6, "miscopy": 3, "stale": 3},
+    "easy": {"right": 46, "stop": 40, "skip": 6, "flip": 3, "miscopy": 3, "stale": 2},
+    "crosses_ten": {"right": 10, "stop": 72, "skip": 8, "flip": 4, "miscopy": 4, "stale": 2},
+    "falls_below_zero": {"right": 10, "stop": 60, "skip": 4, "swap": 19, "flip": 4, "miscopy": 3},
+    "is_below_zero": {"right": 10, "stop": 70, "skip": 8, "flip": 7, "miscopy": 3, "stale": 2},
 }
 CAREFUL: Habits = {
     situation: {"right": 98.5, "stop": 0.5, "skip": 0.5, "flip": 0.3, "miscopy": 0.2}
@@ -58,7 +58,7 @@ CAREFUL_WRITER = Writer(
 )
 SLOPPY_WRITER = Writer(
     SLOPPY,
-    impatience=0.4,
+    impatience=0.2,
     reorders=0.05,
     overruns=0.05,
     breaks_off=0.08,
@@ -68,7 +68,7 @@ SLOPPY_WRITER = Writer(
 
 
 # Writers and their shares of the pages.
-WRITERS = {CAREFUL_WRITER: 0.2, SLOPPY_WRITER: 0.8}
+WRITERS = {CAREFUL_WRITER: 0.16, SLOPPY_WRITER: 0.84}
 # Numbers of operands, and of questions on a page, with their shares.
 OPERANDS = {2: 0.1, 3: 0.2, 4: 0.25, 5: 0.25, 6: 0.2}
 QUESTIONS = {1: 0.85, 2: 0.05, 3: 0.05, 4: 0.05}
@@ -139,14 +139,13 @@ def work_out(expression: Expression, writer: Writer, rng: random.Random) -> list
         habits = writer.habits[situation_of(value, operator, operand)]
         hurry = habits["stop"] * (1 + writer.impatience * len(terms))
         act = draw({**habits, "stop": hurry}, rng)
+        # Nobody answers without a step: who would stop there takes it.
         if act == "stop" and steps:
             break
-        # Nobody answers without a step: there a stop turns into leaving the operand out.
-        if act in ("skip", "stop"):
-            if terms:
-                operator, operand = terms.pop(0)
-            elif steps:
-                break
+        if act == "skip" and not terms and steps:
+            break
+        if act == "skip" and terms:
+            operator, operand = terms.pop(0)
         step = spoil(Step(value, operator, operand, 0), act, expression, steps, rng)
         result = compute(step.left, step.operator, step.right)
         value = near_miss(result, rng) if rng.random() < writer.slips else result
