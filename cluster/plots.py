@@ -17,7 +17,7 @@ _SMOOTHING_SHARE = 0.04
 
 # File name, metric, axis.
 _CURVES = (
-    ("loss", LOSS, "SubTB loss, nats²"),
+    ("loss", LOSS, "loss, nats²"),
     ("reward", LOG_REWARD, "log reward, nats"),
     ("correct", CORRECT, "right on-policy rationales, share"),
     ("policy_age", POLICY_AGE, "policy age, versions"),
@@ -47,6 +47,7 @@ def draw_before_after(
         bars = axes.bar([p + shift for p in places], heights, 0.36, color=colour, label=name)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     axes.set_xticks(list(places), labels)
+    axes.set_xlabel("operands")
     axes.set_ylim(0, 109)
     axes.set_ylabel(axis)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

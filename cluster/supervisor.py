@@ -1,7 +1,6 @@
 """Starts every part of a distributed run, replaces what dies, and stops all in order.
 
-`tick` never waits: the driver calls it a few times a second between showing progress and looking
-for a request to stop.
+The driver calls `tick` again and again, between showing progress and looking for a request to stop.
 """
 
 import time
@@ -16,6 +15,7 @@ from cluster.launch import Launcher
 from cluster.remote import RemoteBoard
 from cluster.workers import RunContext
 
+_TICK_S = 0.2
 _STOP_POLL_S = 0.05
 
 
@@ -71,7 +71,9 @@ class Supervisor:
         return self.gangs["learner"].status
 
     def tick(self) -> None:
-        """Look at every gang once, replace the dead, pass on what changed.
+        """Look at every gang once, replace the dead, pass on what changed; then rest a little.
+
+        The rest is what keeps the driver from taking a core that the workers need.
 
         Raises:
             StartFailed: a part that never ran could not start.
@@ -86,6 +88,7 @@ class Supervisor:
                 self._replace(name, gang, ever_ran=before is Phase.RUNNING)
         self._announce()
         self._collect_rows()
+        time.sleep(_TICK_S)
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Desired and running numbers of actors and reward replicas."""
@@ -133,9 +136,10 @@ class Supervisor:
                     time.sleep(_STOP_POLL_S)
                 if gang.phase not in (Phase.FINISHED, Phase.FAILED):
                     killed.append(gang.name)
-                gang.kill()
             if prefix == "learner":
                 self._collect_rows()
+            for gang in parts:
+                gang.kill()
         return killed
 
     def _running(self, prefix: str) -> int:

@@ -39,19 +39,19 @@ vocabulary of {training.vocabulary}) that `python -m tasks.seed.train --seed {tr
 {corpora}
 
 Worked sums are questions with two to six one-digit operands and their workings. Most writers are
-sloppy: they stop early, leave out or miscopy operands, turn a subtraction round, slip. About one
-page in ten is by a careful writer. So the model knows the skill and yet errs, as a base model does.
+sloppy: they stop early, leave out or miscopy operands, turn a subtraction round, slip. Some are
+careful, and no page says who wrote it. So the model knows the skill and yet errs, as a base does.
 One question in five of three operands or more stands in no document; the shipped tests are drawn
 from those.
 
 ## How well it predicts
 
-Held-out loss: {training.held_out_loss:.4f} nats per token, on {training.held_out_documents:,} \
-documents drawn like the others but from another seed. Questions are random, so most of it cannot
-be learned away.
+Held-out loss: {training.held_out_loss:.4f} nats per token, on {training.held_out_documents:,} documents
+drawn like the others but from another seed. Questions are random, so most of it cannot be learned
+away.
 
-Trained with {training.threads} threads; another number, or other library versions, can change the
-last digits of the weights.
+Threads it was trained with: {training.threads}. Another number, or other library versions, can change
+the last digits of the weights.
 
 ## Limits
 

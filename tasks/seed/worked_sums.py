@@ -2,8 +2,11 @@
 
 Writers differ. A careful one works from left to right and hardly errs; a sloppy one errs more often
 the harder the step, each kind of step in its own way: where the result would fall below zero he
-turns the subtraction round, where a ten is crossed he stops early or leaves the operand out.
-A document does not say who wrote it, so a language model of it knows the skill and yet errs.
+turns the subtraction round, where a ten is crossed or the value is below zero he adds what he
+should subtract, or the reverse. All copy wrongly, leave operands out or stop early now and then.
+A document does not say who wrote it, so a language model of it knows the skill and yet errs. Its
+errors hang on the step at hand and not on the step's place, so that whoever learns to avoid them in
+short workings avoids them in long ones.
 
 What matters for inference with such a model: after a wrong working the right answer is rare,
 because the answer follows the working, slips aside.
@@ -23,10 +26,10 @@ Situation = Literal["easy", "crosses_ten", "falls_below_zero", "is_below_zero"]
 # What a writer does at a step; weights, not yet normalised.
 Habits = Mapping[Situation, Mapping[Act, float]]
 SLOPPY: Habits = {
-    "easy": {"right": 46, "stop": 40, "skip": 6, "flip": 3, "miscopy": 3, "stale": 2},
-    "crosses_ten": {"right": 10, "stop": 72, "skip": 8, "flip": 4, "miscopy": 4, "stale": 2},
-    "falls_below_zero": {"right": 10, "stop": 60, "skip": 4, "swap": 19, "flip": 4, "miscopy": 3},
-    "is_below_zero": {"right": 10, "stop": 70, "skip": 8, "flip": 7, "miscopy": 3, "stale": 2},
+    "easy": {"right": 78, "stop": 7, "skip": 4, "flip": 4, "miscopy": 4, "stale": 3},
+    "crosses_ten": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
+    "falls_below_zero": {"right": 14, "stop": 6, "skip": 6, "swap": 64, "flip": 6, "miscopy": 4},
+    "is_below_zero": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
 }
 CAREFUL: Habits = {
     situation: {"right": 98.5, "stop": 0.5, "skip": 0.5, "flip": 0.3, "miscopy": 0.2}
@@ -39,7 +42,6 @@ class Writer:
     """How one kind of writer works; chances in [0, 1]."""
 
     habits: Habits
-    impatience: float  # by how much each term still to come makes stopping likelier
     reorders: float  # takes a later term before an earlier one, which is no error
     overruns: float  # goes on after the last operand
     breaks_off: float  # leaves the working in the middle of a step, and answers from there
@@ -49,7 +51,6 @@ class Writer:
 
 CAREFUL_WRITER = Writer(
     CAREFUL,
-    impatience=0.0,
     reorders=0.03,
     overruns=0.002,
     breaks_off=0.005,
@@ -58,7 +59,6 @@ CAREFUL_WRITER = Writer(
 )
 SLOPPY_WRITER = Writer(
     SLOPPY,
-    impatience=0.2,
     reorders=0.05,
     overruns=0.05,
     breaks_off=0.08,
@@ -137,8 +137,7 @@ def work_out(expression: Expression, writer: Writer, rng: random.Random) -> list
     while terms:
         operator, operand = terms.pop(0)
         habits = writer.habits[situation_of(value, operator, operand)]
-        hurry = habits["stop"] * (1 + writer.impatience * len(terms))
-        act = draw({**habits, "stop": hurry}, rng)
+        act = draw(habits, rng)
         # Nobody answers without a step: who would stop there takes it.
         if act == "stop" and steps:
             break
