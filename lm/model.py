@@ -23,6 +23,9 @@ from transformers.utils import logging
 
 from lm.config import LMConfig, LoRAConfig
 
+# What a causal LM is called outside this room, which alone knows the library behind it.
+CausalLM = PreTrainedModel
+
 # Of each weight tensor this many values, evenly spread, enter the fingerprint: a 6B model is
 # hashed in a second, and no two trainings agree on all of them.
 FINGERPRINT_VALUES = 4096

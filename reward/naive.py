@@ -8,15 +8,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
+from lm.model import CausalLM
 from reward.item import ScoreItem
 
 
 @torch.no_grad()
-def naive_log_rewards(
-    model: PreTrainedModel, items: Sequence[ScoreItem]
-) -> list[NDArray[np.float32]]:
+def naive_log_rewards(model: CausalLM, items: Sequence[ScoreItem]) -> list[NDArray[np.float32]]:
     """log p(z_1:t Y | context) in nats, [S] for each item, by S separate passes per item."""
     return [
         np.array([_log_joint(model, item, int(stop)) for stop in item.stops], dtype=np.float32)
@@ -24,7 +22,7 @@ def naive_log_rewards(
     ]
 
 
-def _log_joint(model: PreTrainedModel, item: ScoreItem, stop: int) -> float:
+def _log_joint(model: CausalLM, item: ScoreItem, stop: int) -> float:
     text = np.concatenate([item.context, item.completion[:stop], item.answer]).astype(np.int64)
     ids_1N = torch.from_numpy(text)[None].to(model.device)
     log_p_NV = model(input_ids=ids_1N).logits[0, :-1].float().log_softmax(dim=-1)

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lm.model import context_limit, vocab_size
+from lm.model import CausalLM, context_limit, vocab_size
 from reward.item import ScoreItem, ScoreLimits, Tokens, check_item
 from reward.layout import MicroBatch, plan, read
 
@@ -23,7 +22,7 @@ LOGITS_CHUNK = 4096
 
 
 def suffix_log_rewards(
-    model: PreTrainedModel, items: Sequence[ScoreItem], token_budget: int
+    model: CausalLM, items: Sequence[ScoreItem], token_budget: int
 ) -> list[NDArray[np.float32]]:
     """log p(z_1:t Y | context) in nats, [S] for each item, one value per stop state.
 
@@ -43,7 +42,7 @@ def suffix_log_rewards(
 
 
 def stop_log_rewards(
-    model: PreTrainedModel, items: Sequence[ScoreItem], stop_token: int, token_budget: int
+    model: CausalLM, items: Sequence[ScoreItem], stop_token: int, token_budget: int
 ) -> list[NDArray[np.float32]]:
     """log p(z_1:t ⊤ | context) in nats at every stop state; the items' own answers do not count."""
     return suffix_log_rewards(model, [stopping(item, stop_token) for item in items], token_budget)
@@ -59,7 +58,7 @@ def stopping(item: ScoreItem, stop_token: int) -> ScoreItem:
     )
 
 
-def score_limits(model: PreTrainedModel) -> ScoreLimits:
+def score_limits(model: CausalLM) -> ScoreLimits:
     """What the model can score.
 
     The explicit mask knows no sliding window, so a model with one is held to texts inside it.
@@ -68,7 +67,7 @@ def score_limits(model: PreTrainedModel) -> ScoreLimits:
 
 
 @torch.no_grad()
-def edge_log_probs(model: PreTrainedModel, batch: MicroBatch) -> NDArray[np.float32]:
+def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
     """Log-probability of every edge of the micro-batch's rows, row after row, in nats.
 
     Always two forward passes, so ranks that hold shards of one model stay in step.

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
+from lm.model import CausalLM
 from reward.item import ScoreLimits
 from reward.layout import MicroBatch
 from reward.packed import edge_log_probs, score_limits
@@ -47,7 +47,7 @@ class RewardRank:
     The process group is the process's default one, so a process holds one rank.
     """
 
-    def __init__(self, model: PreTrainedModel, rendezvous: Rendezvous) -> None:
+    def __init__(self, model: CausalLM, rendezvous: Rendezvous) -> None:
         """Join the other ranks and give up the parameters that are theirs.
 
         Raises:
@@ -117,7 +117,7 @@ def _join(rendezvous: Rendezvous, device: torch.device) -> None:
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
 
 
-def _zero3_config(model: PreTrainedModel) -> dict[str, object]:
+def _zero3_config(model: CausalLM) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": model.dtype == torch.bfloat16},

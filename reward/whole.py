@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
 
+from lm.model import CausalLM
 from reward.item import ScoreLimits
 from reward.layout import MicroBatch
 from reward.packed import edge_log_probs, score_limits
@@ -14,7 +14,7 @@ from reward.packed import edge_log_probs, score_limits
 class WholeRank:
     """Does what a RewardRank does, without process group, gathers or DeepSpeed."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.limits: ScoreLimits = score_limits(model)
         self._model = model.eval().requires_grad_(False)
 
