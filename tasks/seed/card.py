@@ -34,24 +34,25 @@ vocabulary of {training.vocabulary}) that `python -m tasks.seed.train --seed {tr
 
 ## What it read
 
-{training.steps * training.batch_size:,} generated documents, each seen once:
+{training.steps * training.batch_size:,} generated pages, each seen once:
 
 {corpora}
 
 Worked sums are questions with two to six one-digit operands and their workings. Most writers are
-sloppy: they stop early, leave out or miscopy operands, turn a subtraction round, slip. Some are
-careful, and no page says who wrote it. So the model knows the skill and yet errs, as a base does.
+sloppy: where an operand is large or a value negative they take the wrong operation, they turn a
+subtraction round, stop early, leave out or miscopy operands, slip. Some are careful, and no page
+says who wrote it. So the model knows the skill and yet errs, as a base does.
 One question in five of three operands or more stands in no document; the shipped tests are drawn
 from those.
 
 ## How well it predicts
 
-Held-out loss: {training.held_out_loss:.4f} nats per token, on {training.held_out_documents:,} documents
+Held-out loss: {training.held_out_loss:.4f} nats per token, on {training.held_out_documents:,} pages
 drawn like the others but from another seed. Questions are random, so most of it cannot be learned
 away.
 
-Threads it was trained with: {training.threads}. Another number, or other library versions, can change
-the last digits of the weights.
+Threads of the training: {training.threads}. Another number, or other library versions, can
+change the last digits of the weights.
 
 ## Limits
 

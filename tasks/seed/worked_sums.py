@@ -2,7 +2,7 @@
 
 Writers differ. A careful one works from left to right and hardly errs; a sloppy one errs more often
 the harder the step, each kind of step in its own way: where the result would fall below zero he
-turns the subtraction round, where a ten is crossed or the value is below zero he adds what he
+turns the subtraction round, where the operand is large or the value below zero he adds what he
 should subtract, or the reverse. All copy wrongly, leave operands out or stop early now and then.
 A document does not say who wrote it, so a language model of it knows the skill and yet errs. Its
 errors hang on the step at hand and not on the step's place, so that whoever learns to avoid them in
@@ -21,13 +21,15 @@ from tasks.expression import Expression, Operator, Step, answer_text, compute, d
 
 T = TypeVar("T")
 Act = Literal["right", "stop", "skip", "swap", "flip", "miscopy", "stale"]
-Situation = Literal["easy", "crosses_ten", "falls_below_zero", "is_below_zero"]
+Situation = Literal["easy", "large_operand", "falls_below_zero", "is_below_zero"]
+
+LARGE = 3  # operands from here on trouble a sloppy writer
 
 # What a writer does at a step; weights, not yet normalised.
 Habits = Mapping[Situation, Mapping[Act, float]]
 SLOPPY: Habits = {
     "easy": {"right": 78, "stop": 7, "skip": 4, "flip": 4, "miscopy": 4, "stale": 3},
-    "crosses_ten": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
+    "large_operand": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
     "falls_below_zero": {"right": 14, "stop": 6, "skip": 6, "swap": 64, "flip": 6, "miscopy": 4},
     "is_below_zero": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
 }
@@ -60,7 +62,7 @@ CAREFUL_WRITER = Writer(
 SLOPPY_WRITER = Writer(
     SLOPPY,
     reorders=0.05,
-    overruns=0.05,
+    overruns=0.005,
     breaks_off=0.08,
     slips=0.03,
     misreports=0.04,
@@ -126,7 +128,7 @@ def situation_of(value: int, operator: Operator, operand: int) -> Situation:
         return "is_below_zero"
     if result < 0:
         return "falls_below_zero"
-    return "easy" if value // 10 == result // 10 else "crosses_ten"
+    return "large_operand" if operand >= LARGE else "easy"
 
 
 def work_out(expression: Expression, writer: Writer, rng: random.Random) -> list[Step]:
