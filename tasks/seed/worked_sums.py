@@ -23,15 +23,15 @@ T = TypeVar("T")
 Act = Literal["right", "stop", "skip", "swap", "flip", "miscopy", "stale"]
 Situation = Literal["easy", "large_operand", "falls_below_zero", "is_below_zero"]
 
-LARGE = 3  # operands from here on trouble a sloppy writer
+LARGE = 6  # operands from here on trouble a sloppy writer
 
 # What a writer does at a step; weights, not yet normalised.
 Habits = Mapping[Situation, Mapping[Act, float]]
 SLOPPY: Habits = {
     "easy": {"right": 78, "stop": 7, "skip": 4, "flip": 4, "miscopy": 4, "stale": 3},
-    "large_operand": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
-    "falls_below_zero": {"right": 14, "stop": 6, "skip": 6, "swap": 64, "flip": 6, "miscopy": 4},
-    "is_below_zero": {"right": 16, "stop": 6, "skip": 8, "flip": 58, "miscopy": 8, "stale": 4},
+    "large_operand": {"right": 6, "stop": 4, "skip": 5, "flip": 76, "miscopy": 5, "stale": 4},
+    "falls_below_zero": {"right": 6, "stop": 4, "skip": 4, "swap": 76, "flip": 6, "miscopy": 4},
+    "is_below_zero": {"right": 6, "stop": 4, "skip": 5, "flip": 76, "miscopy": 5, "stale": 4},
 }
 CAREFUL: Habits = {
     situation: {"right": 98.5, "stop": 0.5, "skip": 0.5, "flip": 0.3, "miscopy": 0.2}
