@@ -61,7 +61,6 @@ class LocalRun:
         roles.seed_buffer(config, task=task, scorer=scorer, buffer=self._buffer)
         self._learner.publish()
         self.learner_rows: list[dict[str, float]] = []
-        self.restarts = 0
 
     @property
     def running(self) -> bool:
@@ -92,14 +91,6 @@ class LocalRun:
     def actor_totals(self) -> dict[str, float]:
         """The actor's counters."""
         return {key: value for key, value in asdict(self._actor.stats).items() if key != "version"}
-
-    def replica_totals(self) -> dict[str, float]:
-        """The replica's counters."""
-        return {
-            key: value
-            for key, value in asdict(self._replica.stats()).items()
-            if isinstance(value, int | float)
-        }
 
     def stop(self, timeout_s: float) -> list[str]:
         """Store what is in flight and checkpoint; nothing can be left to kill."""

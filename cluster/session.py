@@ -26,7 +26,6 @@ class Run(Protocol):
     """A run as its driver sees it: over Ray (`Supervisor`) or in one process (`LocalRun`)."""
 
     learner_rows: list[dict[str, float]]
-    restarts: int
 
     @property
     def running(self) -> bool:
@@ -53,10 +52,6 @@ class Run(Protocol):
 
     def actor_totals(self) -> dict[str, float]:
         """Counters summed over all actors."""
-        ...
-
-    def replica_totals(self) -> dict[str, float]:
-        """Counters summed over all replicas."""
         ...
 
     def stop(self, timeout_s: float) -> list[str]:

@@ -45,7 +45,6 @@ class Supervisor:
         self._announced: tuple[str, ...] = ()
         self._incarnations: dict[str, int] = {}
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died
-        self.restarts = 0
         self.learner_rows: list[dict[str, float]] = []
         self._rows_taken = 0
         self.gangs: dict[str, Gang] = {}
@@ -106,16 +105,6 @@ class Supervisor:
         totals.pop("version", None)
         return totals
 
-    def replica_totals(self) -> dict[str, float]:
-        """Counters summed over the living reward replicas."""
-        totals: dict[str, float] = {}
-        for name, gang in self.gangs.items():
-            if name.startswith("reward-"):
-                for key, value in gang.status.items():
-                    if isinstance(value, int | float):
-                        totals[key] = totals.get(key, 0.0) + value
-        return totals
-
     def stop(self, timeout_s: float) -> list[str]:
         """Stop the learner, which checkpoints, then the actors, then the replicas.
 
@@ -152,7 +141,6 @@ class Supervisor:
         if not ever_ran and self._incarnations[name] == 0:
             raise StartFailed(f"could not start {gang.cause}")
         self._report(f"{gang.cause}; replacing it")
-        self.restarts += 1
         if self._incarnations[name] >= self._config.cluster.max_restarts:
             raise RunFailed(
                 f"{name} died {self._incarnations[name] + 1} times "

@@ -5,7 +5,6 @@ Each has the same life, which `gang` drives: `rendezvous` (where the process may
 thread, `status` and `stop`.
 """
 
-import os
 import socket
 import threading
 from collections.abc import Sequence
@@ -73,10 +72,6 @@ class Worker:
     def stop(self) -> None:
         """Ask `run` to end; it finishes what it holds first."""
         self._stopping.set()
-
-    def pid(self) -> int:
-        """Process id on its node."""
-        return os.getpid()
 
     def _board(self) -> RemoteBoard:
         return RemoteBoard(
