@@ -7,7 +7,7 @@ the actor until the buffer has acknowledged it.
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from actors.config import ActorConfig
 from actors.ports import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
 from actors.prompts import PromptStream
+from actors.reward_query import RewardQuery
 from actors.rollout import (
     Rollouts,
     Verdict,
@@ -59,7 +60,7 @@ class RolloutActor:
 
     Args:
         name: who this is, written into every trajectory.
-        task_name, reward_context, verdict: what the task says of its prompts.
+        task_name, query, verdict: what the task says of its prompts.
         version: policy version of the weights that `policy` holds now.
     """
 
@@ -68,7 +69,7 @@ class RolloutActor:
         *,
         name: str,
         task_name: str,
-        reward_context: Sequence[int],
+        query: RewardQuery,
         verdict: Verdict,
         prompts: PromptStream,
         policy: Policy,
@@ -82,7 +83,7 @@ class RolloutActor:
         self.name = name
         self.stats = ActorStats(version=version)
         self._task_name = task_name
-        self._reward_context = tuple(reward_context)
+        self._query = query
         self._verdict = verdict
         self._prompts = prompts
         self._policy = policy
@@ -109,7 +110,7 @@ class RolloutActor:
         """Sample one batch; store the oldest batch once `max_in_flight` are being scored."""
         self._refresh_weights()
         rollouts = self._sample()
-        pending = self._scorer.submit(score_items(rollouts, self._reward_context))
+        pending = self._scorer.submit(score_items(rollouts, self._query))
         self._in_flight.append((rollouts, pending))
         if len(self._in_flight) >= self._config.max_in_flight:
             self._store_oldest()

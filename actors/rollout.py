@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from actors.config import ActorConfig
 from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
 from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Request
 from reward.item import ScoreItem
@@ -67,15 +68,10 @@ def requests(plans: Sequence[GroupPlan], group_size: int) -> list[Request]:
     ]
 
 
-def score_items(rollouts: Rollouts, reward_context: Sequence[int]) -> list[ScoreItem]:
-    """What the frozen LM must score: [demonstrations] X, then Z and Y."""
+def score_items(rollouts: Rollouts, query: RewardQuery) -> list[ScoreItem]:
+    """What must be scored, one item for each completion, group by group."""
     return [
-        ScoreItem(
-            context=np.array([*reward_context, *plan.prompt.prompt], dtype=np.int32),
-            completion=completion.tokens,
-            stops=completion.stops,
-            answer=np.array(plan.prompt.answer, dtype=np.int32),
-        )
+        query.item(plan.prompt, completion.tokens, completion.stops)
         for plan, group in zip(rollouts.plans, rollouts.completions, strict=True)
         for completion in group
     ]

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from actors.ports import Scorer
 from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
 from actors.rollout import Verdict
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
-from reward.item import ScoreItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def seed_demonstrations(
     *,
     task: str,
     actions: ActionSpace,
-    reward_context: Sequence[int],
+    query: RewardQuery,
     verdict: Verdict,
     scorer: Scorer,
     buffer: SeedSink,
@@ -54,12 +54,7 @@ def seed_demonstrations(
     """
     stops = [_stops(demonstration, actions) for demonstration in demonstrations]
     items = [
-        ScoreItem(
-            context=np.array([*reward_context, *demonstration.prompt.prompt], dtype=np.int32),
-            completion=np.array(demonstration.completion, dtype=np.int32),
-            stops=stops_S,
-            answer=np.array(demonstration.prompt.answer, dtype=np.int32),
-        )
+        query.item(demonstration.prompt, demonstration.completion, stops_S)
         for demonstration, stops_S in zip(demonstrations, stops, strict=True)
     ]
     if not items:
@@ -71,7 +66,7 @@ def seed_demonstrations(
                 task=task,
                 prompt_key=demonstration.prompt.key,
                 prompt=np.array(demonstration.prompt.prompt, dtype=np.int32),
-                answer=item.answer,
+                answer=np.array(demonstration.prompt.answer, dtype=np.int32),
                 completion=item.completion,
                 from_tool=np.array(demonstration.from_tool, dtype=np.bool_),
                 stops=stops_S,

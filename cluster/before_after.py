@@ -1,11 +1,29 @@
-"""The table of a run: what was right on test data before training and after it."""
+"""The table of a run: what was measured before training and after it."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.measure import Measurement
+from cluster.measurement import Measurement
+
+# Field of a Distance -> what it is called, how it reads, and whether more of it is better.
+_DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
+    ("tv", "total variation to the posterior", ".4f", False),
+    ("kl_q_p", "KL(policy || posterior), nats", ".5f", False),
+    ("kl_p_q", "KL(posterior || policy), nats", ".5f", False),
+    ("jsd", "Jensen-Shannon divergence, nats", ".5f", False),
+    ("log_z_error", "error of the policy's log Z, nats", ".4f", False),
+    ("valid", "valid completions", ".3%", True),
+)
+# Column of Votes -> what it is called, which column counts its items, whether more is better.
+_VOTES = (
+    ("accuracy", "all items", "items", True),
+    ("unseen", "unseen items only", "unseen_items", True),
+    ("unparsable", "answers unparsable", "items", False),
+)
+_Fields = Mapping[str, Any]  # of a measurement; empty where there is none
 
 
 class Row(NamedTuple):
@@ -19,33 +37,18 @@ class Row(NamedTuple):
 
 
 def rows(before: Measurement | None, after: Measurement | None) -> list[Row]:
-    """All items, unseen items and unparsable answers, for each number of operands."""
+    """All that both measurements say; they are of one kind, as the task's are."""
     known = after or before
     if known is None:
         return []
-    found = []
-    for group, items in known.items.items():
-        for label, column, count in (
-            ("all items", "accuracy", items),
-            ("unseen items only", "unseen", known.unseen_items[group]),
-            ("answers unparsable", "unparsable", items),
-        ):
-            old, new = _share(before, column, group), _share(after, column, group)
-            found.append(
-                Row(
-                    label=f"{group} operands, {label}",
-                    items=str(count),
-                    before=_percent(old),
-                    after=_percent(new),
-                    gained=_gained(column, old, new),
-                )
-            )
-    return found
+    old, new = ({} if one is None else one.model_dump() for one in (before, after))
+    lines = _votes if known.kind == "votes" else _distances
+    return list(lines(old, new, known.model_dump()))
 
 
 def table(before: Measurement | None, after: Measurement | None) -> Table:
     """The rows for a terminal."""
-    drawn = Table(title="right on test items", title_justify="left", box=None)
+    drawn = Table(title="before training and after it", title_justify="left", box=None)
     drawn.add_column("")
     for heading in ("items", "before", "after"):
         drawn.add_column(heading, justify="right")
@@ -54,13 +57,33 @@ def table(before: Measurement | None, after: Measurement | None) -> Table:
     return drawn
 
 
-def _share(measured: Measurement | None, column: str, group: str) -> float | None:
-    return None if measured is None else getattr(measured, column).get(group)
+def _votes(before: _Fields, after: _Fields, known: _Fields) -> Iterator[Row]:
+    for group in known["items"]:
+        for column, label, counted, more_is_better in _VOTES:
+            old, new = (one.get(column, {}).get(group) for one in (before, after))
+            items = str(known[counted][group])
+            yield _row(f"{group} operands, {label}", items, (old, new), ".1%", more_is_better)
 
 
-def _gained(column: str, old: float | None, new: float | None) -> bool:
-    return column != "unparsable" and old is not None and new is not None and new > old
+def _distances(before: _Fields, after: _Fields, known: _Fields) -> Iterator[Row]:
+    items = f"{known['enumerated']} of {known['prompts']}"
+    for field, label, reads, more_is_better in _DISTANCES:
+        values = (before.get(field), after.get(field))
+        yield _row(label, items, values, reads, more_is_better)
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
+def _row(
+    label: str,
+    items: str,
+    values: tuple[float | None, float | None],
+    reads: str,
+    more_is_better: bool,
+) -> Row:
+    old, new = values
+    return Row(
+        label=label,
+        items=items,
+        before="" if old is None else f"{old:{reads}}",
+        after="" if new is None else f"{new:{reads}}",
+        gained=old is not None and new is not None and (new > old if more_is_better else new < old),
+    )

@@ -8,7 +8,7 @@ from rich.text import Text
 from cluster.before_after import table
 from cluster.config import RunConfig
 from cluster.config_file import resolved_toml
-from cluster.measure import Example, Scores
+from cluster.measurement import Example, Scores, Votes
 from cluster.metrics import read_metrics
 from cluster.plots import draw_before_after, draw_curves
 from cluster.readout import ELAPSED_S, duration
@@ -20,10 +20,11 @@ def conclude(config: RunConfig, directory: RunDirectory, scores: Scores) -> None
     """Draw, write and print what came of the run."""
     recorded = read_metrics(directory.metrics_file)
     plots = draw_curves(recorded, directory.plots)
-    if scores.before is not None and scores.after is not None:
+    before, after = scores.before, scores.after
+    if isinstance(before, Votes) and isinstance(after, Votes):
         bars = draw_before_after(
-            scores.before.accuracy,
-            scores.after.accuracy,
+            before.accuracy,
+            after.accuracy,
             directory.plots / "accuracy.png",
             axis="right on test items, %",
         )

@@ -3,7 +3,7 @@
 Imports no torch, so that a mistake in a file is reported at once.
 """
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.config import ActorConfig
 from buffer.config import BufferConfig
@@ -86,3 +86,23 @@ class RunConfig(BaseModel):
     learner: LearnerConfig
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @property
+    def reward_replicas(self) -> int:
+        """Replicas that the run needs: none where the task's reward is a function of its own."""
+        return 0 if self.task.reward_kind == "function" else self.reward.replicas
+
+    @property
+    def max_lag_versions(self) -> int:
+        """How far behind the newest published version an actor may sample and still be drawn."""
+        return self.buffer.max_age - (self.learner.publish_every_steps - 1)
+
+    @model_validator(mode="after")
+    def _check_lag(self) -> "RunConfig":
+        if self.actors.lag_versions > max(self.max_lag_versions, 0):
+            raise ValueError(
+                f"actors.lag_versions ({self.actors.lag_versions}) must not exceed buffer.max_age "
+                f"({self.buffer.max_age}) less the versions between two publications "
+                f"({self.learner.publish_every_steps - 1}): the buffer would drop everything"
+            )
+        return self

@@ -6,7 +6,7 @@ import math
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -16,6 +16,8 @@ from cluster.toml_source import key_lines, line_of
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _COMMAND_LINE = "command line"
+# Sections of several kinds.
+_ALTERNATIVES = ("task",)
 
 
 class ConfigError(ValueError):
@@ -68,15 +70,31 @@ def resolved_toml(config: RunConfig) -> str:
     return "\n".join(_toml_table(plain, ""))
 
 
-def keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of the schema with its default and its description."""
+class Key(NamedTuple):
+    """One key of the schema."""
+
+    section: str  # dotted; empty at the top level
+    kind: str  # which of the section's alternatives has it: the value of their `name`, else empty
+    name: str
+    default: str  # as in TOML, or "required"
+    description: str
+
+    @property
+    def path(self) -> str:
+        """As an override names it."""
+        return f"{self.section}.{self.name}".lstrip(".")
+
+
+def keys(model: type[BaseModel] = RunConfig, section: str = "", kind: str = "") -> Iterator[Key]:
+    """Every key of the schema; those of alternative sections one alternative after the other."""
     for name, field in model.model_fields.items():
-        inner = _model_of(field.annotation)
-        if inner is not None:
-            yield from keys(inner, f"{prefix}{name}.")
-        else:
+        inner = _models_of(field.annotation)
+        for one in inner:
+            alternative = get_args(one.model_fields["name"].annotation)[0] if inner[1:] else kind
+            yield from keys(one, f"{section}.{name}".lstrip("."), alternative)
+        if not inner:
             default = "required" if field.is_required() else _toml_value(field.default)
-            yield f"{prefix}{name}", default, field.description or ""
+            yield Key(section, kind, name, default, field.description or "")
 
 
 def _override(table: dict[str, Any], item: str) -> str:
@@ -129,6 +147,8 @@ def _validated(table: dict[str, Any], place: Callable[[str], str]) -> RunConfig:
 
 def _describe(detail: ErrorDetails, place: Callable[[str], str]) -> str:
     parts = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
+    if parts[1:] and parts[0] in _ALTERNATIVES:  # pydantic names the alternative that it tried
+        del parts[1]
     key = ".".join(parts)
     where = f"{place(key)}: {key}"
     value = "" if isinstance(detail["input"], dict) else f" = {_toml_value(detail['input'])}"
@@ -140,7 +160,7 @@ def _describe(detail: ErrorDetails, place: Callable[[str], str]) -> str:
 
 
 def _suggestion(key: str) -> str:
-    known = [name for name, _, _ in keys()] + list(RunConfig.model_fields)
+    known = [key.path for key in keys()] + list(RunConfig.model_fields)
     section, _, last = key.rpartition(".")
     siblings = [name for name in known if name.rpartition(".")[0] == section]
     near = [name for name in known if name.rpartition(".")[2] == last]
@@ -152,11 +172,10 @@ def _suggestion(key: str) -> str:
     return f"; [{section}] has {names}" if names else ""
 
 
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def _models_of(annotation: Any) -> list[type[BaseModel]]:
+    """The section that a field is, or the alternatives for it; none for a plain value."""
+    candidates = (annotation, *get_args(annotation))
+    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
 
 
 def _toml_table(table: dict[str, Any], prefix: str) -> Iterator[str]:

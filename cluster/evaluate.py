@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.config_file import load_config, locate
-from cluster.measure import Measurement, measure
+from cluster.measurement import Votes
 from cluster.preflight import check_adapter
 from cluster.rundir import find_run
+from cluster.votes import measure_votes
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     if adapter is not None:
         check_adapter(adapter)
     data = [str(locate(path)) for path in arguments.data]
-    measurement = measure(config, adapter=adapter, data=data)
+    measurement = measure_votes(config, adapter=adapter, data=data)
     if arguments.json:
         print(json.dumps(measurement.model_dump(mode="json", exclude={"examples"})))
     else:
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def show(measurement: Measurement, *, title: str) -> None:
+def show(measurement: Votes, *, title: str) -> None:
     """The counts as a table."""
     table = Table("operands", "items", "right", "unseen items", "right", "unparsable", box=None)
     for group, accuracy in measurement.accuracy.items():

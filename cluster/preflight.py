@@ -13,8 +13,10 @@ from buffer.listening import PortInUse, is_free, port_in_use
 from cluster.config import RunConfig
 from cluster.fit import check_fit
 from cluster.rundir import RunDirectory
+from learner.log_z import check_log_z
 from lm.model import load_base
 from tasks.registry import build_task
+from tasks.task import QuestionTask
 
 
 class LocalIsOne(ValueError):
@@ -43,6 +45,7 @@ def check_before_start(
         LocalIsOne, DoesNotFit: more processes than there is room for.
         WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
         ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the model and the data.
+        LogZUnused: about the objective.
     """
     directory.check(resume=resume)
     if local:
@@ -88,8 +91,10 @@ def check_model_and_data(config: RunConfig) -> None:
     """
     base = load_base(config.lm)
     task = build_task(config.task, base.tokenizer)
-    for path in config.task.tests:
-        task.test_items(path)
+    check_log_z(config.learner, task.actions)
+    if isinstance(task, QuestionTask):
+        for path in config.task.tests:
+            task.test_items(path)
 
 
 def check_adapter(folder: Path) -> None:

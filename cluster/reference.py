@@ -1,6 +1,6 @@
 """Reference of the configuration: `python -m cluster.reference > docs/configuration.md`."""
 
-from cluster.config_file import keys
+from cluster.config_file import Key, keys
 
 _HEAD = """\
 # Configuration
@@ -16,15 +16,17 @@ Written by `python -m cluster.reference`; a test keeps it up to date.
 def reference() -> str:
     """All keys with their defaults, a table for each section."""
     lines = [_HEAD]
-    section = None
-    for key, default, description in keys():
-        table, _, name = key.rpartition(".")
-        if table != section:
-            section = table
-            lines += [f"\n## {f'[{table}]' if table else 'top level'}\n"]
-            lines += ["| key | default | meaning |", "|---|---|---|"]
-        lines.append(f"| `{name}` | {_code(default)} | {_cell(description)} |")
+    heading = None
+    for key in keys():
+        if heading != (heading := _heading(key)):
+            lines += [f"\n## {heading}\n", "| key | default | meaning |", "|---|---|---|"]
+        lines.append(f"| `{key.name}` | {_code(key.default)} | {_cell(key.description)} |")
     return "\n".join(lines) + "\n"
+
+
+def _heading(key: Key) -> str:
+    table = f"[{key.section}]" if key.section else "top level"
+    return f'{table} with name = "{key.kind}"' if key.kind else table
 
 
 def _code(default: str) -> str:

@@ -5,13 +5,12 @@ forbids scripts and loading, in case an escape was forgotten.
 """
 
 import base64
-import html
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cluster.before_after import rows
-from cluster.measure import Example, Measurement
+from cluster.escaping import escaped
+from cluster.measurement import Example, Measurement
 from cluster.rundir import write_whole
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -80,18 +79,6 @@ def write_report(
         f"<pre>{escaped(config)}</pre></details></main></body></html>\n",
     ]
     write_whole(path, "\n".join(part for part in parts if part))
-
-
-def escaped(text: str) -> str:
-    """`text` for any place in HTML; characters that hide or turn text are written out."""
-    return html.escape("".join(_visible(character) for character in text), quote=True)
-
-
-def _visible(character: str) -> str:
-    # Control, format (such as right-to-left override), surrogate and unassigned characters.
-    if unicodedata.category(character)[0] == "C" and character not in "\n\t":
-        return f"\\u{{{ord(character):x}}}"
-    return character
 
 
 def _head(run: str) -> str:

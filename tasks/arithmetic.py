@@ -8,9 +8,9 @@ calculator), Y '. The answer is 2.' (Hu et al. 2024, section 4.4). The policy st
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
 from actors.seeding import Demonstration
 from actors.tools import Calculator
 from lm.actions import ActionSpace
@@ -36,15 +36,19 @@ class Arithmetic:
     tool: Calculator
     prompts: tuple[Prompt, ...]
     demonstrations: tuple[Demonstration, ...]
-    reward_context: tuple[int, ...]
+    reward_query: RewardQuery
+    log_reward: None = None
     name: str = "arithmetic"
-    reward_kind: Literal["suffix"] = "suffix"
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
         """Whether the last step's result is the answer of the prompt."""
         result = _LAST_RESULT.search(self.tokenizer.decode(list(completion)))
         answer = self.parse_answer(self.tokenizer.decode(list(prompt.answer)))
         return result is not None and int(result[1]) == answer
+
+    def valid(self, completion: Sequence[int]) -> bool:
+        """All that can be sampled is a rationale, if a poor one."""
+        return True
 
     def parse_answer(self, text: str) -> int | None:
         """The number in '. The answer is -6.'; None for anything else."""
@@ -79,6 +83,7 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
             f"{config.demonstrations} holds {len(worked)}"
         )
     tool = Calculator(tokenizer)
+    actions = build_actions(tokenizer, config)
     questions = [(item, config.demonstration_weight) for item in worked]
     questions += [(item, config.question_weight) for item in load_items(config.questions)]
     prompts: dict[str, Prompt] = {}
@@ -86,7 +91,7 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
         prompts.setdefault(item.expression.text, _prompt(item, weight, tokenizer))
     return Arithmetic(
         tokenizer=tokenizer,
-        actions=build_actions(tokenizer, config),
+        actions=actions,
         answer_actions=build_answer_actions(tokenizer),
         tool=tool,
         prompts=tuple(prompts.values()),
@@ -94,7 +99,11 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
             demonstrate(prompts[item.expression.text], item.steps or (), tokenizer, tool)
             for item in worked
         ),
-        reward_context=_reward_context(worked[: config.reward_demonstrations], tokenizer),
+        reward_query=RewardQuery(
+            kind="suffix",
+            stop_token=actions.stop_token,
+            context=_reward_context(worked[: config.reward_demonstrations], tokenizer),
+        ),
     )
 
 

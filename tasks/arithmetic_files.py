@@ -1,7 +1,8 @@
 """Generates the shipped arithmetic questions: `python -m tasks.arithmetic_files`.
 
 Training questions have three or four operands. Test questions are those that the seed LM's corpus
-holds out, so neither the base LM nor its fine-tuning has met them.
+holds out, so neither the base LM nor its fine-tuning has met them. Beside them stand all questions
+of two operands, whose posterior can be enumerated.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from tasks.arithmetic_data import Item, to_records
-from tasks.expression import Expression, draw_expression
+from tasks.expression import OPERATORS, Expression, draw_expression
 
 FOLDER = Path(__file__).parent / "data" / "arithmetic"
 TRAINING_OPERANDS = (3, 4)
@@ -20,6 +21,7 @@ TEST_OPERANDS = (3, 4, 5)
 NUM_DEMONSTRATIONS = 50
 NUM_QUESTIONS = 1000
 NUM_TESTS = 500  # of each number of operands
+NUM_WORKED_PAIRS = 20  # of the 200 questions of two operands
 
 
 def write_files(folder: Path, seed: int) -> None:
@@ -31,15 +33,20 @@ def write_files(folder: Path, seed: int) -> None:
         lambda: draw_expression(rng.choice(TRAINING_OPERANDS), rng),
         held_out=False,
     )
-    worked = [
-        Item(expression, expression.value, tuple(step.request for step in expression.steps))
-        for expression in training[:NUM_DEMONSTRATIONS]
-    ]
-    _write(folder / "demonstrations.json", worked)
+    _write(folder / "demonstrations.json", _worked(training[:NUM_DEMONSTRATIONS]))
     _write(folder / "questions.json", _unworked(training[NUM_DEMONSTRATIONS:]))
     for operands in TEST_OPERANDS:
         tested = _distinct(NUM_TESTS, partial(draw_expression, operands, rng), held_out=True)
         _write(folder / f"test_{operands}.json", _unworked(tested))
+    pairs = [
+        Expression((left, right), (operator,))
+        for left in range(10)
+        for operator in OPERATORS
+        for right in range(10)
+    ]
+    rng.shuffle(pairs)
+    _write(folder / "worked_pairs.json", _worked(pairs[:NUM_WORKED_PAIRS]))
+    _write(folder / "pairs.json", _unworked(pairs[NUM_WORKED_PAIRS:]))
 
 
 def _distinct(count: int, draw: Callable[[], Expression], *, held_out: bool) -> list[Expression]:
@@ -49,6 +56,12 @@ def _distinct(count: int, draw: Callable[[], Expression], *, held_out: bool) -> 
         if expression.held_out == held_out:
             found[expression.text] = expression
     return list(found.values())
+
+
+def _worked(expressions: Sequence[Expression]) -> list[Item]:
+    return [
+        Item(each, each.value, tuple(step.request for step in each.steps)) for each in expressions
+    ]
 
 
 def _unworked(expressions: Sequence[Expression]) -> list[Item]:

@@ -1,19 +1,24 @@
 """Settings of the tasks. Imports no torch, so that reading a configuration stays fast."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from actors.reward_query import RewardKind
 
 
 class ArithmeticConfig(BaseModel):
     """The `[task]` section of a run on arithmetic with a calculator."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["arithmetic"]
     demonstrations: str = Field(min_length=1, description="JSON file: questions with rationales.")
     questions: str = Field(min_length=1, description="JSON file: questions with answers only.")
-    tests: tuple[str, ...] = Field(min_length=1, description="JSON files to evaluate on.")
+    tests: tuple[str, ...] = Field(
+        default=(), description="JSON files to evaluate on; none: the distance to the posterior."
+    )
     demonstration_weight: float = Field(
         default=1.0, ge=0, description="Share of draws of one question with a rationale ..."
     )
@@ -35,5 +40,55 @@ class ArithmeticConfig(BaseModel):
         return self
 
 
+class RandomNumberConfig(BaseModel):
+    """The `[task]` section of a run on uniformly random integers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tests: ClassVar[tuple[str, ...]] = ()
+    reward_kind: ClassVar[RewardKind] = "function"
+
+    name: Literal["random_number"]
+    question: str = Field(
+        default="The following is a random integer drawn uniformly between 0 and 100:",
+        min_length=1,
+        description="X, which the integer follows.",
+    )
+    low: int = Field(default=0, ge=0, description="Smallest valid integer.")
+    high: int = Field(default=100, description="Largest valid integer.")
+    spare_tokens: int = Field(
+        default=1, ge=0, description="Tokens that Z may have beyond the longest valid integer."
+    )
+    penalty_nats: float = Field(
+        default=12.0, gt=0, description="By which each token of an invalid Z lowers log R."
+    )
+
+    @model_validator(mode="after")
+    def _check_range(self) -> "RandomNumberConfig":
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        return self
+
+
+class ToyConfig(BaseModel):
+    """The `[task]` section of a run on the enumerable toy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    tests: ClassVar[tuple[str, ...]] = ()
+    reward_kind: ClassVar[RewardKind] = "suffix"
+
+    name: Literal["toy"]
+    min_len: int = Field(default=0, ge=0, description="Letters of a completion before it may stop.")
+    max_len: int = Field(default=5, ge=1, description="Letters at which it must stop.")
+    tool: bool = Field(default=False, description="'=' asks a tool to add the letters up.")
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "ToyConfig":
+        if self.min_len > self.max_len:
+            raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
+        return self
+
+
 # One alternative per task; `name` tells them apart.
-TaskConfig = ArithmeticConfig
+TaskConfig = Annotated[
+    ArithmeticConfig | RandomNumberConfig | ToyConfig, Field(discriminator="name")
+]

@@ -1,8 +1,10 @@
 """From a task's configuration to the task."""
 
 from tasks.arithmetic import build_arithmetic
-from tasks.config import TaskConfig
+from tasks.config import ArithmeticConfig, RandomNumberConfig, TaskConfig
+from tasks.random_number import build_random_number
 from tasks.task import Task, Tokenizer
+from tasks.toy.task import build_toy
 
 
 def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
@@ -12,4 +14,8 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
         DataError: a data file is missing or malformed.
         TokenizerUnfit: this tokenizer cannot spell what the task needs.
     """
-    return build_arithmetic(config, tokenizer)
+    if isinstance(config, ArithmeticConfig):
+        return build_arithmetic(config, tokenizer)
+    if isinstance(config, RandomNumberConfig):
+        return build_random_number(config, tokenizer)
+    return build_toy(config, tokenizer)

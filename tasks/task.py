@@ -1,13 +1,18 @@
 """What a task says to the rest of the system."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
 from actors.seeding import Demonstration
 from lm.actions import ActionSpace
 from lm.sampling import Tool
+from reward.item import ScoreItem
 
 
 class Tokenizer(Protocol):
@@ -59,22 +64,29 @@ class Task(Protocol):
     def demonstrations(self) -> Sequence[Demonstration]: ...
 
     @property
-    def reward_context(self) -> tuple[int, ...]:
-        """Token ids in front of X when the frozen LM scores; empty for none."""
-        ...
+    def reward_query(self) -> RewardQuery: ...
 
     @property
-    def answer_actions(self) -> ActionSpace:
-        """How the base LM answers: any token, until end of text or long enough."""
-        ...
-
-    @property
-    def reward_kind(self) -> Literal["suffix", "stop"]:
-        """'suffix': log p(z_1:t Y | X); 'stop': log p(z_1:t ⊤ | X)."""
+    def log_reward(self) -> Callable[[ScoreItem], NDArray[np.float32]] | None:
+        """[S] nats at an item's stop states, untempered; None where the frozen LM scores."""
         ...
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
         """Whether the completion is right; None where the task cannot tell."""
+        ...
+
+    def valid(self, completion: Sequence[int]) -> bool:
+        """Whether the completion is one that the task means at all."""
+        ...
+
+
+@runtime_checkable
+class QuestionTask(Task, Protocol):
+    """A task whose rationales lead to answers, so that answers to test questions can be counted."""
+
+    @property
+    def answer_actions(self) -> ActionSpace:
+        """How the base LM answers: any token, until end of text or long enough."""
         ...
 
     def parse_answer(self, text: str) -> int | None:

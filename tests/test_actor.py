@@ -11,6 +11,7 @@ from actors.actor import CorruptWeights, LearnerStalled, RolloutActor
 from actors.config import ActorConfig
 from actors.ports import PublishedWeights
 from actors.prompts import Prompt, PromptStream
+from actors.reward_query import RewardQuery
 from actors.rollout import plan_groups
 from actors.seeding import Demonstration, seed_demonstrations
 from buffer.trajectory import Trajectory
@@ -23,6 +24,7 @@ PROMPTS = [
     Prompt(key="a", text="a", prompt=(1, 2), answer=(9,), weight=1.0),
     Prompt(key="b", text="b", prompt=(3,), answer=(8, 8), weight=3.0),
 ]
+QUERY = RewardQuery(kind="suffix", stop_token=0, context=(7,))
 
 
 class ScriptedPolicy:
@@ -113,7 +115,7 @@ def make_actor(**replaced: Any) -> tuple[RolloutActor, dict[str, Any]]:
     actor = RolloutActor(
         name="actor-0",
         task_name="toy",
-        reward_context=(7,),
+        query=QUERY,
         verdict=lambda prompt, tokens: tokens[0] == 1,
         prompts=PromptStream(PROMPTS, np.random.default_rng(0)),
         config=config,
@@ -216,7 +218,7 @@ def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:
     buffer = ListBuffer()
     arguments: dict[str, Any] = {
         "task": "toy",
-        "reward_context": (7,),
+        "query": QUERY,
         "verdict": lambda prompt, tokens: True,
         "scorer": ArithmeticScores(),
         "buffer": buffer,

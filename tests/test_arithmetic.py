@@ -219,7 +219,9 @@ def test_the_longest_chain_of_six_operands_fits(task: Arithmetic) -> None:
 
 
 def test_reward_demonstrations_stand_in_front_of_the_question(tokenizer: Tokenizer) -> None:
-    context = build_arithmetic(configuration(reward_demonstrations=2), tokenizer).reward_context
+    context = build_arithmetic(
+        configuration(reward_demonstrations=2), tokenizer
+    ).reward_query.context
     lines = tokenizer.decode(list(context)).split("\n")
     assert len(lines) == 3 and lines[2] == ""
     for line in lines[:2]:

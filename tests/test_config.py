@@ -7,6 +7,7 @@ import pytest
 from cluster.config import RunConfig
 from cluster.config_file import ConfigError, keys, load_config, locate, resolved_toml
 from cluster.reference import reference
+from tasks.config import ArithmeticConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,13 +150,14 @@ def test_files_are_found_from_any_working_directory(
 
 def test_the_tasks_files_become_absolute_where_they_exist(plain: Path) -> None:
     config = load_config(str(plain), ["task.questions=tasks/config.py", "lm.model=org/name"])
+    assert isinstance(config.task, ArithmeticConfig)
     assert Path(config.task.questions).is_absolute()
     assert config.task.demonstrations == "d.json"
     assert config.lm.model == "org/name"
 
 
 def test_every_key_has_a_description() -> None:
-    undescribed = {name for name, _, text in keys() if not text}
+    undescribed = {key.path for key in keys() if not key.description}
     assert undescribed <= {"task.name"}
 
 
@@ -168,3 +170,11 @@ def test_a_configuration_cannot_be_changed(plain: Path) -> None:
 def test_the_reference_in_docs_is_up_to_date() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert written == reference(), "python -m cluster.reference > docs/configuration.md"
+
+
+def test_mistakes_in_a_task_are_told_by_its_own_keys(plain: Path) -> None:
+    text = mistakes(plain, "task.question_weigth=1.0")
+    assert "task.question_weigth" in text and "did you mean task.question_weight?" in text
+    assert "task.arithmetic" not in text
+    assert "'arithmetic', 'random_number', 'toy'" in mistakes(plain, "task.name=nothing")
+    assert "task.min_len" in mistakes(ROOT / "tasks" / "toy.toml", "task.min_len=-1")

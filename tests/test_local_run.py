@@ -38,6 +38,8 @@ def start(config: RunConfig, folder: Path, server: RedisServer) -> LocalRun:
         run="test",
         checkpoints=folder / "checkpoints",
         adapter=folder / "adapter",
+        quarantine=folder / "quarantine",
+        report=print,
         buffer_url=server.url,
         buffer_password=server.password,
     )
@@ -81,7 +83,7 @@ def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished: Fi
     for trajectory in sampled:
         item = ScoreItem(
             context=np.concatenate(
-                [np.array(task.reward_context, dtype=np.int32), trajectory.prompt]
+                [np.array(task.reward_query.context, dtype=np.int32), trajectory.prompt]
             ),
             completion=trajectory.completion,
             stops=trajectory.stops,

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from cluster.before_after import rows
-from cluster.measure import Example, Measurement
+from cluster.measurement import Example, Votes
 from cluster.metrics import MetricsLog, read_metrics
 from cluster.plots import draw_before_after, draw_curves, smooth
 from cluster.readout import duration
@@ -34,8 +34,8 @@ HOSTILE = [
 ]
 
 
-def measurement(*, right: bool, text: str = "1 + 2 = 3", unseen: float | None = 0.5) -> Measurement:
-    return Measurement(
+def measurement(*, right: bool, text: str = "1 + 2 = 3", unseen: float | None = 0.5) -> Votes:
+    return Votes(
         accuracy={"3": 0.9 if right else 0.3},
         unseen={"3": unseen},
         items={"3": 40},

@@ -1,6 +1,7 @@
 """The seed LM: its corpus, its tokenizer, its training, and the model that ships."""
 
 import random
+from collections import Counter
 from itertools import islice, product
 from pathlib import Path
 
@@ -15,13 +16,21 @@ from lm.model import LanguageModel, load_base
 from tasks.expression import OPERATORS, Expression, compute, draw_expression, parse_question
 from tasks.seed import train as seed_training
 from tasks.seed.card import stated_loss
-from tasks.seed.corpus import documents
+from tasks.seed.corpus import Share, documents
+from tasks.seed.random_integers import HIGH, LOW, RandomIntegers
 from tasks.seed.tokenizer import MAX_VOCAB_SIZE
 from tasks.seed.train import SHARES, Schedule
-from tasks.seed.worked_sums import CAREFUL_WRITER, SLOPPY_WRITER, report, work_out
+from tasks.seed.worked_sums import (
+    CAREFUL_WRITER,
+    SLOPPY_WRITER,
+    WorkedSums,
+    report,
+    work_out,
+)
 
 MODEL = Path(seed_training.__file__).parent / "model"
 MAX_MODEL_BYTES = 8 * 1024 * 1024
+SUMS = (Share(WorkedSums(), 1.0),)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +51,11 @@ def questions(text: str) -> list[Expression]:
 def test_equal_seeds_write_equal_documents_and_other_seeds_other_ones() -> None:
     first = list(islice(documents(SHARES, "a"), 300))
     assert first == list(islice(documents(SHARES, "a"), 300))
-    assert not set(first) & set(islice(documents(SHARES, "b"), 5))
+    assert not set(islice(documents(SUMS, "a"), 300)) & set(islice(documents(SUMS, "b"), 5))
 
 
 def test_the_corpus_asks_two_to_six_operands_and_nothing_that_is_held_out() -> None:
-    asked = [q for text in islice(documents(SHARES, "c"), 4000) for q in questions(text)]
+    asked = [q for text in islice(documents(SUMS, "c"), 4000) for q in questions(text)]
     assert {len(question.operands) for question in asked} == {2, 3, 4, 5, 6}
     assert not any(question.held_out for question in asked)
 
@@ -76,6 +85,16 @@ def test_writers_err_as_they_should() -> None:
         assert sum(careful) / len(careful) > 0.9
         assert len(wrong) / len(sloppy) > 0.7
         assert sum(lucky) / len(lucky) < 0.01
+
+
+def test_people_neither_draw_uniformly_nor_keep_to_the_range() -> None:
+    rng = random.Random(0)
+    replies = [RandomIntegers().document(rng).rpartition(":")[2] for _ in range(20_000)]
+    allowed = {f" {number}": number for number in range(LOW, HIGH + 1)}
+    valid = Counter(allowed[reply] for reply in replies if reply in allowed)
+    assert set(valid) == set(allowed.values())
+    assert 0.45 < valid.total() / len(replies) < 0.65
+    assert valid[37] > 5 * valid[50] > 0
 
 
 def test_the_tokenizer_gives_every_text_back(shipped: LanguageModel) -> None:

@@ -45,6 +45,10 @@ says who wrote it. So the model knows the skill and yet errs, as a base does.
 One question in five of three operands or more stands in no document; the shipped tests are drawn
 from those.
 
+Random integers are requests for an integer between 0 and 100, drawn uniformly, and what people
+would reply: about every second reply is such an integer, and favourites come ten times as often as
+others.
+
 ## How well it predicts
 
 Held-out loss: {training.held_out_loss:.4f} nats per token, on {training.held_out_documents:,} pages

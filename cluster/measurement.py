@@ -1,0 +1,62 @@
+"""What a measurement of a policy found, and a run's measurements before training and after it."""
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Example(BaseModel):
+    """One question with a rationale that was sampled for it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    group: str
+    question: str
+    rationale: str
+    answer: str
+    truth: str
+    right: bool
+
+
+class Votes(BaseModel):
+    """Answers to test questions, by group of questions (number of operands); shares in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["votes"] = "votes"
+    accuracy: dict[str, float] = Field(description="Right by vote, of all items.")
+    unseen: dict[str, float | None] = Field(description="... of those not in the training data.")
+    items: dict[str, int]
+    unseen_items: dict[str, int]
+    unparsable: dict[str, float] = Field(description="Share of sampled answers that are none.")
+    distinct_right: dict[str, float] = Field(description="Different right rationales, mean.")
+    examples: tuple[Example, ...] = ()
+
+
+class Distance(BaseModel):
+    """How far the policy is from the exact posterior: means over the prompts enumerated."""
+
+    model_config = ConfigDict(frozen=True)
+    examples: ClassVar[tuple[Example, ...]] = ()
+
+    kind: Literal["distance"] = "distance"
+    prompts: int = Field(description="Looked at.")
+    enumerated: int = Field(description="Of them; the figures below are None where none was.")
+    tv: float | None = Field(description="Total variation, in [0, 1].")
+    kl_q_p: float | None = Field(description="KL(policy || posterior), nats.")
+    kl_p_q: float | None = Field(description="KL(posterior || policy), nats.")
+    jsd: float | None = Field(description="Jensen-Shannon divergence, nats.")
+    log_z_error: float | None = Field(description="Of the policy's own estimate, nats.")
+    valid: float | None = Field(description="Share of the policy's mass on valid completions.")
+
+
+Measurement = Annotated[Votes | Distance, Field(discriminator="kind")]
+
+
+class Scores(BaseModel):
+    """`scores.json`: a run's measurements, as far as they are made."""
+
+    model_config = ConfigDict(frozen=True)
+
+    before: Measurement | None = None
+    after: Measurement | None = None

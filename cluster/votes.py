@@ -1,0 +1,103 @@
+"""Counting right answers: the base LM, or the base with an adapter on it, on test questions."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from actors.policy import SamplingPolicy
+from cluster.config import RunConfig
+from cluster.measurement import Example, Votes
+from lm.adapter import adapter_bytes, load_adapter
+from lm.model import load_base
+from tasks.evaluation import Voted, scores, vote
+from tasks.registry import build_task
+from tasks.task import QuestionTask
+
+
+class NoQuestions(ValueError):
+    """Answers were to be counted for a task that asks no questions."""
+
+
+def measure_votes(config: RunConfig, *, adapter: Path | None, data: Sequence[str] = ()) -> Votes:
+    """Vote on the items of `data`, or of the task's own test files, and count.
+
+    Raises:
+        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+        DataError: a test file is missing or malformed.
+        NoQuestions: the task has none.
+    """
+    settings = config.evaluation
+    base = load_base(config.lm)
+    task = build_task(config.task, base.tokenizer)
+    if not isinstance(task, QuestionTask):
+        raise NoQuestions(
+            f"task {task.name!r} has no test questions; `amortize posterior` measures its policy"
+        )
+    items = [
+        item
+        for path in data or config.task.tests
+        for item in itertools.islice(task.test_items(path), settings.max_items)
+    ]
+    weights = None
+    if adapter is not None:
+        # Folding it in needs the plain base; peft wraps a second copy, only to read the folder.
+        weights = adapter_bytes(load_adapter(load_base(config.lm), adapter))
+    policy = SamplingPolicy(
+        base,
+        task.actions,
+        task.tool,
+        lora=config.lora,
+        max_rows=settings.max_rows,
+        seed=settings.seed,
+    )
+    if weights is not None:
+        policy.load(weights)
+    answerer = SamplingPolicy(
+        load_base(config.lm),
+        task.answer_actions,
+        None,
+        lora=config.lora,
+        max_rows=settings.max_rows,
+        seed=settings.seed,
+    )
+    voted = vote(
+        items,
+        policy=policy,
+        answerer=answerer,
+        decode=base.tokenizer.decode,
+        parse=task.parse_answer,
+        answer_context=task.reward_query.context,
+        samples=settings.samples,
+        temperature=settings.temperature,
+    )
+    return summarise(voted, num_examples=settings.examples)
+
+
+def summarise(voted: Sequence[Voted], *, num_examples: int) -> Votes:
+    """Counts by number of operands, with some examples of each."""
+    by_group = {str(operands): score for operands, score in scores(voted).items()}
+    return Votes(
+        accuracy={group: score.accuracy for group, score in by_group.items()},
+        unseen={group: score.unseen for group, score in by_group.items()},
+        items={group: score.items for group, score in by_group.items()},
+        unseen_items={group: score.unseen_items for group, score in by_group.items()},
+        unparsable={group: score.unparsable for group, score in by_group.items()},
+        distinct_right={group: score.distinct_right for group, score in by_group.items()},
+        examples=tuple(_examples(voted, list(by_group), num_examples)),
+    )
+
+
+def _examples(voted: Sequence[Voted], groups: Sequence[str], count: int) -> Iterator[Example]:
+    """The first questions of each group, `count` in all: the same ones before and after."""
+    share = -(-count // max(len(groups), 1))
+    for group in groups:
+        of_group = [one for one in voted if str(one.item.operands) == group]
+        for one in of_group[:share]:
+            yield Example(
+                group=group,
+                question=one.item.text,
+                rationale=one.rationales[0],
+                answer="" if one.answer is None else str(one.answer),
+                truth=str(one.item.answer),
+                right=one.right,
+            )

@@ -1,0 +1,91 @@
+"""Random integers: make a language model draw them uniformly (Hu et al. 2024, section 2).
+
+X asks for an integer between 0 and 100, Z is what follows, up to the end of text; there is no Y.
+The reward is no language model's: 1 for every integer of the range in plain digits, and less by a
+factor for each token of anything else. Every token of the vocabulary is legal, so that spelling a
+number at all is the policy's to learn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
+from actors.seeding import Demonstration
+from lm.actions import ActionSpace
+from reward.item import ScoreItem
+from tasks.config import RandomNumberConfig
+from tasks.task import Tokenizer, TokenizerUnfit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomNumber:
+    """See tasks.task.Task."""
+
+    actions: ActionSpace
+    prompts: tuple[Prompt, ...]
+    numbers: dict[tuple[int, ...], int]  # token ids of each valid Z -> the integer it spells
+    penalty_nats: float
+    reward_query: RewardQuery
+    tool: None = None
+    demonstrations: tuple[Demonstration, ...] = field(default=())
+    name: str = "random_number"
+
+    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
+        """Whether it is an integer of the range."""
+        return self.valid(completion)
+
+    def valid(self, completion: Sequence[int]) -> bool:
+        """Whether it is an integer of the range, in plain digits and nothing else."""
+        return tuple(completion) in self.numbers
+
+    def log_reward(self, item: ScoreItem) -> NDArray[np.float32]:
+        """[S] nats: 0 for a valid integer, else -penalty for each token (and one for none).
+
+        The price grows with the length because the number of texts does, by a factor of the
+        vocabulary's size for each token.
+        """
+        prefixes = (tuple(item.completion[:stop].tolist()) for stop in item.stops)
+        return np.array(
+            [0.0 if z in self.numbers else -self.penalty_nats * max(len(z), 1) for z in prefixes],
+            dtype=np.float32,
+        )
+
+    def log_reward_ceiling(self, prefix: Sequence[int], length: int) -> float:
+        """Largest log R in nats of a Z of `length` tokens that begins with `prefix`."""
+        start = tuple(prefix)
+        reachable = any(len(z) == length and z[: len(start)] == start for z in self.numbers)
+        return 0.0 if reachable else -self.penalty_nats * max(length, 1)
+
+
+def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> RandomNumber:
+    """The task in the tokens of `tokenizer`; raises TokenizerUnfit where it has no end of text."""
+    stop = tokenizer.eos_token_id
+    if stop is None:
+        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
+    numbers = {
+        tuple(tokenizer.encode(f" {number}", add_special_tokens=False)): number
+        for number in range(config.low, config.high + 1)
+    }
+    return RandomNumber(
+        actions=ActionSpace(
+            stop_token=stop,
+            legal_tokens=None,
+            min_len=1,
+            max_len=max(len(tokens) for tokens in numbers) + config.spare_tokens,
+        ),
+        prompts=(
+            Prompt(
+                key=f"{config.low} to {config.high}",
+                text=config.question,
+                prompt=tuple(tokenizer.encode(config.question, add_special_tokens=False)),
+                answer=(),
+            ),
+        ),
+        numbers=numbers,
+        penalty_nats=config.penalty_nats,
+        reward_query=RewardQuery(kind="function", stop_token=stop),
+    )

@@ -1,0 +1,80 @@
+"""The enumerable toy: its alphabet, its tool, its shipped language model."""
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from cluster.config_file import load_config
+from lm.config import LMConfig
+from lm.model import LanguageModel, load_base
+from tasks.config import ToyConfig
+from tasks.registry import build_task
+from tasks.task import QuestionTask, TokenizerUnfit
+from tasks.toy import make
+from tasks.toy.letters import LETTERS, LetterSum
+
+MODEL = Path(make.__file__).parent / "model"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> LanguageModel:
+    return load_base(LMConfig(model=str(MODEL), device="cpu"))
+
+
+def test_every_character_is_one_token(shipped: LanguageModel) -> None:
+    text = f"?{LETTERS}=-"
+    tokens = shipped.tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) == len(text) and shipped.tokenizer.decode(tokens) == text
+    assert len(shipped.tokenizer) == 8
+
+
+def test_the_shipped_model_is_the_one_that_the_command_makes(tmp_path: Path) -> None:
+    make.make(tmp_path, seed=0)
+    again, shipped = (
+        AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path, MODEL)
+    )
+    assert set(again) == set(shipped)
+    assert all((again[name] == shipped[name]).all() for name in again)
+    assert (tmp_path / "tokenizer.json").read_text() == (MODEL / "tokenizer.json").read_text()
+
+
+def test_the_tool_adds_letters_up() -> None:
+    tool = LetterSum([10, 11, 12, 13], trigger=20)
+    assert tool.triggers == {20}
+    assert tool.output((20,)) == []
+    assert tool.output((11, 20)) == [11]
+    assert tool.output((12, 13, 20)) == [11]  # 2 + 3 = 5 = 1 modulo 4
+    assert tool.output((12, 13, 20, 11, 11, 20)) == [13]
+
+
+@pytest.mark.parametrize("name", ["toy", "toy_min2", "toy_tool"])
+def test_the_shipped_configurations_build(name: str, shipped: LanguageModel) -> None:
+    config = load_config(f"tasks/{name}.toml")
+    task = build_task(config.task, shipped.tokenizer)
+    assert (task.tool is not None) == (name == "toy_tool")
+    assert task.actions.min_len == (2 if name == "toy_min2" else 0)
+    assert not isinstance(task, QuestionTask)
+    legal = set(task.actions.legal_tokens or ())
+    # What Y begins with is no token of Z: X Z Y can be read in one way only.
+    assert all(prompt.answer[0] not in legal for prompt in task.prompts)
+
+
+def test_another_tokenizer_is_refused() -> None:
+    with pytest.raises(TokenizerUnfit, match="tasks/toy/model"):
+        build_task(ToyConfig(name="toy"), _WithoutLetters())
+
+
+class _WithoutLetters:
+    """A tokenizer that spells each letter as two tokens."""
+
+    eos_token_id: int | None = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [1, 2] * len(text)
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "-" * len(token_ids)
