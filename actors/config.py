@@ -34,6 +34,12 @@ class ActorConfig(BaseModel):
     max_ready_groups: int = Field(
         default=64, ge=1, description="Groups in the buffer, undrawn, at which actors pause."
     )
+    lag_versions: int = Field(
+        default=0,
+        ge=0,
+        description="Sample with weights at least this far behind the newest, to measure what "
+        "staleness does; 0: with the newest.",
+    )
     score_timeout_s: float = Field(
         default=300.0, gt=0, description="Longest wait for the rewards of one batch."
     )

@@ -36,16 +36,46 @@ class LearnerConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per unit learning rate")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
-    objective: Literal["subtb", "tb"] = Field(
+    objective: Literal["subtb", "tb", "db", "raptb"] = Field(
         default="subtb",
-        description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity)",
+        description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); "
+        "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root",
     )
     subtb_lambda: float = Field(
-        default=1.0, gt=0, le=2, description="a pair of states n stops apart weighs lambda^(n-1)"
+        default=1.0,
+        gt=0,
+        le=2,
+        description="of subtb: a pair of states n stops apart weighs lambda^(n-1)",
     )
     normalisation: Literal["batch", "trajectory"] = Field(
         default="batch",
-        description="divide by the pair weights of the whole batch, or of each trajectory",
+        description="divide residuals by their weight in the whole batch, or in each trajectory; "
+        "tb has one for each trajectory",
+    )
+    log_z: Literal["group", "learned"] = Field(
+        default="group",
+        description="log Z(X) at the root: the mean of the prompt's group, or a linear head on the "
+        "policy's state behind X",
+    )
+
+    agreement_tolerance_nats: float | None = Field(
+        default=None,
+        gt=0,
+        description="largest |log q recomputed - recorded| of a trajectory that is learned from; "
+        "None: 1e-3 in float32, 0.5 in bfloat16, which rounds more",
+    )
+    agreement_check_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="one trajectory of each actor and version is always compared; of the others of "
+        "these versions this share too",
+    )
+    agreement_max_share: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="share of what was drawn lately that may disagree before the run ends; 1: all",
     )
 
     publish_every_steps: int = Field(default=1, gt=0, description="steps between two adapters")
@@ -60,6 +90,20 @@ class LearnerConfig(BaseModel):
     collective_timeout_s: float = Field(
         default=600.0, gt=0, description="longest wait of one rank for the others"
     )
+
+    @model_validator(mode="after")
+    def _check_objective(self) -> "LearnerConfig":
+        if self.subtb_lambda != 1.0 and self.objective != "subtb":
+            raise ValueError(
+                f"subtb_lambda ({self.subtb_lambda}) means nothing to objective "
+                f'"{self.objective}", which has no pairs to weigh: leave it out, or use "subtb"'
+            )
+        if self.normalisation == "trajectory" and self.objective == "tb":
+            raise ValueError(
+                'normalisation "trajectory" means nothing to objective "tb", which has one '
+                "residual for each trajectory: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_waits(self) -> "LearnerConfig":

@@ -7,7 +7,11 @@ from buffer.replay import Group
 from buffer.trajectory import pack, unpack
 from learner.engine import Engine
 
-_DONE, _FAILED = b"\x00", b"\x01"
+_DONE, _FAILED, _UNRECOVERABLE = b"\x00", b"\x01", b"\x02"
+
+
+class Unrecoverable(RuntimeError):
+    """What a learner that starts again would only meet again: the run has to end."""
 
 
 class RankZeroFailed(RuntimeError):
@@ -17,18 +21,21 @@ class RankZeroFailed(RuntimeError):
 def share(engine: Engine, produce: Callable[[], bytes]) -> bytes:
     """Run `produce` on rank 0 and give its bytes to all ranks.
 
-    If it raises, so does every rank: rank 0 the error itself, the others RankZeroFailed at once
-    instead of a timeout later.
+    If it raises, so does every rank: rank 0 the error itself, the others RankZeroFailed (or
+    Unrecoverable, if it is) at once instead of a timeout later.
     """
     if engine.rank != 0:
         data = engine.broadcast(b"")
         if data[:1] == _FAILED:
             raise RankZeroFailed(f"learner rank 0: {data[1:].decode(errors='replace')}")
+        if data[:1] == _UNRECOVERABLE:
+            raise Unrecoverable(f"learner rank 0: {data[1:].decode(errors='replace')}")
         return data[1:]
     try:
         data = produce()
     except Exception as error:
-        engine.broadcast(_FAILED + repr(error).encode())
+        kind = _UNRECOVERABLE if isinstance(error, Unrecoverable) else _FAILED
+        engine.broadcast(kind + repr(error).encode())
         raise
     engine.broadcast(_DONE + data)
     return data

@@ -15,8 +15,12 @@ from learner.checkpoint import Checkpoints, Snapshot
 from learner.config import LearnerConfig
 from learner.engine import Engine, NonFiniteUpdate
 from learner.exchange import decode_groups, encode_groups, share
+from learner.gate import AgreementGate
+from learner.log_z import LogZ
 from learner.objective import Objective, ObjectiveInput
 from learner.ports import Replay, WeightSink
+from learner.potential import state_potentials, terminal_potentials
+from learner.quality import describe_quality
 from learner.schedule import learning_rate, reward_temperature
 from learner.tally import Tally, describe_groups
 from lm.actions import ActionSpace
@@ -45,6 +49,8 @@ class Learner:
     Args:
         model: base and adapter; only the adapter is trained, by `engine`.
         rng: chooses what is replayed.
+        log_z: the head inside `model` that learns log Z; None: from the group.
+        gate: takes out of a draw what its sampler cannot have sampled; None takes all on trust.
         checkpoints: None keeps none.
     """
 
@@ -60,6 +66,8 @@ class Learner:
         weights: WeightSink,
         rng: np.random.Generator,
         checkpoints: Checkpoints | None = None,
+        log_z: LogZ | None = None,
+        gate: AgreementGate | None = None,
     ) -> None:
         self.version = 0
         self.completed_steps = 0
@@ -72,6 +80,8 @@ class Learner:
         self._weights = weights
         self._rng = rng
         self._checkpoints = checkpoints
+        self._log_z = log_z
+        self._gate = gate
         self._device = next(model.parameters()).device
         self._checkpoint_steps = 0
         self._checkpoint_s = monotonic()
@@ -109,13 +119,17 @@ class Learner:
         temperature = reward_temperature(self.completed_steps, self._config.reward_temperature)
         rate = learning_rate(self.completed_steps, self._config)
         parts = self._split(groups)
+        if self._log_z is not None and self.completed_steps == 0:
+            self._start_log_z(self._log_z, parts, temperature)
         tally = Tally(self.version)
         losses = [partial(self._loss, part, temperature, tally) for part in parts]
         try:
             norm = self._engine.update(losses, learning_rate=rate)
         except NonFiniteUpdate as error:
             raise NonFiniteUpdate(f"version {self.version}, loss {tally.loss}: {error}") from error
-        metrics = describe_groups(groups, self.version) | tally.gathered(self._engine)
+        metrics = describe_groups(groups, self.version) | describe_quality(groups, temperature)
+        metrics |= tally.gathered(self._engine)
+        metrics |= {} if self._gate is None else self._gate.metrics()
         self.version += 1
         self.completed_steps += 1
         computed_s = monotonic()
@@ -138,6 +152,8 @@ class Learner:
             data = adapter_bytes(self.model)
             if self._checkpoints is not None:
                 self._checkpoints.note_published(self.version)
+            if self._gate is not None:
+                self._gate.keep(self.version, data)
             self._weights.publish(data, version=self.version, checksum=checksum(data))
 
     def checkpoint(self) -> None:
@@ -176,7 +192,9 @@ class Learner:
 
     def _draw(self) -> list[Group]:
         def draw() -> list[Group]:
-            return self._replay.draw(
+            gate, replay = self._gate, self._replay
+            draw_from = replay.draw if gate is None else partial(gate.draw, replay)
+            return draw_from(
                 num_groups=self._config.groups_per_step,
                 num_replayed=self._config.replayed_per_group,
                 version=self.version,
@@ -206,24 +224,44 @@ class Learner:
         return mine + [_MicroBatch(batches[0], 0.0)] * (rounds - len(mine))
 
     def _loss(self, part: _MicroBatch, temperature: float, tally: Tally) -> Tensor:
-        batch = part.batch
+        inputs = self._evaluate(part.batch, temperature)
+        value = self._objective(inputs)
+        tally.add(part.batch, inputs, value, factor=part.factor)
+        return value.total * part.factor
+
+    def _evaluate(self, batch: Batch, temperature: float) -> ObjectiveInput:
+        """The batch under the current policy."""
         log_probs = completion_log_probs(
             self.model,
             self._actions,
             [t.prompt.tolist() for t in batch.distinct],
             [t.completion.tolist() for t in batch.distinct],
             [t.from_tool.tolist() for t in batch.distinct],
+            with_prompt_state=self._log_z is not None,
         )
-        inputs = ObjectiveInput(
+        head, state_BH = self._log_z, log_probs.prompt_state_BH
+        log_z_B = None if head is None or state_BH is None else head(state_BH)[batch.row_B]
+        return ObjectiveInput(
             log_pf_BT=log_probs.log_pf_BT[batch.row_B],
             log_stop_BS=log_probs.log_stop_BS[batch.row_B],
             log_reward_BS=batch.log_reward_BS / temperature,
             stop_BS=batch.stop_BS,
             group_B=batch.group_B,
+            log_z_B=log_z_B,
         )
-        value = self._objective(inputs)
-        tally.add(batch, inputs, value, factor=part.factor)
-        return value.total * part.factor
+
+    @torch.no_grad()
+    def _start_log_z(self, head: LogZ, parts: Sequence[_MicroBatch], temperature: float) -> None:
+        """Let a new head begin at what the groups of the first batch estimate on average."""
+        total, rows = 0.0, 0.0
+        for part in parts:
+            if part.factor > 0:
+                inputs = self._evaluate(part.batch, temperature)
+                phi_B = terminal_potentials(state_potentials(inputs), inputs.stop_BS)
+                total -= phi_B.sum().item()
+                rows += len(phi_B)
+        sums = self._engine.gather([total, rows])
+        head.start(self._engine, sum(s[0] for s in sums) / sum(s[1] for s in sums))
 
     def _rank_zero_decides(self, decide: Callable[[], bool]) -> bool:
         """Clocks and stop requests differ between ranks; one of them has the say."""

@@ -1,9 +1,14 @@
 """What every training objective takes and gives. An objective is one file beside this one."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+# What the squared residuals of an objective are divided by: their weights in the whole batch, so
+# that a trajectory with more of them counts for more (the reference code), or first those of their
+# own trajectory, so that every trajectory counts alike (a mean over samples, as the papers write).
+Normalisation = Literal["batch", "trajectory"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +24,7 @@ class ObjectiveInput:
     log_reward_BS: Tensor  # tempered log R of stopping after t tokens, likewise
     stop_BS: Tensor  # bool: the policy may stop here; the last one of a row is terminal
     group_B: Tensor  # int64 below B: rows with the same number share their prompt
+    log_z_B: Tensor | None = None  # learned log Z of each row's prompt; None: from the group
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,3 +49,18 @@ class Objective(Protocol):
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         """Sum of the loss over these rows."""
         ...
+
+
+def sum_weights(weight_B: Tensor, normalisation: Normalisation) -> Tensor:
+    """The normaliser of rows with these weights, scalar float64."""
+    if normalisation == "batch":
+        return weight_B.double().sum()
+    return (weight_B > 0).sum().double()
+
+
+def sum_losses(loss_B: Tensor, weight_B: Tensor, normalisation: Normalisation) -> Tensor:
+    """What `sum_weights` is to divide: the rows' losses, each over its own weight if so asked."""
+    if normalisation == "trajectory":
+        weight_B = weight_B.to(loss_B)
+        loss_B = (loss_B / weight_B.clamp(min=1e-30)).where(weight_B > 0, 0.0)
+    return loss_B.sum()

@@ -1,10 +1,12 @@
 """What the learner needs from outside: where groups come from, and where adapters go."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from buffer.replay import Group
+from buffer.trajectory import Trajectory
 
 
 class Replay(Protocol):
@@ -19,6 +21,8 @@ class Replay(Protocol):
         rng: np.random.Generator,
         timeout_s: float,
     ) -> list[Group]: ...
+
+    def discard(self, trajectories: Sequence[Trajectory]) -> None: ...
 
 
 class WeightSink(Protocol):

@@ -1,14 +1,20 @@
 """Modified sub-trajectory balance (Hu et al. 2024, eq. 3) in time and memory linear in length."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from learner.objective import ObjectiveInput, ObjectiveValue
-from learner.potential import estimate_log_z, state_potentials, terminal_potentials
+from learner.objective import (
+    Normalisation,
+    ObjectiveInput,
+    ObjectiveValue,
+    sum_losses,
+    sum_weights,
+)
+from learner.potential import count_states, log_z_of, state_potentials, with_root
 
 
 @dataclass(frozen=True)
@@ -17,49 +23,27 @@ class SubTB:
 
         sum_{i<j} decay^(j-i-1) (phi_j - phi_i)^2,    i, j ranks among the stop states
 
-    Where the bare prompt (t = 0) is no stop state, nothing in these pairs ties the trajectories
-    of a prompt together: the distribution over first stop states would stay free. There the root
-    enters as one more state before the first, with phi = -log Z estimated from the group.
+    The root enters as `with_root` says.
     """
 
     decay: float = 1.0
-    normalisation: Literal["batch", "trajectory"] = "batch"
+    normalisation: Normalisation = "batch"
 
     def weight(self, stop_BS: Tensor) -> Tensor:
         """Pair weights summed over the rows, or the number of rows that have pairs."""
         weight_B = pair_weights(count_states(stop_BS), self.decay)
-        if self.normalisation == "batch":
-            return weight_B.sum()
-        return (weight_B > 0).sum().double()
+        return sum_weights(weight_B, self.normalisation)
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
-        phi_BS = state_potentials(
-            batch.log_pf_BT, batch.log_stop_BS, batch.log_reward_BS, batch.stop_BS
-        )
-        log_z_B = estimate_log_z(terminal_potentials(phi_BS, batch.stop_BS), batch.group_B)
+        phi_BS = state_potentials(batch)
+        log_z_B = log_z_of(batch, phi_BS)
         phi_BN, real_BN = with_root(phi_BS, batch.stop_BS, log_z_B)
         loss_B = pair_sums(phi_BN, real_BN, self.decay)
-        if self.normalisation == "trajectory":
-            weight_B = pair_weights(real_BN.sum(1), self.decay).to(loss_B)
-            loss_B = torch.where(weight_B > 0, loss_B / weight_B.clamp(min=1e-30), 0.0)
-        return ObjectiveValue(total=loss_B.sum(), row_sums={"log_z_nats": log_z_B.sum()})
-
-
-def count_states(stop_BS: Tensor) -> Tensor:
-    """States of each trajectory, the root included where it enters: [B] int64."""
-    return stop_BS.sum(1) + (~stop_BS[:, 0]).long()
-
-
-def with_root(phi_BS: Tensor, stop_BS: Tensor, log_z_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Stop states moved together to the left, after the root where t = 0 is no stop state.
-
-    Returns:
-        [B, N] potentials and [B, N] bool, N = S + 1; real states come first in each row.
-    """
-    phi_BN = torch.cat([-log_z_B[:, None], phi_BS], dim=1)
-    real_BN = torch.cat([~stop_BS[:, :1], stop_BS], dim=1)
-    order_BN = (~real_BN).to(torch.int8).argsort(dim=1, stable=True)
-    return phi_BN.gather(1, order_BN), real_BN.gather(1, order_BN)
+        weight_B = pair_weights(real_BN.sum(1), self.decay)
+        return ObjectiveValue(
+            total=sum_losses(loss_B, weight_B, self.normalisation),
+            row_sums={"log_z_nats": log_z_B.detach().sum()},
+        )
 
 
 def pair_weights(count_B: Tensor, decay: float) -> Tensor:

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from buffer.replay import Group
+from learner.agreement import log_q_gaps
 from learner.batch import Batch
 from learner.engine import Engine
 from learner.objective import ObjectiveInput, ObjectiveValue
@@ -13,8 +12,8 @@ from learner.objective import ObjectiveInput, ObjectiveValue
 class Tally:
     """What only the forward passes know: the loss, and the agreement with the samplers.
 
-    Agreement is |log q recomputed - recorded| per chosen token and stop state, over trajectories
-    that were sampled by exactly the version that is being updated.
+    Agreement is over the trajectories that were sampled by exactly the version that is being
+    updated: theirs comes free. The gate sees to the others.
     """
 
     def __init__(self, version: int) -> None:
@@ -64,16 +63,11 @@ class Tally:
         ]
         if not rows:
             return
-        pairs: list[tuple[Tensor, Tensor, Tensor]] = [
-            (batch.chosen_BT, inputs.log_pf_BT, batch.recorded_log_pf_BT),
-            (batch.stop_BS, inputs.log_stop_BS, batch.recorded_log_stop_BS),
-        ]
-        for mask, recomputed, recorded in pairs:
-            gap = (recomputed.detach() - recorded)[rows][mask[rows]].abs()
-            if gap.numel():
-                self._gap_sum += gap.sum().item()
-                self._gap_count += gap.numel()
-                self._gap_max = max(self._gap_max, gap.max().item())
+        gap_BN, counted_BN = log_q_gaps(batch, inputs.log_pf_BT, inputs.log_stop_BS)
+        gap_K = gap_BN[rows][counted_BN[rows]]
+        self._gap_sum += gap_K.sum().item()
+        self._gap_count += gap_K.numel()
+        self._gap_max = max(self._gap_max, gap_K.max().item())
 
 
 def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:

@@ -1,6 +1,7 @@
-"""Trajectory balance with log Z from the group: VarGrad (Richter et al. 2020; Zhang et al. 2023).
+"""Trajectory balance (Malkin et al. 2022, eq. 14), log Z from the group or learned.
 
-The longest span of SubTB alone: the limit of its lambda -> infinity.
+From the group it is VarGrad (Richter et al. 2020; Zhang et al. 2023). The longest span of SubTB
+alone: the limit of its lambda -> infinity.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from learner.objective import ObjectiveInput, ObjectiveValue
-from learner.potential import estimate_log_z, state_potentials, terminal_potentials
+from learner.potential import log_z_of, state_potentials, terminal_potentials
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,10 @@ class TrajectoryBalance:
 
         (log Z(X) + log q(Z ⊤ | X) - log R(Z ⊤) / T)^2
 
-    log Z(X) is the mean over the trajectories of the prompt, detached, so that the gradient is
-    that of their variance; a prompt with a single trajectory teaches nothing. Stop states on the
-    way do not enter: their rewards neither help nor, where they are noise, disturb.
+    Estimated from the group, log Z(X) is the mean over the trajectories of the prompt, detached,
+    so that the gradient is that of their variance, and a prompt with a single trajectory teaches
+    nothing. Stop states on the way do not enter: their rewards neither help nor, where they are
+    noise, disturb.
     """
 
     def weight(self, stop_BS: Tensor) -> Tensor:
@@ -28,11 +30,9 @@ class TrajectoryBalance:
         return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
-        phi_BS = state_potentials(
-            batch.log_pf_BT, batch.log_stop_BS, batch.log_reward_BS, batch.stop_BS
-        )
-        phi_B = terminal_potentials(phi_BS, batch.stop_BS)
-        log_z_B = estimate_log_z(phi_B, batch.group_B)
+        phi_BS = state_potentials(batch)
+        log_z_B = log_z_of(batch, phi_BS)
+        residual_B = log_z_B + terminal_potentials(phi_BS, batch.stop_BS)
         return ObjectiveValue(
-            total=(phi_B + log_z_B).square().sum(), row_sums={"log_z_nats": log_z_B.sum()}
+            total=residual_B.square().sum(), row_sums={"log_z_nats": log_z_B.detach().sum()}
         )

@@ -2,10 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,15 +10,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from lm.config import LMConfig, LoRAConfig
+from lm.source import ModelUnusable, explained, load_tokenizer, require_folder_or_hub_id
 
 # What a causal LM is called outside this room, which alone knows the library behind it.
 CausalLM = PreTrainedModel
@@ -32,14 +28,6 @@ FINGERPRINT_VALUES = 4096
 # What from_pretrained, moving files or another library version may change, weights staying.
 VOLATILE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 VOLATILE_CONFIG |= {"use_cache", "_attn_implementation_autoset"}
-
-
-class ModelNotFound(FileNotFoundError):
-    """The configured model is neither a folder here nor a reachable hub id."""
-
-
-class ModelUnusable(ValueError):
-    """The configured model exists but cannot serve as a causal language model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,12 +47,11 @@ def load_base(config: LMConfig) -> LanguageModel:
         ModelUnusable: no causal LM, weights or tokenizer missing or not matching the config.
     """
     device = _device(config)
-    _require_folder_or_hub_id(config.model)
-    with _explained(config.model, "config.json"):
+    require_folder_or_hub_id(config.model)
+    with explained(config.model, "config.json"):
         declared = AutoConfig.from_pretrained(config.model)
-    with _explained(config.model, "the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-    with _explained(config.model, "the weights"):
+    tokenizer = load_tokenizer(config)
+    with explained(config.model, "the weights"):
         model, report = AutoModelForCausalLM.from_pretrained(
             config.model,
             config=declared,
@@ -179,39 +166,6 @@ def _device(config: LMConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
-
-
-def _require_folder_or_hub_id(model: str) -> None:
-    path = Path(model)
-    if not path.exists():
-        if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
-            raise ModelNotFound(
-                f"model {model!r}: no such folder; give a folder that holds config.json, "
-                "*.safetensors and tokenizer.json, or a hub id"
-            )
-        return
-    if not (path / "config.json").is_file():
-        raise ModelUnusable(
-            f"model {model!r} is no model folder: it holds no config.json; "
-            "give a folder written by save_pretrained"
-        )
-    spellings = ("tokenizer.json", "vocab.json", "tokenizer.model")
-    if not any((path / name).is_file() for name in spellings):
-        raise ModelUnusable(
-            f"model {model!r} has no tokenizer (tokenizer.json); save the tokenizer of this "
-            "model into the same folder"
-        )
-    logging.disable_progress_bar()  # it would write over the run's own display
-
-
-@contextmanager
-def _explained(model: str, part: str) -> Iterator[None]:
-    """Turn whatever the library raises while reading `part` of `model` into our errors."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        kind = ModelUnusable if Path(model).exists() else ModelNotFound
-        raise kind(f"model {model!r}: cannot load {part}: {error}") from error
 
 
 def _stable_config(config: PretrainedConfig) -> str:

@@ -1,7 +1,9 @@
 """Log-probabilities of given completions under the policy: one teacher-forced pass."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ class LogProbs:
 
     log_pf_BT: Tensor  # log q(z_{t+1} | z_1:t); 0 at tool tokens and padding
     log_stop_BS: Tensor  # log q(⊤ | z_1:t), S = T + 1; 0 where forced, 0 (no meaning) elsewhere
+    prompt_state_BH: Tensor | None  # what the output head saw behind the prompt, detached; if asked
 
 
 def completion_log_probs(
@@ -26,6 +29,8 @@ def completion_log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     from_tool: Sequence[Sequence[bool]],
+    *,
+    with_prompt_state: bool = False,
 ) -> LogProbs:
     """log q of every token and of stopping at every state, in one right-padded pass.
 
@@ -35,6 +40,7 @@ def completion_log_probs(
         prompts: B token-id sequences, none empty.
         completions: B token-id sequences, stop token excluded; may be empty.
         from_tool: B mark sequences, True where a tool inserted the token.
+        with_prompt_state: give `prompt_state_BH` too, out of the same pass.
 
     Raises:
         IllegalCompletion: the policy gives a completion probability zero.
@@ -48,7 +54,14 @@ def completion_log_probs(
         for array in (batch.column_BS, batch.chosen_BT, batch.may_stop_BS, batch.open_BS)
     )
     ids_BW = torch.from_numpy(batch.ids_BW).to(device)
-    logits_BJV = _logits(model, ids_BW, batch.first)
+    prompt_state_BH = None
+    if with_prompt_state:
+        with _head_inputs(model) as inputs:
+            logits_BJV = _logits(model, ids_BW, batch.first)
+        rows_B = torch.arange(len(column_BS), device=device)
+        prompt_state_BH = inputs[0].detach()[rows_B, column_BS[:, 0]]
+    else:
+        logits_BJV = _logits(model, ids_BW, batch.first)
     next_BJ = nn.functional.pad(ids_BW[:, batch.first + 1 :], (0, 1))
     # column_BS[:, 0] is where state 0 sits, so the difference is t.
     state_BJ = torch.arange(next_BJ.shape[1], device=device) - column_BS[:, :1]
@@ -58,7 +71,13 @@ def completion_log_probs(
     return LogProbs(
         log_pf_BT=torch.where(chosen_BT, log_next_BJ.gather(1, column_BS[:, :-1]), zero),
         log_stop_BS=torch.where(open_BS, log_stop_BJ.gather(1, column_BS), zero),
+        prompt_state_BH=prompt_state_BH,
     )
+
+
+def prompt_state_size(model: nn.Module) -> int:
+    """Width H of `prompt_state_BH`."""
+    return int(_output_head(model).weight.shape[-1])
 
 
 def _logits(model: nn.Module, ids_BW: Tensor, first: int) -> Tensor:
@@ -70,6 +89,22 @@ def _logits(model: nn.Module, ids_BW: Tensor, first: int) -> Tensor:
         use_cache=False,
     ).logits
     return logits
+
+
+@contextmanager
+def _head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the output head is given inside the block, one tensor for each forward pass."""
+    inputs: list[Tensor] = []
+    hook = _output_head(model).register_forward_pre_hook(lambda head, args: inputs.append(args[0]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def _output_head(model: nn.Module) -> Any:
+    language_model: Any = getattr(model, "module", model)
+    return language_model.get_output_embeddings()
 
 
 def _action_log_probs(

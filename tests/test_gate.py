@@ -1,0 +1,457 @@
+"""The agreement gate: what it compares, what it takes out, and that it leaves no other trace."""
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from buffer.replay import BufferStarved
+from buffer.trajectory import Trajectory
+from learner.agreement import compare, rounding_tolerance
+from learner.disagreement import SamplersDisagree
+from learner.engine import Engine, TorchEngine
+from learner.exchange import Unrecoverable
+from learner.past_policies import PastPolicies
+from learner.quarantine import read_quarantine
+from lm.adapter import adapter_bytes
+from tests.gate_toy import QueueReplay, ToySampler, as_group, draw, make_gate
+from tests.learner_toy import (
+    ACTIONS,
+    PROMPTS,
+    Published,
+    adapter_of,
+    make_config,
+    make_learner,
+    make_policy,
+    make_trajectory,
+)
+
+STEPS = 4
+
+
+def shake(model: Any, seed: int, scale: float = 0.3) -> bytes:
+    """Other adapter weights, as a step would leave them; their bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in adapter_of(model):
+            model.get_parameter(parameter).add_(
+                scale * torch.randn(model.get_parameter(parameter).shape, generator=generator)
+            )
+    return adapter_bytes(model)
+
+
+def recorded_off_by(gap: float, trajectory: Trajectory) -> Trajectory:
+    """The same, but for its first stop state."""
+    log_q_stop = trajectory.log_q_stop.copy()
+    log_q_stop[0] -= gap
+    return make_trajectory(
+        trajectory.prompt_key,
+        trajectory.completion.tolist(),
+        log_q_token=trajectory.log_q_token,
+        log_q_stop=log_q_stop,
+        policy_version=trajectory.policy_version,
+        actor=trajectory.actor,
+    )
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_was_sampled_at_a_version_agrees_however_many_later_it_is_drawn(
+    tmp_path: Path,
+) -> None:
+    model, sampler = make_policy(), ToySampler("actor-0")
+    gate = make_gate(model, tmp_path)
+    groups = []
+    for version in range(6):
+        adapter = shake(model, seed=version)
+        gate.keep(version, adapter)
+        if version in (0, 3):
+            sampler.load(adapter)
+            groups += [sampler.group(key, version=version) for key in PROMPTS]
+    admitted = draw(gate, QueueReplay(*map(as_group, groups)), 5, len(groups))
+    assert [group.fresh for group in admitted] == groups
+    metrics = gate.metrics()
+    assert metrics["agreement/admitted_max_nats"] < 1e-4
+    assert metrics["agreement/checked"] >= 2
+    assert metrics["agreement/checked"] + metrics["agreement/vouched"] == 4 * len(groups)
+    assert (metrics["agreement/unchecked"], metrics["agreement/quarantined"]) == (0, 0)
+    # Under the weights of now the old ones are far off: it was the version that was put back.
+    now = compare(model, ACTIONS, groups[0], learner_version=5, token_budget=999)
+    assert min(outcome.gap_nats for outcome in now) > 0.05
+
+
+def test_every_trajectory_of_a_damaged_actor_is_taken_out_and_none_of_the_others(
+    tmp_path: Path,
+) -> None:
+    model = make_policy()
+    warnings: list[str] = []
+    gate = make_gate(model, tmp_path, warnings=warnings)
+    honest, damaged = ToySampler("actor-0"), ToySampler("actor-1", seed=1, damage=0.1)
+    for version in (0, 1):
+        adapter = shake(model, seed=version)
+        gate.keep(version, adapter)
+        for sampler in (honest, damaged):
+            sampler.load(adapter)
+    # One group is mixed, as replay mixes; two of the damaged actor are at two versions.
+    bad = damaged.group("short", version=1) + damaged.group("long", version=0)
+    good = honest.group("short", version=1) + honest.group("other", version=1)
+    replay = QueueReplay(
+        as_group(bad[:4], replayed=good[:1]),
+        as_group(good[:4], replayed=bad[4:6]),
+        as_group(good[4:]),
+        as_group(bad[6:]),
+    )
+    admitted = draw(gate, replay, 1, 2)
+    assert [group.fresh for group in admitted] == [good[:4], good[4:]]
+    assert not any(group.replayed for group in admitted)
+    assert replay.discarded == list(bad[4:6])
+    # The first draw brought a bad and a good group, and what came instead of the bad one agreed.
+    assert gate.metrics()["agreement/quarantined"] == 6
+    assert {t.completion.tobytes() for t in bad[:6]} == {
+        outcome.trajectory.completion.tobytes() for outcome in read_quarantine(tmp_path)
+    }
+    assert min(outcome.gap_nats for outcome in read_quarantine(tmp_path)) > 1e-3
+    assert [line.split(" at version")[0].split()[-1] for line in warnings] == ["actor-1"] * 2
+    assert "0001.records" in warnings[0] and "0.001 are tolerated" in warnings[0]
+
+
+def test_below_the_tolerance_nothing_happens_and_above_it_only_the_wrong_one_goes(
+    tmp_path: Path,
+) -> None:
+    model = make_policy()
+    config = make_config(agreement_tolerance_nats=0.01, agreement_check_share=1.0)
+    gate = make_gate(model, tmp_path, config=config)
+    gate.keep(0, adapter_bytes(model))
+    group = ToySampler("actor-0").group("long", version=0)
+    noisy = tuple(recorded_off_by(0.009, t) for t in group)
+    assert draw(gate, QueueReplay(as_group(noisy)), 0, 1)[0].fresh == noisy
+    assert gate.metrics()["agreement/admitted_max_nats"] == pytest.approx(0.009, abs=1e-4)
+    mixed = (*noisy[:3], recorded_off_by(0.011, group[3]))
+    assert draw(gate, QueueReplay(as_group(mixed)), 0, 1)[0].fresh == noisy[:3]
+    assert gate.metrics()["agreement/checked"] == 4
+    (kept,) = read_quarantine(tmp_path)
+    assert kept.gap_nats == pytest.approx(0.011, abs=1e-4)
+    np.testing.assert_allclose(kept.log_q_stop, group[3].log_q_stop, atol=1e-5)
+    np.testing.assert_allclose(kept.log_q_token, group[3].log_q_token, atol=1e-5)
+
+
+def test_one_that_is_wrong_has_all_of_its_actor_compared_and_condemns_only_itself(
+    tmp_path: Path,
+) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path)
+    for version in (0, 1):
+        gate.keep(version, adapter_bytes(model))
+    sampler, other = ToySampler("actor-0"), ToySampler("actor-1", seed=1)
+    old, new, others = (
+        sampler.group("long", version=0),
+        sampler.group("long", version=1, size=8),
+        other.group("long", version=1),
+    )
+    # Of each group the longest, the last of them, is looked at first.
+    wrong = sorted(new, key=lambda trajectory: trajectory.completion.size)[-1]
+    drawn = tuple(recorded_off_by(0.5, t) if t is wrong else t for t in new)
+    replay = QueueReplay(as_group(drawn, replayed=old), as_group(others))
+    admitted, _ = draw(gate, replay, 1, 2)
+    assert admitted.fresh == tuple(t for t in new if t is not wrong)
+    assert admitted.replayed == old
+    metrics = gate.metrics()
+    assert (metrics["agreement/checked"], metrics["agreement/vouched"]) == (8 + 4 + 1, 3)
+    assert metrics["agreement/quarantined"] == 1
+
+
+def test_a_version_that_is_gone_counts_as_unchecked_and_never_as_agreeing(tmp_path: Path) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path, max_age=2)
+    damaged = ToySampler("actor-1", damage=0.1)
+    for version in range(4):
+        gate.keep(version, adapter_bytes(model))
+    old = damaged.group("short", version=0)
+    assert draw(gate, QueueReplay(as_group(old)), 3, 1)[0].fresh == old
+    metrics = gate.metrics()
+    assert (metrics["agreement/checked"], metrics["agreement/vouched"]) == (0, 0)
+    assert metrics["agreement/unchecked"] == 4
+    assert "agreement/admitted_max_nats" not in metrics
+
+
+def test_who_was_wrong_at_a_version_stays_wrong_when_that_version_is_gone(tmp_path: Path) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path, max_age=2)
+    gate.keep(0, adapter_bytes(model))
+    damaged, honest = ToySampler("actor-1", damage=0.1), ToySampler("actor-0")
+    first, again = damaged.group("short", version=0), damaged.group("short", version=0)
+    fine = honest.group("short", version=0)
+    draw(gate, QueueReplay(as_group(first), as_group(fine)), 0, 1)
+    for version in range(1, 5):
+        gate.keep(version, adapter_bytes(model))
+    new = honest.group("long", version=4)
+    replay = QueueReplay(as_group(new, replayed=(*again[:2], fine[0])))
+    (admitted,) = draw(gate, replay, 4, 1)
+    assert (admitted.fresh, admitted.replayed) == (new, (fine[0],))
+    assert replay.discarded == list(again[:2])
+    assert gate.metrics()["agreement/quarantined"] == 2
+    assert gate.metrics()["agreement/unchecked"] == 3
+    assert [np.isnan(outcome.gap_nats) for outcome in read_quarantine(tmp_path)][-2:] == [True] * 2
+
+
+def test_what_only_replay_brings_is_compared_once_for_each_actor_and_version(
+    tmp_path: Path,
+) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path, config=make_config(agreement_check_share=0.0))
+    for version in (0, 1):
+        gate.keep(version, adapter_bytes(model))
+    old = ToySampler("actor-1").group("short", version=0)
+    for expected in (2, 1):
+        new = ToySampler("actor-0").group("short", version=1)
+        draw(gate, QueueReplay(as_group(new, replayed=old)), 1, 1)
+        metrics = gate.metrics()
+        assert (metrics["agreement/checked"], metrics["agreement/vouched"]) == (
+            expected,
+            8 - expected,
+        )
+
+
+def test_demonstrations_pass_and_are_not_counted(tmp_path: Path) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path)
+    gate.keep(0, adapter_bytes(model))
+    taught = make_trajectory("short", (1, 2), behaviour="demonstration")
+    group = as_group(ToySampler("actor-0").group("short", version=0), replayed=(taught,))
+    (admitted,) = draw(gate, QueueReplay(group), 0, 1)
+    assert admitted.replayed == (taught,)
+    metrics = gate.metrics()
+    assert metrics["agreement/checked"] + metrics["agreement/vouched"] == 4
+    assert metrics["agreement/unchecked"] == 0
+
+
+def test_a_recomputation_that_is_not_a_number_is_no_agreement(tmp_path: Path) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path)
+    group = ToySampler("actor-0").group("short", version=0)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    gate.keep(0, adapter_bytes(model))
+    with pytest.raises(BufferStarved):
+        draw(gate, QueueReplay(as_group(group)), 0, 1)
+    assert gate.metrics()["agreement/quarantined"] == 4
+
+
+def test_past_the_share_the_error_names_actor_versions_gap_tolerance_and_file(
+    tmp_path: Path,
+) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path)
+    honest, damaged = ToySampler("actor-0"), ToySampler("actor-1", seed=1, damage=0.1)
+    groups = []
+    for version in range(3):
+        adapter = shake(model, seed=version)
+        gate.keep(version, adapter)
+        for sampler in (honest, damaged):
+            sampler.load(adapter)
+            groups += [sampler.group("long", version=version, size=8) for _ in range(4)]
+    replay = QueueReplay(*map(as_group, groups))
+    # 16 of 32 + 16 wrong are too few to judge by; the next draws bring more.
+    draw(gate, replay, 2, 4)
+    draw(gate, replay, 2, 4)
+    with pytest.raises(SamplersDisagree) as caught:
+        for _ in range(3):
+            draw(gate, replay, 2, 4)
+    message = str(caught.value)
+    assert "actor-0" not in message
+    gaps = [outcome.gap_nats for outcome in read_quarantine(tmp_path)]
+    versions = {outcome.trajectory.policy_version for outcome in read_quarantine(tmp_path)}
+    listed = ", ".join(map(str, sorted(versions)))
+    for part in (
+        f"actor-1 at versions {listed} is off by up to {max(gaps):.3g} nats",
+        "where 0.001 are tolerated",
+        "learner.agreement_max_share = 0.25",
+        str(tmp_path / "0001.records"),
+        "--resume",
+    ):
+        assert part in message, message
+    assert "\n" not in message
+
+
+def test_with_nothing_but_wrong_groups_the_draw_ends_at_its_deadline(tmp_path: Path) -> None:
+    model = make_policy()
+    gate = make_gate(model, tmp_path, config=make_config(agreement_max_share=1.0))
+    gate.keep(0, adapter_bytes(model))
+    damaged = ToySampler("actor-1", damage=0.1)
+
+    class Endless(QueueReplay):
+        def draw(self, **limits: Any) -> Any:
+            self.groups.append(as_group(damaged.group("short", version=0)))
+            return super().draw(**limits)
+
+    with pytest.raises(BufferStarved, match="0 of 1 groups agree with the learner"):
+        draw(gate, Endless(), 0, 1)
+
+
+def test_past_adapters_are_bounded_in_age_and_bytes() -> None:
+    model = make_policy()
+    size = len(adapter_bytes(model))
+    aged = PastPolicies(model, max_age=2)
+    heavy = PastPolicies(model, max_age=99, max_bytes=3 * size)
+    tiny = PastPolicies(model, max_age=99, max_bytes=1)
+    for version in (0, 1, 2, 5, 6, 7):
+        for past in (aged, heavy, tiny):
+            past.keep(version, adapter_bytes(model))
+    assert [version for version in range(8) if version in aged] == [5, 6, 7]
+    assert [version for version in range(8) if version in heavy] == [5, 6, 7]
+    assert [version for version in range(8) if version in tiny] == [7]
+
+
+def test_the_weights_of_now_come_back_even_when_the_check_fails() -> None:
+    model = make_policy()
+    past = PastPolicies(model, max_age=9)
+    past.keep(0, adapter_bytes(model))
+    shake(model, seed=1)
+    before, places = adapter_of(model), [p.data_ptr() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="in the middle"), past.as_of(0):
+        assert not same_bits(adapter_of(model), before)
+        raise RuntimeError("in the middle")
+    assert same_bits(adapter_of(model), before)
+    assert [p.data_ptr() for p in model.parameters()] == places
+
+
+def test_the_tolerance_follows_the_precision_of_the_weights() -> None:
+    model = make_policy()
+    assert rounding_tolerance(model) == 1e-3
+    assert rounding_tolerance(model.to(torch.bfloat16)) == 0.5
+
+
+class LaggingSamples:
+    """Groups of two actors, sampled with the adapter that was published `lag` versions before."""
+
+    def __init__(self, published: Published, lag: int = 2) -> None:
+        self._published = published
+        self._lag = lag
+        self._samplers = [ToySampler("actor-0"), ToySampler("actor-1", seed=1)]
+
+    def draw(self, *, num_groups: int, version: int, **others: Any) -> list[Any]:
+        adapters = {version: data for data, version, _ in self._published.adapters}
+        groups = []
+        for number in range(num_groups):
+            sampler = self._samplers[number % 2]
+            sampled_at = max(version - self._lag * (number % 3), 0)
+            sampler.load(adapters[sampled_at])
+            key = list(PROMPTS)[number % 3]
+            groups.append(as_group(sampler.group(key, version=sampled_at)))
+        return groups
+
+    def discard(self, trajectories: Any) -> None:
+        raise AssertionError("all agree")
+
+
+def learn(
+    folder: Path, *, gated: bool, make_engine: Callable[[Any, Any], Engine] = TorchEngine
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], dict[str, float]]:
+    """A few steps on samples of earlier versions; metrics, state, and what the gate said last."""
+    published = Published()
+    learner, model = make_learner(
+        replay=LaggingSamples(published), weights=published, make_engine=make_engine
+    )
+    gate = make_gate(model, folder)
+    learner._gate = gate if gated else None
+    learner.publish()
+    rows = [learner.step() for _ in range(STEPS)]
+    for row in rows:
+        for key in [key for key in row if key.startswith("time/") or "agreement/" in key]:
+            del row[key]
+    return rows, learner._engine.state(), gate.metrics()
+
+
+def test_steps_behind_the_gate_are_those_without_it_bit_for_bit(tmp_path: Path) -> None:
+    plain, plain_state, _ = learn(tmp_path, gated=False)
+    gated, gated_state, metrics = learn(tmp_path, gated=True)
+    assert metrics["agreement/checked"] >= 2
+    assert gated == plain
+    assert same_bits(gated_state, plain_state)
+
+
+def rank_main(rank: int, port: int, folder: Path, gated: bool) -> None:
+    """One of two DeepSpeed ranks that learn; at last rank 0 finds too much disagreement."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from learner import deepspeed_engine
+
+    torch.set_num_threads(1)
+    place = deepspeed_engine.Rendezvous("127.0.0.1", port, rank, 2, 90.0)
+    try:
+        engines: list[Any] = []
+
+        def make_engine(model: Any, config: Any) -> Any:
+            engines.append(deepspeed_engine.DeepSpeedEngine(model, config, place))
+            return engines[0]
+
+        rows, state, metrics = learn(folder / "quarantine", gated=gated, make_engine=make_engine)
+        save_file(state, folder / f"state-{rank}.safetensors")
+        (folder / f"report-{rank}.json").write_text(json.dumps([rows, metrics]))
+        if gated:
+            end_in_disagreement(engines[0], folder)
+        engines[0].close()
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+    os._exit(0)
+
+
+def end_in_disagreement(engine: Any, folder: Path) -> None:
+    """Both ranks learn that the run is over, and which actor is to blame."""
+    damaged = ToySampler("actor-7", damage=0.1)
+    groups = [as_group(damaged.group("short", version=0, size=40)) for _ in range(3)]
+    learner, model = make_learner(replay=QueueReplay(*groups), make_engine=lambda *_: engine)
+    learner._gate = make_gate(model, folder / "quarantine")
+    learner.publish()
+    expected = SamplersDisagree if engine.rank == 0 else Unrecoverable
+    with pytest.raises(expected, match="actor-7 at version 0"):
+        learner.step()
+
+
+def run_ranks(folder: Path, *, gated: bool) -> list[tuple[Any, dict[str, torch.Tensor]]]:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    ranks = [
+        context.Process(target=rank_main, args=(rank, port, folder, gated)) for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
+    assert not errors, "\n".join(errors)
+    return [
+        (
+            json.loads((folder / f"report-{rank}.json").read_text()),
+            load_file(folder / f"state-{rank}.safetensors"),
+        )
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_deepspeed_ranks_behind_the_gate_take_the_steps_without_it_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    plain = run_ranks(tmp_path / "plain", gated=False)
+    gated = run_ranks(tmp_path / "gated", gated=True)
+    for ((rows, _), state), ((gated_rows, metrics), gated_state) in zip(plain, gated, strict=True):
+        assert gated_rows == rows
+        assert same_bits(gated_state, state)
+        # Rank 0 alone compares, the others are told what it drew.
+        assert (metrics["agreement/checked"] >= 2) == (state is plain[0][1])
