@@ -65,9 +65,43 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _posterior(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    parser.add_argument(
+        "--run", metavar="NAME", help="compare the adapter of this run (default: the base LM)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="changes to the configuration, values as in TOML",
+    )
+
+
 def _status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="NAME", help="one run in full (default: all, a line each)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run", metavar="NAME", help="which run (default: the one that goes on, else the newest)"
+    )
+    parser.add_argument("--port", metavar="P", type=int, help="of 127.0.0.1 (default: 8000)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--address",
+        metavar="A",
+        help="Ray cluster to use (default: the run's, RAY_ADDRESS, else one on this machine)",
+    )
+    where.add_argument("--no-serve", action="store_true", help="in this process, without Ray")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="changes to the run's configuration, such as buffer.password",
+    )
 
 
 def _stop(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +111,8 @@ def _stop(parser: argparse.ArgumentParser) -> None:
 _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("Fine-tune a language model on a task", _train),
     "evaluate": ("Score a model, with or without an adapter, on test data", _evaluate),
+    "posterior": ("Compare a policy with the exact posterior, or bound its distance", _posterior),
     "status": ("Show runs: progress, parts that live, last figures", _status),
+    "inspect": ("Show the trajectories of a run in a browser", _inspect),
     "stop": ("Ask a run to checkpoint and end, and wait until it has", _stop),
 }

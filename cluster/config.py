@@ -3,7 +3,7 @@
 Imports no torch, so that a mistake in a file is reported at once.
 """
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from actors.config import ActorConfig
 from buffer.config import BufferConfig
@@ -71,6 +71,40 @@ class EvaluationConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="Of the draws: before and after share it.")
 
 
+class PosteriorConfig(BaseModel):
+    """The `[posterior]` section: how a policy is compared with the exact posterior."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompts: int = Field(
+        default=4, ge=1, description="Prompts compared: the first distinct ones of the task."
+    )
+    tolerance: float = Field(
+        default=1e-3,
+        ge=0,
+        lt=1,
+        description="Mass of policy and posterior that may stay out of an enumeration; 0: none.",
+    )
+    max_nodes: int = Field(
+        default=50_000,
+        ge=0,
+        description="Prefixes visited for one prompt. One that needs more counts as not "
+        "enumerable, and only bounds are given; 0: bounds alone.",
+    )
+    samples: int = Field(
+        default=1000, ge=10, description="Completions of the policy, for its log Z and the bounds."
+    )
+    iwae_sizes: tuple[PositiveInt, ...] = Field(
+        default=(8, 64), description="K of the IWAE bounds of log Z."
+    )
+    draws: int = Field(
+        default=1000,
+        ge=0,
+        description="Texts that the base LM writes freely, in which samples of the posterior are "
+        "looked for (at temperature 1).",
+    )
+
+
 class RunConfig(BaseModel):
     """Everything that fixes a run."""
 
@@ -86,6 +120,7 @@ class RunConfig(BaseModel):
     learner: LearnerConfig
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    posterior: PosteriorConfig = PosteriorConfig()
 
     @property
     def reward_replicas(self) -> int:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cluster.config import RunConfig
 from cluster.measurement import Measurement
+from cluster.posterior_assessment import assess
 from cluster.votes import measure_votes
 
 
@@ -14,4 +15,6 @@ def measure(config: RunConfig, *, adapter: Path | None) -> Measurement:
         FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
         DataError: a test file is missing or malformed.
     """
-    return measure_votes(config, adapter=adapter)
+    if config.task.tests:
+        return measure_votes(config, adapter=adapter)
+    return assess(config, adapter=adapter).policy

@@ -7,7 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cluster.readout import CORRECT, LOG_REWARD, LOSS, POLICY_AGE, TRAJECTORIES_PER_S
+from cluster.readout import (
+    CORRECT,
+    ELBO,
+    IWAE_GAP,
+    LOG_REWARD,
+    LOSS,
+    POLICY_AGE,
+    TRAJECTORIES_PER_S,
+)
+from cluster.smoothing import smooth
 
 _SIZE_INCHES = (6.4, 3.2)
 _DOTS_PER_INCH = 110
@@ -20,6 +29,8 @@ _CURVES = (
     ("loss", LOSS, "loss, nats²"),
     ("reward", LOG_REWARD, "log reward, nats"),
     ("correct", CORRECT, "right on-policy rationales, share"),
+    ("elbo", ELBO, "ELBO of log Z, nats"),
+    ("iwae_gap", IWAE_GAP, "KL(q || p) is at least, nats"),
     ("policy_age", POLICY_AGE, "policy age, versions"),
     ("throughput", TRAJECTORIES_PER_S, "trajectories per second"),
 )
@@ -53,18 +64,6 @@ def draw_before_after(
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
     return path
-
-
-def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Mean of each value and up to `span` - 1 before it."""
-    means = []
-    total = 0.0
-    for index, value in enumerate(values):
-        total += value
-        if index >= span:
-            total -= values[index - span]
-        means.append(total / min(index + 1, span))
-    return means
 
 
 def _curves(rows: Sequence[Mapping[str, float]], folder: Path) -> Iterator[Path]:

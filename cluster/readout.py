@@ -17,6 +17,8 @@ LOSS = "loss/value"
 LOG_REWARD = "reward/log_mean_nats"
 CORRECT = "reward/correct_fraction"
 POLICY_AGE = "policy/age_mean_versions"
+ELBO = "posterior/elbo_nats"
+IWAE_GAP = "posterior/iwae_gap_nats"
 
 
 class Figure(NamedTuple):
@@ -32,6 +34,7 @@ FIGURES = (
     Figure(LOG_REWARD, "log reward", lambda value: f"{value:.2f} nats"),
     Figure(CORRECT, "correct", lambda value: f"{value:.1%}"),
     Figure(LOSS, "loss", lambda value: f"{value:.3g}"),
+    Figure(ELBO, "ELBO", lambda value: f"{value:.2f} nats"),
     Figure(BUFFER_SIZE, "buffer", lambda value: f"{value:.0f}"),
     Figure(POLICY_AGE, "policy age", lambda value: f"{value:.1f} versions"),
     Figure(TIME_LEFT_S, "left", lambda value: duration(value)),

@@ -1,11 +1,11 @@
 """Random integers: make a language model draw them uniformly (Hu et al. 2024, section 2).
 
-X asks for an integer between 0 and 100, Z is what follows, up to the end of text; there is no Y.
-The reward is no language model's: 1 for every integer of the range in plain digits, and less by a
-factor for each token of anything else. Every token of the vocabulary is legal, so that spelling a
-number at all is the policy's to learn.
+X asks for an integer between 0 and 100, Z is the digits that follow, up to the end of text; there
+is no Y. The reward is no language model's: 1 for every integer of the range in plain digits, and
+less by a factor for each token of anything else, such as '007', '101' or '3 7'.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +19,8 @@ from lm.actions import ActionSpace
 from reward.item import ScoreItem
 from tasks.config import RandomNumberConfig
 from tasks.task import Tokenizer, TokenizerUnfit
+
+_DIGITS = re.compile(r" ?[0-9]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +47,8 @@ class RandomNumber:
     def log_reward(self, item: ScoreItem) -> NDArray[np.float32]:
         """[S] nats: 0 for a valid integer, else -penalty for each token (and one for none).
 
-        The price grows with the length because the number of texts does, by a factor of the
-        vocabulary's size for each token.
+        The price grows with the length because the number of texts does, by a factor for each
+        token.
         """
         prefixes = (tuple(item.completion[:stop].tolist()) for stop in item.stops)
         return np.array(
@@ -70,12 +72,14 @@ def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> Ran
         tuple(tokenizer.encode(f" {number}", add_special_tokens=False)): number
         for number in range(config.low, config.high + 1)
     }
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
     return RandomNumber(
         actions=ActionSpace(
             stop_token=stop,
-            legal_tokens=None,
+            legal_tokens=tuple(i for i, text in enumerate(texts) if _DIGITS.fullmatch(text)),
             min_len=1,
-            max_len=max(len(tokens) for tokens in numbers) + config.spare_tokens,
+            # One more than any valid integer needs: where to stop is for the policy to learn.
+            max_len=max(len(tokens) for tokens in numbers) + 1,
         ),
         prompts=(
             Prompt(

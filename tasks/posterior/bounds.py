@@ -1,0 +1,249 @@
+"""How far q is from a posterior that nobody can enumerate: bounds of log Z, and of KL.
+
+    w(Z) = R(Z)^(1/T) / q(Z | X),    Z(X) = E_q[w],    p(Z) = R(Z)^(1/T) / Z(X)
+
+    ELBO   = E_q[log w]                       = log Z - KL(q || p)
+    IWAE_K = E_q[log (w_1 + ... + w_K) / K]   between ELBO and log Z, rising with K
+    EUBO   = E_p[log w]                       = log Z + KL(p || q)
+
+Sources: IWAE, Burda et al. 2016 (arXiv 1509.00519, theorem 1); EUBO, Blessing et al. 2024 (arXiv
+2406.07423), who also show why figures that see samples of q alone must not be trusted alone: a mode
+that q never visits is in none of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+# A spread that is estimated from fewer values says nothing.
+FEWEST = 10
+RESAMPLES = 1000
+_BLOCK = 1 << 18  # samples that are resampled at a time
+_TAIL = 0.025
+
+
+class UnusableWeights(ValueError):
+    """Log weights from which nothing can be estimated: too few of them, or not finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What samples say of log Z and of the distance between q and the posterior p, nats.
+
+    Without posterior samples nothing here can tell that q misses a part of p: `elbo`, `iwae` and
+    `log_z` are then merely too low, and `ess_share` too good. Only the figures of the second block
+    see what q does not.
+    """
+
+    samples: int  # of q
+    elbo: Interval
+    iwae: dict[int, Interval]  # by K
+    log_z: Interval  # log of the mean weight: too low on average, by less than any IWAE
+    ess_share: Interval  # effective share of the samples, in the limit 1 / (1 + chi²(p || q))
+    kl_q_p_at_least: Interval  # IWAE of the largest K - ELBO
+
+    posterior_samples: int
+    eubo: Interval | None = None  # None here and below: too few posterior samples
+    kl_q_p_at_most: Interval | None = None  # EUBO - ELBO
+    kl_p_q_at_most: Interval | None = None  # EUBO - IWAE of the largest K
+    posterior_ess_share: Interval | None = None  # the same limit, from E_q[w] / E_p[w]
+
+
+def bound_log_z(
+    log_weight_N: NDArray[np.floating],
+    *,
+    sizes: Sequence[int],
+    log_posterior_weight_M: NDArray[np.floating] | None = None,
+    posterior_draw_M: NDArray[np.integer] | None = None,
+    rng: np.random.Generator,
+) -> Bounds:
+    """Estimate every bound, each with a 95 % interval.
+
+    Means have Student's interval; ESS and log of the mean weight, which are no means, the bootstrap
+    percentile interval (Efron and Tibshirani 1993, chapter 13).
+
+    Args:
+        log_weight_N: log R / T - log q, nats, of independent samples of q, in the order drawn.
+        sizes: K of the IWAE bounds. One of which N holds fewer than FEWEST blocks is left out.
+        log_posterior_weight_M: the same of exact samples of the posterior at the same T.
+        posterior_draw_M: equal numbers mark samples that are not independent of each other; None:
+            all are.
+        rng: of the bootstrap.
+
+    Raises:
+        UnusableWeights: fewer than FEWEST samples of q, or a log weight that is not finite.
+        ValueError: a size below 1.
+    """
+    if any(k < 1 for k in sizes):
+        raise ValueError(f"sizes of IWAE bounds must be 1 or more, not {list(sizes)}")
+    log_q_N = _checked(log_weight_N, "log_weight_N")
+    if len(log_q_N) < FEWEST:
+        raise UnusableWeights(f"{len(log_q_N)} samples of q, fewer than {FEWEST}: draw more")
+    blocks = {k: _blocks(log_q_N, k) for k in sorted({1, *sizes}) if len(log_q_N) >= FEWEST * k}
+    iwae = {k: _Mean.of(_log_mean(block_CK)) for k, block_CK in blocks.items()}
+    widest_CK = blocks[max(blocks)]
+    moments = _Moments.resampled(log_q_N, None, rng)
+    log_p_M = _checked(
+        np.empty(0) if log_posterior_weight_M is None else log_posterior_weight_M,
+        "log_posterior_weight_M",
+    )
+    return Bounds(
+        samples=len(log_q_N),
+        elbo=iwae[1].interval,
+        iwae={k: mean.interval for k, mean in iwae.items() if k in sizes},
+        log_z=moments.interval(moments.log_first_R),
+        ess_share=moments.interval(np.exp(2 * moments.log_first_R - moments.log_second_R)),
+        kl_q_p_at_least=_Mean.of(_log_mean(widest_CK) - widest_CK.mean(axis=1)).interval,
+        posterior_samples=len(log_p_M),
+        **_posterior_bounds(log_p_M, posterior_draw_M, iwae, moments, rng),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mean:
+    """A mean of values of which `independent` do not depend on one another."""
+
+    value: float
+    error: float  # standard error
+    independent: int
+
+    @staticmethod
+    def of(value_M: Floats, draw_M: NDArray[np.integer] | None = None) -> "_Mean":
+        """Of independent values, or of values that hang together by draw.
+
+        With draws the mean is a ratio, sum of the draws' sums over sum of their sizes, and its
+        error the linearised one (Cochran 1977, section 6.4); for draws of one value each, it is
+        the ordinary standard error.
+        """
+        mean = float(value_M.mean())
+        residual_D = np.bincount(_numbered(len(value_M), draw_M), weights=value_M - mean)
+        draws = len(residual_D)
+        scale = draws / max(1, draws - 1)
+        error = math.sqrt(scale * float(np.square(residual_D).sum())) / len(value_M)
+        return _Mean(mean, error, draws)
+
+    def less(self, other: "_Mean") -> "_Mean":
+        """The difference of two means from different samples."""
+        return _Mean(
+            self.value - other.value,
+            math.hypot(self.error, other.error),
+            min(self.independent, other.independent),
+        )
+
+    @property
+    def interval(self) -> Interval:
+        half = student_quantile(self.independent - 1) * self.error
+        return Interval(self.value, self.value - half, self.value + half)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Moments:
+    """Logs of the mean weight and of the mean squared weight: entry 0 of the sample itself,
+    the others of resamples."""
+
+    log_first_R: Floats
+    log_second_R: Floats
+
+    @staticmethod
+    def resampled(
+        log_weight_M: Floats, draw_M: NDArray[np.integer] | None, rng: np.random.Generator
+    ) -> "_Moments":
+        """Resample whole draws, which are single weights where `draw_M` is None."""
+        top = float(log_weight_M.max())
+        weight_M = np.exp(log_weight_M - top)
+        draw_M = _numbered(len(weight_M), draw_M)
+        columns = (np.ones_like(weight_M), weight_M, np.square(weight_M))
+        sums_D3 = np.stack([np.bincount(draw_M, weights=column) for column in columns], axis=1)
+        draws = len(sums_D3)
+        rows = max(1, _BLOCK // draws)
+        resamples = [sums_D3.sum(axis=0)[None]]
+        for start in range(0, RESAMPLES, rows):
+            shape = (min(rows, RESAMPLES - start), draws)
+            resamples.append(sums_D3[rng.integers(draws, size=shape)].sum(axis=1))
+        size_R, first_R, second_R = np.concatenate(resamples).T
+        return _Moments(np.log(first_R / size_R) + top, np.log(second_R / size_R) + 2 * top)
+
+    @staticmethod
+    def interval(statistic_R: Floats) -> Interval:
+        """The percentile interval of a statistic that was computed for every entry."""
+        low, high = np.quantile(statistic_R[1:], [_TAIL, 1 - _TAIL])
+        return Interval(float(statistic_R[0]), float(low), float(high))
+
+
+def student_quantile(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, within 0.1 % for 9 degrees of freedom or more.
+
+    Its expansion in 1 / degrees (Abramowitz and Stegun 1964, 26.7.5).
+    """
+    x = NormalDist().inv_cdf(1 - _TAIL)
+    first = (x**3 + x) / 4
+    second = (5 * x**5 + 16 * x**3 + 3 * x) / 96
+    third = (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384
+    return x + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def _posterior_bounds(
+    log_p_M: Floats,
+    draw_M: NDArray[np.integer] | None,
+    iwae: dict[int, _Mean],
+    moments: _Moments,
+    rng: np.random.Generator,
+) -> dict[str, Interval]:
+    """The fields of Bounds that need posterior samples; none where there are too few."""
+    if not len(log_p_M):
+        return {}
+    eubo = _Mean.of(log_p_M, draw_M)
+    if eubo.independent < FEWEST:
+        return {}
+    under_p = _Moments.resampled(log_p_M, draw_M, rng)
+    # E_p[w] / Z = 1 + chi²(p || q) >= 1, so what lies above 1 is noise.
+    share_R = np.exp(np.minimum(moments.log_first_R - under_p.log_first_R, 0.0))
+    return {
+        "eubo": eubo.interval,
+        "kl_q_p_at_most": eubo.less(iwae[1]).interval,
+        "kl_p_q_at_most": eubo.less(iwae[max(iwae)]).interval,
+        "posterior_ess_share": moments.interval(share_R),
+    }
+
+
+def _blocks(log_weight_N: Floats, k: int) -> Floats:
+    """[C, K] as many whole blocks as there are."""
+    return log_weight_N[: len(log_weight_N) // k * k].reshape(-1, k)
+
+
+def _log_mean(log_weight_CK: Floats) -> Floats:
+    """[C] log of each block's mean weight."""
+    top_C1 = log_weight_CK.max(axis=1, keepdims=True)
+    return np.log(np.exp(log_weight_CK - top_C1).mean(axis=1)) + top_C1[:, 0]
+
+
+def _numbered(size: int, draw_M: NDArray[np.integer] | None) -> NDArray[np.intp]:
+    """Every sample's draw, counted from 0 without gaps; each its own where none is given."""
+    if draw_M is None:
+        return np.arange(size)
+    return np.unique(draw_M, return_inverse=True)[1]
+
+
+def _checked(log_weight_M: NDArray[np.floating], name: str) -> Floats:
+    if not np.isfinite(log_weight_M).all():
+        broken = int((~np.isfinite(log_weight_M)).sum())
+        raise UnusableWeights(
+            f"{broken} of {len(log_weight_M)} entries of {name} are not finite: a completion of "
+            "reward 0, or one that the policy cannot produce, has no place among them"
+        )
+    return np.asarray(log_weight_M, dtype=np.float64)

@@ -1,0 +1,156 @@
+"""How much reward can be left in completions that nobody looked at.
+
+While a prompt's completions are being enumerated, those not yet reached all begin with a prefix of
+the frontier. A ceiling bounds from above, for each such prefix, the sum of R^(1/T) over the
+completions that begin with it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
+from lm.actions import ActionSpace
+from lm.next_action import NextLogits, Prefix
+from tasks.task import Task
+
+# Nats below the bound on everything.
+_NEXT_TO_NOTHING = -25.0
+
+
+class Ceiling(Protocol):
+    """Bounds on sums of R^(1/T), as logarithms."""
+
+    @property
+    def of_everything(self) -> float:
+        """Over all completions of the prompt."""
+        ...
+
+    def of_children(
+        self, prefixes: Sequence[Prefix], log_bound_N: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """[N, V] over the completions that begin with a prefix and each next token.
+
+        Args:
+            prefixes: tokens of completions, tool text included; without the prompt.
+            log_bound_N: what this ceiling said of each prefix itself.
+        """
+        ...
+
+
+class PriorCeiling:
+    """For rewards p_LM(Z Y | X)^(1/T) with T <= 1: the frozen LM's own mass below a prefix.
+
+    The events "the text behind X begins with Z Y" are disjoint for different Z when the first token
+    of Y is none that the policy may choose; then sum_Z p_LM(Z Y | X) <= p_LM(prefix | X) over the Z
+    that begin with the prefix. When it is one, several Z on the way of one text may be followed by
+    Y, yet no more than there are places to stop, from min_len to max_len, and a text that a tool
+    carried beyond max_len stops in a single place: the bound grows by that number. And
+    sum R^(1/T) <= (sum R)^(1/T) for T <= 1, whatever R. For T > 1 no such bound holds.
+
+    Raises ValueError for T > 1.
+    """
+
+    def __init__(
+        self,
+        model: NextLogits,
+        actions: ActionSpace,
+        *,
+        context: Prefix,
+        first_scored: int,
+        temperature: float,
+    ) -> None:
+        if temperature > 1:
+            raise ValueError(f"temperature {temperature}: the prior bounds rewards for T <= 1 only")
+        legal = actions.legal_tokens
+        chosen = first_scored != actions.stop_token and (legal is None or first_scored in legal)
+        places = actions.max_len - actions.min_len + 1 if chosen else 1
+        self.of_everything = math.log(places) / temperature
+        self._model = model
+        self._context = context
+        self._temperature = temperature
+
+    def of_children(
+        self, prefixes: Sequence[Prefix], log_bound_N: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """One pass of the frozen LM; see Ceiling."""
+        texts = [(*self._context, *prefix) for prefix in prefixes]
+        log_p_NV = self._model.token_log_probs(texts).cpu().numpy().astype(np.float64)
+        return log_bound_N[:, None] + log_p_NV / self._temperature
+
+
+@runtime_checkable
+class BoundedReward(Protocol):
+    """A task whose own reward function says how large it can become."""
+
+    def log_reward_ceiling(self, prefix: Sequence[int], length: int) -> float:
+        """No completion of `length` tokens that begins with `prefix` has a larger log R, nats."""
+        ...
+
+
+class FunctionCeiling:
+    """For a task's own reward, without a tool: the best reward of each length, times the number
+    of completions of that length."""
+
+    def __init__(
+        self, task: BoundedReward, actions: ActionSpace, *, vocab_size: int, temperature: float
+    ) -> None:
+        self._task = task
+        self._actions = actions
+        self._vocab_size = vocab_size
+        self._temperature = temperature
+        choices = set(actions.columns(vocab_size).tolist()) - {actions.stop_token}
+        self._choices = sorted(choices)
+        self._log_choices = math.log(len(choices))
+        self.of_everything = self._below((), length=0)
+
+    def of_children(
+        self, prefixes: Sequence[Prefix], log_bound_N: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """See Ceiling; -inf where the policy has no such choice."""
+        bound_NV = np.full((len(prefixes), self._vocab_size), -np.inf)
+        for bound_V, prefix in zip(bound_NV, prefixes, strict=True):
+            length = len(prefix) + 1
+            # What bounds the prefix bounds its children too. Where that is next to nothing, asking
+            # the task about each of them is not worth the time.
+            every = self._below(prefix, length=length)
+            if every + self._log_choices < self.of_everything + _NEXT_TO_NOTHING:
+                bound_V[self._choices] = every
+            else:
+                bound_V[self._choices] = [
+                    self._below((*prefix, token), length=length) for token in self._choices
+                ]
+        return bound_NV
+
+    def _below(self, prefix: Prefix, *, length: int) -> float:
+        """Over the completions that begin with some `length` tokens that begin with `prefix`."""
+        log_sums = [
+            (longer - length) * self._log_choices
+            + self._task.log_reward_ceiling(prefix, longer) / self._temperature
+            for longer in range(max(length, self._actions.min_len), self._actions.max_len + 1)
+        ]
+        return float(np.logaddexp.reduce([-np.inf, *log_sums]))
+
+
+def ceiling_of(
+    task: Task, prompt: Prompt, model: NextLogits, *, vocab_size: int, temperature: float
+) -> Ceiling | None:
+    """The ceiling for a prompt of `task` under the frozen LM `model`; None where none is known."""
+    query: RewardQuery = task.reward_query
+    if query.kind == "function":
+        if task.tool is not None or not isinstance(task, BoundedReward):
+            return None
+        return FunctionCeiling(task, task.actions, vocab_size=vocab_size, temperature=temperature)
+    if temperature > 1:
+        return None
+    return PriorCeiling(
+        model,
+        task.actions,
+        context=(*query.context, *prompt.prompt),
+        first_scored=query.stop_token if query.kind == "stop" else prompt.answer[0],
+        temperature=temperature,
+    )

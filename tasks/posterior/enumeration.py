@@ -1,0 +1,256 @@
+"""The prefix tree of one prompt, expanded in batches, the heaviest prefixes first.
+
+A completion is reached where the policy stops, and every completion is reached once: what a tool
+says is a function of the tokens before it, so that no two ways through the tree spell the same.
+What has not been reached begins with a prefix of the frontier, and the masses of the frontier add
+up to what is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lm.actions import ActionSpace
+from lm.next_action import NextLogits, Prefix
+from lm.sampling import Tool
+from tasks.posterior.ceiling import Ceiling
+
+# Prefixes of one batch: few at first, when the heaviest are still to be found.
+_SMALLEST_BATCH, _LARGEST_BATCH = 64, 1024
+_BATCH_SHARE = 0.25  # of those visited so far
+_LARGEST_TABLE = 1 << 22  # of prefixes by vocabulary: bounds memory
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Support:
+    """N completions of one prompt, with what each of K policies says of them; nats, float64."""
+
+    completions: tuple[Prefix, ...]  # tokens, tool text included, stop token excluded
+    from_tool: tuple[tuple[bool, ...], ...]
+    log_q_KN: NDArray[np.float64]  # log q_k(Z ⊤ | X)
+    left_out_q_K: NDArray[np.float64]  # mass of q_k on completions that were not reached
+    log_left_out_reward: float  # log of a bound on their sum of R^(1/T); inf where none is known
+    nodes: int  # prefixes that were visited
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    tokens: Prefix
+    from_tool: tuple[bool, ...]
+    pending: Prefix  # what the tool has yet to say here
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Frontier:
+    """M children of visited nodes that were not visited themselves."""
+
+    parent_M: NDArray[np.int64]  # number of the visited node
+    token_M: NDArray[np.int64]
+    log_q_KM: NDArray[np.float64]
+    log_bound_M: NDArray[np.float64]  # of the reward below; inf where none is known
+
+    def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> "_Frontier":
+        return _Frontier(
+            self.parent_M[chosen],
+            self.token_M[chosen],
+            self.log_q_KM[:, chosen],
+            self.log_bound_M[chosen],
+        )
+
+    def join(self, other: "_Frontier") -> "_Frontier":
+        return _Frontier(
+            np.concatenate([self.parent_M, other.parent_M]),
+            np.concatenate([self.token_M, other.token_M]),
+            np.concatenate([self.log_q_KM, other.log_q_KM], axis=1),
+            np.concatenate([self.log_bound_M, other.log_bound_M]),
+        )
+
+    def log_weight(self, log_scale: float) -> NDArray[np.float64]:
+        """[M] the largest share of any policy, or of the posterior, that may lie below."""
+        known_M = np.where(np.isinf(self.log_bound_M), -np.inf, self.log_bound_M - log_scale)
+        return np.maximum(self.log_q_KM.max(axis=0), known_M)
+
+
+class PrefixTree:
+    """Completions of one prompt, by and by.
+
+    Args:
+        prompt: token ids of X, what the policies condition on.
+        policies: K causal LMs whose q is wanted, at least one.
+        ceiling: bounds the reward of what is left out; None where nothing does.
+        max_nodes: prefixes that are visited at most.
+    """
+
+    def __init__(
+        self,
+        prompt: Prefix,
+        actions: ActionSpace,
+        tool: Tool | None,
+        policies: Sequence[NextLogits],
+        ceiling: Ceiling | None,
+        *,
+        vocab_size: int,
+        max_nodes: int,
+    ) -> None:
+        self._prompt = prompt
+        self._actions = actions
+        self._tool = tool
+        self._triggers = tool.triggers if tool is not None else frozenset()
+        self._policies = tuple(policies)
+        self._ceiling = ceiling
+        self._max_nodes = max_nodes
+        self._vocab_size = vocab_size
+        columns = actions.columns(vocab_size)
+        self._stop_column = int(np.searchsorted(columns, actions.stop_token))
+        self._token_C = np.delete(columns, self._stop_column)  # what Z can grow by
+        self._nodes: list[_Node] = []
+        self._completions: list[Prefix] = []
+        self._from_tool: list[tuple[bool, ...]] = []
+        self._log_q: list[NDArray[np.float64]] = []  # [K] each
+        # The root is the only child of nothing.
+        self._frontier = _Frontier(
+            np.full(1, -1),
+            np.full(1, -1),
+            np.zeros((len(self._policies), 1)),
+            np.full(1, np.inf if ceiling is None else ceiling.of_everything),
+        )
+        self._never_q_K = np.zeros(len(self._policies))
+        self._log_never = -np.inf
+
+    @property
+    def completions(self) -> Sequence[Prefix]:
+        """All that were reached, in the order in which they were."""
+        return self._completions
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no prefix is left, or none that may be visited."""
+        return not len(self._frontier.token_M) or len(self._nodes) >= self._max_nodes
+
+    @property
+    def left_out_q_K(self) -> NDArray[np.float64]:
+        """Mass of each policy on completions that were not reached."""
+        return np.exp(self._frontier.log_q_KM).sum(axis=1) + self._never_q_K
+
+    @property
+    def log_left_out_reward(self) -> float:
+        """Log of a bound on their sum of R^(1/T); inf where none is known."""
+        every = np.append(self._frontier.log_bound_M, self._log_never)
+        return float(np.logaddexp.reduce(every))
+
+    def support(self) -> Support:
+        """What has been reached."""
+        return Support(
+            completions=tuple(self._completions),
+            from_tool=tuple(self._from_tool),
+            log_q_KN=np.stack(self._log_q, axis=1)
+            if self._log_q
+            else np.zeros((len(self._policies), 0)),
+            left_out_q_K=self.left_out_q_K,
+            log_left_out_reward=self.log_left_out_reward,
+            nodes=len(self._nodes),
+        )
+
+    def expand(self, log_scale: float) -> None:
+        """Visit the heaviest prefixes of the frontier, one batch.
+
+        Args:
+            log_scale: log of the sum of R^(1/T) to which rewards left out are compared.
+        """
+        log_weight_M = self._frontier.log_weight(log_scale)
+        count = min(self._batch_size(), len(log_weight_M))
+        order_M = np.argpartition(-log_weight_M, count - 1)
+        visited = self._frontier.take(order_M[:count])
+        self._frontier = self._frontier.take(order_M[count:])
+        first = len(self._nodes)
+        self._nodes += [
+            self._child(parent, token)
+            for parent, token in zip(visited.parent_M, visited.token_M.tolist(), strict=True)
+        ]
+        nodes = self._nodes[first:]
+        ended_N = np.array([self._ended(node) for node in nodes])
+        for number in np.flatnonzero(ended_N):  # ⊤ is forced
+            self._reach(nodes[number], visited.log_q_KM[:, number])
+        if not ended_N.all():
+            self._grow(first + np.flatnonzero(~ended_N), visited.take(~ended_N))
+        self._forget(log_scale)
+
+    def _batch_size(self) -> int:
+        wanted = max(_SMALLEST_BATCH, round(_BATCH_SHARE * len(self._nodes)))
+        most = min(_LARGEST_BATCH, max(1, _LARGEST_TABLE // self._vocab_size))
+        return min(wanted, most, self._max_nodes - len(self._nodes))
+
+    def _child(self, parent: int, token: int) -> _Node:
+        if parent < 0:
+            return _Node((), (), ())
+        node = self._nodes[parent]
+        tokens = (*node.tokens, token)
+        if node.pending:
+            return _Node(tokens, (*node.from_tool, True), node.pending[1:])
+        said: Sequence[int] = ()
+        if token in self._triggers:
+            assert self._tool is not None
+            said = self._tool.output(tokens)
+        return _Node(tokens, (*node.from_tool, False), tuple(said))
+
+    def _ended(self, node: _Node) -> bool:
+        return not node.pending and len(node.tokens) >= self._actions.max_len
+
+    def _grow(self, number_N: NDArray[np.intp], visited: _Frontier) -> None:
+        """Put the children of visited nodes into the frontier; reach where they may stop."""
+        nodes = [self._nodes[number] for number in number_N]
+        speaking_N = np.array([bool(node.pending) for node in nodes])
+        may_stop_N = ~speaking_N & [
+            bool(self._actions.stop_states(node.from_tool)[-1]) for node in nodes
+        ]
+        prefixes = [(*self._prompt, *node.tokens) for node in nodes]
+        log_q_KNC = np.stack(
+            [
+                policy.action_log_probs(self._actions, prefixes, may_stop_N.tolist()).cpu().numpy()
+                for policy in self._policies
+            ]
+        ).astype(np.float64)
+        log_q_KNC += visited.log_q_KM[:, :, None]
+        for at in np.flatnonzero(may_stop_N):
+            self._reach(nodes[at], log_q_KNC[:, at, self._stop_column])
+        bound_NV = self._bounds(nodes, visited.log_bound_M)
+        at_B, free_B = np.flatnonzero(speaking_N), np.flatnonzero(~speaking_N)
+        said_B = np.array([nodes[at].pending[0] for at in at_B], dtype=np.int64)
+        choices = len(self._token_C)
+        spoken = _Frontier(
+            number_N[at_B], said_B, visited.log_q_KM[:, at_B], bound_NV[at_B, said_B]
+        )
+        chosen = _Frontier(
+            np.repeat(number_N[free_B], choices),
+            np.tile(self._token_C, len(free_B)),
+            np.delete(log_q_KNC[:, free_B], self._stop_column, axis=2).reshape(
+                len(self._policies), -1
+            ),
+            bound_NV[np.ix_(free_B, self._token_C)].reshape(-1),
+        )
+        self._frontier = self._frontier.join(spoken).join(chosen)
+
+    def _bounds(
+        self, nodes: Sequence[_Node], log_bound_N: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        if self._ceiling is None:
+            return np.full((len(nodes), self._vocab_size), np.inf)
+        return self._ceiling.of_children([node.tokens for node in nodes], log_bound_N)
+
+    def _reach(self, node: _Node, log_q_K: NDArray[np.float64]) -> None:
+        self._completions.append(node.tokens)
+        self._from_tool.append(node.from_tool)
+        self._log_q.append(log_q_K)
+
+    def _forget(self, log_scale: float) -> None:
+        """Keep no more of the frontier than may still be visited; the rest counts as left out."""
+        room = self._max_nodes - len(self._nodes)
+        if len(self._frontier.token_M) <= room:
+            return
+        order_M = np.argpartition(-self._frontier.log_weight(log_scale), room)
+        never = self._frontier.take(order_M[room:])
+        self._frontier = self._frontier.take(order_M[:room])
+        self._never_q_K += np.exp(never.log_q_KM).sum(axis=1)
+        self._log_never = float(np.logaddexp.reduce([*never.log_bound_M, self._log_never]))

@@ -1,0 +1,127 @@
+"""Log importance weights log w = log R(Z) / T - log q(Z ⊤ | X) of completions, nats."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
+from lm.actions import ActionSpace
+from lm.sampling import Completion, Request
+from lm.scoring import completion_log_probs
+from tasks.log_reward import LogReward
+
+Floats = NDArray[np.float64]
+
+# Completions of one scoring pass: bounds its logits, [rows, tokens, vocabulary].
+ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A completion Z with the marks of what a tool inserted into it."""
+
+    tokens: tuple[int, ...]  # stop token excluded
+    from_tool: tuple[bool, ...]
+
+
+class Draws(Protocol):
+    """A policy that completions are drawn from."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in order."""
+        ...
+
+
+def draw_log_weights(
+    policy: Draws,
+    prompt: Prompt,
+    *,
+    count: int,
+    query: RewardQuery,
+    log_reward: LogReward,
+    temperature: float,
+) -> Floats:
+    """log w of `count` independent completions of the policy, in the order drawn: [N].
+
+    Sampled at temperature 1; log q is what the sampler recorded.
+
+    Args:
+        temperature: T, that R enters as R^(1/T).
+    """
+    drawn = policy.sample([Request(prompt=prompt.prompt)] * count)
+    log_q_N = np.array(
+        [c.log_q_token.sum(dtype=np.float64) + float(c.log_q_stop[-1]) for c in drawn]
+    )
+    completions = [tuple(completion.tokens.tolist()) for completion in drawn]
+    return log_rewards(completions, prompt, query, log_reward) / temperature - log_q_N
+
+
+def log_weights(
+    model: nn.Module,
+    actions: ActionSpace,
+    prompt: Prompt,
+    completions: Sequence[Completed],
+    *,
+    query: RewardQuery,
+    log_reward: LogReward,
+    temperature: float,
+) -> Floats:
+    """log w of given completions, such as samples of the posterior: [M].
+
+    Args:
+        model: the policy, adapter on.
+        temperature: T, that R enters as R^(1/T).
+
+    Raises IllegalCompletion for one that the policy cannot produce.
+    """
+    log_q_M = log_probs(model, actions, prompt, completions)
+    texts = [completion.tokens for completion in completions]
+    return log_rewards(texts, prompt, query, log_reward) / temperature - log_q_M
+
+
+@torch.inference_mode()
+def log_probs(
+    model: nn.Module, actions: ActionSpace, prompt: Prompt, completions: Sequence[Completed]
+) -> Floats:
+    """log q(Z ⊤ | X) of each, its final stop included: [M]. Equal ones are scored once."""
+    known: dict[Completed, float] = {}
+    distinct = sorted(set(completions), key=lambda completion: len(completion.tokens))
+    for start in range(0, len(distinct), ROWS):
+        rows = distinct[start : start + ROWS]
+        scored = completion_log_probs(
+            model,
+            actions,
+            [prompt.prompt] * len(rows),
+            [completion.tokens for completion in rows],
+            [completion.from_tool for completion in rows],
+        )
+        last_B = torch.tensor([len(row.tokens) for row in rows], device=scored.log_pf_BT.device)
+        log_stop_B = scored.log_stop_BS.gather(1, last_B[:, None])[:, 0]
+        log_q_B = scored.log_pf_BT.double().sum(dim=1) + log_stop_B.double()
+        known.update(zip(rows, log_q_B.tolist(), strict=True))
+    return np.array([known[completion] for completion in completions])
+
+
+def log_rewards(
+    completions: Sequence[tuple[int, ...]],
+    prompt: Prompt,
+    query: RewardQuery,
+    log_reward: LogReward,
+) -> Floats:
+    """log R(Z ⊤) of each whole completion, untempered: [M]. Equal ones are scored once."""
+    distinct = list(dict.fromkeys(completions))
+    items = [
+        query.item(
+            prompt, np.array(tokens, dtype=np.int32), np.array([len(tokens)], dtype=np.int32)
+        )
+        for tokens in distinct
+    ]
+    scores = [float(score[-1]) for score in log_reward(items)]
+    known = dict(zip(distinct, scores, strict=True))
+    return np.array([known[completion] for completion in completions])
