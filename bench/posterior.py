@@ -77,7 +77,8 @@ def run_condition(condition: str, seed: int, folder: Path, overrides: Sequence[s
             stderr=subprocess.STDOUT,
         )
     try:
-        killer = Killer(process.pid, random.Random(seed)) if condition == "kills" else None
+        metrics = folder / "runs" / RUN / "metrics.jsonl"
+        killer = Killer(process.pid, metrics, random.Random(seed)) if condition == "kills" else None
         wait(process, during=killer.maybe_kill if killer is not None else lambda: None)
     finally:
         end_family(process)
@@ -85,8 +86,7 @@ def run_condition(condition: str, seed: int, folder: Path, overrides: Sequence[s
         raise RunEndedBadly(f"{condition}, seed {seed}: {log.read_text()[-4000:]}")
     seconds = time.monotonic() - began_s
     measured = json.loads(ask("posterior", CONFIG, "--run", RUN, "--json", folder=folder))
-    lines = (folder / "runs" / RUN / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line) for line in lines]
+    steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     return Row(
         condition=condition,
         seed=seed,
@@ -105,17 +105,20 @@ class Killer:
 
     Args:
         pid: of the run's driver, whose descendants alone are touched.
+        metrics: has a line for every step.
     """
 
-    def __init__(self, pid: int, rng: random.Random) -> None:
+    def __init__(self, pid: int, metrics: Path, rng: random.Random) -> None:
         self.kills = 0
+        self._metrics = metrics
         self._driver = psutil.Process(pid)
         self._rng = rng
         self._next_s = time.monotonic() + rng.uniform(*KILL_EVERY_S)
 
     def maybe_kill(self) -> None:
         """Kill one if it is time and one lives."""
-        if time.monotonic() < self._next_s:
+        started = self._metrics.exists() and self._metrics.stat().st_size
+        if not started or time.monotonic() < self._next_s:
             return
         actors = [p for p in descendants(self._driver) if "RolloutWorker" in title(p)]
         if not actors:

@@ -1,6 +1,6 @@
 """A task whose posterior can be written down: a few letters after a prompt, under a random LM.
 
-X '?ab', Z up to five letters, Y '-d'. Nothing in it means anything; what counts is that
+X 'ab?', Z up to five letters, Y '-d'. Nothing in it means anything; what counts is that
 every Z can be enumerated, so that the posterior p(Z | X, Y) is known exactly and whatever a run
 ends with can be held against it.
 """
@@ -16,8 +16,10 @@ from tasks.config import ToyConfig
 from tasks.task import Tokenizer, TokenizerUnfit
 from tasks.toy.letters import LETTERS, LetterSum
 
-# X, Y. No Z holds the dash that Y begins with, so X Z Y can be read in one way only.
-QUESTIONS = (("?a", "-b"), ("?b", "-ca"), ("?ab", "-d"), ("?da", "-cb"))
+# X, Y. No Z holds the question mark that ends X, or one prompt with the beginning of a completion
+# would read as another prompt, and the policy could not be right for both. Nor does a Z hold the
+# dash that Y begins with, so that X Z Y can be read in one way only.
+QUESTIONS = (("a?", "-b"), ("b?", "-ca"), ("ab?", "-d"), ("da?", "-cb"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
