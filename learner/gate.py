@@ -1,6 +1,5 @@
 """The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ from learner.past_policies import PastPolicies
 from learner.ports import Replay
 from learner.quarantine import Quarantine
 from lm.actions import ActionSpace
-
-log_warning = logging.getLogger("learner").warning
 
 Pair = tuple[str, int]  # an actor, and the policy version that it claims
 Compared = dict[Trajectory, Comparison]
@@ -54,8 +51,8 @@ class AgreementGate:
 
     What disagrees by more than the tolerance goes into quarantine. So nothing that was compared
     and is wrong ever reaches the loss, and an actor whose every completion is wrong is caught at
-    its first group that is drawn, with nothing of that draw let through. Damage that shows in few
-    completions is found when one of them is compared, and not before.
+    the first group of it that is drawn, before anything of it is let through. Damage that shows in
+    few completions is found when one of them is compared, and not before.
 
     A version that is not kept (it is too old, or of a run before it was resumed) cannot be
     recomputed: its trajectories count as unchecked and are let through, unless their actor has
@@ -77,7 +74,7 @@ class AgreementGate:
         past: PastPolicies,
         quarantine: Quarantine,
         config: LearnerConfig,
-        warn: Callable[[str], None] = log_warning,
+        warn: Callable[[str], None],
     ) -> None:
         self._model = model
         self._actions = actions

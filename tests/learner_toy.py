@@ -15,6 +15,8 @@ from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.engine import Engine, TorchEngine
 from learner.learner import Learner
+from learner.log_z import attach_log_z
+from learner.objective import Objective
 from learner.subtb import SubTB
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
@@ -102,6 +104,9 @@ class UniformReplay:
             for k in keys
         ]
 
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """Nothing is stored."""
+
 
 class FixedReplay:
     """The same groups at every draw."""
@@ -143,10 +148,12 @@ def make_learner(
     folder: Path | None = None,
     identity: dict[str, str] | None = None,
     make_engine: Callable[[Any, LearnerConfig], Engine] = TorchEngine,
+    objective: Objective | None = None,
     **changes: Any,
 ) -> tuple[Learner, Any]:
-    """A learner and its model, alike at every call."""
+    """A learner and its model, alike at every call; of SubTB unless told otherwise."""
     model, config = make_policy(), make_config(**changes)
+    log_z = attach_log_z(model) if config.log_z == "learned" else None
     checkpoints = None
     if folder is not None:
         checkpoints = Checkpoints(
@@ -157,11 +164,12 @@ def make_learner(
         actions=ACTIONS,
         replay=replay or UniformReplay(),
         engine=make_engine(model, config),
-        objective=SubTB(config.subtb_lambda, config.normalisation),
+        objective=objective or SubTB(config.subtb_lambda, config.normalisation),
         config=config,
         weights=weights or Published(),
         rng=np.random.default_rng(3),
         checkpoints=checkpoints,
+        log_z=log_z,
     )
     return learner, model
 

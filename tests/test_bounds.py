@@ -40,7 +40,7 @@ def exact_iwae(log_weight: Floats, q: Floats, k: int) -> float:
     return total
 
 
-def simulated(seed: int, *, samples: int = 400, posterior: int = 200) -> Bounds:
+def simulated(seed: int, *, samples: int = 300, posterior: int = 200) -> Bounds:
     rng = np.random.default_rng(seed)
     return bound_log_z(
         LOG_WEIGHT[rng.choice(len(Q), size=samples, p=Q)],
@@ -73,15 +73,15 @@ TRUTHS: list[tuple[str, Callable[[Bounds], Interval | None], float]] = [
 ]
 
 
-def test_every_interval_holds_the_truth_in_95_of_100_experiments() -> None:
-    experiments = [simulated(seed) for seed in range(300)]
+def test_every_interval_holds_the_truth_in_about_95_of_100_experiments() -> None:
+    experiments = [simulated(seed) for seed in range(200)]
     for name, read, truth in TRUTHS:
         share = sum(covers(read(bounds), truth) for bounds in experiments) / len(experiments)
-        assert 0.92 <= share <= 0.98, f"{name} is covered in {share:.1%}"
+        assert 0.91 <= share <= 0.985, f"{name} is covered in {share:.1%}"
 
 
 def test_large_samples_give_the_exact_values_in_the_right_order() -> None:
-    bounds = simulated(0, samples=30_000, posterior=30_000)
+    bounds = simulated(0, samples=15_000, posterior=15_000)
     for name, read, truth in TRUTHS:
         assert known(read(bounds)).value == pytest.approx(truth, abs=0.03), name
     values = [bounds.iwae[k].value for k in (1, 2, 4)]
@@ -99,7 +99,7 @@ def test_iwae_of_two_strings_equals_its_expectation_over_all_tuples(k: int) -> N
     )
     assert exact_iwae(log_weight, q, k) == pytest.approx(binomial)
     rng = np.random.default_rng(k)
-    drawn = log_weight[rng.choice(2, size=20_000, p=q)]
+    drawn = log_weight[rng.choice(2, size=8_000, p=q)]
     assert covers(bound_log_z(drawn, sizes=(k,), rng=rng).iwae[k], binomial)
 
 

@@ -32,8 +32,11 @@ class StarvedReplay:
     def draw(self, **limits: Any) -> list[Any]:
         raise TimeoutError("no groups")
 
+    def discard(self, trajectories: Any) -> None:
+        raise AssertionError("nothing was drawn")
 
-def rank_main(rank: int, num_ranks: int, port: int, folder: Path) -> None:
+
+def rank_main(rank: int, num_ranks: int, port: int, folder: Path, log_z: str) -> None:
     """One rank of `exercise_rank`; leaves a report, or an error."""
     # Imported in the child alone: it takes seconds and changes global state.
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -44,7 +47,7 @@ def rank_main(rank: int, num_ranks: int, port: int, folder: Path) -> None:
     try:
         # The deadline is for ranks that are up, not for the imports of a busy machine.
         meet(folder, rank, num_ranks)
-        report = exercise_rank(place, deepspeed_engine, folder)
+        report = exercise_rank(place, deepspeed_engine, folder, log_z)
         (folder / f"report-{rank}.json").write_text(json.dumps(report))
     except BaseException:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
@@ -63,7 +66,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         sleep(0.02)
 
 
-def exercise_rank(place: Any, deepspeed_engine: Any, folder: Path) -> dict[str, Any]:
+def exercise_rank(place: Any, deepspeed_engine: Any, folder: Path, log_z: str) -> dict[str, Any]:
     """Steps, checkpoint, steps, restore, the same steps; at last rank 1 stalls."""
     engines: list[Any] = []
 
@@ -78,6 +81,7 @@ def exercise_rank(place: Any, deepspeed_engine: Any, folder: Path) -> dict[str, 
         folder=folder / "checkpoints",
         make_engine=make_engine,
         token_budget=TOKEN_BUDGET,
+        log_z=log_z,
     )
     metrics = [learner.step() for _ in range(STEPS)]
     save_file(engines[0].state(), folder / f"state-{place.rank}.safetensors")
@@ -112,13 +116,13 @@ def adapter_parameters(model: Any) -> list[torch.Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def run_ranks(num_ranks: int, folder: Path) -> list[dict[str, Any]]:
+def run_ranks(num_ranks: int, folder: Path, log_z: str) -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     ranks = [
-        context.Process(target=rank_main, args=(rank, num_ranks, port, folder))
+        context.Process(target=rank_main, args=(rank, num_ranks, port, folder, log_z))
         for rank in range(num_ranks)
     ]
     for process in ranks:
@@ -131,10 +135,12 @@ def run_ranks(num_ranks: int, folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"report-{r}.json").read_text()) for r in range(num_ranks)]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_deepspeed_ranks_take_the_step_of_one_process(num_ranks: int, tmp_path: Path) -> None:
-    reports = run_ranks(num_ranks, tmp_path)
-    reference, _ = make_learner()
+@pytest.mark.parametrize(("num_ranks", "log_z"), [(1, "group"), (2, "group"), (2, "learned")])
+def test_deepspeed_ranks_take_the_step_of_one_process(
+    num_ranks: int, log_z: str, tmp_path: Path
+) -> None:
+    reports = run_ranks(num_ranks, tmp_path, log_z)
+    reference, _ = make_learner(log_z=log_z)
     expected = [reference.step() for _ in range(STEPS)]
     state = reference._engine.state()
     for rank, report in enumerate(reports):

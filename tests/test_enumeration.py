@@ -114,15 +114,36 @@ def test_a_disjoint_answer_needs_no_such_factor() -> None:
     assert Toy(answer=(5, 1)).ceiling().of_everything == 0.0
 
 
-def test_the_prior_of_a_prefix_counts_the_tools_tokens() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_ceiling_is_the_prior_of_the_frontier(temperature: float) -> None:
     toy = Toy(tool=Doubling())
-    tree = toy.tree(max_nodes=1)
+    tree = toy.tree(max_nodes=1, temperature=temperature)
     tree.expand(0.0)
     with torch.no_grad():
         log_p = toy.model(torch.tensor([toy.prompt.prompt])).logits[0, -1].log_softmax(0)
     # The root's children are 1, 2 and CALL; only the stop was reached.
-    expected = float(log_p[[1, 2, 3]].logsumexp(0))
+    expected = float((log_p[[1, 2, 3]] / temperature).logsumexp(0))
     assert tree.log_left_out_reward == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_tools_tokens_have_their_price_in_the_prior() -> None:
+    toy = Toy(tool=Doubling(), max_len=2)
+    tree = toy.tree()
+    while len(tree.completions) < 1 + 3 + 6:
+        tree.expand(0.0)
+    # All that is left is 1 CALL, 2 CALL and CALL CALL before the tool speaks, or while it does.
+    spoken = [z for z in toy.completions() if len(z) == 4]
+    with torch.no_grad():
+        logits = toy.model(torch.tensor([[*toy.prompt.prompt, *z] for z in spoken])).logits
+    log_p_NT = logits[:, 1:-1].log_softmax(-1)
+    chosen = torch.tensor(spoken)
+    log_prior = log_p_NT.gather(2, chosen[..., None])[..., 0].sum(1)
+    bounds = []
+    while not tree.exhausted:
+        bounds.append(tree.log_left_out_reward)
+        tree.expand(0.0)
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[-1] == pytest.approx(float(log_prior.logsumexp(0)), abs=1e-5)
 
 
 def test_no_prior_bounds_rewards_above_temperature_one() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from torch import Tensor
 
+from lm.actions import ActionSpace
 from lm.next_action import NextLogits
 from reward.packed import suffix_log_rewards
 from tasks.posterior.divergence import divergence
@@ -72,6 +74,24 @@ def test_a_pruned_enumeration_keeps_its_promise(toy: Toy, tolerance: float) -> N
     assert missed <= posterior.left_out_p + 1e-5 <= tolerance + 1e-5
     assert posterior.log_z <= toy.log_z() + 1e-5
     assert posterior.log_z - math.log1p(-posterior.left_out_p) >= toy.log_z() - 1e-5
+
+
+class Sharpened(NextLogits):
+    """Nearly always takes the likeliest action."""
+
+    def action_log_probs(
+        self, actions: ActionSpace, prefixes: Sequence[Tokens], may_stop: Sequence[bool]
+    ) -> Tensor:
+        log_q_NC = super().action_log_probs(actions, prefixes, may_stop)
+        return (20 * log_q_NC).log_softmax(dim=-1)
+
+
+def test_a_policy_surer_than_the_posterior_does_not_end_the_search() -> None:
+    toy = Toy()
+    found = exact_posterior(toy.tree(Sharpened(toy.model)), as_in_training(toy), tolerance=0.03)
+    truth = true_posterior(toy)
+    assert sum(truth[z] for z in found.support.completions) >= 0.97
+    assert found.within(0.03, policy=0)
 
 
 def test_pruning_saves_most_of_the_work() -> None:

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from lm.config import LMConfig, LoRAConfig
-from lm.model import LanguageModel, ModelNotFound, ModelUnusable, attach_adapter, load_base
+from lm.model import LanguageModel, attach_adapter, load_base
+from lm.source import ModelNotFound, ModelUnusable, load_tokenizer
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 
 
@@ -76,6 +77,17 @@ def test_the_fingerprint_names_the_weights_not_the_folder_or_the_dtype(
         trained.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
     other = load_base(LMConfig(model=save_model(trained, tmp_path / "trained"), device="cpu"))
     assert other.fingerprint != first.fingerprint
+
+
+def test_the_tokenizer_alone_is_that_of_the_model(folder: Path) -> None:
+    config = LMConfig(model=str(folder), device="cpu")
+    whole = load_base(config).tokenizer
+    (folder / "model.safetensors").unlink()
+    alone = load_tokenizer(config)
+    assert alone.get_vocab() == whole.get_vocab()
+    (folder / "tokenizer.json").write_text("no tokenizer")
+    with pytest.raises(ModelUnusable, match="cannot load the tokenizer"):
+        load_tokenizer(config)
 
 
 def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from cluster.preflight import check_model_and_data
 from learner.checkpoint import CheckpointMismatch
 from learner.engine import StateMismatch, TorchEngine
 from learner.log_z import LogZUnused, attach_log_z, check_log_z
-from learner.raptb import RootedPrefixBalance
 from learner.subtb import SubTB
 from learner.tb import TrajectoryBalance
 from lm.actions import ActionSpace
@@ -34,7 +33,7 @@ from tests.learner_toy import (
     make_policy,
 )
 
-OBJECTIVES = (TrajectoryBalance(), RootedPrefixBalance(), SubTB())
+OBJECTIVES = (TrajectoryBalance(), SubTB())
 
 
 def predicted(model: Any) -> list[float]:

@@ -12,6 +12,7 @@ import torch
 
 from actors.prompts import Prompt
 from cluster.__main__ import main
+from cluster.cli import parse
 from cluster.config_file import load_config
 from cluster.roles import load_task
 from cluster.rundir import RunDirectory
@@ -84,6 +85,17 @@ def brute_force(model: CausalLM, prompt: Prompt, temperature: float) -> dict[str
         "jsd": 0.5 * float((q * (log_q - m)).sum() + (p * (log_p - m)).sum()),
         "log_z": log_z,
     }
+
+
+def test_overrides_may_stand_before_and_after_options() -> None:
+    verb, arguments = parse(["posterior", "a.toml", "x.y=1", "--run", "mine", "z=2", "--json"])
+    assert (verb, arguments.config, arguments.run, arguments.json) == (
+        "posterior",
+        "a.toml",
+        "mine",
+        True,
+    )
+    assert arguments.overrides == ["x.y=1", "z=2"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

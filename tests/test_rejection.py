@@ -139,12 +139,13 @@ def test_stops_behind_a_tool_alone_are_respected() -> None:
     actions = ActionSpace(
         stop_token=STOP, legal_tokens=LEGAL, min_len=1, max_len=3, stop_after_tool=True
     )
+    strings = toy.strings()
     for text in itertools.product(range(VOCAB_SIZE), repeat=5):
         reading = Reading(actions, toy.tool, (1,))
         reading.feed(text)  # raises where ActionSpace.check would
         expected = {
             string
-            for string in toy.strings()
+            for string in strings
             if text[: len(string.tokens) + 1] == (*string.tokens, 1)
             and string.tokens
             and (string.from_tool[-1] or len(string.tokens) >= 3)

@@ -46,6 +46,8 @@ def test_a_schedule_of_no_steps_is_flat() -> None:
         {"steps": "many"},
         {"subtb_lambda": 0.0},
         {"normalisation": "token"},
+        {"objective": "tb", "normalisation": "trajectory"},
+        {"objective": "db", "subtb_lambda": 0.9},
         {"reward_temperature": {"start": 0.0}},
         {"ranks": 2, "starvation_timeout_s": 600.0, "collective_timeout_s": 600.0},
     ],

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lm.actions import ActionSpace, IllegalCompletion
-from lm.scoring import completion_log_probs
+from lm.scoring import completion_log_probs, prompt_state_size
 from tests.conftest import ARCHITECTURES
 from tests.sampling_toy import enumerable_policy
 
@@ -141,6 +141,22 @@ def test_the_gradient_equals_that_of_separate_rows_and_is_finite(
         parts += torch.autograd.grad(total, weight)[0]
     assert torch.isfinite(whole).all() and whole.abs().max() > 1e-3
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_prompt_state_is_the_last_hidden_state_of_the_prompt_alone(
+    tiny_lm: Callable[[str], PreTrainedModel], architecture: str
+) -> None:
+    model = tiny_lm(architecture)
+    actions = ActionSpace(stop_token=1, legal_tokens=None, min_len=0, max_len=7)
+    scored = completion_log_probs(
+        model, actions, PROMPTS, COMPLETIONS, MARKS, with_prompt_state=True
+    )
+    assert scored.prompt_state_BH is not None and not scored.prompt_state_BH.requires_grad
+    assert scored.prompt_state_BH.shape == (len(PROMPTS), prompt_state_size(model))
+    for prompt, state_H in zip(PROMPTS, scored.prompt_state_BH, strict=True):
+        alone = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
+        torch.testing.assert_close(state_H, alone.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("legal", [None, (2, 3, 5, 9)], ids=["vocabulary", "legal"])
