@@ -5,7 +5,7 @@ changed since it was read.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +23,20 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Put:
+    """One item to write, and what its arrival did."""
+
+    row: int  # the newcomer whose payload is written, by position
+    duplicates: int = 0  # newcomers that came under this id when it was stored
+    near_replaced: int = 0  # items that made way for it
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Changes to one prompt; every newcomer and every loss is counted exactly once."""
 
-    put: tuple[int, ...]  # newcomers to write, by position
-    removed: tuple[str, ...]  # ids stored before that are not stored after
+    put: tuple[Put, ...]
+    removed: tuple[str, ...]  # ids stored before that have to go, even if they come again
     duplicates: int  # newcomers whose id was stored: their payload replaces it
     near_rejected: int  # newcomers with a near-duplicate at least as good
     near_replaced: int  # items that made way for a better near-duplicate
@@ -50,29 +59,37 @@ def plan(
         tolerance=tolerance,
     )
     kept = {item.id: (item.log_reward, column) for column, item in enumerate(stored)}
-    written: dict[str, int] = {}
+    put: dict[str, Put] = {}
+    removed: list[str] = []
+
+    def remove(id: str) -> None:
+        if kept.pop(id)[1] < len(stored):
+            removed.append(id)
+        put.pop(id, None)
+
     duplicates = near_rejected = near_replaced = evicted_quota = 0
     for row, newcomer in enumerate(newcomers):
         if newcomer.id in kept:
             duplicates += 1
             kept[newcomer.id] = (newcomer.log_reward, kept[newcomer.id][1])
-            written[newcomer.id] = row
+            so_far = put.get(newcomer.id, Put(row))
+            put[newcomer.id] = replace(so_far, row=row, duplicates=so_far.duplicates + 1)
             continue
         rivals = [id for id, (_, column) in kept.items() if near[row, column]]
         if any(kept[id][0] >= newcomer.log_reward for id in rivals):
             near_rejected += 1
             continue
         for id in rivals:
-            del kept[id]
+            remove(id)
         near_replaced += len(rivals)
         kept[newcomer.id] = (newcomer.log_reward, len(stored) + row)
-        written[newcomer.id] = row
+        put[newcomer.id] = Put(row, near_replaced=len(rivals))
         while len(kept) > quota:
-            del kept[min(kept, key=lambda id: (kept[id][0], id))]
+            remove(min(kept, key=lambda id: (kept[id][0], id)))
             evicted_quota += 1
     return Plan(
-        put=tuple(row for id, row in written.items() if id in kept),
-        removed=tuple(item.id for item in stored if item.id not in kept),
+        put=tuple(put.values()),
+        removed=tuple(removed),
         duplicates=duplicates,
         near_rejected=near_rejected,
         near_replaced=near_replaced,

@@ -40,6 +40,8 @@ class Snapshot:
     groups: Mapping[bytes, bytes]
     draws: Mapping[bytes, bytes]
     sampled: Mapping[bytes, bytes]
+    duplicates: Mapping[bytes, bytes]
+    near_replaced: Mapping[bytes, bytes]
     prompts: Mapping[bytes, Mapping[bytes, float]]
 
 
@@ -63,7 +65,8 @@ def audit_store(store: Store, config: BufferConfig) -> Audit:
 
 def read_snapshot(answer: Sequence[Any]) -> Snapshot:
     """Give the flat lists of snapshot.lua their names."""
-    meta, payload, priority, fresh, undrawn, groups, draws, sampled, prompts = answer
+    meta, payload, priority, fresh, undrawn, groups, draws, *tallies, prompts = answer
+    sampled, duplicates, near_replaced = map(pairs, tallies)
     return Snapshot(
         meta=pairs(meta),
         payload=pairs(payload),
@@ -72,7 +75,9 @@ def read_snapshot(answer: Sequence[Any]) -> Snapshot:
         undrawn=scores(undrawn),
         groups=pairs(groups),
         draws=pairs(draws),
-        sampled=pairs(sampled),
+        sampled=sampled,
+        duplicates=duplicates,
+        near_replaced=near_replaced,
         prompts={prompt: scores(items) for prompt, items in pairs(prompts).items()},
     )
 
@@ -85,6 +90,12 @@ def check_counters(snapshot: Snapshot, counters: Counters) -> Iterator[str]:
     fresh = len(snapshot.groups) + counters.left_fresh
     if counters.groups_accepted != fresh:
         yield f"{counters.groups_accepted} groups accepted, {fresh} waiting or counted as gone"
+    for what, tally, counted in (
+        ("duplicates", snapshot.duplicates, counters.duplicates),
+        ("near-duplicates replaced", snapshot.near_replaced, counters.near_replaced),
+    ):
+        if (attributed := sum(map(int, tally.values()))) > counted:
+            yield f"{attributed} {what} are put down to items, {counted} happened"
 
 
 def check_replay_indexes(snapshot: Snapshot) -> Iterator[str]:
@@ -101,8 +112,13 @@ def check_replay_indexes(snapshot: Snapshot) -> Iterator[str]:
     if ranked != snapshot.payload.keys():
         differing_ids = ranked ^ snapshot.payload.keys()
         yield f"{len(differing_ids)} ids have a rank or a payload, but not both"
-    if strays := snapshot.sampled.keys() - snapshot.payload.keys():
-        yield f"{len(strays)} counts of draws belong to nothing stored"
+    for what, tally in (
+        ("draws", snapshot.sampled),
+        ("duplicates", snapshot.duplicates),
+        ("near-duplicates replaced", snapshot.near_replaced),
+    ):
+        if strays := tally.keys() - snapshot.payload.keys():
+            yield f"{len(strays)} counts of {what} belong to nothing stored"
 
 
 def check_replay_rules(snapshot: Snapshot, config: BufferConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 RAY_PORT = 6379
+LOOPBACK = "127.0.0.1"
 
 
 class BufferConfig(BaseModel):
@@ -23,8 +24,9 @@ class BufferConfig(BaseModel):
         "tcp", description="How a managed server listens; unix serves processes of one host only."
     )
     bind: str = Field(
-        "127.0.0.1",
-        description="Address a managed server listens on: one that every host of the run reaches.",
+        "auto",
+        description="Address a managed server listens on: one that every host of the run reaches."
+        " auto: that under which the Ray cluster knows this host, loopback without a cluster.",
     )
     port: int = Field(0, ge=0, le=65535, description="Of a managed server; 0 takes a free one.")
     timeout_s: float = Field(
@@ -45,6 +47,11 @@ class BufferConfig(BaseModel):
     fresh_capacity: int = Field(512, ge=1, description="Groups that wait for the learner.")
     max_draws: int = Field(1, ge=1, description="Times the learner may draw one fresh group.")
     max_age: int = Field(16, ge=0, description="Policy versions after which a group expires.")
+
+    @property
+    def address(self) -> str:
+        """Numeric address for a managed server; `auto` is loopback until a cluster says more."""
+        return LOOPBACK if self.bind == "auto" else self.bind
 
     @field_validator("port")
     @classmethod

@@ -24,6 +24,10 @@ class ForeignFolder(ValueError):
     """The folder holds the data of another run, of a newer Redis, or of something unknown."""
 
 
+class NeverServed(FileNotFoundError):
+    """No redis-server was ever started on the folder."""
+
+
 class FolderInUse(RuntimeError):
     """A redis-server runs on this folder."""
 
@@ -44,17 +48,14 @@ def claim_folder(folder: Path, *, run: str, executable: Executable) -> Owner:
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        fields = json.loads((folder / "owner.json").read_text())
-        found = Owner(str(fields["run"]), tuple(fields["redis"]), int(fields["port"]))
-    except FileNotFoundError:
+        found = read_owner(folder)
+    except NeverServed:
         if any(folder.glob("appendonly*")):
             raise ForeignFolder(
                 f"{folder} holds a Redis log without owner.json: it is not this program's."
                 " Choose another run name, or move the log away"
             ) from None
         return write_owner(folder, Owner(run, executable.version, 0))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ForeignFolder(f"{folder}/owner.json is damaged ({error!r}); restore it") from error
     if found.run != run:
         raise ForeignFolder(
             f"{folder} holds the buffer of run {found.run!r}, not of {run!r}."
@@ -67,6 +68,22 @@ def claim_folder(folder: Path, *, run: str, executable: Executable) -> Owner:
             " read it. Install the newer one"
         )
     return write_owner(folder, Owner(run, executable.version, found.port))
+
+
+def read_owner(folder: Path) -> Owner:
+    """Content of owner.json; raises NeverServed, and ForeignFolder for a damaged one."""
+    try:
+        fields = json.loads((folder / "owner.json").read_text())
+        return Owner(str(fields["run"]), tuple(fields["redis"]), int(fields["port"]))
+    except FileNotFoundError:
+        raise never_served(folder) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ForeignFolder(f"{folder}/owner.json is damaged ({error!r}); restore it") from error
+
+
+def never_served(folder: Path) -> NeverServed:
+    """The error, with its remedy."""
+    return NeverServed(f"no redis-server was ever started on {folder}; wait until its run has one")
 
 
 def write_owner(folder: Path, owner: Owner) -> Owner:
@@ -95,7 +112,7 @@ def lock_folder(folder: Path) -> int:
             os.close(descriptor)
             raise FolderInUse(
                 f"a redis-server still runs on {folder} after {LOCK_TIMEOUT_S} s."
-                " Stop its run first, or choose another run name"
+                " Stop its run, or the inspector that shows it, or choose another run name"
             ) from None
 
 
@@ -107,6 +124,14 @@ def keep_password(folder: Path, wanted: str | None) -> str:
     password = wanted or secrets.token_urlsafe(24)
     write_private(path, password)
     return password
+
+
+def read_password(folder: Path) -> str:
+    """The folder's password; raises NeverServed."""
+    try:
+        return (folder / "password").read_text()
+    except FileNotFoundError:
+        raise never_served(folder) from None
 
 
 def write_private(path: Path, text: str) -> None:

@@ -95,8 +95,10 @@ class Intake:
             *changes.removed,
             len(changes.put),
         ]
-        for row in changes.put:
-            arguments += (newcomers[row].id, newcomers[row].log_reward, payloads[row])
+        for put in changes.put:
+            newcomer = newcomers[put.row]
+            arguments += (newcomer.id, newcomer.log_reward, payloads[put.row])
+            arguments += (put.duplicates, put.near_replaced)
         return arguments
 
     def _queueing(

@@ -25,14 +25,14 @@ def ports(config: BufferConfig, *, last: int) -> Iterator[int]:
     if config.transport == "unix":
         yield 0
     elif config.port:
-        if not is_free(config.bind, config.port):
-            raise PortInUse(port_in_use(config.bind, config.port))
+        if not is_free(config.address, config.port):
+            raise PortInUse(port_in_use(config.address, config.port))
         yield config.port
     else:
-        if last and is_free(config.bind, last):
+        if last and is_free(config.address, last):
             yield last
         for _ in range(FREE_PORT_ATTEMPTS):
-            yield free_port(config.bind)
+            yield free_port(config.address)
 
 
 def port_in_use(bind: str, port: int) -> str:
@@ -80,7 +80,7 @@ def free_port(bind: str) -> int:
 def listening_url(folder: Path, config: BufferConfig, port: int) -> str:
     """Address without password."""
     if config.transport == "tcp":
-        host = f"[{config.bind}]" if ":" in config.bind else config.bind
+        host = f"[{config.address}]" if ":" in config.address else config.address
         return f"redis://{host}:{port}/0"
     path = folder / "redis.sock"
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
@@ -109,7 +109,7 @@ def configuration(folder: Path, config: BufferConfig, *, port: int, password: st
     if config.transport == "unix":
         lines += ["unixsocket redis.sock", "unixsocketperm 700"]
     else:
-        lines.append(f"bind {config.bind}")
+        lines.append(f"bind {config.address}")
     return "\n".join(lines) + "\n"
 
 

@@ -10,7 +10,7 @@ from buffer.audit import Audit, audit_store
 from buffer.config import BufferConfig
 from buffer.intake import AddReport, BufferContended, Intake, total
 from buffer.outlet import BufferStarved, Group, Outlet
-from buffer.reader import Reader
+from buffer.reader import KEPT_EVIDENCE, Reader
 from buffer.stats import ReplayStats, read_stats
 from buffer.store import Store
 from buffer.trajectory import Trajectory
@@ -93,6 +93,13 @@ class ReplayBuffer:
             Group(prompt_key=prompt, fresh=group, replayed=again)
             for prompt, group, again in zip(prompts, fresh, replayed, strict=True)
         ]
+
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """Take drawn trajectories out of replay for good; they count as quarantined."""
+        for trajectory in trajectories:
+            self._store.call(
+                "quarantine", "item", trajectory.id, trajectory.prompt_key, KEPT_EVIDENCE
+            )
 
     def depth(self) -> int:
         """Fresh groups that the learner has not drawn yet: what actors pace on."""

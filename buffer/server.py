@@ -18,6 +18,8 @@ from buffer.folder import (
     claim_folder,
     keep_password,
     lock_folder,
+    read_owner,
+    read_password,
     write_owner,
     write_private,
 )
@@ -81,7 +83,7 @@ class RedisServer:
                         f"{executable.path} ended with status {process.returncode} while starting"
                         f" on {folder}; redis.log says: {tail[-LOG_TAIL:] or 'nothing'}"
                     )
-            raise PortInUse(port_in_use(config.bind, port))
+            raise PortInUse(port_in_use(config.address, port))
         finally:
             # The server's watchdog holds the lock from here on.
             os.close(lock)
@@ -103,6 +105,16 @@ class RedisServer:
                 f"redis-server {self.pid} at {self.url} did not stop within {timeout_s} s and was"
                 " killed; what it had acknowledged is on disk"
             ) from None
+
+
+def reach(folder: Path, config: BufferConfig) -> tuple[str, str]:
+    """Address and password of the server that runs on a folder, or ran there last.
+
+    Raises NeverServed, ForeignFolder.
+    """
+    folder = folder.resolve()
+    url = listening_url(folder, config, read_owner(folder).port)
+    return url, read_password(folder)
 
 
 def spawn(command: list[str], folder: Path, lock: int) -> subprocess.Popen[bytes]:

@@ -28,6 +28,8 @@ class Store:
         prompt:PROMPT   zset: id -> terminal log-reward
         revision        hash: prompt -> number that moves with every change to its items
         sampled         hash: id -> times drawn from replay
+        duplicates      hash: id -> times it came again while it was stored
+        near_replaced   hash: id -> near-duplicates that made way for it
         groups          hash: sequence number -> packed group                             fresh
         fresh           zset: sequence number -> policy version; its lowest is dropped
         undrawn         zset: the part of fresh that was never drawn

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from cluster.cli import parse
 
+# A module called inspect would shadow the standard library's where this folder is on the path.
+_ELSEWHERE = {"inspect": "cluster.inspector.command"}
 _OUR_PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "tasks")
 
 
@@ -16,8 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     defect, and shows its traceback.
     """
     verb, arguments = parse(sys.argv[1:] if argv is None else argv)
+    module = _ELSEWHERE.get(verb, f"cluster.{verb}")
     try:
-        return int(importlib.import_module(f"cluster.{verb}").run(arguments))
+        return int(importlib.import_module(module).run(arguments))
     except KeyboardInterrupt:
         print(f"amortize {verb}: interrupted", file=sys.stderr)
         return 130

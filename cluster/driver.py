@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from cluster.config import RunConfig
-from cluster.measure import Scores
+from cluster.measurement import Scores
 from cluster.metrics import MetricsLog
 from cluster.progress import Progress
 from cluster.rundir import RunDirectory, RunPhase, first_state, write_whole

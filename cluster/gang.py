@@ -15,7 +15,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.waiting import cause_line
+from cluster.waiting import cause_line, cause_of
+from learner.exchange import Unrecoverable
 
 
 class Phase(StrEnum):
@@ -53,6 +54,7 @@ class Gang:
         self.name = name
         self.phase = Phase.MEETING
         self.cause = ""
+        self.fatal: Unrecoverable | None = None  # a failure that a new gang would only repeat
         self.status: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
         self._start_timeout_s = start_timeout_s
@@ -76,7 +78,7 @@ class Gang:
         try:
             values = ray.get(done)
         except Exception as error:  # whatever ended the rank is the gang's cause of death
-            self._fail(cause_line(error))
+            self._fail_with(error)
             return self.phase
         if not waiting:
             self._advance(values)
@@ -120,13 +122,19 @@ class Gang:
             try:
                 self.status = ray.get(self._status_ref)
             except Exception as error:
-                self._fail(cause_line(error))
+                self._fail_with(error)
             self._status_ref = None
         elif now - self._status_asked > self._silence_timeout_s:
             self._fail(
                 f"no answer to status for {self._silence_timeout_s:.0f} s "
                 f"(cluster.silence_timeout_s)"
             )
+
+    def _fail_with(self, error: Exception) -> None:
+        cause = cause_of(error)
+        if isinstance(cause, Unrecoverable):
+            self.fatal = cause
+        self._fail(cause_line(error))
 
     def _fail(self, cause: str) -> None:
         self.cause = f"{self.name}: {cause}"

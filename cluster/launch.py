@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.board import WeightBoard
+from cluster.board_worker import BoardWorker
 from cluster.config import Placement, RunConfig
 from cluster.workers import (
     EvaluationWorker,
@@ -22,21 +22,6 @@ _CONTROL_CONCURRENCY = 4
 _REPLICA_CONCURRENCY = 64
 
 
-def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
-    """Join the cluster at `address`, or start Ray on this machine, on loopback only."""
-    if address is not None:
-        ray.init(address=address, namespace=namespace, log_to_driver=False)
-        return
-    ray.init(
-        namespace=namespace,
-        num_cpus=config.cluster.cpus,
-        include_dashboard=config.cluster.dashboard,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        configure_logging=False,
-    )
-
-
 class Launcher:
     """Creates the processes of one run."""
 
@@ -46,7 +31,7 @@ class Launcher:
     def board(self) -> ActorHandle:
         """The weight board; Ray restarts it where it died."""
         return (
-            ray.remote(WeightBoard)
+            ray.remote(BoardWorker)
             .options(name="board", num_cpus=0, max_restarts=-1, max_task_retries=2)
             .remote()
         )

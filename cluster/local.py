@@ -3,10 +3,16 @@
 Actor and learner take turns, so the same seed gives the same trajectories and the same weights.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
+import numpy as np
+
+from buffer.replay import BufferStarved, Group, ReplayBuffer
+from buffer.trajectory import Trajectory
 from cluster import roles
 from cluster.board import WeightBoard
 from cluster.config import RunConfig
@@ -15,6 +21,43 @@ from lm.adapter import save_adapter
 from lm.model import load_base
 from reward.replica import RewardReplica
 from reward.whole import WholeRank
+
+
+class RollingReplay:
+    """The buffer of a run in one process: where the learner would wait, somebody rolls out."""
+
+    def __init__(self, buffer: ReplayBuffer, roll_out: Callable[[], None]) -> None:
+        self._buffer = buffer
+        self._roll_out = roll_out
+
+    def draw(
+        self,
+        *,
+        num_groups: int,
+        num_replayed: int,
+        version: int,
+        rng: np.random.Generator,
+        timeout_s: float,
+    ) -> list[Group]:
+        """See `ReplayBuffer.draw`."""
+        deadline_s = monotonic() + timeout_s
+        while True:
+            try:
+                return self._buffer.draw(
+                    num_groups=num_groups,
+                    num_replayed=num_replayed,
+                    version=version,
+                    rng=rng,
+                    timeout_s=0.0,
+                )
+            except BufferStarved:
+                if monotonic() >= deadline_s:
+                    raise
+                self._roll_out()
+
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """See `ReplayBuffer.discard`."""
+        self._buffer.discard(trajectories)
 
 
 class LocalRun:
@@ -27,6 +70,8 @@ class LocalRun:
         run: str,
         checkpoints: Path,
         adapter: Path,
+        quarantine: Path,
+        report: Callable[[str], None],
         buffer_url: str,
         buffer_password: str | None,
     ) -> None:
@@ -44,9 +89,11 @@ class LocalRun:
             base=self._base,
             task=task,
             checkpoints=checkpoints,
+            quarantine=quarantine,
             make_engine=TorchEngine,
-            buffer=self._buffer,
+            buffer=RollingReplay(self._buffer, lambda: self._actor.step()),
             weights=board,
+            warn=report,
         )
         self._actor = roles.build_actor(
             config,
@@ -78,7 +125,10 @@ class LocalRun:
         return {"step": self._learner.completed_steps, "version": self._learner.version}
 
     def tick(self) -> None:
-        """Roll out until the learner has its groups, then take one step."""
+        """Roll out until the learner has its groups, then take one step.
+
+        Groups that are too old or wrong to be drawn are made up for during the step.
+        """
         while self._buffer.depth() < self._config.learner.groups_per_step:
             self._actor.step()
         self.learner_rows.append(self._learner.step())

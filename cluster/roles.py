@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from actors.actor import RolloutActor
+from actors.direct_scorer import DirectScorer
+from actors.lagging import LaggingWeights
 from actors.policy import SamplingPolicy
 from actors.ports import Scorer, WeightSource
 from actors.prompts import PromptStream
@@ -20,9 +22,16 @@ from buffer.replay import ReplayBuffer
 from cluster.config import RunConfig
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
+from learner.db import DetailedBalance
 from learner.engine import Engine
-from learner.learner import Learner, WeightSink
+from learner.gate import AgreementGate
+from learner.learner import Learner
+from learner.log_z import attach_log_z
 from learner.objective import Objective
+from learner.past_policies import PastPolicies
+from learner.ports import Replay, WeightSink
+from learner.quarantine import Quarantine
+from learner.raptb import RootedPrefixBalance
 from learner.subtb import SubTB
 from learner.tb import TrajectoryBalance
 from lm.model import LanguageModel, attach_adapter, load_base
@@ -54,7 +63,7 @@ def build_actor(
     return RolloutActor(
         name=name,
         task_name=task.name,
-        reward_context=task.reward_context,
+        query=task.reward_query,
         verdict=task.verdict,
         prompts=PromptStream(task.prompts, np.random.default_rng(prompt_seed)),
         policy=SamplingPolicy(
@@ -65,12 +74,23 @@ def build_actor(
             max_rows=config.actors.max_rows,
             seed=int(sampler_seed.generate_state(1)[0]),
         ),
-        scorer=scorer,
+        scorer=scorer_of(task, scorer),
         buffer=buffer,
-        weights=weights,
+        weights=lagging(config, weights),
         config=config.actors,
         rng=np.random.default_rng(behaviour_seed),
     )
+
+
+def lagging(config: RunConfig, weights: WeightSource) -> WeightSource:
+    """The weights as late as the configuration wants them."""
+    lag = config.actors.lag_versions
+    return LaggingWeights(weights, lag=lag, max_lag=config.max_lag_versions) if lag else weights
+
+
+def scorer_of(task: Task, replicas: Scorer) -> Scorer:
+    """Who scores this task: the reward replicas, or the task itself."""
+    return replicas if task.log_reward is None else DirectScorer(task.log_reward)
 
 
 def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer) -> int:
@@ -79,9 +99,9 @@ def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: Replay
         task.demonstrations,
         task=task.name,
         actions=task.actions,
-        reward_context=task.reward_context,
+        query=task.reward_query,
         verdict=task.verdict,
-        scorer=scorer,
+        scorer=scorer_of(task, scorer),
         buffer=buffer,
         timeout_s=config.actors.score_timeout_s,
     )
@@ -89,9 +109,15 @@ def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: Replay
 
 def build_objective(config: LearnerConfig) -> Objective:
     """The configured objective."""
-    if config.objective == "tb":
-        return TrajectoryBalance()
-    return SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
+    match config.objective:
+        case "subtb":
+            return SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
+        case "db":
+            return DetailedBalance(normalisation=config.normalisation)
+        case "raptb":
+            return RootedPrefixBalance(normalisation=config.normalisation)
+        case "tb":
+            return TrajectoryBalance()
 
 
 def build_learner(
@@ -100,21 +126,29 @@ def build_learner(
     base: LanguageModel,
     task: Task,
     checkpoints: Path,
+    quarantine: Path,
     make_engine: MakeEngine,
-    buffer: ReplayBuffer,
+    buffer: Replay,
     weights: WeightSink,
+    warn: Callable[[str], None],
 ) -> Learner:
-    """One rank of the learner, gone back to the run's newest checkpoint if there is one."""
+    """One rank of the learner, gone back to the run's newest checkpoint if there is one.
+
+    Args:
+        quarantine: folder for trajectories that disagree with the learner.
+        warn: takes one line when there are some.
+    """
     model = attach_adapter(base, config.lora, config.seed)
-    store = Checkpoints(
-        checkpoints,
-        identity={
-            "base": base.fingerprint,
-            "lora": config.lora.model_dump_json(),
-            "task": task.name,
-        },
-        keep=config.learner.checkpoints_kept,
-    )
+    identity = {
+        "base": base.fingerprint,
+        "lora": config.lora.model_dump_json(),
+        "task": task.name,
+    }
+    log_z = None
+    if config.learner.log_z == "learned":
+        log_z = attach_log_z(model)
+        identity["log_z"] = config.learner.log_z
+    store = Checkpoints(checkpoints, identity=identity, keep=config.learner.checkpoints_kept)
     learner = Learner(
         model=model,
         actions=task.actions,
@@ -125,6 +159,15 @@ def build_learner(
         weights=weights,
         rng=np.random.default_rng([config.seed, 1]),
         checkpoints=store,
+        log_z=log_z,
+        gate=AgreementGate(
+            model=model,
+            actions=task.actions,
+            past=PastPolicies(model, max_age=config.buffer.max_age),
+            quarantine=Quarantine(quarantine),
+            config=config.learner,
+            warn=warn,
+        ),
     )
     if store.latest() is not None:
         learner.restore()

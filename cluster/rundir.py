@@ -12,7 +12,9 @@ from typing import Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-RUNS = Path("runs")
+# On a cluster: a folder outside of the job's copy of the code, which every node sees.
+RUNS = Path(os.environ.get("AMORTIZE_RUNS", "runs")).expanduser()
+RAY_PACKAGE = "_ray_pkg_"  # begins the name of a job's copy of the code
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # The kernel gives start times in clock ticks; rounding must not look like another process.
 _START_TOLERANCE_S = 1.0
@@ -31,6 +33,14 @@ class RunMissing(FileNotFoundError):
 
 class RunAlive(RuntimeError):
     """Another process drives this run."""
+
+
+class RunsGoWithJob(ValueError):
+    """The folder of runs lies in a job's copy of the code, which Ray removes."""
+
+
+class RunNotShared(FileNotFoundError):
+    """A node does not see the run's folder."""
 
 
 class BadRunName(ValueError):
@@ -116,6 +126,7 @@ class RunDirectory:
         self.adapter = self.path / "adapter"
         self.buffer = self.path / "buffer"
         self.checkpoints = self.path / "checkpoints"
+        self.quarantine = self.path / "quarantine"
         self.plots = self.path / "plots"
         self._lock: int | None = None
 
@@ -128,6 +139,7 @@ class RunDirectory:
             RunExists: a new run, but the name is taken.
             RunMissing: nothing to resume.
             RunAlive: another process drives the run.
+            RunsGoWithJob: what the run leaves would not outlive its job.
         """
         self.check(resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -142,6 +154,12 @@ class RunDirectory:
 
     def check(self, *, resume: bool) -> None:
         """Raise what `begin` would, but for a race with another process; changes nothing."""
+        if any(part.startswith(RAY_PACKAGE) for part in self.path.parts):
+            raise RunsGoWithJob(
+                f"{self.path} would go with this job's copy of the code: set AMORTIZE_RUNS, where "
+                f"Ray is started on the head or in the job's runtime environment, to a folder that "
+                f"every node sees"
+            )
         state = self.state()
         if state is not None and not state.ended and state.driver() is not None:
             raise RunAlive(self._driven_elsewhere())
@@ -177,6 +195,20 @@ class RunDirectory:
         who = "another process" if state is None else f"process {state.pid} on {state.host}"
         return (
             f"run {self.name!r} is driven by {who}: stop it with 'amortize stop --run {self.name}'"
+        )
+
+
+def check_shared(path: Path, *, node: str) -> None:
+    """Raise RunNotShared unless this node sees the folder of a run that its driver has begun.
+
+    Args:
+        path: the run's folder, where the driver has it.
+        node: name or address of this node, for the message.
+    """
+    if not (path / "config.toml").is_file():
+        raise RunNotShared(
+            f"node {node} does not see {path}, where the run's checkpoints and adapter belong: "
+            f"mount one folder on every node, and name it in AMORTIZE_RUNS"
         )
 
 

@@ -10,13 +10,17 @@ from typing import Any, Protocol
 import ray
 
 from cluster.config import RunConfig
+from cluster.fingerprint import SourceMixture, source_fingerprint
 from cluster.fit import check_fit
-from cluster.launch import Launcher, connect_ray
+from cluster.gang import StartFailed
+from cluster.joining import connect_ray, namespace_of
+from cluster.launch import Launcher
 from cluster.local import LocalRun
-from cluster.measure import Measurement, measure
+from cluster.measure import measure
+from cluster.measurement import Measurement
 from cluster.rundir import RunDirectory
 from cluster.supervisor import Supervisor
-from cluster.waiting import wait_for
+from cluster.waiting import cause_line, wait_for
 from cluster.workers import RunContext
 
 EVALUATION_TIMEOUT_S = 3600.0
@@ -121,6 +125,8 @@ class LocalSession:
             run=self._directory.name,
             checkpoints=self._directory.checkpoints,
             adapter=self._directory.adapter,
+            quarantine=self._directory.quarantine,
+            report=report,
             buffer_url=self._buffer.url,
             buffer_password=self._buffer.password,
         )
@@ -156,19 +162,37 @@ class RaySession:
 
     def open(self) -> None:
         """Join or start Ray; raises DoesNotFit when the run is too large for it."""
-        namespace = f"amortize-{self._directory.name}"
+        namespace = namespace_of(self._directory.name)
         connect_ray(self._config, self._cluster, namespace)
+        if self._cluster is None:
+            # What others need to join it; state.json tells them.
+            self.address = ray.get_runtime_context().gcs_address
         check_fit(self._config, ray.cluster_resources())
         self._context = RunContext(
             config=self._config,
             run=self._directory.name,
             checkpoints=self._directory.checkpoints,
             adapter=self._directory.adapter,
+            quarantine=self._directory.quarantine,
             namespace=namespace,
             buffer_url=self._buffer.url,
             buffer_password=self._buffer.password,
+            source=source_fingerprint(),
             board=self._launcher.board(),
         )
+        self._check_board()
+
+    def _check_board(self) -> None:
+        """Raise StartFailed unless the weight board has come up, from this process's source."""
+        try:
+            wait_for(
+                self._context.board.check_source.remote(self._context.source),
+                peer="weight board",
+                phase="start",
+                timeout_s=self._config.cluster.start_timeout_s,
+            )
+        except SourceMixture as error:
+            raise StartFailed(f"could not start the weight board: {cause_line(error)}") from None
 
     def start(self, report: Callable[[str], None]) -> Supervisor:
         """Launch every gang."""

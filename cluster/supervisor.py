@@ -47,8 +47,9 @@ class Supervisor:
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died
         self.learner_rows: list[dict[str, float]] = []
         self._rows_taken = 0
+        self._events_taken = 0
         self.gangs: dict[str, Gang] = {}
-        for index in range(config.reward.replicas):
+        for index in range(config.reward_replicas):
             self._launch_replica(index)
         self._launch_learner()
         for index in range(config.cluster.actors):
@@ -77,6 +78,7 @@ class Supervisor:
         Raises:
             StartFailed: a part that never ran could not start.
             RunFailed: a part died more than `cluster.max_restarts` times.
+            Unrecoverable: a part failed in a way that its replacement would only repeat.
         """
         for name, gang in list(self.gangs.items()):
             before = gang.phase
@@ -91,7 +93,7 @@ class Supervisor:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Desired and running numbers of actors and reward replicas."""
-        desired = {"actors": self._config.cluster.actors, "replicas": self._config.reward.replicas}
+        desired = {"actors": self._config.cluster.actors, "replicas": self._config.reward_replicas}
         actual = {"actors": self._running("actor-"), "replicas": self._running("reward-")}
         return {"desired": desired, "actual": actual}
 
@@ -138,6 +140,8 @@ class Supervisor:
         )
 
     def _replace(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
+        if gang.fatal is not None:
+            raise gang.fatal
         if not ever_ran and self._incarnations[name] == 0:
             raise StartFailed(f"could not start {gang.cause}")
         self._report(f"{gang.cause}; replacing it")
@@ -175,7 +179,7 @@ class Supervisor:
 
     def _launch_learner(self) -> None:
         incarnation = self._next_incarnation("learner")
-        self._rows_taken = 0
+        self._rows_taken = self._events_taken = 0
         self._launch(
             "learner", lambda: self._launcher.learner(self._context, incarnation=incarnation)
         )
@@ -203,16 +207,24 @@ class Supervisor:
             self._announced = names
 
     def _collect_rows(self) -> None:
+        """Take over what the learner has measured and what it has to say."""
         learner = self.gangs["learner"]
-        if learner.status.get("rows", 0) <= self._rows_taken:
-            return
+        new_rows = learner.status.get("rows", 0) > self._rows_taken
+        new_events = learner.status.get("events", 0) > self._events_taken
+        timeout_s = self._config.cluster.answer_timeout_s
         try:
-            rows = ray.get(
-                learner.leader.rows_since.remote(self._rows_taken),
-                timeout=self._config.cluster.answer_timeout_s,
-            )
+            if new_rows:
+                rows = ray.get(
+                    learner.leader.rows_since.remote(self._rows_taken), timeout=timeout_s
+                )
+                self._rows_taken += len(rows)
+                self.learner_rows.extend(rows)
+            if new_events:
+                events = ray.get(
+                    learner.leader.events_since.remote(self._events_taken), timeout=timeout_s
+                )
+                self._events_taken += len(events)
+                for event in events:
+                    self._report(f"learner: {event}")
         except Exception as error:  # its death is the gang's to report
             self._report(f"learner metrics not read: {type(error).__name__}")
-            return
-        self._rows_taken += len(rows)
-        self.learner_rows.extend(rows)

@@ -13,6 +13,7 @@ from cluster.conclusion import conclude
 from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
 from cluster.driver import Driver
+from cluster.joining import join_cluster, namespace_of
 from cluster.preflight import check_before_start
 from cluster.roles import build_buffer
 from cluster.rundir import RunDirectory, new_name, write_whole
@@ -20,6 +21,7 @@ from cluster.session import BufferAddress, LocalSession, RaySession, Session
 from cluster.terminal import Terminal
 
 _BUFFER_STOP_S = 30.0
+_BUFFER_POLL_S = 0.2
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,6 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         address=None if arguments.local else address,
         local=arguments.local,
     )
+    if address is not None and not arguments.local:
+        config = join_cluster(config, address, namespace_of(directory.name))
     directory.begin(resume=arguments.resume)
     try:
         write_whole(directory.config_file, resolved_toml(config))
@@ -60,12 +64,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class OwnBuffer:
-    """The run's Redis: one that the run keeps alive, or an external one, which is its owner's."""
+    """The run's Redis: one that the run keeps alive, or an external one, which is its owner's.
+
+    It is kept alive to the very end: who ends a run often signals all of its processes at once
+    (`ray job stop`, systemd, Slurm), and an orderly stop still needs the buffer.
+    """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
         self._config = config
         self._directory = directory
         self._server = self._start() if config.buffer.url is None else None
+        self._revived = threading.Event()
+        self._failure: Exception | None = None
+        self._stopping = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_alive, name="buffer", daemon=True)
+        self._keeper.start()
         self._replay = build_buffer(
             config, run=directory.name, url=self.address.url, password=self.address.password
         )
@@ -82,11 +95,15 @@ class OwnBuffer:
         )
 
     def revive(self) -> bool:
-        """Start a server that died again, on its files and its port; whether that was needed."""
-        if self._server is None or self._server.alive():
-            return False
-        self._server = self._start()
-        return True
+        """Whether a server that had died was started again since the last call.
+
+        Raises what kept it from starting.
+        """
+        if self._failure is not None:
+            raise self._failure
+        revived = self._revived.is_set()
+        self._revived.clear()
+        return revived
 
     def size(self) -> int:
         """Trajectories in replay now."""
@@ -94,8 +111,21 @@ class OwnBuffer:
 
     def stop(self) -> None:
         """End the server in order; its files stay."""
+        self._stopping.set()
+        self._keeper.join()
         if self._server is not None:
             self._server.stop(timeout_s=_BUFFER_STOP_S)
+
+    def _keep_alive(self) -> None:
+        """Start a server that died again, on its files and its port."""
+        while self._server is not None and not self._stopping.wait(_BUFFER_POLL_S):
+            if not self._server.alive():
+                try:
+                    self._server = self._start()
+                except Exception as error:  # the driver's to report, in its own thread
+                    self._failure = error
+                    return
+                self._revived.set()
 
     def _start(self) -> RedisServer:
         return RedisServer.start(

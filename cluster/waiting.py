@@ -38,7 +38,12 @@ def first_line(error: BaseException) -> str:
 
 
 def cause_line(error: BaseException) -> str:
-    """Class and last line of what a remote process raised, without the remote traceback."""
-    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
-    cause = cause if isinstance(cause, BaseException) else error
+    """Class and first line of what a remote process raised, without the remote traceback."""
+    cause = cause_of(error)
     return f"{type(cause).__name__}: {first_line(cause)}"
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What a remote process raised, as it raised it; any other error as it is."""
+    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
+    return cause if isinstance(cause, BaseException) else error

@@ -5,6 +5,7 @@ Each has the same life, which `gang` drives: `rendezvous` (where the process may
 thread, `status` and `stop`.
 """
 
+import logging
 import socket
 import threading
 from collections.abc import Sequence
@@ -19,12 +20,17 @@ import learner.deepspeed_engine
 import reward.rank
 from cluster import roles
 from cluster.config import RunConfig
-from cluster.measure import Measurement, measure
+from cluster.fingerprint import check_source
+from cluster.interface import pin_interface
+from cluster.measure import measure
+from cluster.measurement import Measurement
 from cluster.remote import RemoteBoard, RemoteScorer
+from cluster.rundir import check_shared
 from lm.adapter import save_adapter
 from lm.model import load_base
 from reward.replica import RewardReplica
 
+_log = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.5
 
 
@@ -44,9 +50,11 @@ class RunContext:
     run: str
     checkpoints: Path
     adapter: Path
+    quarantine: Path
     namespace: str
     buffer_url: str
     buffer_password: str | None
+    source: str  # fingerprint of what the driver runs
     board: ActorHandle
 
 
@@ -69,9 +77,23 @@ class Worker:
             probe.bind(("", 0))
             return Meeting(address=ray.util.get_node_ip_address(), port=probe.getsockname()[1])
 
+    def start(self, meeting: Meeting) -> None:
+        """Take part in the run: build what this process holds, and join the other ranks.
+
+        Raises:
+            SourceMixture: this process runs other source than the driver.
+        """
+        self._node = ray.util.get_node_ip_address()
+        check_source(self._context.source, node=self._node)
+        pin_interface(self._node)
+        self._build(meeting)
+
     def stop(self) -> None:
         """Ask `run` to end; it finishes what it holds first."""
         self._stopping.set()
+
+    def _build(self, meeting: Meeting) -> None:
+        raise NotImplementedError
 
     def _board(self) -> RemoteBoard:
         return RemoteBoard(
@@ -87,7 +109,7 @@ class RolloutWorker(Worker):
         self._index = index
         self._incarnation = incarnation
 
-    def start(self, _: Meeting) -> None:
+    def _build(self, _: Meeting) -> None:
         """Load LM and task, connect to the buffer."""
         context = self._context
         base, self._task = roles.load_task(context.config)
@@ -143,7 +165,7 @@ class RewardWorker(Worker):
         super().__init__(context, name=name, rank=rank, num_ranks=num_ranks)
         self._peers = peers
 
-    def start(self, meeting: Meeting) -> None:
+    def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
         config = self._context.config
         self._shard = reward.rank.RewardRank(
@@ -209,10 +231,12 @@ class RemoteShare:
 class LearnerWorker(Worker):
     """One rank of the learner; rank 0 draws, publishes, checkpoints and reports."""
 
-    def start(self, meeting: Meeting) -> None:
+    def _build(self, meeting: Meeting) -> None:
         """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
         context, config = self._context, self._context.config
+        check_shared(context.adapter.parent, node=self._node)
         self._rows: list[dict[str, float]] = []
+        self._events: list[str] = []
         self._base, task = roles.load_task(config)
         rendezvous = learner.deepspeed_engine.Rendezvous(
             address=meeting.address,
@@ -226,6 +250,7 @@ class LearnerWorker(Worker):
             base=self._base,
             task=task,
             checkpoints=context.checkpoints,
+            quarantine=context.quarantine,
             make_engine=lambda model, settings: learner.deepspeed_engine.DeepSpeedEngine(
                 model, settings, rendezvous
             ),
@@ -233,6 +258,7 @@ class LearnerWorker(Worker):
                 config, run=context.run, url=context.buffer_url, password=context.buffer_password
             ),
             weights=self._board(),
+            warn=self._warn,
         )
 
     def run(self) -> dict[str, Any]:
@@ -245,16 +271,25 @@ class LearnerWorker(Worker):
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """Steps taken, version published, and how many rows of metrics can be read."""
+        """Steps taken, version published, and how many rows and events can be read."""
         return {
             "step": self._learner.completed_steps,
             "version": self._learner.version,
             "rows": len(self._rows),
+            "events": len(self._events),
         }
 
     def rows_since(self, count: int) -> list[dict[str, float]]:
         """Metrics of the steps after the first `count` of this process."""
         return self._rows[count:]
+
+    def events_since(self, count: int) -> list[str]:
+        """What people should know, after the first `count` lines of this process."""
+        return self._events[count:]
+
+    def _warn(self, text: str) -> None:
+        _log.warning(text)
+        self._events.append(text)
 
 
 class EvaluationWorker(Worker):
@@ -264,5 +299,14 @@ class EvaluationWorker(Worker):
         super().__init__(context, name=name, rank=0, num_ranks=1)
 
     def evaluate(self, adapter: Path | None) -> Measurement:
-        """Results of the base (None) or of the adapter in a folder."""
+        """Results of the base (None) or of the adapter in a folder.
+
+        Raises:
+            SourceMixture: this process runs other source than the driver.
+            RunNotShared: this node does not see the adapter.
+        """
+        node = ray.util.get_node_ip_address()
+        check_source(self._context.source, node=node)
+        if adapter is not None:
+            check_shared(adapter.parent, node=node)
         return measure(self._context.config, adapter=adapter)

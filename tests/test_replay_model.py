@@ -13,6 +13,7 @@ import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from buffer.browse import ReplayBrowser, Tally
 from buffer.config import BufferConfig
 from buffer.near_duplicate import near_duplicates
 from buffer.replay import BufferStarved, Group, ReplayBuffer
@@ -56,6 +57,8 @@ class Model:
     fresh: list[tuple[int, int, list[str]]] = field(default_factory=list)  # version, number, ids
     draws: Counter[int] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
+    again: Counter[str] = field(default_factory=Counter)  # by id
+    replaced: Counter[str] = field(default_factory=Counter)  # by id
     version: int | None = None
 
     def admit(self, group: Sequence[Trajectory]) -> None:
@@ -71,24 +74,29 @@ class Model:
             ]
             if trajectory.id in items:
                 self.counts["duplicates"] += 1
+                self.again[trajectory.id] += 1
                 items[trajectory.id] = (tokens, reward)
             elif any(items[id][1] >= reward for id in near):
                 self.counts["near_rejected"] += 1
             else:
                 for id in near:
-                    del items[id]
+                    self.forget(items, id)
                     self.counts["near_replaced"] += 1
+                    self.replaced[trajectory.id] += 1
                 items[trajectory.id] = (tokens, reward)
                 if len(items) > self.config.quota_per_prompt:
-                    del items[min(items, key=lambda id: (items[id][1], id))]
+                    self.forget(items, min(items, key=lambda id: (items[id][1], id)))
                     self.counts["evicted_quota"] += 1
         while sum(map(len, self.replay.values())) > self.config.capacity:
             ranked = [
                 (r, id + p, id, p) for p, s in self.replay.items() for id, (_, r) in s.items()
             ]
             _, _, id, prompt = min(ranked)
-            del self.replay[prompt][id]
+            self.forget(self.replay[prompt], id)
             self.counts["evicted_capacity"] += 1
+
+    def forget(self, items: dict[str, tuple[tuple[int, ...], float]], id: str) -> None:
+        del items[id], self.again[id], self.replaced[id]
 
     def queue(self, group: Sequence[Trajectory]) -> None:
         self.counts["groups_accepted"] += 1
@@ -152,7 +160,8 @@ def test_any_sequence_of_calls_does_what_the_plain_model_does(
     client: redis.Redis, steps: list[tuple[str, tuple]]
 ) -> None:
     model, version, serial = Model(SMALL), 0, itertools.count()
-    buffer = ReplayBuffer(client, run=uuid4().hex, config=SMALL)
+    run = uuid4().hex
+    buffer = ReplayBuffer(client, run=run, config=SMALL)
     for action, detail in steps:
         if action == "draw":
             num_groups, later = detail
@@ -187,6 +196,10 @@ def test_any_sequence_of_calls_does_what_the_plain_model_does(
         items = stored.setdefault(trajectory.prompt_key, {})
         items[trajectory.id] = trajectory.terminal_log_reward
     assert stored == {p: {id: r for id, (_, r) in s.items()} for p, s in model.replay.items() if s}
+    assert ReplayBrowser(client, run=run).tallies() == {
+        id: Tally(duplicates=model.again[id], near_replaced=model.replaced[id])
+        for id in +model.again | +model.replaced
+    }
     audit = buffer.audit()
     assert audit.ok, audit.discrepancies
     names = audit.counters.__dataclass_fields__

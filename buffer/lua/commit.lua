@@ -1,12 +1,12 @@
 -- Carry out a plan for one prompt, and queue its group, if the prompt is still at `revision`.
 -- ARGV: prompt revision capacity offered duplicates near_rejected near_replaced evicted_quota
---       num_removed id*  num_put (id log-reward payload)*
+--       num_removed id*  num_put (id log-reward payload duplicates near_replaced)*
 --       and for a group: digest version max_age fresh_capacity num_remembered payload
 -- Returns {'conflict'} | {'repeated'} | {'done', evicted_capacity, 'none' | 'queued' | 'expired'}
 local prompt, revision, capacity = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local removed_at = 10
 local put_at = removed_at + tonumber(ARGV[9]) + 1
-local group_at = put_at + 3 * tonumber(ARGV[put_at - 1])
+local group_at = put_at + 5 * tonumber(ARGV[put_at - 1])
 local digest = ARGV[group_at]
 
 -- A client that lost our answer sends the same group again; it must not count twice.
@@ -14,12 +14,14 @@ if digest and call('ZSCORE', key('accepted'), digest) then return {'repeated'} e
 if (call('HGET', key('revision'), prompt) or '0') ~= revision then return {'conflict'} end
 
 for i = removed_at, put_at - 2 do forget_item(ARGV[i], prompt) end
-for i = put_at, group_at - 1, 3 do
+for i = put_at, group_at - 1, 5 do
   local id, log_reward = ARGV[i], ARGV[i + 1]
   call('HSET', key('payload'), id, ARGV[i + 2])
   call('ZADD', items_of(prompt), log_reward, id)
   call('ZADD', key('priority'), log_reward, id .. prompt)
   call('HINCRBY', key('revision'), prompt, 1)
+  if ARGV[i + 3] ~= '0' then call('HINCRBY', key('duplicates'), id, ARGV[i + 3]) end
+  if ARGV[i + 4] ~= '0' then call('HINCRBY', key('near_replaced'), id, ARGV[i + 4]) end
 end
 local evicted = 0
 while call('ZCARD', key('priority')) > capacity do

@@ -1,6 +1,6 @@
 -- The whole buffer as of one instant, for the audit.
--- Returns {meta, payload, priority, fresh, undrawn, groups, draws, sampled,
---          {prompt, {id, log-reward, ...}, ...}},
+-- Returns {meta, payload, priority, fresh, undrawn, groups, draws, sampled, duplicates,
+--          near_replaced, {prompt, {id, log-reward, ...}, ...}},
 -- each hash and zset as a flat list.
 local prompts = {}
 for _, prompt in ipairs(call('HKEYS', key('revision'))) do
@@ -16,5 +16,7 @@ return {
   call('HGETALL', key('groups')),
   call('HGETALL', key('draws')),
   call('HGETALL', key('sampled')),
+  call('HGETALL', key('duplicates')),
+  call('HGETALL', key('near_replaced')),
   prompts,
 }

@@ -13,6 +13,8 @@ local function forget_item(id, prompt)
   call('ZREM', key('priority'), id .. prompt)
   call('HDEL', key('payload'), id)
   call('HDEL', key('sampled'), id)
+  call('HDEL', key('duplicates'), id)
+  call('HDEL', key('near_replaced'), id)
   call('HINCRBY', key('revision'), prompt, 1)
 end
 

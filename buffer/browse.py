@@ -1,0 +1,103 @@
+"""Looking at a replay buffer without changing it, in portions that hold nobody up."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import redis
+from redis.client import Pipeline
+
+from buffer.connection import naming_errors
+from buffer.stats import ReplayStats, read_stats
+from buffer.store import Store
+from buffer.trajectory import MalformedTrajectory, Trajectory, unpack
+
+# Entries that one command reads: the server answers others in between.
+PORTION = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """What has happened to one stored trajectory since it was stored."""
+
+    draws: int = 0  # from replay, by the learner
+    duplicates: int = 0  # times it came again
+    near_replaced: int = 0  # near-duplicates that made way for it
+
+
+class ReplayBrowser:
+    """The replay of a run for people to look at; every call only reads.
+
+    Safe to share between threads. Unlike `ReplayBuffer`, it leaves what it cannot read where it
+    is. Every method raises BufferUnreachable when Redis is gone for longer than the client's
+    timeout.
+    """
+
+    def __init__(self, client: redis.Redis, *, run: str) -> None:
+        self._store = Store(client, run=run)
+
+    def stats(self) -> ReplayStats:
+        """See `ReplayBuffer.stats`."""
+        return read_stats(self._store)
+
+    def revisions(self) -> dict[str, int]:
+        """For every prompt a number that moves whenever what is stored for it changes."""
+        return {prompt.decode(): int(revision) for prompt, revision in self._scan("revision")}
+
+    def tallies(self) -> dict[str, Tally]:
+        """By id, of everything that has any tally."""
+        draws, duplicates, near_replaced = (
+            {id.decode(): int(count) for id, count in self._scan(name)}
+            for name in ("sampled", "duplicates", "near_replaced")
+        )
+        return {
+            id: Tally(
+                draws=draws.get(id, 0),
+                duplicates=duplicates.get(id, 0),
+                near_replaced=near_replaced.get(id, 0),
+            )
+            for id in draws.keys() | duplicates.keys() | near_replaced.keys()
+        }
+
+    def tallies_of(self, ids: Sequence[str]) -> dict[str, Tally]:
+        """By id, as of one instant."""
+
+        def ask(pipeline: Pipeline) -> None:
+            for name in ("sampled", "duplicates", "near_replaced"):
+                pipeline.hmget(self._store.key(name), list(ids))
+
+        columns = self._store.pipeline(ask) if ids else [[], [], []]
+        return {
+            id: Tally(
+                draws=int(draws or 0),
+                duplicates=int(duplicates or 0),
+                near_replaced=int(near_replaced or 0),
+            )
+            for id, draws, duplicates, near_replaced in zip(ids, *columns, strict=True)
+        }
+
+    def ids(self, prompts: Sequence[str]) -> list[list[str]]:
+        """For each prompt, the ids of what is stored for it."""
+
+        def ask(pipeline: Pipeline) -> None:
+            for prompt in prompts:
+                pipeline.zrange(self._store.key(f"prompt:{prompt}"), 0, -1)
+
+        return [[id.decode() for id in ids] for ids in self._store.pipeline(ask)]
+
+    def trajectories(self, ids: Sequence[str]) -> Iterator[Trajectory]:
+        """What is stored under the ids; without those that are gone or cannot be read."""
+        for start in range(0, len(ids), PORTION):
+            portion = ids[start : start + PORTION]
+            for payload in self._store.read("HMGET", "payload", *portion):
+                if payload is None:
+                    continue
+                try:
+                    yield unpack(payload)
+                except MalformedTrajectory:
+                    # The next to read it for use puts it into quarantine and says so.
+                    continue
+
+    def _scan(self, name: str) -> Iterator[tuple[bytes, bytes]]:
+        """Fields of a hash, portion by portion."""
+        with naming_errors(self._store.place, phase="reading"):
+            yield from self._store.client.hscan_iter(self._store.key(name), count=PORTION)

@@ -1,0 +1,76 @@
+"""The verb `inspect`: shows the trajectories of a run in a browser, until it is interrupted."""
+
+import argparse
+import os
+import signal
+import threading
+from types import FrameType
+
+from cluster.config_file import load_config
+from cluster.inspector.access import TOKEN_PARAMETER, keep_token
+from cluster.inspector.keeper import BufferKeeper
+from cluster.inspector.serve import served_by_ray, served_here
+from cluster.inspector.sources import Target
+from cluster.rundir import RunDirectory, RunMissing, RunState, all_runs, find_run
+from cluster.stop import the_live_run
+
+_WATCH_S = 2.0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve the inspector; ends on Ctrl-C, or with the Ray cluster that it runs on."""
+    directory = find_run(arguments.run) if arguments.run else the_run_of_interest()
+    config = load_config(str(directory.config_file), arguments.overrides)
+    ended = threading.Event()
+    on_signal(ended)
+    with BufferKeeper(config, directory) as keeper:
+        url, password = keeper.address
+        target = Target(
+            config=config,
+            run=directory.name,
+            root=directory.path.parent,
+            buffer_url=url,
+            buffer_password=password,
+            token=keep_token(directory.path),
+        )
+        if arguments.no_serve:
+            serving = served_here(target, port=arguments.port)
+        else:
+            address = arguments.address or ray_address(directory.state())
+            serving = served_by_ray(target, port=arguments.port, address=address)
+        with serving as place:
+            print(f"inspector of {directory.name}: {place.url}?{TOKEN_PARAMETER}={target.token}")
+            if place.dashboard:
+                print(f"listed in Ray's dashboard: {place.dashboard}")
+            print("Ctrl-C ends it", flush=True)
+            while not ended.wait(_WATCH_S):
+                keeper.watch()
+                place.watch()
+    return 0
+
+
+def the_run_of_interest() -> RunDirectory:
+    """The one that goes on, else the newest; raises SeveralRuns, RunMissing."""
+    if (live := the_live_run()) is not None:
+        return live
+    runs = list(all_runs())
+    if not runs:
+        raise RunMissing("no runs here yet: 'amortize train CONFIG' starts one")
+    return runs[-1]
+
+
+def ray_address(state: RunState | None) -> str | None:
+    """The Ray cluster that a run goes on on, or that RAY_ADDRESS names; None: there is none."""
+    if state is not None and state.address and not state.ended and state.driver() is not None:
+        return state.address
+    return os.environ.get("RAY_ADDRESS")
+
+
+def on_signal(ended: threading.Event) -> None:
+    """End in order on Ctrl-C and SIGTERM."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        ended.set()
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, handle)

@@ -1,0 +1,94 @@
+"""The Redis of the run that is looked at: somebody else's while the run goes on, ours after it."""
+
+import socket
+from types import TracebackType
+
+from buffer.connection import BufferUnreachable, connect
+from buffer.folder import FolderInUse, NeverServed
+from buffer.server import RedisServer, reach
+from cluster.config import RunConfig
+from cluster.rundir import RunDirectory
+
+_PROBE_TIMEOUT_S = 2.0
+_STOP_TIMEOUT_S = 30.0
+
+
+class BufferKeeper:
+    """Where the run's Redis is; starts one on the run's files where no driver has one.
+
+    A server that was started here is only read from, and ends with this object. While the driver
+    lives, the server is the driver's, and nothing is started.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self._config = config
+        self._directory = directory
+        self._server: RedisServer | None = None
+
+    def __enter__(self) -> "BufferKeeper":
+        """Find the run's Redis, or start it.
+
+        Raises:
+            BufferUnreachable, NeverServed: the run should have a Redis, and has none that answers.
+            FolderInUse, ForeignFolder, NoRedisServer, ...: it could not be started.
+        """
+        if not self._answers():
+            if not self._is_ours_to_start():
+                self._connect()  # says who does not answer
+            self._start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._server is not None:
+            self._server.stop(timeout_s=_STOP_TIMEOUT_S)
+
+    @property
+    def address(self) -> tuple[str, str | None]:
+        """Address and password."""
+        config = self._config.buffer
+        if config.url is None:
+            return reach(self._directory.buffer, config)
+        secret = config.password
+        return config.url, None if secret is None else secret.get_secret_value()
+
+    def watch(self) -> None:
+        """Take over where a driver has ended since, and revive a server of ours that died."""
+        if self._server is not None:
+            if self._server.alive():
+                return
+            self._server = None
+        if self._is_ours_to_start() and not self._answers():
+            try:
+                self._start()
+            except FolderInUse:
+                return  # the driver's server is still on its way out: next time
+
+    def _start(self) -> None:
+        self._server = RedisServer.start(
+            self._directory.buffer, run=self._directory.name, config=self._config.buffer
+        )
+
+    def _is_ours_to_start(self) -> bool:
+        """Whether the files are a managed server's, and nobody drives the run."""
+        if self._config.buffer.url is not None or not self._directory.buffer.is_dir():
+            return False
+        state = self._directory.state()
+        if state is None or state.ended:
+            return True
+        return state.host == socket.gethostname() and state.driver() is None
+
+    def _answers(self) -> bool:
+        try:
+            self._connect()
+        except (BufferUnreachable, NeverServed):
+            return False
+        return True
+
+    def _connect(self) -> None:
+        url, password = self.address
+        connect(url, password=password, timeout_s=_PROBE_TIMEOUT_S).close()

@@ -1,0 +1,195 @@
+"""From what is known to HTML. Every text passes `escaped`; only charts and links are ours."""
+
+import base64
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from cluster.escaping import escaped
+from cluster.inspector.catalogue import Listing
+from cluster.inspector.charts import Chart, Series, number
+from cluster.inspector.curves import Curve
+from cluster.inspector.queries import Page, Query
+from cluster.inspector.sources import Detail
+from cluster.readout import TIME_LEFT_S, duration, figures, parts, phase
+from cluster.rundir import RunState
+
+REFRESH_S = 5
+_COLUMNS = (  # heading, order, its explanation
+    ("rationale", None, "What the policy wrote; a tool's text is marked."),
+    ("prompt", "prompt", "What it was asked."),
+    ("log R", "reward", "Log-reward of the whole rationale, nats, untempered."),
+    ("right", None, "The task's verdict."),
+    ("version", "version", "Of the weights that sampled it."),
+    ("age", None, "The learner's version less its own."),
+    ("length", "length", "Tokens, the tool's included."),
+    ("sampled", "created", "When."),
+    ("drawn", "draws", "Times the learner drew it from replay."),
+    ("again", "again", "Times it came again while it was stored."),
+    ("replaced", "replaced", "Near-duplicates that made way for it."),
+)
+
+
+def _asset(name: str) -> Markup:
+    return Markup((resources.files("cluster.inspector") / "templates" / name).read_text("utf-8"))
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+_STYLE, _SCRIPT = _asset("style.css"), _asset("refresh.js")
+# Nothing but this very style and this very script, and nothing from anywhere else.
+POLICY = (
+    f"default-src 'none'; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+
+
+def _finalize(value: Any) -> Any:
+    """What a template writes: no text reaches a page but through here."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(escaped(str(value)))
+
+
+class Pages:
+    """The pages of one run.
+
+    Args:
+        run: its name.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._environment = Environment(
+            loader=PackageLoader("cluster.inspector"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            finalize=_finalize,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.filters.update(nats=nats, ago=ago, number=number, times=times)
+        self._environment.tests["missing"] = lambda value: value is None
+        self._environment.globals.update(run=run, style=_STYLE, script=_SCRIPT, refresh=REFRESH_S)
+
+    def table(
+        self,
+        page: Page,
+        query: Query,
+        listing: Listing,
+        *,
+        tasks: Sequence[str],
+        state: RunState | None,
+        base: str,
+        live: bool,
+    ) -> str:
+        """The table of trajectories."""
+        return self._render(
+            "table.html",
+            page=page,
+            query=query,
+            listing=listing,
+            tasks=tasks,
+            columns=_COLUMNS,
+            state=state,
+            base=base,
+            live=live,
+        )
+
+    def trajectory(self, detail: Detail, *, state: RunState | None, base: str, live: bool) -> str:
+        """One trajectory."""
+        return self._render(
+            "trajectory.html",
+            detail=detail,
+            charts=prefix_charts(detail),
+            in_table=Query(prompt=detail.row.prompt_key).address(),
+            state=state,
+            base=base,
+            live=live,
+        )
+
+    def curves(
+        self, curves: Sequence[Curve], *, state: RunState | None, base: str, live: bool
+    ) -> str:
+        """The curves of the run."""
+        return self._render("curves.html", curves=curves, state=state, base=base, live=live)
+
+    def message(self, title: str, text: str, *, state: RunState | None, base: str) -> str:
+        """A page that says why there is no other."""
+        return self._render(
+            "message.html", title=title, text=text, state=state, base=base, live=False
+        )
+
+    def _render(self, template: str, *, state: RunState | None, **context: Any) -> str:
+        return self._environment.get_template(template).render(
+            state=state, facts=facts(state), now=time.time(), **context
+        )
+
+
+def facts(state: RunState | None) -> Mapping[str, str]:
+    """What stands on top of every page."""
+    if state is None:
+        return {}
+    known = {"phase": phase(state), "step": f"{state.step} of {state.steps}"}
+    known |= {"version": str(state.version)}
+    if state.desired and not state.ended:
+        known["parts"] = parts(state)
+    metrics = dict(state.metrics)
+    if state.ended:
+        metrics.pop(TIME_LEFT_S, None)
+    return known | dict(figures(metrics))
+
+
+def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
+    """The four quantities of a trajectory's prefixes, by their caption."""
+    steps = [step.prefix for step in detail.steps]
+    residuals = [(p.length, p.residual) for p in steps if p.residual is not None]
+    drawn: dict[str, tuple[Series, float | None]] = {
+        "log R, nats": (_dots([(p.length, p.log_reward) for p in steps]), None),
+        "log q(stop), nats": (_dots([(p.length, p.log_q_stop) for p in steps]), None),
+        "potential φ, nats; dashed: −log Z": (
+            _dots([(p.length, p.potential) for p in steps]),
+            -detail.log_z,
+        ),
+        "SubTB residual, nats": (
+            Series(residuals, "bars", [f"after {t} tokens: {number(r)}" for t, r in residuals]),
+            None,
+        ),
+    }
+    return {
+        caption: Chart(
+            title=f"{caption}, by tokens of the rationale",
+            series=[series],
+            level=level,
+            bands=detail.tool_spans,
+            counted=detail.row.num_tokens,
+        ).svg()
+        for caption, (series, level) in drawn.items()
+        if series.points
+    }
+
+
+def _dots(points: Sequence[tuple[int, float]]) -> Series:
+    return Series(points, "dots", [f"after {t} tokens: {number(y)}" for t, y in points])
+
+
+def nats(value: float | None) -> str:
+    """A log-probability or log-reward, in a column of its like."""
+    return "" if value is None else f"{value:.3f}".replace("-", "−")
+
+
+def times(count: int) -> str:
+    """How often."""
+    return ("never", "once", "twice")[count] if count <= 2 else f"{count} times"
+
+
+def ago(unix_s: float, now: float) -> str:
+    """How long ago."""
+    return f"{duration(max(0.0, now - unix_s))} ago"

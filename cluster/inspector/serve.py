@@ -1,0 +1,249 @@
+"""Where the inspector runs: as an application of Ray Serve, or in this process."""
+
+import contextlib
+import http.client
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import ray
+import uvicorn
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve import Application
+
+from cluster.inspector.access import NO_TOKEN
+from cluster.inspector.app import build_app
+from cluster.inspector.sources import Sources, Target
+from cluster.joining import connect_ray, namespace_of
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+_START_TIMEOUT_S = 180.0
+_ROUTE_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 10.0
+_SILENCE_TIMEOUT_S = 60.0
+_REPLY_TIMEOUT_S = 10.0
+_POLL_S = 0.2
+
+
+class InspectorNotStarted(RuntimeError):
+    """The inspector did not come up."""
+
+
+class InspectorGone(ConnectionError):
+    """The inspector does not answer any more."""
+
+
+def prefix(run: str) -> str:
+    """The first part of every address of the inspector of a run."""
+    return f"/inspect/{run}"
+
+
+def application_name(run: str) -> str:
+    """What the dashboard's Serve tab lists."""
+    return f"inspector-{run}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the inspector of a run can be seen."""
+
+    run: str
+    port: int
+    dashboard: str | None = None  # the page that lists it
+
+    @property
+    def url(self) -> str:
+        """Its first page."""
+        return f"http://{HOST}:{self.port}{prefix(self.run)}/"
+
+    def watch(self) -> None:
+        """Raise InspectorGone when nothing answers there for _SILENCE_TIMEOUT_S."""
+        if not answers(self, within_s=_SILENCE_TIMEOUT_S):
+            raise InspectorGone(
+                f"nothing answers at {HOST}:{self.port} any more, for {_SILENCE_TIMEOUT_S:.0f} s:"
+                f" the Ray cluster has ended, perhaps with its run."
+                f" 'amortize inspect --run {self.run}' shows what that has left"
+            )
+
+
+@contextmanager
+def served_by_ray(target: Target, *, port: int | None, address: str | None) -> Iterator[Place]:
+    """Run on the Ray cluster at `address`, or on one started here.
+
+    The application runs on this machine, which has the run's folder. It leaves the cluster as it
+    was, but for Serve itself, which others may use by then.
+
+    Args:
+        port: of Serve's HTTP proxy; None is DEFAULT_PORT.
+
+    Raises:
+        InspectorNotStarted: says what Ray Serve says.
+    """
+    port = port or DEFAULT_PORT
+    try:
+        connect_ray(target.config, address, namespace_of(target.run))
+    except ConnectionError as error:
+        raise InspectorNotStarted(
+            f"cannot join the Ray cluster at {address}: {error}. Is it the run's still, and has"
+            f" this machine its token? --no-serve shows the run without Ray"
+        ) from error
+    name = application_name(target.run)
+    try:
+        _start(target, name, port)
+        place = Place(target.run, port, serve_tab())
+        if not answers(place, within_s=_ROUTE_TIMEOUT_S):
+            raise InspectorNotStarted(
+                f"the inspector does not answer at {place.url}. Another program may have the port;"
+                f" or Ray Serve was started before on this cluster, and listens where it did then:"
+                f" name another port, or that one, with --port"
+            )
+        yield place
+    except InspectorGone:
+        # A cluster that is gone answers no requests, and may take long to say so.
+        raise
+    except RayError as error:
+        raise InspectorNotStarted(f"the Ray cluster gave up on {name}: {error}") from error
+    except BaseException:
+        leave(name)
+        raise
+    else:
+        leave(name)
+
+
+def _start(target: Target, name: str, port: int) -> None:
+    """Deploy the application, and wait until it runs."""
+    # Access logs would be one line for each refresh of each open page.
+    quiet = {"enable_access_log": False, "log_level": "WARNING"}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": HOST, "port": port}, logging_config=quiet)
+    application = serve.RunTarget(
+        target=deployment(target),
+        name=name,
+        route_prefix=prefix(target.run),
+        logging_config=quiet,
+    )
+    serve.run_many(
+        [application],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    _wait_until_running(name)
+
+
+def leave(application: str) -> None:
+    """Take the application off the cluster, and this process too."""
+    if ray.is_initialized():
+        serve.delete(application)
+        ray.shutdown()
+
+
+def serve_tab() -> str | None:
+    """Address of the page of Ray's dashboard that lists applications, where there is one."""
+    # Asked again, Ray says where this process is; it joins nothing a second time.
+    where = ray.init(ignore_reinit_error=True).dashboard_url
+    return f"http://{where}/#/serve" if where else None
+
+
+def deployment(target: Target) -> Application:
+    """The Serve application."""
+
+    def build() -> FastAPI:
+        return build_app(Sources(target), token=target.token)
+
+    # The run's folder and its Redis are here: so is the replica.
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    return (
+        serve.deployment(serve.ingress(build)())
+        .options(
+            name="Inspector",
+            num_replicas=1,
+            ray_actor_options={"num_cpus": 0, "resources": here},
+        )
+        .bind()
+    )
+
+
+def _wait_until_running(name: str) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        application = serve.status().applications.get(name)
+        if application is not None:
+            if application.status == "RUNNING":
+                return
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise InspectorNotStarted(
+                    f"Ray Serve could not start {name}: {application.message}"
+                )
+        time.sleep(_POLL_S)
+    raise InspectorNotStarted(
+        f"Ray Serve did not start {name} within {_START_TIMEOUT_S:.0f} s; its state: {application}"
+    )
+
+
+def answers(place: Place, *, within_s: float) -> bool:
+    """Whether the inspector asks for its token at its place; waits for it.
+
+    Another program on the same port must not pass for it, and be told the token.
+    """
+    deadline = time.monotonic() + within_s
+    while True:
+        connection = http.client.HTTPConnection(HOST, place.port, timeout=_REPLY_TIMEOUT_S)
+        with contextlib.suppress(OSError, http.client.HTTPException), closing(connection):
+            connection.request("GET", f"{prefix(place.run)}/")
+            if connection.getresponse().read().decode(errors="replace") == NO_TOKEN:
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def served_here(target: Target, *, port: int | None) -> Iterator[Place]:
+    """Run in this process, without Ray.
+
+    Args:
+        port: to listen on; None is DEFAULT_PORT, or a free one where that is taken.
+
+    Raises:
+        InspectorNotStarted: the port is taken, or the server did not come up.
+    """
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    outer.mount(prefix(target.run), build_app(Sources(target), token=target.token))
+    with _listening(port) as listener:
+        settings = uvicorn.Config(outer, access_log=False, log_level="warning", lifespan="off")
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        try:
+            place = Place(target.run, listener.getsockname()[1])
+            if not answers(place, within_s=_ROUTE_TIMEOUT_S):
+                raise InspectorNotStarted(f"the web server at {place.url} did not come up")
+            yield place
+        finally:
+            server.should_exit = True
+            thread.join(_STOP_TIMEOUT_S)
+
+
+@contextmanager
+def _listening(port: int | None) -> Iterator[socket.socket]:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            try:
+                listener.bind((HOST, port or DEFAULT_PORT))
+            except OSError:
+                if port is not None:
+                    raise
+                listener.bind((HOST, 0))
+        except OSError as error:
+            raise InspectorNotStarted(
+                f"port {port} of {HOST} is in use by another program: name another with --port"
+            ) from error
+        yield listener

@@ -1,0 +1,67 @@
+"""Where a model comes from: a folder or the hub, what can be wrong with it, and its tokenizer.
+
+Apart from `lm.model` because it needs no weights, and is imported in a fraction of the time.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from lm.config import LMConfig
+
+
+class ModelNotFound(FileNotFoundError):
+    """The configured model is neither a folder here nor a reachable hub id."""
+
+
+class ModelUnusable(ValueError):
+    """The configured model exists but cannot serve as a causal language model."""
+
+
+def load_tokenizer(config: LMConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.model`, without its weights.
+
+    Raises:
+        ModelNotFound: no such folder, and no such model on the hub.
+        ModelUnusable: no tokenizer there.
+    """
+    require_folder_or_hub_id(config.model)
+    with explained(config.model, "the tokenizer"):
+        return AutoTokenizer.from_pretrained(config.model)
+
+
+def require_folder_or_hub_id(model: str) -> None:
+    """Raise ModelNotFound or ModelUnusable for a path that cannot be a model's."""
+    path = Path(model)
+    if not path.exists():
+        if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+            raise ModelNotFound(
+                f"model {model!r}: no such folder; give a folder that holds config.json, "
+                "*.safetensors and tokenizer.json, or a hub id"
+            )
+        return
+    if not (path / "config.json").is_file():
+        raise ModelUnusable(
+            f"model {model!r} is no model folder: it holds no config.json; "
+            "give a folder written by save_pretrained"
+        )
+    spellings = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    if not any((path / name).is_file() for name in spellings):
+        raise ModelUnusable(
+            f"model {model!r} has no tokenizer (tokenizer.json); save the tokenizer of this "
+            "model into the same folder"
+        )
+    logging.disable_progress_bar()  # it would write over the run's own display
+
+
+@contextmanager
+def explained(model: str, part: str) -> Iterator[None]:
+    """Turn whatever the library raises while reading `part` of `model` into our errors."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        kind = ModelUnusable if Path(model).exists() else ModelNotFound
+        raise kind(f"model {model!r}: cannot load {part}: {error}") from error
