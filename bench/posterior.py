@@ -35,7 +35,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "stale": (f"buffer.max_age={MAX_AGE}", f"actors.lag_versions={LAG}"),
     "kills": ("cluster.max_restarts=1000",),
 }
-KILL_EVERY_S = (2.0, 8.0)  # from one to the next, uniform
+KILL_EVERY_S = (8.0, 20.0)  # from one to the next, uniform; a new actor needs some seconds
 RUN_TIMEOUT_S = 900.0
 VERB_TIMEOUT_S = 300.0
 _POLL_S = 0.2

@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from torch import nn
 
 import learner.deepspeed_engine
 import reward.rank
@@ -26,6 +27,8 @@ from cluster.measure import measure
 from cluster.measurement import Measurement
 from cluster.remote import RemoteBoard, RemoteScorer
 from cluster.rundir import check_shared
+from learner.config import LearnerConfig
+from learner.engine import Engine
 from lm.adapter import save_adapter
 from lm.model import load_base
 from reward.replica import RewardReplica
@@ -67,15 +70,21 @@ class Worker:
         self._rank = rank
         self._num_ranks = num_ranks
         self._stopping = threading.Event()
+        self._reserved: socket.socket | None = None
 
     def __repr__(self) -> str:
         return self._name if self._num_ranks == 1 else f"{self._name}.rank{self._rank}"
 
     def rendezvous(self) -> Meeting:
-        """An address of this node and a port that is free on it now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return Meeting(address=ray.util.get_node_ip_address(), port=probe.getsockname()[1])
+        """An address of this node and a port on it, which nobody else gets until `_release_port`.
+
+        Loading a model takes long, and on a busy node a port that is merely free now is soon
+        another process's.
+        """
+        self._reserved = socket.socket()
+        self._reserved.bind(("", 0))
+        port = self._reserved.getsockname()[1]
+        return Meeting(address=ray.util.get_node_ip_address(), port=port)
 
     def start(self, meeting: Meeting) -> None:
         """Take part in the run: build what this process holds, and join the other ranks.
@@ -94,6 +103,11 @@ class Worker:
 
     def _build(self, meeting: Meeting) -> None:
         raise NotImplementedError
+
+    def _release_port(self) -> None:
+        """Give the meeting's port up, to listen on it at once."""
+        if self._reserved is not None:
+            self._reserved.close()
 
     def _board(self) -> RemoteBoard:
         return RemoteBoard(
@@ -168,8 +182,10 @@ class RewardWorker(Worker):
     def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
         config = self._context.config
+        model = load_base(config.lm).model
+        self._release_port()
         self._shard = reward.rank.RewardRank(
-            load_base(config.lm).model,
+            model,
             reward.rank.Rendezvous(
                 address=meeting.address,
                 port=meeting.port,
@@ -238,22 +254,25 @@ class LearnerWorker(Worker):
         self._rows: list[dict[str, float]] = []
         self._events: list[str] = []
         self._base, task = roles.load_task(config)
-        rendezvous = learner.deepspeed_engine.Rendezvous(
-            address=meeting.address,
-            port=meeting.port,
-            rank=self._rank,
-            num_ranks=self._num_ranks,
-            timeout_s=config.learner.collective_timeout_s,
-        )
+
+        def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
+            rendezvous = learner.deepspeed_engine.Rendezvous(
+                address=meeting.address,
+                port=meeting.port,
+                rank=self._rank,
+                num_ranks=self._num_ranks,
+                timeout_s=settings.collective_timeout_s,
+            )
+            self._release_port()
+            return learner.deepspeed_engine.DeepSpeedEngine(model, settings, rendezvous)
+
         self._learner = roles.build_learner(
             config,
             base=self._base,
             task=task,
             checkpoints=context.checkpoints,
             quarantine=context.quarantine,
-            make_engine=lambda model, settings: learner.deepspeed_engine.DeepSpeedEngine(
-                model, settings, rendezvous
-            ),
+            make_engine=make_engine,
             buffer=roles.build_buffer(
                 config, run=context.run, url=context.buffer_url, password=context.buffer_password
             ),

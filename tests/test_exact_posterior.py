@@ -96,8 +96,17 @@ def test_a_policy_surer_than_the_posterior_does_not_end_the_search() -> None:
 
 def test_pruning_saves_most_of_the_work() -> None:
     toy = Toy(max_len=6)
-    pruned = exact_posterior(toy.tree(), as_in_training(toy), tolerance=0.2).support
-    assert pruned.nodes < 0.7 * sum(3**length for length in range(7))
+    asked: list[Tokens] = []
+
+    def log_weight(completions: Sequence[Tokens]) -> NDArray[np.float64]:
+        asked.extend(completions)
+        return as_in_training(toy)(completions)
+
+    # Found in several rounds, as it becomes known how small Z(X) is.
+    pruned = exact_posterior(toy.tree(), log_weight, tolerance=0.2)
+    assert pruned.support.nodes < 0.7 * sum(3**length for length in range(7))
+    assert asked == list(pruned.support.completions)
+    assert pruned.within(0.2, policy=0)
 
 
 @pytest.mark.parametrize("bounded", [True, False])

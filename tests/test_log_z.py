@@ -176,7 +176,8 @@ def test_a_whole_run_learns_it_resumes_it_and_leaves_a_plain_adapter(tmp_path: P
         assert first.learner_rows[-1]["loss/log_z_nats"] < -1
         first.stop(timeout_s=30)
         resumed = start_run(config, tmp_path, server)
-        wanted, got = (run._learner.model.log_z.state_dict() for run in (first, resumed))
+        models: list[Any] = [first._learner.model, resumed._learner.model]
+        wanted, got = (model.log_z.state_dict() for model in models)
         assert wanted["weight"].abs().max() > 0
         assert all(torch.equal(wanted[name], got[name]) for name in wanted)
         resumed.stop(timeout_s=30)

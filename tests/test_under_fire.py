@@ -28,5 +28,5 @@ def test_it_does_with_the_staleness_at_its_bound(tmp_path: Path) -> None:
 
 def test_it_does_with_actors_killed_at_random(tmp_path: Path) -> None:
     row = run_condition("kills", 0, tmp_path)
-    assert row.kills >= 3, row
+    assert row.kills >= 2, row
     assert row.tv <= LARGEST_TV, row
