@@ -80,8 +80,8 @@ def check_buffer(config: BufferConfig) -> None:
         connect(config.url, password=password, timeout_s=config.timeout_s).close()
         return
     find_executable()
-    if config.transport == "tcp" and config.port and not is_free(config.bind, config.port):
-        raise PortInUse(port_in_use(config.bind, config.port))
+    if config.transport == "tcp" and config.port and not is_free(config.address, config.port):
+        raise PortInUse(port_in_use(config.address, config.port))
 
 
 def check_model_and_data(config: RunConfig) -> None:

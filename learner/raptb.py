@@ -5,11 +5,11 @@
 O(N^2) windows, and what the prefix should earn is taken from the trajectory's suffix in place of
 the reward of stopping there.
 
-Where this differs: the paper describes its target as standing in the place of the prefix's stop
-reward. A residual that still holds q(⊤ | prefix) would then ask the policy to stop there as often
-as something longer is worth, and at the true posterior it is not zero. Here the target is the
-*flow* of the prefix, which the suffix of any trajectory gives exactly at the optimum, and
-q(⊤ | prefix) does not enter. There is no second, weighted loss, and nothing of the paper's replay.
+This is the idea as the paper's abstract and project page tell it, worked out anew. They describe a
+target that replaces the prefix's stop reward. A residual that then still held q(⊤ | prefix) would
+ask the policy to stop there as often as something longer is worth, and at the true posterior it
+would not be zero. Here the target is the *flow* of the prefix, which the suffix of any trajectory
+gives exactly at the optimum, and q(⊤ | prefix) does not enter. The paper's replay is not here.
 """
 
 from dataclasses import dataclass

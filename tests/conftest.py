@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: tiny random-weight language models of several architectures."""
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -70,3 +71,16 @@ def tiny_lm() -> Callable[[str], PreTrainedModel]:
         return model.eval()
 
     return build
+
+
+# Minutes of several machines, jobs and browsers: only where asked for.
+CLUSTER_TESTS = ("test_ray_up.py", "test_job_submit.py", "test_inspector_browser.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests of clusters and browsers unless AMORTIZE_TEST_CLUSTER is set."""
+    if os.environ.get("AMORTIZE_TEST_CLUSTER"):
+        return
+    for item in items:
+        if item.path.name in CLUSTER_TESTS:
+            item.add_marker(pytest.mark.skip(reason="set AMORTIZE_TEST_CLUSTER=1 to run it"))

@@ -20,7 +20,6 @@ import yaml
 from moto import mock_aws
 from ray.autoscaler._private import commands
 from ray.autoscaler._private.providers import _get_node_provider
-from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 from ray.autoscaler.v2.instance_manager.node_provider import NodeProviderAdapter
 from ray.autoscaler.v2.instance_manager.ray_installer import RayInstaller
@@ -144,10 +143,6 @@ def user_data(instance: dict[str, Any]) -> dict[str, Any]:
     text = base64.b64decode(answer["UserData"]["Value"]).decode()
     assert text.startswith("#cloud-config\n")
     return dict(yaml.safe_load(text))
-
-
-def test_the_file_as_shipped_fits_rays_schema() -> None:
-    validate_config(prepare_config(yaml.safe_load(FILE.read_text())))
 
 
 def test_each_type_of_machine_is_launched_with_its_size_and_image(

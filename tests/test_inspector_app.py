@@ -2,10 +2,13 @@
 
 import os
 import re
+import threading
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from starlette.testclient import TestClient
 
 from buffer.browse import ReplayBrowser, Tally
 from buffer.connection import connect
+from buffer.listening import free_port
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.inspector.access import COOKIE, is_loopback, keep_token
@@ -23,7 +27,15 @@ from cluster.inspector.app import build_app
 from cluster.inspector.catalogue import Catalogue, Listing
 from cluster.inspector.pages import POLICY
 from cluster.inspector.rows import Row
-from cluster.inspector.serve import prefix
+from cluster.inspector.serve import (
+    HOST,
+    InspectorGone,
+    InspectorNotStarted,
+    Place,
+    answers,
+    prefix,
+    served_here,
+)
 from cluster.inspector.sources import Sources, Target
 from cluster.rundir import RunDirectory
 from tests.inspector_toy import (
@@ -425,3 +437,42 @@ def test_a_redis_that_is_gone_is_said_and_found_again(tmp_path: Path) -> None:
     assert server.password not in answer.text
     with filled(directory, []):
         assert client.get(f"{BASE}/trajectory/{sums(3)[0].id}").status_code == 200
+
+
+# --- being served
+
+
+def test_it_is_served_on_a_port_of_its_own_until_it_is_left(
+    running: tuple[RunDirectory, RedisServer, ReplayBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = target_of(running[0], running[1])
+    with served_here(target, port=free_port(HOST)) as place:
+        request = urllib.request.Request(
+            place.url, headers={"Authorization": f"Bearer {target.token}"}
+        )
+        with urllib.request.urlopen(request, timeout=30.0) as answer:
+            assert b"trajectories in replay" in answer.read()
+        place.watch()
+        with pytest.raises(InspectorNotStarted, match=f"port {place.port} of .* is in use"):
+            served_here(target, port=place.port).__enter__()
+    monkeypatch.setattr("cluster.inspector.serve._SILENCE_TIMEOUT_S", 0.5)
+    with pytest.raises(InspectorGone, match=r"the Ray cluster has ended.*inspect --run demo"):
+        place.watch()
+
+
+def test_another_program_on_the_port_does_not_pass_for_the_inspector() -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+            self.wfile.write(b"give me your token")
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer((HOST, 0), Other) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        assert not answers(Place("demo", other.server_port), within_s=0.5)
+        other.shutdown()
+        thread.join()

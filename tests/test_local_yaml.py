@@ -1,6 +1,9 @@
 """cluster/local.yaml and cluster/gpu.yaml as files: Ray's schema, and what they have in common."""
 
-import shlex
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -40,17 +43,15 @@ def test_nodes_get_the_token_and_the_pins_and_no_code(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_dependency_is_asked_for_on_a_node(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (line,) = (one for one in read(file)["setup_commands"] if "requirements.txt" in one[-20:])
-    program = shlex.split(line)[5]
-    assert "tomllib" in program
-    monkeypatch.chdir(ROOT)
-    asked: list[str] = []
-    exec(program, {"print": lambda *lines, sep: asked.extend(lines)})
+def test_every_dependency_is_asked_for_on_a_node(file: str, tmp_path: Path) -> None:
+    node = tmp_path / "amortize"
+    (node / "venv").mkdir(parents=True)
+    (node / "venv" / "bin").symlink_to(Path(sys.executable).parent)
+    shutil.copy(ROOT / "pyproject.toml", node)
+    (line,) = (one for one in read(file)["setup_commands"] if "tomllib" in one)
+    subprocess.run(["bash", "-c", line], env=os.environ | {"HOME": str(tmp_path)}, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert asked == project["dependencies"]
+    assert (node / "requirements.txt").read_text().splitlines() == project["dependencies"]
 
 
 @pytest.mark.parametrize("file", FILES)

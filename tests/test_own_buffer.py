@@ -34,12 +34,15 @@ def directory(tmp_path: Path) -> RunDirectory:
 def test_the_buffer_is_there_again_for_the_stop_when_all_of_a_jobs_processes_are_signalled(
     config: RunConfig, directory: RunDirectory
 ) -> None:
+    others = set(psutil.Process().children(recursive=True))
     with buffer_server(config, directory) as buffer:
         address = buffer.address
         with connect(address.url, password=address.password, timeout_s=TIMEOUT_S) as client:
             client.set("acknowledged", 1)
             before = client.info("server")["process_id"]
-        for child in psutil.Process().children(recursive=True):  # as `ray job stop` does
+        for child in (
+            set(psutil.Process().children(recursive=True)) - others
+        ):  # as `ray job stop` does
             child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + TIMEOUT_S
         while not buffer.revive():  # nobody else does anything about it
@@ -55,9 +58,10 @@ def test_the_buffer_is_there_again_for_the_stop_when_all_of_a_jobs_processes_are
 def test_a_buffer_that_cannot_come_back_is_the_drivers_to_report(
     config: RunConfig, directory: RunDirectory
 ) -> None:
+    others = set(psutil.Process().children(recursive=True))
     with buffer_server(config, directory) as buffer:
         (directory.buffer / "owner.json").write_text("{}")
-        for child in psutil.Process().children(recursive=True):
+        for child in set(psutil.Process().children(recursive=True)) - others:
             child.kill()
         deadline = time.monotonic() + TIMEOUT_S
         with pytest.raises(ValueError, match=r"owner\.json is damaged"):
@@ -69,6 +73,7 @@ def test_a_buffer_that_cannot_come_back_is_the_drivers_to_report(
 def test_without_a_cluster_the_buffer_listens_on_loopback(
     config: RunConfig, directory: RunDirectory
 ) -> None:
+    others = set(psutil.Process().children(recursive=True))
     with buffer_server(config, directory) as buffer:
         assert buffer.address.url.startswith("redis://127.0.0.1:")
 

@@ -121,7 +121,8 @@ def _start(target: Target, name: str, port: int) -> None:
     """Deploy the application, and wait until it runs."""
     # Access logs would be one line for each refresh of each open page.
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for name_of_log in ("ray", "ray.serve"):
+        logging.getLogger(name_of_log).setLevel(logging.WARNING)
     serve.start(http_options={"host": HOST, "port": port}, logging_config=quiet)
     application = serve.RunTarget(
         target=deployment(target),
