@@ -73,7 +73,6 @@ def test_a_buffer_that_cannot_come_back_is_the_drivers_to_report(
 def test_without_a_cluster_the_buffer_listens_on_loopback(
     config: RunConfig, directory: RunDirectory
 ) -> None:
-    others = set(psutil.Process().children(recursive=True))
     with buffer_server(config, directory) as buffer:
         assert buffer.address.url.startswith("redis://127.0.0.1:")
 
