@@ -56,7 +56,7 @@ class RandomNumberConfig(BaseModel):
     low: int = Field(default=0, ge=0, description="Smallest valid integer.")
     high: int = Field(default=100, description="Largest valid integer.")
     penalty_nats: float = Field(
-        default=6.0, gt=0, description="By which each token of an invalid Z lowers log R."
+        default=8.0, gt=0, description="By which each token of an invalid Z lowers log R."
     )
 
     @model_validator(mode="after")

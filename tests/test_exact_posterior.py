@@ -87,26 +87,25 @@ class Sharpened(NextLogits):
 
 
 def test_a_policy_surer_than_the_posterior_does_not_end_the_search() -> None:
-    toy = Toy()
-    found = exact_posterior(toy.tree(Sharpened(toy.model)), as_in_training(toy), tolerance=0.03)
+    toy, rounds = Toy(max_len=6), []
+
+    def log_weight(completions: Sequence[Tokens]) -> NDArray[np.float64]:
+        rounds.append([*completions])
+        return as_in_training(toy)(completions)
+
+    found = exact_posterior(toy.tree(Sharpened(toy.model)), log_weight, tolerance=0.1)
+    # More than one, since nothing is known of Z(X) before the first.
+    assert len(rounds) > 1
+    assert [z for one in rounds for z in one] == list(found.support.completions)
     truth = true_posterior(toy)
-    assert sum(truth[z] for z in found.support.completions) >= 0.97
-    assert found.within(0.03, policy=0)
+    assert sum(truth[z] for z in found.support.completions) >= 0.9
+    assert found.within(0.1, policy=0)
 
 
 def test_pruning_saves_most_of_the_work() -> None:
     toy = Toy(max_len=6)
-    asked: list[Tokens] = []
-
-    def log_weight(completions: Sequence[Tokens]) -> NDArray[np.float64]:
-        asked.extend(completions)
-        return as_in_training(toy)(completions)
-
-    # Found in several rounds, as it becomes known how small Z(X) is.
-    pruned = exact_posterior(toy.tree(), log_weight, tolerance=0.2)
-    assert pruned.support.nodes < 0.7 * sum(3**length for length in range(7))
-    assert asked == list(pruned.support.completions)
-    assert pruned.within(0.2, policy=0)
+    pruned = exact_posterior(toy.tree(), as_in_training(toy), tolerance=0.2).support
+    assert pruned.nodes < 0.7 * sum(3**length for length in range(7))
 
 
 @pytest.mark.parametrize("bounded", [True, False])
