@@ -97,12 +97,14 @@ def as_group(
     )
 
 
-def draw(gate: AgreementGate, replay: Any, version: int, num_groups: int) -> list[Group]:
+def draw(
+    gate: AgreementGate, replay: Any, version: int, num_groups: int, *, timeout_s: float = 60.0
+) -> list[Group]:
     return gate.draw(
         replay,
         num_groups=num_groups,
         num_replayed=0,
         version=version,
         rng=np.random.default_rng(0),
-        timeout_s=1.0,
+        timeout_s=timeout_s,
     )

@@ -296,7 +296,7 @@ def test_with_nothing_but_wrong_groups_the_draw_ends_at_its_deadline(tmp_path: P
             return super().draw(**limits)
 
     with pytest.raises(BufferStarved, match="0 of 1 groups agree with the learner"):
-        draw(gate, Endless(), 0, 1)
+        draw(gate, Endless(), 0, 1, timeout_s=0.5)
 
 
 def test_past_adapters_are_bounded_in_age_and_bytes() -> None:
