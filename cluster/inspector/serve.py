@@ -89,10 +89,10 @@ def served_by_ray(target: Target, *, port: int | None, address: str | None) -> I
     port = port or DEFAULT_PORT
     try:
         connect_ray(target.config, address, namespace_of(target.run))
-    except ConnectionError as error:
+    except Exception as error:  # Ray has no class of its own for what can go wrong here
+        what = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
         raise InspectorNotStarted(
-            f"cannot join the Ray cluster at {address}: {error}. Is it the run's still, and has"
-            f" this machine its token? --no-serve shows the run without Ray"
+            f"cannot {what}: {error}. --no-serve shows the run without Ray"
         ) from error
     name = application_name(target.run)
     try:
