@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HOME = "/srv/home"
@@ -70,6 +70,7 @@ class Host:
     pid: int
     folder: Path
     switch_pid: int
+    background: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def command(self, script: str) -> list[str]:
         """The command that runs a shell script on this host, in its home."""
@@ -79,26 +80,21 @@ class Host:
         return [*_enter(self.pid, "--net", "--mount", "--pid", "--uts", "--ipc"), *inside]
 
     def start(self, script: str, log: Path) -> "subprocess.Popen[bytes]":
-        """Run a script in the background; its output goes to `log`."""
-        with log.open("ab") as sink:
-            return subprocess.Popen(
-                self.command(script),
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        """Run a script in the background, until the host ends; its output goes to `log`."""
+        process = _start(self.command(script), log)
+        self.background.append(process)
+        return process
 
     def run(self, script: str, *, timeout_s: float) -> str:
         """What a script prints; an AssertionError with all of it where the script fails."""
         said = self.folder / "last-command.log"
         said.unlink(missing_ok=True)
-        process = self.start(script, said)
-        try:
-            status = process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            status = None
+        with _start(self.command(script), said) as process:
+            try:
+                status = process.wait(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = None
         text = said.read_text(errors="replace")
         how = f"took longer than {timeout_s:.0f} s" if status is None else f"ended with {status}"
         assert status == 0, f"{self.name}: {script!r} {how}:\n{text[-LOG_TAIL:]}"
@@ -128,10 +124,11 @@ def network(
     with contextlib.ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(_scratch()))
+        hosts: dict[str, Host] = {}
+        stack.callback(_await_ends, hosts)
         switch = stack.enter_context(_machine("unshare", "--net"))
         _ip(switch, "link add name bridge type bridge")
         _ip(switch, "link set bridge up")
-        hosts = {}
         for name, address in addresses.items():
             place = folder / name
             script = _mounts(name, place, addresses, user=user, shared=shared)
@@ -160,27 +157,42 @@ def _scratch() -> Iterator[str]:
 def _machine(*unshare: str, script: str = "") -> Iterator[int]:
     """A process in namespaces of its own that has run `script` there; its pid from outside."""
     init = shlex.join([sys.executable, "-I", "-S", "-c", _INIT])
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*unshare, "bash", "-ec", f"{script}\nexec {init}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-    )
-    try:
-        assert process.stdout is not None
-        said = process.stdout.readline()
-        assert said == "ready\n", f"no new machine: {said}{process.stdout.read()}"
-        yield _child(process.pid) if "--fork" in unshare else process.pid
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
         try:
+            said = process.stdout.readline()
+            assert said == "ready\n", f"no new machine: {said}{process.stdout.read()}"
+            yield _child(process.pid) if "--fork" in unshare else process.pid
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(timeout=READY_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()  # --kill-child takes the host's first process with it
+
+
+def _await_ends(hosts: dict[str, Host]) -> None:
+    for host in hosts.values():
+        for process in host.background:
             process.wait(timeout=READY_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()  # --kill-child takes the host's first process with it
-            process.wait(timeout=READY_TIMEOUT_S)
+
+
+def _start(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _child(pid: int) -> int:

@@ -51,14 +51,7 @@ SSHD = (
 TIMEOUT_S = 150.0
 REQUIRED = "AMORTIZE_TEST_HOSTS"  # set where the test must not be skipped
 
-_REASON = why_not(("ssh", "ssh-keygen", "sshd", "rsync"))
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(
-        _REASON is not None and REQUIRED not in os.environ, reason=_REASON or "can run"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +126,9 @@ def after_noise(text: str) -> str:
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Machines]:
     """Four hosts, keys in place, sshd listening; nothing of Ray runs yet."""
-    assert _REASON is None, f"{REQUIRED} is set, but this machine {_REASON}"
+    if reason := why_not(("ssh", "ssh-keygen", "sshd", "rsync")):
+        assert REQUIRED not in os.environ, f"{REQUIRED} is set, but the test {reason}"
+        pytest.skip(reason)
     names = {f"worker-{number}": address for number, address in enumerate(ADDRESSES[1:], start=1)}
     addresses = {"laptop": other_address(ADDRESSES), "head": ADDRESSES[0], **names}
     user = CLUSTER["auth"]["ssh_user"]
