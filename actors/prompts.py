@@ -15,6 +15,14 @@ class Prompt:
     prompt: tuple[int, ...]  # token ids of X, what the policy conditions on
     answer: tuple[int, ...]  # token ids of Y; empty where the task has none
     weight: float = 1.0  # relative share of draws
+    # Token ids of X as the frozen LM reads it, where the policy is shown something else, such as X
+    # and Y in one; None: `prompt`.
+    scored: tuple[int, ...] | None = None
+
+    @property
+    def scored_prompt(self) -> tuple[int, ...]:
+        """Token ids of X as the frozen LM reads it."""
+        return self.prompt if self.scored is None else self.scored
 
 
 class PromptStream:

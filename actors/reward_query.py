@@ -15,7 +15,7 @@ RewardKind = Literal["suffix", "stop", "function"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardQuery:
-    """How a completion Z of a prompt becomes a question to a scorer.
+    """How a completion Z of a prompt becomes a question to a scorer; X is the prompt's scored one.
 
     suffix    log p_LM(z_1:t Y | context X)
     stop      log p_LM(z_1:t ⊤ | context X)
@@ -35,7 +35,7 @@ class RewardQuery:
         """The question for one completion at its stop states, [S] prefix lengths."""
         answer = (self.stop_token,) if self.kind == "stop" else prompt.answer
         return ScoreItem(
-            context=np.array([*self.context, *prompt.prompt], dtype=np.int32),
+            context=np.array([*self.context, *prompt.scored_prompt], dtype=np.int32),
             completion=np.asarray(completion, dtype=np.int32),
             stops=stops,
             answer=np.array(answer, dtype=np.int32),

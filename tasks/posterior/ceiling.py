@@ -150,7 +150,7 @@ def ceiling_of(
     return PriorCeiling(
         model,
         task.actions,
-        context=(*query.context, *prompt.prompt),
+        context=(*query.context, *prompt.scored_prompt),
         first_scored=query.stop_token if query.kind == "stop" else prompt.answer[0],
         temperature=temperature,
     )
