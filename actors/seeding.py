@@ -62,30 +62,62 @@ def seed_demonstrations(
     log_rewards = scorer.submit(items).result(timeout_s)
     buffer.seed(
         [
-            Trajectory(
-                task=task,
-                prompt_key=demonstration.prompt.key,
-                prompt=np.array(demonstration.prompt.prompt, dtype=np.int32),
-                answer=np.array(demonstration.prompt.answer, dtype=np.int32),
-                completion=item.completion,
-                from_tool=np.array(demonstration.from_tool, dtype=np.bool_),
-                stops=stops_S,
-                log_reward=log_reward_S,
-                log_q_token=np.zeros(len(item.completion), dtype=np.float32),
-                log_q_stop=np.zeros(len(stops_S), dtype=np.float32),
-                policy_version=0,
-                behaviour="demonstration",
-                temperature=1.0,
-                actor="data",
-                created_s=time.time(),
-                correct=verdict(demonstration.prompt, demonstration.completion),
-            )
-            for demonstration, item, stops_S, log_reward_S in zip(
-                demonstrations, items, stops, log_rewards, strict=True
+            _trajectory(demonstration, stops_S, log_reward_S, task=task, verdict=verdict)
+            for demonstration, stops_S, log_reward_S in zip(
+                demonstrations, stops, log_rewards, strict=True
             )
         ]
     )
     return len(items)
+
+
+def unscored_demonstrations(
+    demonstrations: Sequence[Demonstration], *, task: str, actions: ActionSpace, verdict: Verdict
+) -> list[Trajectory]:
+    """The demonstrations as trajectories for a learner that asks for no reward: theirs says 0.
+
+    Raises:
+        IllegalCompletion: a demonstration that the policy could never produce.
+    """
+    return [
+        _trajectory(
+            demonstration,
+            stops_S := _stops(demonstration, actions),
+            np.zeros(len(stops_S), dtype=np.float32),
+            task=task,
+            verdict=verdict,
+        )
+        for demonstration in demonstrations
+    ]
+
+
+def _trajectory(
+    demonstration: Demonstration,
+    stops_S: NDArray[np.int32],
+    log_reward_S: NDArray[np.float32],
+    *,
+    task: str,
+    verdict: Verdict,
+) -> Trajectory:
+    prompt, completion = demonstration.prompt, demonstration.completion
+    return Trajectory(
+        task=task,
+        prompt_key=prompt.key,
+        prompt=np.array(prompt.prompt, dtype=np.int32),
+        answer=np.array(prompt.answer, dtype=np.int32),
+        completion=np.array(completion, dtype=np.int32),
+        from_tool=np.array(demonstration.from_tool, dtype=np.bool_),
+        stops=stops_S,
+        log_reward=log_reward_S,
+        log_q_token=np.zeros(len(completion), dtype=np.float32),
+        log_q_stop=np.zeros(len(stops_S), dtype=np.float32),
+        policy_version=0,
+        behaviour="demonstration",
+        temperature=1.0,
+        actor="data",
+        created_s=time.time(),
+        correct=verdict(prompt, completion),
+    )
 
 
 def _stops(demonstration: Demonstration, actions: ActionSpace) -> NDArray[np.int32]:

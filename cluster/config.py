@@ -123,14 +123,34 @@ class RunConfig(BaseModel):
     posterior: PosteriorConfig = PosteriorConfig()
 
     @property
+    def rollout_actors(self) -> int:
+        """Actors that the run needs: none where it imitates demonstrations."""
+        return 0 if self.learner.objective == "sft" else self.cluster.actors
+
+    @property
     def reward_replicas(self) -> int:
-        """Replicas that the run needs: none where the task's reward is a function of its own."""
-        return 0 if self.task.reward_kind == "function" else self.reward.replicas
+        """Replicas that the run needs: none where the task's reward is a function of its own, or
+        nobody asks for rewards."""
+        unasked = self.task.reward_kind == "function" or self.learner.objective == "sft"
+        return 0 if unasked else self.reward.replicas
 
     @property
     def max_lag_versions(self) -> int:
         """How far behind the newest published version an actor may sample and still be drawn."""
         return self.buffer.max_age - (self.learner.publish_every_steps - 1)
+
+    @model_validator(mode="after")
+    def _check_on_policy(self) -> "RunConfig":
+        if self.learner.objective != "ppo":
+            return self
+        replayed, share = self.learner.replayed_per_group, self.actors.on_policy_share
+        if replayed or share != 1:
+            raise ValueError(
+                f'learner.objective "ppo" learns from the policy\'s own samples: set '
+                f"learner.replayed_per_group ({replayed}) to 0 and actors.on_policy_share "
+                f"({share:.3g}) to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_lag(self) -> "RunConfig":

@@ -21,7 +21,7 @@ def check_fit(config: RunConfig, have: Mapping[str, float]) -> None:
     """
     cluster = config.cluster
     demands = [
-        (cluster.actors, cluster.actor_placement, "rollout actors"),
+        (config.rollout_actors, cluster.actor_placement, "rollout actors"),
         (config.reward_replicas * config.reward.ranks, cluster.reward_placement, "reward ranks"),
         (config.learner.ranks, cluster.learner_placement, "learner ranks"),
         (1, cluster.actor_placement, "evaluator"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.actor import RolloutActor
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
 from cluster import roles
@@ -61,7 +62,10 @@ class RollingReplay:
 
 
 class LocalRun:
-    """One actor, one reward rank and one learner rank, stepped by the driver."""
+    """One actor, one reward rank and one learner rank, stepped by the driver.
+
+    Where demonstrations are imitated, the learner alone.
+    """
 
     def __init__(
         self,
@@ -76,13 +80,10 @@ class LocalRun:
         buffer_password: str | None,
     ) -> None:
         self._config = config
+        self._groups_per_step = config.learner.groups_per_step
         self._adapter = adapter
         self._base, task = roles.load_task(config)
         board = WeightBoard()
-        scorer = RewardReplica(
-            WholeRank(load_base(config.lm).model), [], config.reward, name="reward-0"
-        )
-        self._replica = scorer
         self._buffer = roles.build_buffer(config, run=run, url=buffer_url, password=buffer_password)
         self._learner = roles.build_learner(
             config,
@@ -91,21 +92,27 @@ class LocalRun:
             checkpoints=checkpoints,
             quarantine=quarantine,
             make_engine=TorchEngine,
-            buffer=RollingReplay(self._buffer, lambda: self._actor.step()),
+            buffer=RollingReplay(self._buffer, self._roll_out),
             weights=board,
             warn=report,
         )
-        self._actor = roles.build_actor(
-            config,
-            base=load_base(config.lm),
-            task=task,
-            name="actor-0",
-            seed=(config.seed, 0, self._learner.version),
-            buffer=self._buffer,
-            scorer=scorer,
-            weights=board,
-        )
-        roles.seed_buffer(config, task=task, scorer=scorer, buffer=self._buffer)
+        self._replica: RewardReplica | None = None
+        self._actor: RolloutActor | None = None
+        if config.rollout_actors:
+            self._replica = RewardReplica(
+                WholeRank(load_base(config.lm).model), [], config.reward, name="reward-0"
+            )
+            self._actor = roles.build_actor(
+                config,
+                base=load_base(config.lm),
+                task=task,
+                name="actor-0",
+                seed=(config.seed, 0, self._learner.version),
+                buffer=self._buffer,
+                scorer=self._replica,
+                weights=board,
+            )
+            roles.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
         self._learner.publish()
         self.learner_rows: list[dict[str, float]] = []
 
@@ -129,23 +136,31 @@ class LocalRun:
 
         Groups that are too old or wrong to be drawn are made up for during the step.
         """
-        while self._buffer.depth() < self._config.learner.groups_per_step:
-            self._actor.step()
+        while self._actor is not None and self._buffer.depth() < self._groups_per_step:
+            self._roll_out()
         self.learner_rows.append(self._learner.step())
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """One actor and one replica, wanted and had."""
-        one = {"actors": 1, "replicas": 1}
-        return {"desired": one, "actual": one}
+        """One actor and one replica, wanted and had; none of either for demonstrations."""
+        number = 0 if self._actor is None else 1
+        parts = {"actors": number, "replicas": number}
+        return {"desired": parts, "actual": parts}
 
     def actor_totals(self) -> dict[str, float]:
         """The actor's counters."""
-        return {key: value for key, value in asdict(self._actor.stats).items() if key != "version"}
+        stats = {} if self._actor is None else asdict(self._actor.stats)
+        return {key: value for key, value in stats.items() if key != "version"}
 
     def stop(self, timeout_s: float) -> list[str]:
         """Store what is in flight and checkpoint; nothing can be left to kill."""
-        self._actor.flush()
+        if self._actor is not None:
+            self._actor.flush()
         self._learner.checkpoint()
         save_adapter(self._learner.model, self._adapter, self._base.fingerprint)
-        self._replica.close(timeout_s)
+        if self._replica is not None:
+            self._replica.close(timeout_s)
         return []
+
+    def _roll_out(self) -> None:
+        if self._actor is not None:
+            self._actor.step()

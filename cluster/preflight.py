@@ -12,6 +12,7 @@ from buffer.executable import find_executable
 from buffer.listening import PortInUse, is_free, port_in_use
 from cluster.config import RunConfig
 from cluster.fit import check_fit
+from cluster.roles import demonstration_draws
 from cluster.rundir import RunDirectory
 from learner.log_z import check_log_z
 from lm.model import load_base
@@ -45,7 +46,7 @@ def check_before_start(
         LocalIsOne, DoesNotFit: more processes than there is room for.
         WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
         ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the model and the data.
-        LogZUnused: about the objective.
+        LogZUnused, NoDemonstrations: about the objective.
     """
     directory.check(resume=resume)
     if local:
@@ -92,6 +93,8 @@ def check_model_and_data(config: RunConfig) -> None:
     base = load_base(config.lm)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
+    if config.learner.objective == "sft":
+        demonstration_draws(config, task)
     if isinstance(task, QuestionTask):
         for path in config.task.tests:
             task.test_items(path)

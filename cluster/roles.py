@@ -16,13 +16,14 @@ from actors.lagging import LaggingWeights
 from actors.policy import SamplingPolicy
 from actors.ports import Scorer, WeightSource
 from actors.prompts import PromptStream
-from actors.seeding import seed_demonstrations
+from actors.seeding import seed_demonstrations, unscored_demonstrations
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from cluster.config import RunConfig
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.db import DetailedBalance
+from learner.demonstrations import DemonstrationDraws
 from learner.engine import Engine
 from learner.gate import AgreementGate
 from learner.learner import Learner
@@ -30,8 +31,10 @@ from learner.log_z import attach_log_z
 from learner.objective import Objective
 from learner.past_policies import PastPolicies
 from learner.ports import Replay, WeightSink
+from learner.ppo import ClippedPolicyGradient
 from learner.quarantine import Quarantine
 from learner.raptb import RootedPrefixBalance
+from learner.sft import MaximumLikelihood
 from learner.subtb import SubTB
 from learner.tb import TrajectoryBalance
 from lm.model import LanguageModel, attach_adapter, load_base
@@ -118,6 +121,19 @@ def build_objective(config: LearnerConfig) -> Objective:
             return RootedPrefixBalance(normalisation=config.normalisation)
         case "tb":
             return TrajectoryBalance()
+        case "ppo":
+            return ClippedPolicyGradient(clip=config.ppo_clip, kl=config.ppo_kl)
+        case "sft":
+            return MaximumLikelihood()
+
+
+def demonstration_draws(config: RunConfig, task: Task) -> DemonstrationDraws:
+    """The task's demonstrations, as many at a time as another objective has trajectories."""
+    demonstrations = unscored_demonstrations(
+        task.demonstrations, task=task.name, actions=task.actions, verdict=task.verdict
+    )
+    rows_per_group = config.actors.group_size + config.learner.replayed_per_group
+    return DemonstrationDraws(demonstrations, rows=config.learner.groups_per_step * rows_per_group)
 
 
 def build_learner(
@@ -148,11 +164,12 @@ def build_learner(
     if config.learner.log_z == "learned":
         log_z = attach_log_z(model)
         identity["log_z"] = config.learner.log_z
+    replay = demonstration_draws(config, task) if config.learner.objective == "sft" else buffer
     store = Checkpoints(checkpoints, identity=identity, keep=config.learner.checkpoints_kept)
     learner = Learner(
         model=model,
         actions=task.actions,
-        replay=buffer,
+        replay=replay,
         engine=make_engine(model, config.learner),
         objective=build_objective(config.learner),
         config=config.learner,
@@ -160,6 +177,7 @@ def build_learner(
         rng=np.random.default_rng([config.seed, 1]),
         checkpoints=store,
         log_z=log_z,
+        against_base=config.learner.objective == "ppo",
         gate=AgreementGate(
             model=model,
             actions=task.actions,

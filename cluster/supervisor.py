@@ -52,7 +52,7 @@ class Supervisor:
         for index in range(config.reward_replicas):
             self._launch_replica(index)
         self._launch_learner()
-        for index in range(config.cluster.actors):
+        for index in range(config.rollout_actors):
             self._launch_actor(index)
 
     @property
@@ -93,7 +93,7 @@ class Supervisor:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Desired and running numbers of actors and reward replicas."""
-        desired = {"actors": self._config.cluster.actors, "replicas": self._config.reward_replicas}
+        desired = {"actors": self._config.rollout_actors, "replicas": self._config.reward_replicas}
         actual = {"actors": self._running("actor-"), "replicas": self._running("reward-")}
         return {"desired": desired, "actual": actual}
 

@@ -28,7 +28,7 @@ class Batch:
     stop_BS: Tensor  # bool, the policy may stop here
     log_reward_BS: Tensor  # nats, untempered; 0 where stop_BS is False
     chosen_BT: Tensor  # bool, the policy chose this token: neither a tool's nor padding
-    recorded_log_pf_BT: Tensor  # nats, what the sampler recorded; for the agreement gate alone
+    recorded_log_pf_BT: Tensor  # nats, what the sampler recorded: for the agreement gate, and PPO
     recorded_log_stop_BS: Tensor
 
 
@@ -108,7 +108,7 @@ def collate(groups: Sequence[Group], device: torch.device) -> Batch:
         chosen_BT[row, :length] = ~trajectory.from_tool
         log_pf_BT[row, :length] = trajectory.log_q_token
     distinct: dict[tuple[bytes, ...], int] = {}
-    row_B = [distinct.setdefault(_content(t), len(distinct)) for t in trajectories]
+    row_B = [distinct.setdefault(content(t), len(distinct)) for t in trajectories]
     first_B = [row_B.index(row) for row in range(len(distinct))]
 
     def to_device(array: NDArray[np.generic]) -> Tensor:
@@ -127,7 +127,7 @@ def collate(groups: Sequence[Group], device: torch.device) -> Batch:
     )
 
 
-def _content(trajectory: Trajectory) -> tuple[bytes, ...]:
+def content(trajectory: Trajectory) -> tuple[bytes, ...]:
     """Equal for trajectories that the model sees alike."""
     arrays = (trajectory.prompt, trajectory.completion, trajectory.from_tool)
     return tuple(array.tobytes() for array in arrays)
@@ -137,7 +137,7 @@ def _size(group: Group) -> tuple[int, int]:
     """Distinct rows of a group, and the tokens of its longest."""
     trajectories = (*group.fresh, *group.replayed)
     width = max(t.prompt.size + t.completion.size for t in trajectories)
-    return len({_content(t) for t in trajectories}), width
+    return len({content(t) for t in trajectories}), width
 
 
 def _join(shape: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

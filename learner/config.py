@@ -36,10 +36,12 @@ class LearnerConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per unit learning rate")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
-    objective: Literal["subtb", "tb", "db", "raptb"] = Field(
+    objective: Literal["subtb", "tb", "db", "raptb", "ppo", "sft"] = Field(
         default="subtb",
         description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); "
-        "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root",
+        "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root. To "
+        "compare with: ppo: reward maximisation with a KL penalty, on policy; sft: maximum "
+        "likelihood of the task's demonstrations",
     )
     subtb_lambda: float = Field(
         default=1.0,
@@ -56,6 +58,18 @@ class LearnerConfig(BaseModel):
         default="group",
         description="log Z(X) at the root: the mean of the prompt's group, or a linear head on the "
         "policy's state behind X",
+    )
+
+    ppo_clip: float = Field(
+        default=0.2,
+        gt=0,
+        description="of ppo: how far an action's probability may move from its sampler's, as a "
+        "share, before it stops teaching",
+    )
+    ppo_kl: float = Field(
+        default=0.2,
+        ge=0,
+        description="of ppo: price of a nat of KL(policy || base LM), in nats of log R / T",
     )
 
     agreement_tolerance_nats: float | None = Field(
@@ -98,10 +112,15 @@ class LearnerConfig(BaseModel):
                 f"subtb_lambda ({self.subtb_lambda}) means nothing to objective "
                 f'"{self.objective}", which has no pairs to weigh: leave it out, or use "subtb"'
             )
-        if self.normalisation == "trajectory" and self.objective == "tb":
+        if self.normalisation == "trajectory" and self.objective in ("tb", "ppo", "sft"):
             raise ValueError(
-                'normalisation "trajectory" means nothing to objective "tb", which has one '
-                "residual for each trajectory: leave it out"
+                f'normalisation "trajectory" means nothing to objective "{self.objective}", which '
+                "weighs all trajectories alike: leave it out"
+            )
+        if self.log_z == "learned" and self.objective in ("ppo", "sft"):
+            raise ValueError(
+                f'log_z "learned" means nothing to objective "{self.objective}", which has no '
+                "log Z: leave it out"
             )
         return self
 

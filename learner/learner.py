@@ -13,6 +13,7 @@ from buffer.replay import Group
 from learner.batch import Batch, check_actions, collate, merge_prompts, plan_micro_batches
 from learner.checkpoint import Checkpoints, Snapshot
 from learner.config import LearnerConfig
+from learner.cost import describe_cost
 from learner.engine import Engine, NonFiniteUpdate
 from learner.exchange import decode_groups, encode_groups, share
 from learner.gate import AgreementGate
@@ -24,8 +25,8 @@ from learner.quality import describe_quality
 from learner.schedule import learning_rate, reward_temperature
 from learner.tally import Tally, describe_groups
 from lm.actions import ActionSpace
-from lm.adapter import adapter_bytes, checksum
-from lm.scoring import completion_log_probs
+from lm.adapter import adapter_bytes, adapter_off, checksum
+from lm.scoring import LogProbs, completion_log_probs
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Learner:
         model: base and adapter; only the adapter is trained, by `engine`.
         rng: chooses what is replayed.
         log_z: the head inside `model` that learns log Z; None: from the group.
+        against_base: give the objective also what the base LM says, at one more forward pass.
         gate: takes out of a draw what its sampler cannot have sampled; None takes all on trust.
         checkpoints: None keeps none.
     """
@@ -67,6 +69,7 @@ class Learner:
         rng: np.random.Generator,
         checkpoints: Checkpoints | None = None,
         log_z: LogZ | None = None,
+        against_base: bool = False,
         gate: AgreementGate | None = None,
     ) -> None:
         self.version = 0
@@ -81,6 +84,7 @@ class Learner:
         self._rng = rng
         self._checkpoints = checkpoints
         self._log_z = log_z
+        self._against_base = against_base
         self._gate = gate
         self._device = next(model.parameters()).device
         self._checkpoint_steps = 0
@@ -128,6 +132,7 @@ class Learner:
         except NonFiniteUpdate as error:
             raise NonFiniteUpdate(f"version {self.version}, loss {tally.loss}: {error}") from error
         metrics = describe_groups(groups, self.version) | describe_quality(groups, temperature)
+        metrics |= describe_cost(groups, against_base=self._against_base)
         metrics |= tally.gathered(self._engine)
         metrics |= {} if self._gate is None else self._gate.metrics()
         self.version += 1
@@ -231,16 +236,13 @@ class Learner:
 
     def _evaluate(self, batch: Batch, temperature: float) -> ObjectiveInput:
         """The batch under the current policy."""
-        log_probs = completion_log_probs(
-            self.model,
-            self._actions,
-            [t.prompt.tolist() for t in batch.distinct],
-            [t.completion.tolist() for t in batch.distinct],
-            [t.from_tool.tolist() for t in batch.distinct],
-            with_prompt_state=self._log_z is not None,
-        )
+        log_probs = self._log_probs(batch)
         head, state_BH = self._log_z, log_probs.prompt_state_BH
         log_z_B = None if head is None or state_BH is None else head(state_BH)[batch.row_B]
+        base = None
+        if self._against_base:
+            with torch.no_grad(), adapter_off(self.model):
+                base = self._log_probs(batch)
         return ObjectiveInput(
             log_pf_BT=log_probs.log_pf_BT[batch.row_B],
             log_stop_BS=log_probs.log_stop_BS[batch.row_B],
@@ -248,6 +250,21 @@ class Learner:
             stop_BS=batch.stop_BS,
             group_B=batch.group_B,
             log_z_B=log_z_B,
+            sampled_log_pf_BT=batch.recorded_log_pf_BT,
+            sampled_log_stop_BS=batch.recorded_log_stop_BS,
+            base_log_pf_BT=None if base is None else base.log_pf_BT[batch.row_B],
+            base_log_stop_BS=None if base is None else base.log_stop_BS[batch.row_B],
+        )
+
+    def _log_probs(self, batch: Batch) -> LogProbs:
+        """What the model says now of the distinct rows."""
+        return completion_log_probs(
+            self.model,
+            self._actions,
+            [t.prompt.tolist() for t in batch.distinct],
+            [t.completion.tolist() for t in batch.distinct],
+            [t.from_tool.tolist() for t in batch.distinct],
+            with_prompt_state=self._log_z is not None,
         )
 
     @torch.no_grad()

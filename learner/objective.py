@@ -25,6 +25,12 @@ class ObjectiveInput:
     stop_BS: Tensor  # bool: the policy may stop here; the last one of a row is terminal
     group_B: Tensor  # int64 below B: rows with the same number share their prompt
     log_z_B: Tensor | None = None  # learned log Z of each row's prompt; None: from the group
+    # The same as log_pf_BT and log_stop_BS, without gradient: as the sampler recorded them at its
+    # own version, and under the base LM. For reward maximisation alone; None: nobody asked.
+    sampled_log_pf_BT: Tensor | None = None
+    sampled_log_stop_BS: Tensor | None = None
+    base_log_pf_BT: Tensor | None = None
+    base_log_stop_BS: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,13 @@ def terminal_potentials(phi_BS: Tensor, stop_BS: Tensor) -> Tensor:
     return phi_BS.gather(1, last_stops(stop_BS)[:, None]).squeeze(1)
 
 
+def terminal_log_probs(log_pf_BT: Tensor, log_stop_BS: Tensor, stop_BS: Tensor) -> Tensor:
+    """log q(Z ⊤) of the whole completion of each row, [B] nats."""
+    end_B1 = last_stops(stop_BS)[:, None]
+    path_B1 = path_log_probs(log_pf_BT).gather(1, end_B1)
+    return (path_B1 + log_stop_BS.gather(1, end_B1)).squeeze(1)
+
+
 def last_stops(stop_BS: Tensor) -> Tensor:
     """Length of each completion: where the last stop state stands, [B] int64."""
     return stop_BS.shape[1] - 1 - stop_BS.flip(1).to(torch.int8).argmax(dim=1)

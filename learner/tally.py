@@ -71,18 +71,23 @@ class Tally:
 
 
 def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Metrics of a drawn batch, known without the model. Rewards and ages are of the fresh."""
+    """Metrics of a drawn batch, known without the model. Rewards and ages are of what actors have
+    sampled freshly."""
     fresh = [trajectory for group in groups for trajectory in group.fresh]
     num_replayed = sum(len(group.replayed) for group in groups)
-    ages = [version - trajectory.policy_version for trajectory in fresh]
-    verdicts = [t.correct for t in fresh if t.behaviour == "on_policy" and t.correct is not None]
     metrics = {
         "batch/trajectories": float(len(fresh) + num_replayed),
         "batch/replayed": float(num_replayed),
-        "reward/log_mean_nats": sum(float(t.log_reward[-1]) for t in fresh) / len(fresh),
-        "policy/age_mean_versions": sum(ages) / len(ages),
-        "policy/age_max_versions": float(max(ages)),
     }
+    sampled = [t for t in fresh if t.behaviour != "demonstration"]
+    if sampled:
+        ages = [version - trajectory.policy_version for trajectory in sampled]
+        metrics |= {
+            "reward/log_mean_nats": sum(float(t.log_reward[-1]) for t in sampled) / len(sampled),
+            "policy/age_mean_versions": sum(ages) / len(ages),
+            "policy/age_max_versions": float(max(ages)),
+        }
+    verdicts = [t.correct for t in fresh if t.behaviour == "on_policy" and t.correct is not None]
     if verdicts:
         metrics["reward/correct_fraction"] = sum(verdicts) / len(verdicts)
     return metrics

@@ -8,11 +8,14 @@ weights. Beside a saved adapter stands the fingerprint of the base it was traine
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -77,6 +80,23 @@ def load_adapter_bytes(model: PeftModel, data: bytes) -> None:
 def checksum(data: bytes) -> str:
     """Hex digest that travels beside published adapter bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+@contextmanager
+def adapter_off(model: PeftModel) -> Iterator[None]:
+    """Inside, `model` computes what its base does; its parameters are left as they are.
+
+    peft's own switch also turns `requires_grad` off and on, which an engine may watch.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    own = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling.update(dict.fromkeys(layer.scaling, 0.0))
+        yield
+    finally:
+        for layer, scaling in zip(layers, own, strict=True):
+            layer.scaling.update(scaling)
 
 
 def save_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:

@@ -178,3 +178,10 @@ def test_mistakes_in_a_task_are_told_by_its_own_keys(plain: Path) -> None:
     assert "task.arithmetic" not in text
     assert "'arithmetic', 'random_number', 'toy'" in mistakes(plain, "task.name=nothing")
     assert "task.min_len" in mistakes(ROOT / "tasks" / "toy.toml", "task.min_len=-1")
+
+
+def test_ppo_is_on_policy_or_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"replayed_per_group \(2\) to 0 and .* \(0\.333\) to 1"):
+        load_config("tasks/arithmetic.toml", ["learner.objective=ppo"])
+    own = ["learner.replayed_per_group=0", "actors.on_policy_share=1.0"]
+    load_config("tasks/arithmetic.toml", ["learner.objective=ppo", *own])
