@@ -1,7 +1,7 @@
 """Fixtures shared by the tests: tiny random-weight language models of several architectures."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
@@ -71,6 +71,21 @@ def tiny_lm() -> Callable[[str], PreTrainedModel]:
         return model.eval()
 
     return build
+
+
+# Set where no test may be skipped for want of a program or a permission, as on CI.
+ALL = "AMORTIZE_TEST_ALL"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and ALL in os.environ and item.get_closest_marker("gpu") is None:
+        report.outcome = "failed"
+        report.longrepr = f"{ALL} is set, but the test was skipped: {report.longrepr}"
+    return report
 
 
 # Minutes of several machines, jobs and browsers: only where asked for.
