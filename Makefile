@@ -32,8 +32,8 @@ test: $(stamp)
 	@$(python) -m ruff format --check .
 	@echo "test: mypy"
 	@$(python) -m mypy
-	@echo "test: pytest"
-	@$(python) -m pytest $(ARGS)
+	@echo "test: pytest, the fast tests on all cores, then the slow ones"
+	@.ci/test $(ARGS)
 
 setup: $(stamp)
 	@echo "set-up: .venv is up to date"

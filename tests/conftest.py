@@ -73,6 +73,9 @@ def tiny_lm() -> Callable[[str], PreTrainedModel]:
     return build
 
 
+# Minutes of a browser: only where asked for.
+CLUSTER_TESTS = ("test_inspector_browser.py",)
+
 # Set where no test may be skipped for want of a program or a permission, as on CI.
 ALL = "AMORTIZE_TEST_ALL"
 
@@ -82,20 +85,26 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and ALL in os.environ and item.get_closest_marker("gpu") is None:
+    exempt = item.get_closest_marker("gpu") or item.path.name in CLUSTER_TESTS
+    if report.skipped and ALL in os.environ and not exempt:
         report.outcome = "failed"
         report.longrepr = f"{ALL} is set, but the test was skipped: {report.longrepr}"
     return report
 
 
-# Minutes of several machines, jobs and browsers: only where asked for.
-CLUSTER_TESTS = ("test_ray_up.py", "test_job_submit.py", "test_inspector_browser.py")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pace", choices=("fast", "slow"), help="only tests of this pace")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests of clusters and browsers unless AMORTIZE_TEST_CLUSTER is set."""
-    if os.environ.get("AMORTIZE_TEST_CLUSTER"):
-        return
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep tests of one pace where asked to."""
     for item in items:
-        if item.path.name in CLUSTER_TESTS:
+        if item.path.name in CLUSTER_TESTS and "AMORTIZE_TEST_CLUSTER" not in os.environ:
             item.add_marker(pytest.mark.skip(reason="set AMORTIZE_TEST_CLUSTER=1 to run it"))
+    if (pace := config.getoption("pace")) is None:
+        return
+    chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
+    for item in items:
+        chosen[(pace == "slow") == bool(item.get_closest_marker("slow"))].append(item)
+    items[:] = chosen[True]
+    config.hook.pytest_deselected(items=chosen[False])
