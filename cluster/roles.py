@@ -164,7 +164,18 @@ def build_learner(
     if config.learner.log_z == "learned":
         log_z = attach_log_z(model)
         identity["log_z"] = config.learner.log_z
-    replay = demonstration_draws(config, task) if config.learner.objective == "sft" else buffer
+    replay, gate = buffer, None
+    if config.learner.objective == "sft":
+        replay = demonstration_draws(config, task)
+    else:
+        gate = AgreementGate(
+            model=model,
+            actions=task.actions,
+            past=PastPolicies(model, max_age=config.buffer.max_age),
+            quarantine=Quarantine(quarantine),
+            config=config.learner,
+            warn=warn,
+        )
     store = Checkpoints(checkpoints, identity=identity, keep=config.learner.checkpoints_kept)
     learner = Learner(
         model=model,
@@ -178,14 +189,7 @@ def build_learner(
         checkpoints=store,
         log_z=log_z,
         against_base=config.learner.objective == "ppo",
-        gate=AgreementGate(
-            model=model,
-            actions=task.actions,
-            past=PastPolicies(model, max_age=config.buffer.max_age),
-            quarantine=Quarantine(quarantine),
-            config=config.learner,
-            warn=warn,
-        ),
+        gate=gate,
     )
     if store.latest() is not None:
         learner.restore()

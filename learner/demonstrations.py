@@ -23,7 +23,8 @@ class DemonstrationDraws:
 
     Args:
         demonstrations: as trajectories; their rewards are not looked at.
-        rows: of each draw, whatever numbers of groups and replayed it is asked for.
+        rows: of each draw, whatever numbers of groups and replayed it is asked for. That is no
+            draw for an agreement gate, which counts groups and would find nothing to compare.
 
     Raises:
         NoDemonstrations: there are none.

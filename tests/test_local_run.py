@@ -132,3 +132,17 @@ def test_a_second_sitting_goes_on_where_the_first_one_ended(
     again.stop(timeout_s=30)
     assert [row["progress/step"] for row in again.learner_rows] == [6.0]
     assert buffer.stats().replay_size >= stored
+
+
+def test_a_run_that_imitates_has_the_learner_alone_and_comes_to_its_end(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    config = load_config("tasks/arithmetic.toml", ["learner.objective=sft", "learner.steps=3"])
+    run = start(config, tmp_path, server)
+    while not run.finished:
+        run.tick()
+    run.stop(timeout_s=30)
+    assert run.counts()["desired"] == {"actors": 0, "replicas": 0} and run.actor_totals() == {}
+    losses = [row["loss/value"] for row in run.learner_rows]
+    assert losses[2] < losses[0]
+    assert {row["batch/trajectories"] for row in run.learner_rows} == {64.0}
