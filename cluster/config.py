@@ -3,6 +3,8 @@
 Imports no torch, so that a mistake in a file is reported at once.
 """
 
+from typing import Literal, Self
+
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from actors.config import ActorConfig
@@ -22,6 +24,24 @@ class Placement(BaseModel):
     gpus: float = Field(default=0.0, ge=0, description="Ray GPUs; a fraction shares one.")
     threads: int = Field(default=1, ge=1, description="Threads of its matrix products.")
 
+    @model_validator(mode="after")
+    def _check_claim(self) -> Self:
+        if self.cpus == 0 and self.gpus == 0:
+            raise ValueError("cpus and gpus are both 0: a place must be a share of something")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus ({self.gpus:g}) must be whole above 1; only one can be shared")
+        return self
+
+
+class GangPlacement(Placement):
+    """What one rank claims, and how the ranks of one gang lie among the nodes."""
+
+    strategy: Literal["PACK", "STRICT_PACK", "SPREAD"] = Field(
+        default="PACK",
+        description="Ranks of one gang: on as few nodes as there is room on, on one node or not "
+        "at all, or on as many as there are.",
+    )
+
 
 class ClusterConfig(BaseModel):
     """The `[cluster]` section: how many processes, where, and how long they may be silent."""
@@ -38,21 +58,28 @@ class ClusterConfig(BaseModel):
     dashboard: bool = Field(default=False, description="Start Ray's dashboard, on loopback.")
     actors: int = Field(default=2, ge=1, description="Rollout actors.")
     actor_placement: Placement = Placement()
-    reward_placement: Placement = Placement()
-    learner_placement: Placement = Placement()
+    reward_placement: GangPlacement = GangPlacement()
+    learner_placement: GangPlacement = GangPlacement()
     time_limit_s: float | None = Field(
         default=None, gt=0, description="Training ends after this time even if steps are left."
     )
     max_restarts: int = Field(
         default=5, ge=0, description="Times that one part may die and be replaced."
     )
-    start_timeout_s: float = Field(default=300.0, gt=0, description="Longest start of one part.")
+    start_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="Longest wait of one part for a place on the cluster, and then longest start.",
+    )
     silence_timeout_s: float = Field(
         default=120.0, gt=0, description="Longest that a running part may leave a call unanswered."
     )
     answer_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for the board.")
     stop_timeout_s: float = Field(
-        default=60.0, gt=0, description="Longest orderly stop; what still runs then is killed."
+        default=60.0,
+        gt=0,
+        description="Longest orderly stop, of the run or of a part that is scaled away; what "
+        "still runs then is killed.",
     )
 
 

@@ -3,18 +3,19 @@
 A rollout actor is a gang of one; a reward replica has W ranks, the learner M. The supervisor owns
 gangs and calls `poll` often; nothing here waits.
 
-    MEETING -> STARTING -> RUNNING -> FINISHED
-        any of the first three -> FAILED, with the cause
+    PLACING -> MEETING -> STARTING -> RUNNING -> FINISHED
+        any of the first four -> FAILED, with the cause
 """
 
 import time
-from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
+from cluster.launch import Launch
+from cluster.nodes import room
 from cluster.waiting import cause_line, cause_of
 from learner.exchange import Unrecoverable
 
@@ -22,6 +23,7 @@ from learner.exchange import Unrecoverable
 class Phase(StrEnum):
     """Where a gang is in its life."""
 
+    PLACING = "placing"  # waits for room on the cluster
     MEETING = "meeting"  # rank 0 says where the ranks meet
     STARTING = "starting"  # every rank builds what it holds
     RUNNING = "running"
@@ -38,32 +40,43 @@ class Gang:
 
     Args:
         name: for events and errors, e.g. "reward-0".
-        launch: creates the Ray actors of a fresh gang, rank 0 first.
-        start_timeout_s: seconds that meeting and starting may take together.
+        launch: its place, and what creates the Ray actors there.
+        start_timeout_s: seconds that placing may take, and then meeting and starting together.
         silence_timeout_s: seconds that a running rank may leave `status` unanswered.
     """
 
     def __init__(
         self,
         name: str,
-        launch: Callable[[], Sequence[ActorHandle]],
+        launch: Launch,
         *,
         start_timeout_s: float,
         silence_timeout_s: float,
     ) -> None:
         self.name = name
-        self.phase = Phase.MEETING
+        self.phase = Phase.PLACING
         self.cause = ""
         self.fatal: Unrecoverable | None = None  # a failure that a new gang would only repeat
         self.status: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
         self._start_timeout_s = start_timeout_s
         self._silence_timeout_s = silence_timeout_s
-        self._born = time.monotonic()
-        self.handles = list(launch())
-        self._refs: list[ray.ObjectRef[Any]] = [self.handles[0].rendezvous.remote()]
+        self._began = time.monotonic()
+        self._launch = launch
+        self.handles: list[ActorHandle] = []
+        self._refs: list[ray.ObjectRef[Any]] = [launch.place.ready]
         self._status_ref: ray.ObjectRef[Any] | None = None
         self._status_asked = 0.0
+
+    @property
+    def wanted(self) -> str:
+        """What it claims of the cluster, for people."""
+        return f"{self.name} ({self._launch.place.wanted})"
+
+    @property
+    def phase_s(self) -> float:
+        """Seconds since it asked for a place, or since it has one."""
+        return time.monotonic() - self._began
 
     @property
     def leader(self) -> ActorHandle:
@@ -84,11 +97,13 @@ class Gang:
             self._advance(values)
         elif self.phase is Phase.RUNNING:
             self._listen()
-        elif time.monotonic() - self._born > self._start_timeout_s:
-            self._fail(
-                f"{self.phase} took more than {self._start_timeout_s:.0f} s "
-                f"(cluster.start_timeout_s); is there room for it on the cluster?"
-            )
+        elif self.phase_s > self._start_timeout_s:
+            limit = f"{self._start_timeout_s:.0f} s (cluster.start_timeout_s)"
+            if self.phase is Phase.PLACING:
+                wanted = self._launch.place.wanted
+                self._fail(f"no place within {limit} for {wanted}: {room()}")
+            else:
+                self._fail(f"{self.phase} took more than {limit}")
         return self.phase
 
     def ask_to_stop(self) -> None:
@@ -97,12 +112,18 @@ class Gang:
             handle.stop.remote()
 
     def kill(self) -> None:
-        """End every rank at once."""
+        """End every rank at once, and give up the place."""
         for handle in self.handles:
             ray.kill(handle)
+        self._launch.place.give_up()
 
     def _advance(self, values: list[Any]) -> None:
-        if self.phase is Phase.MEETING:
+        if self.phase is Phase.PLACING:
+            self.handles = list(self._launch.create())
+            self._refs = [self.leader.rendezvous.remote()]
+            self._began = time.monotonic()
+            self.phase = Phase.MEETING
+        elif self.phase is Phase.MEETING:
             self._refs = [handle.start.remote(values[0]) for handle in self.handles]
             self.phase = Phase.STARTING
         elif self.phase is Phase.STARTING:

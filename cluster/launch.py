@@ -1,7 +1,8 @@
 """Where plain classes become Ray actors: `ray.remote` is written only here."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -9,6 +10,7 @@ from ray.actor import ActorHandle
 
 from cluster.board_worker import BoardWorker
 from cluster.config import Placement, RunConfig
+from cluster.place import Place
 from cluster.workers import (
     EvaluationWorker,
     LearnerWorker,
@@ -20,6 +22,14 @@ from cluster.workers import (
 # One thread answers `status` and `stop` while another works; replicas take many calls at once.
 _CONTROL_CONCURRENCY = 4
 _REPLICA_CONCURRENCY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A place that was asked for, and what makes the gang's Ray actors in it, rank 0 first."""
+
+    place: Place
+    create: Callable[[], Sequence[ActorHandle]]
 
 
 class Launcher:
@@ -36,48 +46,59 @@ class Launcher:
             .remote()
         )
 
-    def rollout_actor(
-        self, context: RunContext, *, index: int, incarnation: int
-    ) -> Sequence[ActorHandle]:
+    def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
         """One rollout actor, as a gang of one."""
         name = f"actor-{index}"
-        return [
-            ray.remote(RolloutWorker)
-            .options(**self._options(f"{name}.{incarnation}", self._config.cluster.actor_placement))
-            .remote(context, name=name, index=index, incarnation=incarnation)
-        ]
+        claim = self._config.cluster.actor_placement
+        place = Place(f"{name}.{incarnation}", claim, num_ranks=1, strategy="SPREAD")
 
-    def reward_replica(
-        self, context: RunContext, *, index: int, incarnation: int
-    ) -> Sequence[ActorHandle]:
+        def create() -> Sequence[ActorHandle]:
+            options = self._options(f"{name}.{incarnation}", claim) | place.options(0)
+            worker = ray.remote(RolloutWorker).options(**options)
+            return [worker.remote(context, name=name, index=index, incarnation=incarnation)]
+
+        return Launch(place, create)
+
+    def reward_replica(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
         """The ranks of one reward replica; rank 0 carries the replica's name."""
         num_ranks = self._config.reward.ranks
         name = f"reward-{index}.{incarnation}"
-        place = self._config.cluster.reward_placement
-        worker = ray.remote(RewardWorker)
-        followers = [
-            worker.options(**self._options(f"{name}.rank{rank}", place)).remote(
-                context, name=name, rank=rank, num_ranks=num_ranks
-            )
-            for rank in range(1, num_ranks)
-        ]
-        options = self._options(name, place) | {"max_concurrency": _REPLICA_CONCURRENCY}
-        leader = worker.options(**options).remote(
-            context, name=name, rank=0, num_ranks=num_ranks, peers=tuple(followers)
-        )
-        return [leader, *followers]
+        claim = self._config.cluster.reward_placement
+        place = Place(name, claim, num_ranks=num_ranks, strategy=claim.strategy)
 
-    def learner(self, context: RunContext, *, incarnation: int) -> Sequence[ActorHandle]:
+        def create() -> Sequence[ActorHandle]:
+            worker = ray.remote(RewardWorker)
+            followers = [
+                worker.options(
+                    **self._options(f"{name}.rank{rank}", claim) | place.options(rank)
+                ).remote(context, name=name, rank=rank, num_ranks=num_ranks)
+                for rank in range(1, num_ranks)
+            ]
+            options = self._options(name, claim) | place.options(0)
+            leader = worker.options(**options | {"max_concurrency": _REPLICA_CONCURRENCY}).remote(
+                context, name=name, rank=0, num_ranks=num_ranks, peers=tuple(followers)
+            )
+            return [leader, *followers]
+
+        return Launch(place, create)
+
+    def learner(self, context: RunContext, *, incarnation: int) -> Launch:
         """The ranks of the learner."""
         num_ranks = self._config.learner.ranks
-        place = self._config.cluster.learner_placement
-        worker = ray.remote(LearnerWorker)
-        return [
-            worker.options(**self._options(f"learner.{incarnation}.rank{rank}", place)).remote(
-                context, name="learner", rank=rank, num_ranks=num_ranks
-            )
-            for rank in range(num_ranks)
-        ]
+        name = f"learner.{incarnation}"
+        claim = self._config.cluster.learner_placement
+        place = Place(name, claim, num_ranks=num_ranks, strategy=claim.strategy)
+
+        def create() -> Sequence[ActorHandle]:
+            worker = ray.remote(LearnerWorker)
+            return [
+                worker.options(
+                    **self._options(f"{name}.rank{rank}", claim) | place.options(rank)
+                ).remote(context, name="learner", rank=rank, num_ranks=num_ranks)
+                for rank in range(num_ranks)
+            ]
+
+        return Launch(place, create)
 
     def evaluator(self, context: RunContext, *, name: str) -> ActorHandle:
         """A process that evaluates and then goes."""

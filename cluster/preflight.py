@@ -11,7 +11,7 @@ from buffer.connection import connect
 from buffer.executable import find_executable
 from buffer.listening import PortInUse, is_free, port_in_use
 from cluster.config import RunConfig
-from cluster.fit import check_fit
+from cluster.fit import Node, check_fit
 from cluster.roles import demonstration_draws
 from cluster.rundir import RunDirectory
 from learner.log_z import check_log_z
@@ -54,7 +54,7 @@ def check_before_start(
     elif address is None:
         # Ray counts this machine's GPUs itself, when it starts.
         cpus = config.cluster.cpus or os.cpu_count() or 1
-        check_fit(config, {"CPU": cpus, "GPU": float("inf")})
+        check_fit(config, [Node(cpus, float("inf"))])
     check_buffer(config.buffer)
     here = local or address is None
     # The cluster's nodes have the GPUs; this machine need not have one.

@@ -18,6 +18,7 @@ from cluster.launch import Launcher
 from cluster.local import LocalRun
 from cluster.measure import measure
 from cluster.measurement import Measurement
+from cluster.nodes import living_nodes, may_grow
 from cluster.rundir import RunDirectory
 from cluster.supervisor import Supervisor
 from cluster.waiting import cause_line, wait_for
@@ -167,7 +168,9 @@ class RaySession:
         if self._cluster is None:
             # What others need to join it; state.json tells them.
             self.address = ray.get_runtime_context().gcs_address
-        check_fit(self._config, ray.cluster_resources())
+        # Where an autoscaler may add nodes, each part waits for its place instead.
+        if self._cluster is None or not may_grow():
+            check_fit(self._config, living_nodes())
         self._context = RunContext(
             config=self._config,
             run=self._directory.name,

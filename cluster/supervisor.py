@@ -11,12 +11,14 @@ import ray
 
 from cluster.config import RunConfig
 from cluster.gang import Gang, Phase, StartFailed
-from cluster.launch import Launcher
+from cluster.launch import Launch, Launcher
+from cluster.nodes import room
 from cluster.remote import RemoteBoard
 from cluster.workers import RunContext
 
 _TICK_S = 0.2
 _STOP_POLL_S = 0.05
+_PATIENCE_S = 5.0  # a place that there is room for is had within a moment
 
 
 class RunFailed(RuntimeError):
@@ -48,6 +50,7 @@ class Supervisor:
         self.learner_rows: list[dict[str, float]] = []
         self._rows_taken = 0
         self._events_taken = 0
+        self._waited: list[Gang] = []  # for a place, and people have been told
         self.gangs: dict[str, Gang] = {}
         for index in range(config.reward_replicas):
             self._launch_replica(index)
@@ -87,6 +90,7 @@ class Supervisor:
                 self._report(f"{name} is up")
             if after is Phase.FAILED:
                 self._replace(name, gang, ever_ran=before is Phase.RUNNING)
+        self._tell_who_waits()
         self._announce()
         self._collect_rows()
         time.sleep(_TICK_S)
@@ -133,6 +137,22 @@ class Supervisor:
                 gang.kill()
         return killed
 
+    def _tell_who_waits(self) -> None:
+        """Say once of each gang that it has waited for a place, and what there is."""
+        waiting = [
+            gang
+            for gang in self.gangs.values()
+            if gang.phase is Phase.PLACING
+            and gang.phase_s > _PATIENCE_S
+            and gang not in self._waited
+        ]
+        if waiting:
+            self._waited.extend(waiting)
+            self._report(
+                f"waiting up to {self._config.cluster.start_timeout_s:.0f} s for a place for "
+                f"{', '.join(gang.wanted for gang in waiting)}: {room()}"
+            )
+
     def _running(self, prefix: str) -> int:
         return sum(
             name.startswith(prefix) and gang.phase is Phase.RUNNING
@@ -163,32 +183,26 @@ class Supervisor:
         incarnation = self._next_incarnation(name := f"actor-{index}")
         self._launch(
             name,
-            lambda: self._launcher.rollout_actor(
-                self._context, index=index, incarnation=incarnation
-            ),
+            self._launcher.rollout_actor(self._context, index=index, incarnation=incarnation),
         )
 
     def _launch_replica(self, index: int) -> None:
         incarnation = self._next_incarnation(name := f"reward-{index}")
         self._launch(
             name,
-            lambda: self._launcher.reward_replica(
-                self._context, index=index, incarnation=incarnation
-            ),
+            self._launcher.reward_replica(self._context, index=index, incarnation=incarnation),
         )
 
     def _launch_learner(self) -> None:
         incarnation = self._next_incarnation("learner")
         self._rows_taken = self._events_taken = 0
-        self._launch(
-            "learner", lambda: self._launcher.learner(self._context, incarnation=incarnation)
-        )
+        self._launch("learner", self._launcher.learner(self._context, incarnation=incarnation))
 
     def _next_incarnation(self, name: str) -> int:
         self._incarnations[name] = self._incarnations.get(name, -1) + 1
         return self._incarnations[name]
 
-    def _launch(self, name: str, launch: Callable[[], Any]) -> None:
+    def _launch(self, name: str, launch: Launch) -> None:
         self.gangs[name] = Gang(
             name,
             launch,

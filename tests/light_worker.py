@@ -1,0 +1,29 @@
+"""A process with a worker's life and no model in it."""
+
+import threading
+
+
+class LightWorker:
+    """Meets, starts, and runs until stopped."""
+
+    def __init__(self) -> None:
+        self._stopping = threading.Event()
+
+    def rendezvous(self) -> None:
+        """Nowhere."""
+
+    def start(self, _: None) -> None:
+        """Nothing to build."""
+
+    def run(self) -> dict[str, int]:
+        """Wait for `stop`."""
+        self._stopping.wait()
+        return {}
+
+    def status(self) -> dict[str, int]:
+        """No counters."""
+        return {}
+
+    def stop(self) -> None:
+        """Let `run` return."""
+        self._stopping.set()
