@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 
 from cluster.cli import parse
 
@@ -20,7 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb, arguments = parse(sys.argv[1:] if argv is None else argv)
     module = _ELSEWHERE.get(verb, f"cluster.{verb}")
     try:
-        return int(importlib.import_module(module).run(arguments))
+        # Libraries greet on stdout, which belongs to what the verb prints.
+        with redirect_stdout(sys.stderr):
+            imported = importlib.import_module(module)
+        return int(imported.run(arguments))
     except KeyboardInterrupt:
         print(f"amortize {verb}: interrupted", file=sys.stderr)
         return 130

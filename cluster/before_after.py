@@ -16,6 +16,7 @@ _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
     ("jsd", "Jensen-Shannon divergence, nats", ".5f", False),
     ("log_z_error", "error of the policy's log Z, nats", ".4f", False),
     ("valid", "valid completions", ".3%", True),
+    ("coverage", "posterior mass that the policy covers", ".3%", True),
 )
 # Column of Votes -> what it is called, which column counts its items, whether more is better.
 _VOTES = (

@@ -65,6 +65,30 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    parser.add_argument(
+        "--methods",
+        metavar="METHOD",
+        nargs="+",
+        default=["base", "sft", "ppo", "gflownet"],
+        help="of base, sft, ppo, gflownet (default: all)",
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="runs each (default: 3)")
+    parser.add_argument("--run", metavar="NAME", help="name in runs/ (default: task and time)")
+    parser.add_argument("--resume", action="store_true", help="go on with the one called --run")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--address", metavar="A", help="Ray cluster to use, as for train")
+    where.add_argument("--local", action="store_true", help="one process, without Ray")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="changes to the configuration, before --methods, values as in TOML",
+    )
+
+
 def _posterior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
     parser.add_argument(
@@ -111,6 +135,7 @@ def _stop(parser: argparse.ArgumentParser) -> None:
 _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("Fine-tune a language model on a task", _train),
     "evaluate": ("Score a model, with or without an adapter, on test data", _evaluate),
+    "compare": ("Compare methods on one task at equal numbers of trajectories", _compare),
     "posterior": ("Compare a policy with the exact posterior, or bound its distance", _posterior),
     "status": ("Show runs: progress, parts that live, last figures", _status),
     "inspect": ("Show the trajectories of a run in a browser", _inspect),

@@ -17,7 +17,7 @@ from cluster.rundir import RunDirectory
 
 
 def conclude(config: RunConfig, directory: RunDirectory, scores: Scores) -> None:
-    """Draw, write and print what came of the run."""
+    """Draw and write what came of the run."""
     recorded = read_metrics(directory.metrics_file)
     plots = draw_curves(recorded, directory.plots)
     before, after = scores.before, scores.after
@@ -38,6 +38,10 @@ def conclude(config: RunConfig, directory: RunDirectory, scores: Scores) -> None
         after=scores.after,
         plots=plots,
     )
+
+
+def show_conclusion(directory: RunDirectory, scores: Scores) -> None:
+    """Print what came of the run."""
     console = Console()
     console.print(table(scores.before, scores.after))
     for example in scores.after.examples if scores.after is not None else ():

@@ -94,6 +94,18 @@ class EvaluationConfig(BaseModel):
     max_items: int | None = Field(
         default=None, ge=1, description="Items of each test file that are asked; None: all."
     )
+    shots: int = Field(
+        default=0,
+        ge=0,
+        description="Worked questions in front of each, when the base LM is asked without an "
+        "adapter.",
+    )
+    diversity_items: int = Field(
+        default=50,
+        ge=0,
+        description="Items of each test file for which samples at temperature 1 are drawn too, to "
+        "see how much they differ; 0: none.",
+    )
     examples: int = Field(default=6, ge=0, description="Rationales that the report shows.")
     seed: int = Field(default=0, ge=0, description="Of the draws: before and after share it.")
 
@@ -132,6 +144,24 @@ class PosteriorConfig(BaseModel):
     )
 
 
+class CompareConfig(BaseModel):
+    """The `[compare]` section: what `amortize compare` does otherwise than `amortize train`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int | None = Field(
+        default=None, gt=0, description="Optimizer steps of every method; None: learner.steps."
+    )
+    shots: int = Field(
+        default=0, ge=0, description="Worked questions in front of each, for method base."
+    )
+    overrides: dict[str, tuple[str, ...]] = Field(
+        default={},
+        description="Of a method alone, such as ppo = ['learner.learning_rate=3e-4']: what a fair "
+        "comparison must tune.",
+    )
+
+
 class RunConfig(BaseModel):
     """Everything that fixes a run."""
 
@@ -148,6 +178,7 @@ class RunConfig(BaseModel):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     posterior: PosteriorConfig = PosteriorConfig()
+    compare: CompareConfig = CompareConfig()
 
     @property
     def rollout_actors(self) -> int:

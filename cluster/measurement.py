@@ -18,6 +18,19 @@ class Example(BaseModel):
     right: bool
 
 
+class Spread(BaseModel):
+    """What the policy itself draws for a question, at temperature 1; means over questions."""
+
+    model_config = ConfigDict(frozen=True)
+
+    items: int
+    right: float = Field(description="Share of rationales that lead to the right answer.")
+    distinct_right: float = Field(description="Different right rationales of one question.")
+    edit_distance: float | None = Field(
+        description="Between two rationales of one question, as a share of the longer one."
+    )
+
+
 class Votes(BaseModel):
     """Answers to test questions, by group of questions (number of operands); shares in [0, 1]."""
 
@@ -30,6 +43,7 @@ class Votes(BaseModel):
     unseen_items: dict[str, int]
     unparsable: dict[str, float] = Field(description="Share of sampled answers that are none.")
     distinct_right: dict[str, float] = Field(description="Different right rationales, mean.")
+    spread: dict[str, Spread] = Field(default={}, description="On some items of each group.")
     examples: tuple[Example, ...] = ()
 
 
@@ -48,6 +62,11 @@ class Distance(BaseModel):
     jsd: float | None = Field(description="Jensen-Shannon divergence, nats.")
     log_z_error: float | None = Field(description="Of the policy's own estimate, nats.")
     valid: float | None = Field(description="Share of the policy's mass on valid completions.")
+    coverage: float | None = Field(
+        default=None,
+        description="Posterior mass of the completions that the policy draws at least a tenth as "
+        "often as it should.",
+    )
 
 
 Measurement = Annotated[Votes | Distance, Field(discriminator="kind")]

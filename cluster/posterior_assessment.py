@@ -28,7 +28,7 @@ from lm.sampling import Completion, Request, Sampler
 from tasks.log_reward import log_reward_of
 from tasks.posterior.bounds import Bounds, UnusableWeights, bound_log_z
 from tasks.posterior.ceiling import ceiling_of
-from tasks.posterior.divergence import divergence
+from tasks.posterior.divergence import coverage, divergence
 from tasks.posterior.enumeration import PrefixTree
 from tasks.posterior.exact import ExactPosterior, exact_posterior
 from tasks.posterior.rejection import PosteriorSamples, posterior_samples
@@ -195,6 +195,7 @@ class _Assessor:
         over, under = order_N[:_TOLD], order_N[::-1][:_TOLD]
         return {
             **asdict(distance),
+            "coverage": coverage(log_q_N, posterior.log_p_N),
             "valid": float(q_N[self._valid(posterior)].sum()),
             "oversampled": self._told(posterior, over[q_N[over] > p_N[over]], q_N, p_N),
             "undersampled": self._told(posterior, under[p_N[under] > q_N[under]], q_N, p_N),

@@ -36,6 +36,9 @@ class PolicyReport(BaseModel):
         default=None, description="Of `log_z_estimate`, absolute, nats."
     )
     valid: float | None = Field(default=None, description="Mass on completions the task means.")
+    coverage: float | None = Field(
+        default=None, description="Posterior mass that the policy covers: see tasks.posterior."
+    )
     left_out_q: float = Field(description="Mass that was not enumerated.")
     log_z_estimate: float = Field(description="Log of the mean weight of the policy's samples.")
     bounds: Bounds | None = Field(description="None where a sampled completion has no reward.")
@@ -103,7 +106,7 @@ class Assessment:
         return Distance(prompts=len(self.prompts), enumerated=len(enumerated), **means)
 
 
-FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
+FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid", "coverage")
 
 
 def mean(values: Iterator[float | None]) -> float | None:

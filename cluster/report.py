@@ -70,24 +70,25 @@ def write_report(
         plots: PNG files; each is embedded, and its file's name captions it.
     """
     parts = [
-        _head(run),
+        head(run, "GFlowNet fine-tuning of a language model"),
         _facts(facts),
         _table(before, after),
         _examples(before, after),
-        _plots(plots),
+        figures("Curves", plots),
         f"<h2>Configuration</h2><details><summary>resolved, defaults included</summary>"
         f"<pre>{escaped(config)}</pre></details></main></body></html>\n",
     ]
     write_whole(path, "\n".join(part for part in parts if part))
 
 
-def _head(run: str) -> str:
+def head(title: str, subtitle: str) -> str:
+    """The page up to and with its heading; `</main></body></html>` ends it."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escaped(run)}</title><style>{_STYLE}</style></head><body><main>"
-        f"<header><h1>{escaped(run)}</h1><p>GFlowNet fine-tuning of a language model</p></header>"
+        f"<title>{escaped(title)}</title><style>{_STYLE}</style></head><body><main>"
+        f"<header><h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p></header>"
     )
 
 
@@ -145,15 +146,16 @@ def _example(example: Example | None) -> str:
     return f'<code>{escaped(example.rationale)}</code><br><span class="{mark}">{answer}</span>'
 
 
-def _plots(plots: Sequence[Path]) -> str:
+def figures(heading: str, plots: Sequence[Path]) -> str:
+    """PNG files below a heading, embedded; nothing where there are none."""
     if not plots:
         return ""
-    figures = []
+    shown = []
     for plot in plots:
         caption = escaped(plot.stem.replace("_", " "))
         data = base64.b64encode(plot.read_bytes()).decode("ascii")
-        figures.append(
+        shown.append(
             f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
-    return f'<h2>Curves</h2><div class="plots">{"".join(figures)}</div>'
+    return f'<h2>{escaped(heading)}</h2><div class="plots">{"".join(shown)}</div>'

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rich.console import Console
+
 from buffer.server import RedisServer
-from cluster.conclusion import conclude
+from cluster.conclusion import conclude, show_conclusion
 from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
 from cluster.driver import Driver
 from cluster.joining import join_cluster, namespace_of
+from cluster.measurement import Measurement, Scores
 from cluster.preflight import check_before_start
 from cluster.roles import build_buffer
 from cluster.rundir import RunDirectory, new_name, write_whole
@@ -29,22 +32,50 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     directory = RunDirectory(arguments.run or new_name(config.task.name))
     address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
-    check_before_start(
+    scores = train(
         config,
         directory,
         resume=arguments.resume,
         address=None if arguments.local else address,
         local=arguments.local,
     )
-    if address is not None and not arguments.local:
+    show_conclusion(directory, scores)
+    return 0
+
+
+def train(
+    config: RunConfig,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    address: str | None,
+    local: bool,
+    before: Measurement | None = None,
+    console: Console | None = None,
+) -> Scores:
+    """Train and measure one run, and leave its plots and report; what was measured.
+
+    Args:
+        address: of a Ray cluster that exists; None starts one on this machine.
+        local: all in this process, without Ray.
+        before: the base LM as it was measured for another run of the same settings; None: measure.
+        console: where progress is shown.
+
+    Raises:
+        what `check_before_start` and `Driver.drive` raise.
+    """
+    check_before_start(config, directory, resume=resume, address=address, local=local)
+    if address is not None:
         config = join_cluster(config, address, namespace_of(directory.name))
-    directory.begin(resume=arguments.resume)
+    directory.begin(resume=resume)
     try:
         write_whole(directory.config_file, resolved_toml(config))
-        with Terminal() as terminal, buffer_server(config, directory) as buffer:
+        if before is not None and not directory.scores_file.exists():
+            write_whole(directory.scores_file, Scores(before=before).model_dump_json(indent=2))
+        with Terminal(console=console) as terminal, buffer_server(config, directory) as buffer:
             session: Session = (
                 LocalSession(config, directory, buffer.address)
-                if arguments.local
+                if local
                 else RaySession(config, directory, buffer.address, address=address)
             )
             driver = Driver(
@@ -60,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
         conclude(config, directory, scores)
     finally:
         directory.end()
-    return 0
+    return scores
 
 
 class OwnBuffer:

@@ -1,17 +1,18 @@
 """Counting right answers: the base LM, or the base with an adapter on it, on test questions."""
 
-import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from actors.policy import SamplingPolicy
 from cluster.config import RunConfig
-from cluster.measurement import Example, Votes
+from cluster.measurement import Example, Spread, Votes
 from lm.adapter import adapter_bytes, load_adapter
 from lm.model import load_base
-from tasks.evaluation import Voted, scores, vote
+from tasks.evaluation import Voted, scores, spreads, vote
 from tasks.registry import build_task
-from tasks.task import QuestionTask
+from tasks.shots import worked_examples
+from tasks.task import QuestionTask, TestItem
 
 
 class NoQuestions(ValueError):
@@ -33,11 +34,7 @@ def measure_votes(config: RunConfig, *, adapter: Path | None, data: Sequence[str
         raise NoQuestions(
             f"task {task.name!r} has no test questions; `amortize posterior` measures its policy"
         )
-    items = [
-        item
-        for path in data or config.task.tests
-        for item in itertools.islice(task.test_items(path), settings.max_items)
-    ]
+    items = [task.test_items(path)[: settings.max_items] for path in data or config.task.tests]
     weights = None
     if adapter is not None:
         # Folding it in needs the plain base; peft wraps a second copy, only to read the folder.
@@ -60,21 +57,34 @@ def measure_votes(config: RunConfig, *, adapter: Path | None, data: Sequence[str
         max_rows=settings.max_rows,
         seed=settings.seed,
     )
-    voted = vote(
-        items,
-        policy=policy,
-        answerer=answerer,
-        decode=base.tokenizer.decode,
-        parse=task.parse_answer,
-        answer_context=task.reward_query.context,
-        samples=settings.samples,
-        temperature=settings.temperature,
-    )
-    return summarise(voted, num_examples=settings.examples)
+    shots: tuple[int, ...] = ()
+    if adapter is None and settings.shots:
+        shots = worked_examples(task, base.tokenizer, count=settings.shots, seed=config.seed)
+
+    def ask(asked: Sequence[TestItem], temperature: float) -> list[Voted]:
+        return vote(
+            asked,
+            policy=policy,
+            answerer=answerer,
+            decode=base.tokenizer.decode,
+            parse=task.parse_answer,
+            answer_context=() if shots else task.reward_query.context,
+            samples=settings.samples,
+            temperature=temperature,
+            shots=shots,
+        )
+
+    voted = ask([item for same in items for item in same], settings.temperature)
+    drawn = ask([item for same in items for item in same[: settings.diversity_items]], 1.0)
+    return summarise(voted, drawn, num_examples=settings.examples)
 
 
-def summarise(voted: Sequence[Voted], *, num_examples: int) -> Votes:
-    """Counts by number of operands, with some examples of each."""
+def summarise(voted: Sequence[Voted], drawn: Sequence[Voted], *, num_examples: int) -> Votes:
+    """Counts by number of operands, with some examples of each.
+
+    Args:
+        drawn: what the policy draws at temperature 1.
+    """
     by_group = {str(operands): score for operands, score in scores(voted).items()}
     return Votes(
         accuracy={group: score.accuracy for group, score in by_group.items()},
@@ -83,6 +93,7 @@ def summarise(voted: Sequence[Voted], *, num_examples: int) -> Votes:
         unseen_items={group: score.unseen_items for group, score in by_group.items()},
         unparsable={group: score.unparsable for group, score in by_group.items()},
         distinct_right={group: score.distinct_right for group, score in by_group.items()},
+        spread={str(n): Spread(**asdict(spread)) for n, spread in spreads(drawn).items()},
         examples=tuple(_examples(voted, list(by_group), num_examples)),
     )
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from actors.ports import Policy
 from lm.sampling import Request
+from tasks.diversity import mean_edit_distance
 from tasks.task import TestItem
 
 # Low enough that the likeliest token is drawn unless the runner-up is as likely.
@@ -66,6 +67,7 @@ def vote(
     answer_context: Sequence[int],
     samples: int,
     temperature: float,
+    shots: Sequence[int] = (),
 ) -> list[Voted]:
     """Ask the policy for rationales and the base LM for the answers that follow them.
 
@@ -73,9 +75,10 @@ def vote(
         policy: samples Z from X.
         answerer: samples Y, of the base LM; asked once for each distinct pair of X and Z.
         answer_context: token ids in front of X when the base LM answers; empty for none.
+        shots: token ids in front of X always, of worked examples; empty for none.
     """
     requests = [
-        Request(prompt=item.prompt, temperature=temperature)
+        Request(prompt=(*shots, *item.prompt), temperature=temperature)
         for item in items
         for _ in range(samples)
     ]
@@ -102,12 +105,43 @@ def vote(
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """What was drawn for the questions of one number of operands, drawn again and again."""
+
+    items: int
+    right: float  # share of rationales that led to the true answer
+    distinct_right: float  # different right rationales, mean over questions
+    edit_distance: float | None  # see tasks.diversity, mean over questions
+
+
+def spreads(voted: Sequence[Voted]) -> dict[int, Spread]:
+    """Number of operands -> spread, ascending."""
+    return {operands: _spread(same) for operands, same in _by_operands(voted).items()}
+
+
+def _spread(voted: Sequence[Voted]) -> Spread:
+    right = [answer == one.item.answer for one in voted for answer in one.answers]
+    distances = [mean_edit_distance(one.rationales) for one in voted]
+    known = [distance for distance in distances if distance is not None]
+    return Spread(
+        items=len(voted),
+        right=float(np.mean(right)),
+        distinct_right=float(np.mean([one.distinct_right for one in voted])),
+        edit_distance=float(np.mean(known)) if known else None,
+    )
+
+
 def scores(voted: Sequence[Voted]) -> dict[int, Score]:
     """Number of operands -> score, ascending."""
-    by_operands: dict[int, list[Voted]] = {}
+    return {operands: _score(same) for operands, same in _by_operands(voted).items()}
+
+
+def _by_operands(voted: Sequence[Voted]) -> dict[int, list[Voted]]:
+    groups: dict[int, list[Voted]] = {}
     for one in voted:
-        by_operands.setdefault(one.item.operands, []).append(one)
-    return {operands: _score(by_operands[operands]) for operands in sorted(by_operands)}
+        groups.setdefault(one.item.operands, []).append(one)
+    return dict(sorted(groups.items()))
 
 
 def _score(voted: Sequence[Voted]) -> Score:

@@ -64,6 +64,15 @@ def total_variation(
     return min(apart / 2 + left_out_p, 1.0)
 
 
+def coverage(
+    log_q_N: NDArray[np.float64], log_p_N: NDArray[np.float64], *, at_least: float = 0.1
+) -> float:
+    """Posterior mass of the completions with q >= `at_least` * p, in [0, 1]: 1 where no mode is
+    missed. Too much mass elsewhere does not show in it."""
+    covered_N = log_q_N >= log_p_N + math.log(at_least)
+    return float(np.exp(log_p_N[covered_N]).sum())
+
+
 def kl(log_a_N: NDArray[np.float64], log_b_N: NDArray[np.float64]) -> float:
     """KL(a || b) = sum a log(a / b), nats; inf where b lacks what a has."""
     has = log_a_N > -np.inf

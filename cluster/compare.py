@@ -1,0 +1,186 @@
+"""The verb `compare`: several methods on one task, at equal numbers of trajectories."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+from pydantic import BaseModel
+from pydantic_core import to_json
+from rich.console import Console
+
+from cluster.compare_report import draw, shown_table, write_page
+from cluster.comparison import Result, Table, result_of, summarise
+from cluster.config import RunConfig
+from cluster.config_file import load_config, resolved_toml
+from cluster.driver import read_scores
+from cluster.measure import measure
+from cluster.measurement import Measurement
+from cluster.methods import BASE, METHODS, method_config
+from cluster.rundir import RunDirectory, RunExists, new_name, write_whole
+from cluster.train import train
+from learner.demonstrations import NoDemonstrations
+
+
+class UnknownMethod(ValueError):
+    """A method that there is not."""
+
+
+class ComparisonFailed(RuntimeError):
+    """A run of a comparison failed; the text names method, seed and run."""
+
+
+class ComparisonStopped(RuntimeError):
+    """A comparison was stopped on request, with runs left."""
+
+
+class ComparisonChanged(ValueError):
+    """A finished run of a comparison was made with other settings than are asked for now."""
+
+
+class _Member(BaseModel):
+    """One method with one seed."""
+
+    method: str
+    seed: int
+    run: str
+    config: RunConfig
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, seed {self.seed} (run {self.run})"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run what is missing, then show and write the comparison."""
+    shared = load_config(arguments.config, arguments.overrides)
+    folder = RunDirectory(arguments.run or new_name(f"compare-{shared.task.name}"))
+    if folder.path.exists() and not arguments.resume:
+        raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
+    members = list(_members(arguments, folder.name))
+    folder.path.mkdir(parents=True, exist_ok=True)
+    console = Console(stderr=arguments.json)
+    results: list[Result] = []
+    before: Measurement | None = None
+    for number, member in enumerate(members, start=1):
+        console.rule(f"{number} of {len(members)}: {member.title}")
+        with _named(member), redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+            result, before = _finish(member, arguments, before, console)
+        results.append(result)
+    metrics, compute = summarise(results, "metrics"), summarise(results, "compute")
+    _write(folder, shared.task.name, results, metrics, compute)
+    if arguments.json:
+        print(_as_json(shared.task.name, results, metrics, compute))
+    else:
+        console.print(shown_table(metrics, f"{shared.task.name}: {arguments.seeds} seeds"))
+        console.print(shown_table(compute, "what it took"))
+        console.print(f"page: {folder.report_file}", soft_wrap=True, markup=False)
+    return 0
+
+
+def _members(arguments: argparse.Namespace, name: str) -> Iterator[_Member]:
+    """Every run, all methods of one seed before the next seed: half a comparison compares too."""
+    if unknown := [method for method in arguments.methods if method not in METHODS]:
+        raise UnknownMethod(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
+    for seed in range(arguments.seeds):
+        for method in dict.fromkeys(arguments.methods):
+            yield _Member(
+                method=method,
+                seed=seed,
+                run=f"{name}-{method}-{seed}",
+                config=method_config(
+                    arguments.config, arguments.overrides, method=method, seed=seed
+                ),
+            )
+
+
+def _finish(
+    member: _Member, arguments: argparse.Namespace, before: Measurement | None, console: Console
+) -> tuple[Result, Measurement | None]:
+    """The member's result, from its run or from its files; and the base as measured by it."""
+    directory, config = RunDirectory(member.run), member.config
+    measured = _finished(member, directory)
+    if measured is None and member.method == BASE:
+        measured = _measure_base(directory, config)
+    elif measured is None:
+        address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
+        scores = train(
+            config,
+            directory,
+            resume=directory.path.exists(),
+            address=None if arguments.local else address,
+            local=arguments.local,
+            before=before,
+            console=console,
+        )
+        if scores.after is None:
+            raise ComparisonStopped("stopped; the same command with --resume goes on")
+        measured = scores.after
+    if member.method != BASE:
+        before = read_scores(directory).before or before
+    result = result_of(
+        directory,
+        measured,
+        method=member.method,
+        seed=member.seed,
+        scored_by_lm=config.task.reward_kind != "function",
+    )
+    return result, before
+
+
+def _finished(member: _Member, directory: RunDirectory) -> Measurement | None:
+    """What a run that is done has measured; None where it is to be run."""
+    scores = read_scores(directory)
+    measured = scores.before if member.method == BASE else scores.after
+    if measured is not None and directory.config_file.read_text() != resolved_toml(member.config):
+        raise ComparisonChanged(
+            f"{directory.path} was made with other settings than are asked for now: compare under "
+            "another --run, or restore the settings that its config.toml has"
+        )
+    return measured
+
+
+def _measure_base(directory: RunDirectory, config: RunConfig) -> Measurement:
+    """Measure the LM without an adapter, in this process."""
+    directory.begin(resume=directory.config_file.exists())
+    try:
+        write_whole(directory.config_file, resolved_toml(config))
+        measured = measure(config, adapter=None)
+        scores = read_scores(directory).model_copy(update={"before": measured})
+        write_whole(directory.scores_file, scores.model_dump_json(indent=2))
+        return measured
+    finally:
+        directory.end()
+
+
+@contextmanager
+def _named(member: _Member) -> Iterator[None]:
+    """Errors that are written for people say which run they are of; others get a note."""
+    try:
+        yield
+    except NoDemonstrations as error:
+        raise ComparisonFailed(f"{member.title}: {error}; leave it out of --methods") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ComparisonFailed(f"{member.title}: {error}") from error
+
+
+def _write(
+    folder: RunDirectory, task: str, results: Sequence[Result], metrics: Table, compute: Table
+) -> None:
+    figure: Path = draw(metrics, folder.path / "compare.png")
+    write_page(
+        folder.report_file,
+        title=f"{task}: {', '.join(metrics)}",
+        metrics=metrics,
+        compute=compute,
+        plots=[figure],
+        runs="\n".join(result.run for result in results),
+    )
+    write_whole(folder.path / "compare.json", _as_json(task, results, metrics, compute))
+
+
+def _as_json(task: str, results: Sequence[Result], metrics: Table, compute: Table) -> str:
+    content = {"task": task, "table": metrics, "compute": compute, "runs": list(results)}
+    return to_json(content, inf_nan_mode="null").decode()

@@ -1,0 +1,133 @@
+"""`amortize compare`: what is equal, what is counted, and that finished runs are not repeated."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.comparison import Result, figures, summarise
+from cluster.config_file import load_config
+from cluster.measurement import Spread, Votes
+from cluster.methods import method_config
+from cluster.roles import load_task
+from tasks.diversity import mean_edit_distance
+from tasks.posterior.divergence import coverage
+from tasks.shots import TooFewDemonstrations, worked_examples
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_methods_share_everything_but_what_makes_them_one() -> None:
+    path = "tasks/arithmetic.toml"
+    configs = {m: method_config(path, [], method=m, seed=2) for m in ("sft", "ppo", "gflownet")}
+    for config in configs.values():
+        assert (config.seed, config.learner.steps, config.cluster.time_limit_s) == (2, 150, None)
+        assert config.actors.group_size + config.learner.replayed_per_group == 8
+        assert config.learner.groups_per_step == 8
+        assert config.lora == configs["gflownet"].lora and config.lm == configs["gflownet"].lm
+    assert [c.learner.objective for c in configs.values()] == ["sft", "ppo", "subtb"]
+    tuned = ["compare.overrides.ppo=['learner.learning_rate=0.5']", "compare.shots=4"]
+    assert method_config(path, tuned, method="ppo", seed=0).learner.learning_rate == 0.5
+    assert method_config(path, tuned, method="sft", seed=0).learner.learning_rate == 1e-3
+    assert method_config(path, tuned, method="base", seed=0).evaluation.shots == 4
+
+
+def test_every_number_of_a_measurement_becomes_a_figure() -> None:
+    votes = Votes(
+        accuracy={"3": 0.5},
+        unseen={"3": None},
+        items={"3": 9},
+        unseen_items={"3": 0},
+        unparsable={"3": 0.25},
+        distinct_right={"3": 2.0},
+        spread={"3": Spread(items=5, right=0.5, distinct_right=1.5, edit_distance=0.125)},
+    )
+    assert dict(figures(votes)) == {
+        "3": 0.5,
+        "3 unparsable": 0.25,
+        "3 distinct_right": 2.0,
+        "3 spread right": 0.5,
+        "3 spread distinct_right": 1.5,
+        "3 spread edit_distance": 0.125,
+    }
+
+
+def test_means_and_deviations_are_over_the_seeds() -> None:
+    results = [
+        Result(method="sft", seed=seed, run="r", metrics={"3": value}, compute={})
+        for seed, value in enumerate((0.1, 0.2, 0.6))
+    ]
+    one = summarise(results, "metrics")["sft"]["3"]
+    assert one.mean == pytest.approx(0.3) and one.std == pytest.approx(0.26457513)
+    assert summarise(results[:1], "metrics")["sft"]["3"].std is None
+
+
+def test_edit_distance_is_the_mean_over_pairs() -> None:
+    assert mean_edit_distance(["abcd", "abcd", "abxy"]) == pytest.approx((0 + 0.5 + 0.5) / 3)
+    assert mean_edit_distance(["abcd"]) is None
+
+
+SMALL = [
+    "compare.steps=2",
+    "actors.groups_per_batch=4",
+    "posterior.prompts=1",
+    "posterior.samples=10",
+    "posterior.draws=0",
+]
+
+
+@pytest.mark.slow
+def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -> None:
+    def compare(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "cluster", "compare", str(ROOT / "tasks/toy.toml"), *SMALL]
+        options = ["--run", "c", "--local", "--json", "--seeds", "1", *more]
+        return subprocess.run(
+            [*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False,
+            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+            timeout=100,
+        )  # fmt: skip
+
+    first = compare("--methods", "base", "ppo", "gflownet")
+    assert first.returncode == 0, first.stderr[-2000:]
+    found = json.loads(first.stdout)
+    assert list(found["table"]) == ["base", "ppo", "gflownet"]
+    assert set(found["table"]["ppo"]["tv"]) == {"mean", "std"}
+    assert found["table"]["base"]["coverage"]["mean"] <= 1
+    equal = {m: found["compute"][m]["trajectories"]["mean"] for m in ("ppo", "gflownet")}
+    assert equal == {"ppo": 128, "gflownet": 128}
+    assert found["compute"]["ppo"]["tokens_base"]["mean"] > 0
+    page = (tmp_path / "runs/c/report.html").read_text()
+    assert "gflownet" in page and "data:image/png" in page
+
+    metrics = tmp_path / "runs/c-ppo-0/metrics.jsonl"
+    before = metrics.stat().st_mtime_ns
+    again = compare("--methods", "base", "ppo", "gflownet", "--resume")
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads(again.stdout)["table"] == found["table"]
+    assert metrics.stat().st_mtime_ns == before
+
+    refused = compare("--methods", "sft", "--resume")
+    assert refused.returncode == 1
+    assert "sft, seed 0 (run c-sft-0)" in refused.stderr and "--methods" in refused.stderr
+
+
+def test_worked_examples_are_whole_demonstrations_chosen_by_the_seed() -> None:
+    base, task = load_task(load_config("tasks/arithmetic.toml"))
+    shown = worked_examples(task, base.tokenizer, count=2, seed=0)
+    lines = base.tokenizer.decode(list(shown)).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith("Question: ") and "The answer is" in line for line in lines)
+    assert shown == worked_examples(task, base.tokenizer, count=2, seed=0)
+    assert shown != worked_examples(task, base.tokenizer, count=2, seed=1)
+    with pytest.raises(TooFewDemonstrations, match="has 50 demonstrations"):
+        worked_examples(task, base.tokenizer, count=51, seed=0)
+
+
+def test_coverage_is_the_mass_of_the_modes_that_are_not_missed() -> None:
+    log_p_N = np.log([0.6, 0.3, 0.1])
+    assert coverage(log_p_N, log_p_N) == pytest.approx(1.0)
+    assert coverage(np.log([0.979, 0.02, 0.001]), log_p_N) == pytest.approx(0.6)
+    assert coverage(np.log([0.02, 0.9, 0.08]), log_p_N) == pytest.approx(0.4)
