@@ -73,9 +73,6 @@ def tiny_lm() -> Callable[[str], PreTrainedModel]:
     return build
 
 
-# Minutes of a browser: only where asked for.
-CLUSTER_TESTS = ("test_inspector_browser.py",)
-
 # Set where no test may be skipped for want of a program or a permission, as on CI.
 ALL = "AMORTIZE_TEST_ALL"
 
@@ -85,8 +82,7 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    exempt = item.get_closest_marker("gpu") or item.path.name in CLUSTER_TESTS
-    if report.skipped and ALL in os.environ and not exempt:
+    if report.skipped and ALL in os.environ and not item.get_closest_marker("gpu"):
         report.outcome = "failed"
         report.longrepr = f"{ALL} is set, but the test was skipped: {report.longrepr}"
     return report
@@ -98,9 +94,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Keep tests of one pace where asked to."""
-    for item in items:
-        if item.path.name in CLUSTER_TESTS and "AMORTIZE_TEST_CLUSTER" not in os.environ:
-            item.add_marker(pytest.mark.skip(reason="set AMORTIZE_TEST_CLUSTER=1 to run it"))
     if (pace := config.getoption("pace")) is None:
         return
     chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}

@@ -221,25 +221,22 @@ def test_a_trajectory_is_opened_by_keyboard_and_shows_its_group(page: Page) -> N
     expect(page.locator("#curves figure")).to_have_count(3)
 
 
-@pytest.mark.parametrize("number", range(len(HOSTILE)))
-def test_what_a_model_writes_is_shown_and_not_obeyed(page: Page, number: int) -> None:
-    wanted = hostile_trajectories()[number]
+def test_what_a_model_writes_is_shown_and_not_obeyed(page: Page) -> None:
     page.get_by_label("task").select_option("hostile")
-    page.get_by_label("search").fill(f"Question {number}:")
     page.get_by_role("button", name="Apply").click()
-    expect(page.locator("tbody tr")).to_have_count(1)
-    page.locator("tbody tr a.text").first.click()
-    expect(page.locator("#lineage code")).to_have_text(wanted.id)
-    text = HOSTILE[number].replace("\u202e", "\\u{202e}")
-    text = text.replace("\u0000", "\\u{0}").replace("\u001b", "\\u{1b}")
-    assert page.locator("#rationale").text_content() == f" rationale {text} tool {text}"
-    assert page.locator("#answer").text_content() == f"answer {text}"
-    page.locator("#rationale").hover()
-    assert page.title() == f"Question {number}: {text} · demo"
-    assert (
-        page.locator("main script, main img, main style, main i, #rationale *:not(mark)").count()
-        == 0
-    )
+    expect(page.locator("tbody tr")).to_have_count(len(HOSTILE))
+    for number, wanted in enumerate(hostile_trajectories()):
+        page.locator(f"tbody a.text[href*='{wanted.id}']").click()
+        expect(page.locator("#lineage code")).to_have_text(wanted.id)
+        text = HOSTILE[number].replace("\u202e", "\\u{202e}")
+        text = text.replace("\u0000", "\\u{0}").replace("\u001b", "\\u{1b}")
+        assert page.locator("#rationale").text_content() == f" rationale {text} tool {text}"
+        assert page.locator("#answer").text_content() == f"answer {text}"
+        page.locator("#rationale").hover()
+        assert page.title() == f"Question {number}: {text} · demo"
+        obeyed = "main script, main img, main style, main i, #rationale *:not(mark)"
+        assert page.locator(obeyed).count() == 0
+        page.go_back()
 
 
 def test_the_table_follows_the_run_without_being_loaded_again(
