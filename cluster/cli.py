@@ -103,6 +103,21 @@ def _posterior(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _scale(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="NAME", required=True, help="a run that goes on")
+    parser.add_argument("--actors", metavar="N", type=_number, help="rollout actors from now on")
+    parser.add_argument(
+        "--reward-replicas", metavar="R", type=_number, help="reward replicas from now on"
+    )
+
+
+def _number(text: str) -> int:
+    """A number of parts: at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def _status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="NAME", help="one run in full (default: all, a line each)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -137,6 +152,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "evaluate": ("Score a model, with or without an adapter, on test data", _evaluate),
     "compare": ("Compare methods on one task at equal numbers of trajectories", _compare),
     "posterior": ("Compare a policy with the exact posterior, or bound its distance", _posterior),
+    "scale": ("Change the actors or replicas of a run that goes on, and wait for it", _scale),
     "status": ("Show runs: progress, parts that live, last figures", _status),
     "inspect": ("Show the trajectories of a run in a browser", _inspect),
     "stop": ("Ask a run to checkpoint and end, and wait until it has", _stop),

@@ -192,6 +192,12 @@ class RunConfig(BaseModel):
         unasked = self.task.reward_kind == "function" or self.learner.objective == "sft"
         return 0 if unasked else self.reward.replicas
 
+    def with_parts(self, *, actors: int, replicas: int) -> "RunConfig":
+        """The same run with other numbers of rollout actors and reward replicas."""
+        cluster = self.cluster.model_copy(update={"actors": actors})
+        reward = self.reward.model_copy(update={"replicas": replicas})
+        return self.model_copy(update={"cluster": cluster, "reward": reward})
+
     @property
     def max_lag_versions(self) -> int:
         """How far behind the newest published version an actor may sample and still be drawn."""

@@ -4,10 +4,12 @@ import time
 from collections.abc import Callable
 
 from cluster.config import RunConfig
+from cluster.fit import DoesNotFit
 from cluster.measurement import Scores
 from cluster.metrics import MetricsLog
 from cluster.progress import Progress
-from cluster.rundir import RunDirectory, RunPhase, first_state, write_whole
+from cluster.rundir import RunDirectory, RunPhase, ScaleAnswer, first_state, write_whole
+from cluster.scale_request import BadRequest, ScaleRefused, ScaleRequest, take
 from cluster.session import PendingMeasurement, Run, Session
 from cluster.terminal import Terminal
 from cluster.waiting import cause_line, first_line
@@ -86,6 +88,7 @@ class Driver:
         with MetricsLog(self._directory.metrics_file) as log:
             try:
                 while not (run.finished or self._should_end(run)):
+                    self._scale_on_request(run)
                     run.tick()
                     if run.running and self._state.phase == "starting":
                         self._enter("training")
@@ -99,11 +102,34 @@ class Driver:
                     self._enter("stopping")
                 killed = tuple(run.stop(self._config.cluster.stop_timeout_s))
                 self._state = self._state.model_copy(update={"killed": killed})
+                self._state_written_s = float("-inf")  # the last figures must be in the state
                 self._watch(run, log)
         if before is not None and not self._stop_requested:
             self._enter("evaluating")
             self._wait_for(before)
             self._keep_before(before)
+
+    def _scale_on_request(self, run: Run) -> None:
+        """Take a request to scale, and answer it in the state, which is written next."""
+        try:
+            request = take(self._directory)
+        except BadRequest as error:
+            self._event(str(error))
+            return
+        if request is not None:
+            answer = self._scale(run, request)
+            self._state = self._state.model_copy(update={"scale": answer})
+            self._state_written_s = float("-inf")
+
+    def _scale(self, run: Run, request: ScaleRequest) -> ScaleAnswer:
+        wanted = ", ".join(f"{number} {kind}" for kind, number in request.numbers.items())
+        try:
+            run.scale(**request.numbers)
+        except (ScaleRefused, DoesNotFit) as error:
+            self._event(f"not scaled to {wanted}: {error}")
+            return ScaleAnswer(id=request.id, outcome="refused", error=str(error))
+        self._event(f"scaling to {wanted}")
+        return ScaleAnswer(id=request.id, outcome="under way")
 
     def _should_end(self, run: Run) -> bool:
         if self._directory.stop_request.exists():
@@ -129,10 +155,19 @@ class Driver:
                 "step": step,
                 "version": int(status.get("version", self._state.version)),
                 "address": self._session.address,
+                "scale": self._scale_so_far(run),
                 **run.counts(),
             }
         )
         self._show(with_figures=True)
+
+    def _scale_so_far(self, run: Run) -> ScaleAnswer | None:
+        """The answer to the last request, with what has become of it."""
+        answer = self._state.scale
+        if answer is None or answer.outcome == "refused":
+            return answer
+        outcome = "given up" if run.given_up else "done" if run.settled else "under way"
+        return answer.model_copy(update={"outcome": outcome, "error": run.given_up})
 
     def _wait_for(self, pending: PendingMeasurement) -> None:
         while not pending.done():

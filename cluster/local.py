@@ -17,6 +17,7 @@ from buffer.trajectory import Trajectory
 from cluster import roles
 from cluster.board import WeightBoard
 from cluster.config import RunConfig
+from cluster.scale_request import ScaleRefused
 from learner.engine import TorchEngine
 from lm.adapter import save_adapter
 from lm.model import load_base
@@ -130,6 +131,27 @@ class LocalRun:
     def learner_status(self) -> dict[str, Any]:
         """Step and version of the learner."""
         return {"step": self._learner.completed_steps, "version": self._learner.version}
+
+    @property
+    def settled(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def given_up(self) -> str:
+        """Nothing: it has never more than it began with."""
+        return ""
+
+    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
+        """Refused: one process has one of each.
+
+        Raises:
+            ScaleRefused: always.
+        """
+        raise ScaleRefused(
+            f"this run is one process (--local), so {actors or replicas} of anything have no "
+            f"place: stop it, and go on over Ray with --resume and without --local"
+        )
 
     def tick(self) -> None:
         """Roll out until the learner has its groups, then take one step.

@@ -20,6 +20,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _START_TOLERANCE_S = 1.0
 
 RunPhase = Literal["starting", "evaluating", "training", "stopping", "stopped", "done", "failed"]
+# Refused: nothing was changed. Given up: an added part did not come up, the run does without.
+ScaleOutcome = Literal["refused", "under way", "done", "given up"]
 ENDED: tuple[RunPhase, ...] = ("stopped", "done", "failed")
 
 
@@ -47,6 +49,16 @@ class BadRunName(ValueError):
     """A name that cannot be a folder's."""
 
 
+class ScaleAnswer(BaseModel):
+    """What the driver says to the last request to scale."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str = Field(description="Of the request.")
+    outcome: ScaleOutcome
+    error: str = Field(default="", description="Why it was refused, or what was given up.")
+
+
 class RunState(BaseModel):
     """What `state.json` says; the driver writes it, anybody reads it."""
 
@@ -65,6 +77,7 @@ class RunState(BaseModel):
     address: str = Field(default="", description="Of the Ray cluster; empty without Ray.")
     desired: dict[str, int] = Field(default={}, description="Parts wanted, by kind.")
     actual: dict[str, int] = Field(default={}, description="Parts that run, by kind.")
+    scale: ScaleAnswer | None = Field(default=None, description="To the last request to scale.")
     metrics: dict[str, float] = Field(default={}, description="Last value of each.")
     message: str = Field(default="", description="Why it failed, or the last event.")
     killed: tuple[str, ...] = Field(
@@ -123,6 +136,7 @@ class RunDirectory:
         self.scores_file = self.path / "scores.json"
         self.report_file = self.path / "report.html"
         self.stop_request = self.path / "stop-request"
+        self.scale_request = self.path / "scale-request"
         self.adapter = self.path / "adapter"
         self.buffer = self.path / "buffer"
         self.checkpoints = self.path / "checkpoints"
@@ -151,6 +165,7 @@ class RunDirectory:
             raise RunAlive(self._driven_elsewhere()) from error
         self._lock = lock
         self.stop_request.unlink(missing_ok=True)
+        self.scale_request.unlink(missing_ok=True)
 
     def check(self, *, resume: bool) -> None:
         """Raise what `begin` would, but for a race with another process; changes nothing."""

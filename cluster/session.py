@@ -47,6 +47,20 @@ class Run(Protocol):
         """Step and version."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether all parts that are wanted run, and no others."""
+        ...
+
+    @property
+    def given_up(self) -> str:
+        """Why parts that the last `scale` added were given up; empty if none were."""
+        ...
+
+    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
+        """Have these numbers from now on; raises ScaleRefused or DoesNotFit."""
+        ...
+
     def tick(self) -> None:
         """Do or watch a little."""
         ...

@@ -1,8 +1,9 @@
-"""Starts every part of a distributed run, replaces what dies, and stops all in order.
+"""Starts every part of a distributed run, replaces what dies, scales it, and stops all in order.
 
 The driver calls `tick` again and again, between showing progress and looking for a request to stop.
 """
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import ray
 
 from cluster.config import RunConfig
+from cluster.fit import check_fit
 from cluster.gang import Gang, Phase, StartFailed
 from cluster.launch import Launch, Launcher
-from cluster.nodes import room
+from cluster.leaving import Leaving
+from cluster.nodes import living_nodes, may_grow, room
 from cluster.remote import RemoteBoard
+from cluster.scale_request import ScaleRefused
 from cluster.workers import RunContext
 
 _TICK_S = 0.2
 _STOP_POLL_S = 0.05
 _PATIENCE_S = 5.0  # a place that there is room for is had within a moment
+_PREFIXES = {"actors": "actor-", "replicas": "reward-"}
 
 
 class RunFailed(RuntimeError):
@@ -45,8 +50,12 @@ class Supervisor:
         self._report = report
         self._board = RemoteBoard(context.board, timeout_s=config.cluster.answer_timeout_s)
         self._announced: tuple[str, ...] = ()
-        self._incarnations: dict[str, int] = {}
-        self._retired: list[dict[str, Any]] = []  # last counters of actors that died
+        self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
+        self._deaths: dict[str, int] = {}
+        self._added: set[str] = set()  # by `scale`, and did not run yet
+        self._leaving: list[Leaving] = []
+        self._retired: list[dict[str, Any]] = []  # last counters of actors that died or left
+        self.given_up = ""
         self.learner_rows: list[dict[str, float]] = []
         self._rows_taken = 0
         self._events_taken = 0
@@ -62,6 +71,11 @@ class Supervisor:
     def running(self) -> bool:
         """Whether every part has come up."""
         return all(gang.phase is Phase.RUNNING for gang in self.gangs.values())
+
+    @property
+    def settled(self) -> bool:
+        """Whether all parts that are wanted run, and none is leaving any more."""
+        return self.running and not self._leaving
 
     @property
     def finished(self) -> bool:
@@ -87,24 +101,60 @@ class Supervisor:
             before = gang.phase
             after = gang.poll()
             if after is Phase.RUNNING and before is not Phase.RUNNING:
+                self._added.discard(name)
                 self._report(f"{name} is up")
-            if after is Phase.FAILED:
+            if after is Phase.FAILED and name in self._added:
+                self._give_up(name, gang)
+            elif after is Phase.FAILED:
                 self._replace(name, gang, ever_ran=before is Phase.RUNNING)
+        self._see_off()
         self._tell_who_waits()
         self._announce()
         self._collect_rows()
         time.sleep(_TICK_S)
 
+    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
+        """Have these numbers from now on; None leaves one as it is. Nothing else is touched.
+
+        New parts start as the first ones did, and one that does not come up is given up. Those
+        with the highest numbers leave, first withdrawn from the board.
+
+        Raises:
+            ScaleRefused: the run has no parts of that kind.
+            DoesNotFit: there is no room, and no autoscaler that could make some.
+        """
+        asked = {"actors": actors, "replicas": replicas}
+        for kind, number in asked.items():
+            if number is not None and not self._names(kind):
+                raise ScaleRefused(f"this run has no {kind}: its objective or task asks for none")
+        wanted = {
+            kind: len(self._names(kind)) if number is None else number
+            for kind, number in asked.items()
+        }
+        if not may_grow():
+            check_fit(self._config.with_parts(**wanted), living_nodes())
+        self.given_up = ""
+        gone = [name for kind in wanted for name in self._names(kind)[wanted[kind] :]]
+        gangs = [self.gangs.pop(name) for name in gone]
+        self._added.difference_update(gone)
+        self._announce()
+        timeout_s = self._config.cluster.stop_timeout_s
+        self._leaving.extend(Leaving(gang, timeout_s=timeout_s) for gang in gangs)
+        for kind, number in wanted.items():
+            for _ in range(number - len(self._names(kind))):
+                self._add(kind)
+
     def counts(self) -> dict[str, dict[str, int]]:
-        """Desired and running numbers of actors and reward replicas."""
-        desired = {"actors": self._config.rollout_actors, "replicas": self._config.reward_replicas}
-        actual = {"actors": self._running("actor-"), "replicas": self._running("reward-")}
-        return {"desired": desired, "actual": actual}
+        """Desired and running numbers of actors and reward replicas; those that leave still run."""
+        return {
+            "desired": {kind: len(self._names(kind)) for kind in _PREFIXES},
+            "actual": {kind: self._running(prefix) for kind, prefix in _PREFIXES.items()},
+        }
 
     def actor_totals(self) -> dict[str, float]:
-        """Counters summed over all actors, those that died included; times in seconds."""
+        """Counters over all actors, those that died or left included; times in seconds."""
         totals: dict[str, float] = {}
-        living = [g.status for n, g in self.gangs.items() if n.startswith("actor-")]
+        living = [gang.status for gang in self._parts("actor-")]
         for status in [*living, *self._retired]:
             for key, value in status.items():
                 totals[key] = totals.get(key, 0.0) + value
@@ -122,7 +172,7 @@ class Supervisor:
         deadline = time.monotonic() + timeout_s
         killed: list[str] = []
         for prefix in ("learner", "actor-", "reward-"):
-            parts = [gang for name, gang in self.gangs.items() if name.startswith(prefix)]
+            parts = self._parts(prefix)
             for gang in parts:
                 if gang.phase is Phase.RUNNING:
                     gang.ask_to_stop()
@@ -153,21 +203,58 @@ class Supervisor:
                 f"{', '.join(gang.wanted for gang in waiting)}: {room()}"
             )
 
+    def _parts(self, prefix: str) -> list[Gang]:
+        """Gangs of one kind, those that leave included."""
+        gangs = [*self.gangs.values(), *(leaving.gang for leaving in self._leaving)]
+        return [gang for gang in gangs if gang.name.startswith(prefix)]
+
     def _running(self, prefix: str) -> int:
-        return sum(
-            name.startswith(prefix) and gang.phase is Phase.RUNNING
-            for name, gang in self.gangs.items()
-        )
+        return sum(gang.phase is Phase.RUNNING for gang in self._parts(prefix))
+
+    def _names(self, kind: str) -> list[str]:
+        """Of the gangs that the run wants, by number."""
+        prefix = _PREFIXES[kind]
+        names = [name for name in self.gangs if name.startswith(prefix)]
+        return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
+
+    def _add(self, kind: str) -> None:
+        """Launch one more, under the lowest number that is free."""
+        prefix = _PREFIXES[kind]
+        index = next(i for i in itertools.count() if f"{prefix}{i}" not in self.gangs)
+        self._deaths.pop(f"{prefix}{index}", None)
+        self._added.add(f"{prefix}{index}")
+        if kind == "actors":
+            self._launch_actor(index)
+        else:
+            self._launch_replica(index)
+
+    def _give_up(self, name: str, gang: Gang) -> None:
+        """Do without a part that was added and did not come up; the run goes on as it was."""
+        self._added.discard(name)
+        del self.gangs[name]
+        text = f"{gang.cause}; given up"
+        self.given_up = f"{self.given_up}; {text}" if self.given_up else text
+        self._report(text)
+
+    def _see_off(self) -> None:
+        """Let go of those that have left, and keep what they counted."""
+        for leaving in list(self._leaving):
+            if (end := leaving.poll()) is not None:
+                self._leaving.remove(leaving)
+                if leaving.gang.name.startswith("actor-"):
+                    self._retired.append(leaving.gang.status)
+                self._report(end)
 
     def _replace(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
         if gang.fatal is not None:
             raise gang.fatal
-        if not ever_ran and self._incarnations[name] == 0:
+        deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
+        if not ever_ran and deaths == 1:
             raise StartFailed(f"could not start {gang.cause}")
         self._report(f"{gang.cause}; replacing it")
-        if self._incarnations[name] >= self._config.cluster.max_restarts:
+        if deaths > self._config.cluster.max_restarts:
             raise RunFailed(
-                f"{name} died {self._incarnations[name] + 1} times "
+                f"{name} died {deaths} times "
                 f"(cluster.max_restarts = {self._config.cluster.max_restarts}); last: {gang.cause}"
             )
         kind, _, index = name.partition("-")

@@ -8,6 +8,7 @@ thread, `status` and `stop`.
 import logging
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import reward.rank
 from cluster import roles
 from cluster.config import RunConfig
 from cluster.fingerprint import check_source
+from cluster.held_calls import HeldCalls
 from cluster.interface import pin_interface
 from cluster.measure import measure
 from cluster.measurement import Measurement
@@ -35,6 +37,9 @@ from reward.replica import RewardReplica
 
 _log = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.5
+# A caller that has read the roster just before a replica was withdrawn calls within this time.
+_QUIET_S = 0.5
+_LAST_CALLS_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +183,7 @@ class RewardWorker(Worker):
     ) -> None:
         super().__init__(context, name=name, rank=rank, num_ranks=num_ranks)
         self._peers = peers
+        self._calls = HeldCalls()
 
     def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
@@ -200,22 +206,30 @@ class RewardWorker(Worker):
 
     def score(self, items: list[Any]) -> list[Any]:
         """Log-rewards of the items (rank 0 only)."""
-        return self._replica.score(items)
+        with self._calls.one():
+            return self._replica.score(items)
 
     def forward(self, share: Sequence[Any]) -> list[Any]:
         """This rank's part of one scoring (ranks above 0)."""
         return self._shard.forward(share)
 
     def run(self) -> dict[str, Any]:
-        """Serve until stopped.
+        """Serve until stopped and no call is held or comes any more.
 
         Raises:
             RuntimeError: the ranks are out of step; the replica must be built anew.
         """
         while not self._stopping.wait(timeout=_HEALTH_POLL_S):
-            if self._rank == 0 and not self._replica.healthy():
-                raise RuntimeError("a pass over the ranks failed or outlasted its deadline")
+            self._check_health()
+        asked_s = time.monotonic()
+        while min(self._calls.quiet_s(), time.monotonic() - asked_s) < _QUIET_S:
+            self._check_health()
+            time.sleep(_LAST_CALLS_POLL_S)
         return self.status()
+
+    def _check_health(self) -> None:
+        if self._rank == 0 and not self._replica.healthy():
+            raise RuntimeError("a pass over the ranks failed or outlasted its deadline")
 
     def status(self) -> dict[str, Any]:
         """The replica's counters; nothing on ranks above 0."""

@@ -1,0 +1,170 @@
+"""A run is given other numbers of actors and replicas while it goes on; nothing else notices."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from buffer.config import BufferConfig
+from buffer.connection import connect
+from buffer.replay import ReplayBuffer
+from buffer.server import RedisServer
+from cluster.config_file import PROJECT_ROOT
+from cluster.readout import TRAJECTORIES
+from cluster.rundir import RunDirectory, RunState
+
+GROUP_SIZE = 4
+SETTINGS = [
+    f"actors.group_size={GROUP_SIZE}",
+    "actors.groups_per_batch=2",
+    "actors.max_ready_groups=6",
+    "learner.groups_per_step=2",
+    "learner.steps=100000",
+    "cluster.actors=1",
+    "cluster.cpus=4",
+]
+TIMEOUT_S = 120.0
+PARTS = ("LearnerWorker", "RolloutWorker", "RewardWorker")
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+
+class LiveRun:
+    """`amortize train tasks/toy.toml` in a folder of its own, and other verbs beside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._environment = os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"}
+        self.directory = RunDirectory("test", root=folder / "runs")
+        with (folder / "train.log").open("w") as log:
+            self.process = subprocess.Popen(
+                self._command("train", "tasks/toy.toml", "--run", "test", *SETTINGS),
+                cwd=folder,
+                env=self._environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def verb(self, *words: str) -> str:
+        done = subprocess.run(
+            self._command(*words, "--run", "test"),
+            cwd=self._folder,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{self.log()}"
+        return done.stdout
+
+    def state(self) -> RunState:
+        state = self.directory.state()
+        assert state is not None
+        return state
+
+    def wait(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not holds():
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.1)
+
+    def pids(self) -> dict[str, set[int]]:
+        """Of the run's parts by class, as Ray titles its workers."""
+        found: dict[str, set[int]] = {part: set() for part in PARTS}
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            title = " ".join(child.cmdline())
+            for part in PARTS:
+                if title.startswith("ray::") and part in title:
+                    found[part].add(child.pid)
+        return found
+
+    def log(self) -> str:
+        return (self._folder / "train.log").read_text()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            root = psutil.Process(self.process.pid)
+            for member in (root, *root.children(recursive=True)):
+                member.kill()
+
+    @staticmethod
+    def _command(*words: str) -> list[str]:
+        return [sys.executable, "-m", "cluster", *words]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[LiveRun]:
+    live = LiveRun(tmp_path)
+    yield live
+    live.end()
+
+
+def numbers(state: RunState) -> tuple[dict[str, int], dict[str, int]]:
+    return state.desired, state.actual
+
+
+def test_actors_and_replicas_come_and_go_and_nothing_is_lost(run: LiveRun) -> None:
+    run.wait(lambda: run.directory.state() is not None and run.state().version >= 5)
+    first = run.pids()
+    assert {part: len(pids) for part, pids in first.items()} == dict.fromkeys(PARTS, 1)
+
+    version = run.state().version
+    said = run.verb("scale", "--actors", "4")
+    print(said)
+    assert "actors 4/4, replicas 1/1 after" in said
+    assert len(run.pids()["RolloutWorker"]) == 4
+    run.verb("scale", "--reward-replicas", "2")
+    full = {"actors": 4, "replicas": 2}
+    assert numbers(run.state()) == (full, full)
+    step = run.state().step
+    run.wait(lambda: run.state().step >= step + 10)
+    print(run.verb("scale", "--actors", "2", "--reward-replicas", "1"))
+    fewer = {"actors": 2, "replicas": 1}
+    assert numbers(run.state()) == (fewer, fewer)
+    last = run.pids()
+    assert last["LearnerWorker"] == first["LearnerWorker"]
+    assert last["RewardWorker"] == first["RewardWorker"]
+    assert last["RolloutWorker"] > first["RolloutWorker"] and len(last["RolloutWorker"]) == 2
+    step = run.state().step
+    run.wait(lambda: run.state().step >= step + 5)
+
+    run.verb("stop")
+    assert run.process.wait(TIMEOUT_S) == 0, run.log()
+    assert (run.state().phase, run.state().killed) == ("stopped", ()), run.log()
+    assert "replacing" not in run.log() and "killed" not in run.log(), run.log()
+    lines = run.directory.metrics_file.read_text().splitlines()
+    steps = [json.loads(line)["progress/step"] for line in lines]
+    assert steps == list(range(1, run.state().step + 1))
+    left = set(re.findall(r"(\S+) has left", run.log()))
+    assert left == {"actor-2", "actor-3", "reward-1"}
+    check_buffer(run, version=version)
+
+
+def check_buffer(run: LiveRun, *, version: int) -> None:
+    """What the actors were told is stored is what the buffer has, whole and by fresh weights."""
+    config = BufferConfig()
+    server = RedisServer.start(run.directory.buffer, run="test", config=config)
+    try:
+        buffer = ReplayBuffer(
+            connect(server.url, password=server.password, timeout_s=20), run="test", config=config
+        )
+        audit = buffer.audit()
+        assert audit.ok, audit.discrepancies
+        acknowledged = run.state().metrics[TRAJECTORIES]
+        print(f"acknowledged {acknowledged:.0f}, accepted {audit.counters.offered}")
+        assert audit.counters.offered == acknowledged > 0
+        assert audit.counters.groups_accepted * GROUP_SIZE == acknowledged
+        added = [t for t in buffer.trajectories() if t.actor in ("actor-1", "actor-2", "actor-3")]
+        assert added
+        assert min(trajectory.policy_version for trajectory in added) >= version
+    finally:
+        server.stop(timeout_s=20)
