@@ -1,5 +1,6 @@
 """A process with a worker's life and no model in it."""
 
+import os
 import threading
 
 
@@ -27,3 +28,23 @@ class LightWorker:
     def stop(self) -> None:
         """Let `run` return."""
         self._stopping.set()
+
+
+class CountingWorker(LightWorker):
+    """Counts what only its last answer holds: whether it was stopped."""
+
+    def run(self) -> dict[str, int]:
+        """Wait for `stop`."""
+        super().run()
+        return {"stopped": 1}
+
+    def pid(self) -> int:
+        """Of this process."""
+        return os.getpid()
+
+
+class DeafWorker(CountingWorker):
+    """Does not end when it is asked to."""
+
+    def stop(self) -> None:
+        """Go on."""

@@ -45,7 +45,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "status", "inspect", "stop"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "status", "inspect", "scale", "stop"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse([verb, "--help"])

@@ -164,6 +164,9 @@ def test_a_job_is_stopped_in_order_and_goes_on_when_it_is_submitted_again(
     status = command(PAGE, "cluster status") + " --json"
     assert json.loads(re.findall(r"^\{.*\}$", cluster.type(status), re.MULTILINE)[0])["step"] >= 3
 
+    cluster.type(command(PAGE, "cluster scale"))
+    assert cluster.state()["actual"] == {"actors": 2, "replicas": 2}
+
     cluster.type(command(PAGE, "ray job stop"))
     stopped = cluster.state()
     assert (stopped["phase"], stopped["killed"]) == ("stopped", []), cluster.logs()

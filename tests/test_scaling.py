@@ -30,10 +30,10 @@ SETTINGS = [
     "cluster.actors=1",
     "cluster.cpus=4",
 ]
-TIMEOUT_S = 120.0
+TIMEOUT_S = 240.0
 PARTS = ("LearnerWorker", "RolloutWorker", "RewardWorker")
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 class LiveRun:
