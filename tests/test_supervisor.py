@@ -11,7 +11,7 @@ from cluster.board_worker import BoardWorker
 from cluster.config import Placement, RunConfig
 from cluster.config_file import load_config
 from cluster.fit import DoesNotFit
-from cluster.launch import Launch
+from cluster.launch import Launch, Launcher
 from cluster.place import Place
 from cluster.scale_request import ScaleRefused
 from cluster.supervisor import Supervisor
@@ -35,21 +35,22 @@ def one_node() -> Iterator[None]:
     ray.shutdown()
 
 
-class LightLauncher:
+class LightLauncher(Launcher):
     """Launches workers without a model; actors of the numbers in `deaf` do not stop, those in
     `homeless` ask for what no node has."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
         self.deaf: set[int] = set()
         self.homeless: set[int] = set()
 
-    def rollout_actor(self, context: object, *, index: int, incarnation: int) -> Launch:
+    def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
         return self._launch(DeafWorker if index in self.deaf else CountingWorker, index)
 
-    def reward_replica(self, context: object, *, index: int, incarnation: int) -> Launch:
+    def reward_replica(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
         return self._launch(CountingWorker, 0)
 
-    def learner(self, context: object, *, incarnation: int) -> Launch:
+    def learner(self, context: RunContext, *, incarnation: int) -> Launch:
         return self._launch(CountingWorker, 0)
 
     def _launch(self, worker: type, index: int) -> Launch:
@@ -67,7 +68,7 @@ class Scene:
 
     def __init__(self, *overrides: str) -> None:
         config = load_config("tasks/toy.toml", [*OVERRIDES, *overrides])
-        self.launcher = LightLauncher()
+        self.launcher = LightLauncher(config)
         self.board = ray.remote(BoardWorker).options(num_cpus=0).remote()
         self.events: list[str] = []
         self.supervisor = Supervisor(
