@@ -149,8 +149,8 @@ class LocalRun:
             ScaleRefused: always.
         """
         raise ScaleRefused(
-            f"this run is one process (--local), so {actors or replicas} of anything have no "
-            f"place: stop it, and go on over Ray with --resume and without --local"
+            "this run is one process (--local) with one actor and one replica: stop it, and go on "
+            "over Ray with --resume and without --local"
         )
 
     def tick(self) -> None:

@@ -48,3 +48,11 @@ class DeafWorker(CountingWorker):
 
     def stop(self) -> None:
         """Go on."""
+
+
+class BrokenWorker(CountingWorker):
+    """Cannot start."""
+
+    def start(self, _: None) -> None:
+        """Raise OSError."""
+        raise OSError("no such model")
