@@ -1,0 +1,92 @@
+"""A supervisor over processes that have no model in them, on the Ray cluster that is joined."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from cluster.board_worker import BoardWorker
+from cluster.config import Placement, RunConfig
+from cluster.config_file import load_config
+from cluster.launch import Launch, Launcher
+from cluster.place import Place
+from cluster.supervisor import Supervisor
+from cluster.workers import RunContext
+from tests.light_worker import CountingWorker
+
+CLAIM = Placement(cpus=0.25)
+OVERRIDES = (
+    "cluster.actors=1",
+    "cluster.max_restarts=1",
+    "cluster.start_timeout_s=120",
+    "cluster.stop_timeout_s=60",
+)
+
+
+class LightLauncher(Launcher):
+    """Launches workers without a model, and those of `actors` where they have the number."""
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config)
+        self.actors: dict[int, type] = {}
+
+    def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
+        return self._launch(self.actors.get(index, CountingWorker))
+
+    def reward_replica(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
+        return self._launch(CountingWorker)
+
+    def learner(self, context: RunContext, *, incarnation: int) -> Launch:
+        return self._launch(CountingWorker)
+
+    def _launch(self, worker: type) -> Launch:
+        place = Place("light", CLAIM, num_ranks=1, strategy="PACK")
+
+        def create() -> list[ray.actor.ActorHandle]:
+            return [ray.remote(worker).options(max_concurrency=4, **place.options(0)).remote()]
+
+        return Launch(place, create)
+
+
+class LightRun:
+    """A supervisor, what it reported, and what the board knows."""
+
+    def __init__(self, *overrides: str) -> None:
+        config = load_config("tasks/toy.toml", [*OVERRIDES, *overrides])
+        self.launcher = LightLauncher(config)
+        self.board = ray.remote(BoardWorker).options(num_cpus=0).remote()
+        self.events: list[str] = []
+        self.supervisor = Supervisor(
+            config, self.launcher, context(config, self.board), self.events.append
+        )
+
+    def until(self, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not holds():
+            assert time.monotonic() < deadline, self.events
+            self.supervisor.tick()
+
+    def pids(self) -> dict[str, int]:
+        gangs = self.supervisor.gangs
+        return {name: ray.get(gang.leader.pid.remote()) for name, gang in gangs.items()}
+
+    def roster(self) -> tuple[str, ...]:
+        names: tuple[str, ...] = ray.get(self.board.replicas.remote())
+        return names
+
+    def kill(self, name: str) -> None:
+        gang = self.supervisor.gangs[name]
+        ray.kill(gang.leader)
+        self.until(lambda: self.supervisor.gangs[name] is not gang)
+        self.until(lambda: self.supervisor.settled)
+
+
+def context(config: RunConfig, board: Any) -> RunContext:
+    return RunContext(config=config, board=board, **dict.fromkeys(UNUSED, ""))  # type: ignore[arg-type]
+
+
+UNUSED = (
+    *("run", "checkpoints", "adapter", "quarantine", "namespace", "buffer_url"),
+    *("buffer_password", "source"),
+)
