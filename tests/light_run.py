@@ -61,7 +61,7 @@ class LightRun:
             config, self.launcher, context(config, self.board), self.events.append
         )
 
-    def until(self, holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    def until(self, holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
         while not holds():
             assert time.monotonic() < deadline, self.events
