@@ -1,14 +1,9 @@
 """DeepSpeed ZeRO-2 on real gloo ranks takes the step of one process."""
 
 import json
-import multiprocessing
-import os
-import socket
-import traceback
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -19,6 +14,7 @@ from torch import nn
 from learner.engine import NonFiniteUpdate, TorchEngine
 from learner.exchange import RankZeroFailed
 from tests.learner_toy import Published, UniformReplay, make_config, make_learner
+from tests.ranks import run_ranks, wait_for
 
 STEPS = 3
 # The longest prompt group is above it, so three groups make three parts: one rank needs a filler.
@@ -36,38 +32,11 @@ class StarvedReplay:
         raise AssertionError("nothing was drawn")
 
 
-def rank_main(rank: int, num_ranks: int, port: int, folder: Path, log_z: str) -> None:
-    """One rank of `exercise_rank`; leaves a report, or an error."""
-    # Imported in the child alone: it takes seconds and changes global state.
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def exercise_rank(place: Any, folder: Path, log_z: str, loses: bool) -> None:
+    """Steps, checkpoint, steps, restore, the same steps; at last rank 1 stalls where it `loses`."""
+    # Imported in ranks alone: it changes global state.
     from learner import deepspeed_engine
 
-    torch.set_num_threads(1)
-    place = deepspeed_engine.Rendezvous("127.0.0.1", port, rank, num_ranks, TIMEOUT_S)
-    try:
-        # The deadline is for ranks that are up, not for the imports of a busy machine.
-        meet(folder, rank, num_ranks)
-        report = exercise_rank(place, deepspeed_engine, folder, log_z)
-        (folder / f"report-{rank}.json").write_text(json.dumps(report))
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-    os._exit(0)
-
-
-def meet(folder: Path, rank: int, num_ranks: int) -> None:
-    (folder / f"up-{rank}").touch()
-    wait_for(lambda: len(list(folder.glob("up-*"))) == num_ranks)
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline_s = monotonic() + 60
-    while not condition():
-        assert monotonic() < deadline_s, "the other rank did not come"
-        sleep(0.02)
-
-
-def exercise_rank(place: Any, deepspeed_engine: Any, folder: Path, log_z: str) -> dict[str, Any]:
-    """Steps, checkpoint, steps, restore, the same steps; at last rank 1 stalls."""
     engines: list[Any] = []
 
     def make_engine(model: Any, config: Any) -> Any:
@@ -94,52 +63,44 @@ def exercise_rank(place: Any, deepspeed_engine: Any, folder: Path, log_z: str) -
         "again": [learner.step()["loss/value"] for _ in range(2)],
         "published": [version for _, version, _ in published.adapters],
     }
-    if place.num_ranks == 1:
+    if loses:
+        report["lost_after_s"] = lose_rank_one(place, engines[0], learner, model, folder)
+    else:
         engines[0].close()
-        return report
+    (folder / f"report-{place.rank}.json").write_text(json.dumps(report))
+
+
+def lose_rank_one(place: Any, engine: Any, learner: Any, model: Any, folder: Path) -> float:
+    """First rank 0 fails and all hear of it, then rank 1 stalls; seconds until rank 0 says so."""
+    from learner.deepspeed_engine import RankLost
+
     learner._replay = StarvedReplay()
     with pytest.raises(TimeoutError if place.rank == 0 else RankZeroFailed, match="no groups"):
         learner.step()
+    start_s = monotonic()
     if place.rank == 0:
         loss = next(iter(adapter_parameters(model))).sum
-        start_s = monotonic()
-        with pytest.raises(deepspeed_engine.RankLost, match="rank 0 of 2 lost its peers in update"):
-            engines[0].update([loss], learning_rate=0.1)
-        report["lost_after_s"] = monotonic() - start_s
+        with pytest.raises(RankLost, match="rank 0 of 2 lost its peers in update"):
+            engine.update([loss], learning_rate=0.1)
         (folder / "lost").touch()
     else:
         wait_for((folder / "lost").exists)
-    return report
+    return monotonic() - start_s
 
 
 def adapter_parameters(model: Any) -> list[torch.Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def run_ranks(num_ranks: int, folder: Path, log_z: str) -> list[dict[str, Any]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=rank_main, args=(rank, num_ranks, port, folder, log_z))
-        for rank in range(num_ranks)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-        process.kill()
-    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert not errors, "\n".join(errors)
-    return [json.loads((folder / f"report-{r}.json").read_text()) for r in range(num_ranks)]
-
-
-@pytest.mark.parametrize(("num_ranks", "log_z"), [(1, "group"), (2, "group"), (2, "learned")])
+@pytest.mark.parametrize(
+    ("num_ranks", "log_z", "loses"),
+    [(1, "group", False), (2, "group", True), (2, "learned", False)],
+)
 def test_deepspeed_ranks_take_the_step_of_one_process(
-    num_ranks: int, log_z: str, tmp_path: Path
+    num_ranks: int, log_z: str, loses: bool, tmp_path: Path
 ) -> None:
-    reports = run_ranks(num_ranks, tmp_path, log_z)
+    run_ranks(exercise_rank, num_ranks, tmp_path, TIMEOUT_S, log_z, loses)
+    reports = [json.loads((tmp_path / f"report-{r}.json").read_text()) for r in range(num_ranks)]
     reference, _ = make_learner(log_z=log_z)
     expected = [reference.step() for _ in range(STEPS)]
     state = reference._engine.state()
@@ -154,7 +115,7 @@ def test_deepspeed_ranks_take_the_step_of_one_process(
         assert report["again"] == report["after"]
         # Versions 4 and 5 are used up: what follows the restored version 3 gets new names.
         assert report["published"] == ([1, 2, 3, 4, 5, 7, 8] if rank == 0 else [])
-    if num_ranks > 1:
+    if loses:
         assert TIMEOUT_S - 1 < reports[0]["lost_after_s"] < TIMEOUT_S + 5
 
 

@@ -1,10 +1,6 @@
 """The agreement gate: what it compares, what it takes out, and that it leaves no other trace."""
 
 import json
-import multiprocessing
-import os
-import socket
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from tests.learner_toy import (
     make_policy,
     make_trajectory,
 )
+from tests.ranks import run_ranks
 
 STEPS = 4
 
@@ -381,29 +378,23 @@ def test_steps_behind_the_gate_are_those_without_it_bit_for_bit(tmp_path: Path) 
     assert same_bits(gated_state, plain_state)
 
 
-def rank_main(rank: int, port: int, folder: Path, gated: bool) -> None:
+def learn_in_rank(place: Any, folder: Path, gated: bool) -> None:
     """One of two DeepSpeed ranks that learn; at last rank 0 finds too much disagreement."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from learner import deepspeed_engine
+    # Imported in ranks alone: it changes global state.
+    from learner.deepspeed_engine import DeepSpeedEngine
 
-    torch.set_num_threads(1)
-    place = deepspeed_engine.Rendezvous("127.0.0.1", port, rank, 2, 90.0)
-    try:
-        engines: list[Any] = []
+    engines: list[Any] = []
 
-        def make_engine(model: Any, config: Any) -> Any:
-            engines.append(deepspeed_engine.DeepSpeedEngine(model, config, place))
-            return engines[0]
+    def make_engine(model: Any, config: Any) -> Any:
+        engines.append(DeepSpeedEngine(model, config, place))
+        return engines[0]
 
-        rows, state, metrics = learn(folder / "quarantine", gated=gated, make_engine=make_engine)
-        save_file(state, folder / f"state-{rank}.safetensors")
-        (folder / f"report-{rank}.json").write_text(json.dumps([rows, metrics]))
-        if gated:
-            end_in_disagreement(engines[0], folder)
-        engines[0].close()
-    except BaseException:
-        (folder / f"error-{rank}").write_text(traceback.format_exc())
-    os._exit(0)
+    rows, state, metrics = learn(folder / "quarantine", gated=gated, make_engine=make_engine)
+    save_file(state, folder / f"state-{place.rank}.safetensors")
+    (folder / f"report-{place.rank}.json").write_text(json.dumps([rows, metrics]))
+    if gated:
+        end_in_disagreement(engines[0], folder)
+    engines[0].close()
 
 
 def end_in_disagreement(engine: Any, folder: Path) -> None:
@@ -418,22 +409,9 @@ def end_in_disagreement(engine: Any, folder: Path) -> None:
         learner.step()
 
 
-def run_ranks(folder: Path, *, gated: bool) -> list[tuple[Any, dict[str, torch.Tensor]]]:
+def learned_by_ranks(folder: Path, *, gated: bool) -> list[tuple[Any, dict[str, torch.Tensor]]]:
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=rank_main, args=(rank, port, folder, gated)) for rank in range(2)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-        process.kill()
-    errors = [path.read_text() for path in sorted(folder.glob("error-*"))]
-    assert not errors, "\n".join(errors)
+    run_ranks(learn_in_rank, 2, folder, 90.0, gated)
     return [
         (
             json.loads((folder / f"report-{rank}.json").read_text()),
@@ -448,8 +426,8 @@ def run_ranks(folder: Path, *, gated: bool) -> list[tuple[Any, dict[str, torch.T
 def test_deepspeed_ranks_behind_the_gate_take_the_steps_without_it_bit_for_bit(
     tmp_path: Path,
 ) -> None:
-    plain = run_ranks(tmp_path / "plain", gated=False)
-    gated = run_ranks(tmp_path / "gated", gated=True)
+    plain = learned_by_ranks(tmp_path / "plain", gated=False)
+    gated = learned_by_ranks(tmp_path / "gated", gated=True)
     for ((rows, _), state), ((gated_rows, metrics), gated_state) in zip(plain, gated, strict=True):
         assert gated_rows == rows
         assert same_bits(gated_state, state)
