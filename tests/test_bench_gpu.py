@@ -2,14 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import pytest
 import torch
 
-from bench.gpu import Load, Weights, matrix_rate, measure, random_model
+from bench.gpu import Load, Weights, main, matrix_rate, measure, random_model
 from tests.conftest import tiny_config
 
 CPU = torch.device("cpu")
@@ -32,15 +29,13 @@ def test_operations_count_layers_and_output_head() -> None:
     assert weights.flops(tokens=3, predictions=2) == 2 * (3 * weights.body + 2 * weights.head)
 
 
-def test_without_a_gpu_it_says_so_and_ends_well() -> None:
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, root / "bench" / "gpu.py", "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=True,
-    )
-    assert json.loads(done.stdout) == {"rows": [], "note": "no GPU here: nothing measured"}
+def test_without_a_gpu_it_says_so_and_ends_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench/gpu.py", "--json"])
+    main()
+    assert json.loads(capsys.readouterr().out) == {
+        "rows": [],
+        "note": "no GPU here: nothing measured",
+    }

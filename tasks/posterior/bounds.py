@@ -168,14 +168,15 @@ class _Moments:
         weight_M = np.exp(log_weight_M - top)
         draw_M = _numbered(len(weight_M), draw_M)
         columns = (np.ones_like(weight_M), weight_M, np.square(weight_M))
-        sums_D3 = np.stack([np.bincount(draw_M, weights=column) for column in columns], axis=1)
-        draws = len(sums_D3)
+        sums_3D = np.stack([np.bincount(draw_M, weights=column) for column in columns])
+        draws = sums_3D.shape[1]
         rows = max(1, _BLOCK // draws)
-        resamples = [sums_D3.sum(axis=0)[None]]
+        resamples = [sums_3D.sum(axis=1)[:, None]]
         for start in range(0, RESAMPLES, rows):
-            shape = (min(rows, RESAMPLES - start), draws)
-            resamples.append(sums_D3[rng.integers(draws, size=shape)].sum(axis=1))
-        size_R, first_R, second_R = np.concatenate(resamples).T
+            drawn_RD = rng.integers(draws, size=(min(rows, RESAMPLES - start), draws))
+            # One column after the other: several times as fast as rows of three.
+            resamples.append(np.stack([sums_D[drawn_RD].sum(axis=1) for sums_D in sums_3D]))
+        size_R, first_R, second_R = np.concatenate(resamples, axis=1)
         return _Moments(np.log(first_R / size_R) + top, np.log(second_R / size_R) + 2 * top)
 
     @staticmethod
