@@ -1,12 +1,12 @@
 """The table of a run: what was measured before training and after it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.measurement import Measurement
+from cluster.measurement import Continuations, Distance, Infills, Measurement, Votes
 
 # Field of a Distance -> what it is called, how it reads, and whether more of it is better.
 _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
@@ -17,6 +17,20 @@ _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
     ("log_z_error", "error of the policy's log Z, nats", ".4f", False),
     ("valid", "valid completions", ".3%", True),
     ("coverage", "posterior mass that the policy covers", ".3%", True),
+)
+# The same of Infills and of Continuations.
+_INFILLS: tuple[tuple[str, str, str, bool], ...] = (
+    ("bleu4", "BLEU-4 against the true sentence", ".1%", True),
+    ("gleu4", "GLEU-4 against the true sentence", ".1%", True),
+    ("exact", "the true sentence itself", ".1%", True),
+    ("similarity", "cosine to the true sentence", ".3f", True),
+    ("log_reward", "log reward, nats", ".2f", True),
+    ("distinct", "different sentences of a story", ".2f", True),
+)
+_CONTINUATIONS: tuple[tuple[str, str, str, bool], ...] = (
+    ("max_log_likelihood", "log-likelihood of the likeliest, nats", ".2f", True),
+    ("mean_log_likelihood", "log-likelihood of all, nats", ".2f", True),
+    ("diversity", "diversity", ".3f", True),
 )
 # Column of Votes -> what it is called, which column counts its items, whether more is better.
 _VOTES = (
@@ -43,8 +57,16 @@ def rows(before: Measurement | None, after: Measurement | None) -> list[Row]:
     if known is None:
         return []
     old, new = ({} if one is None else one.model_dump() for one in (before, after))
-    lines = _votes if known.kind == "votes" else _distances
-    return list(lines(old, new, known.model_dump()))
+    match known:
+        case Votes():
+            return list(_votes(old, new, known.model_dump()))
+        case Distance():
+            items = f"{known.enumerated} of {known.prompts}"
+            return list(_means(old, new, _DISTANCES, items))
+        case Infills():
+            return list(_means(old, new, _INFILLS, f"{known.stories} x {known.samples}"))
+        case Continuations():
+            return list(_means(old, new, _CONTINUATIONS, f"{known.prompts} x {known.samples}"))
 
 
 def table(before: Measurement | None, after: Measurement | None) -> Table:
@@ -66,9 +88,10 @@ def _votes(before: _Fields, after: _Fields, known: _Fields) -> Iterator[Row]:
             yield _row(f"{group} operands, {label}", items, (old, new), ".1%", more_is_better)
 
 
-def _distances(before: _Fields, after: _Fields, known: _Fields) -> Iterator[Row]:
-    items = f"{known['enumerated']} of {known['prompts']}"
-    for field, label, reads, more_is_better in _DISTANCES:
+def _means(
+    before: _Fields, after: _Fields, fields: Sequence[tuple[str, str, str, bool]], items: str
+) -> Iterator[Row]:
+    for field, label, reads, more_is_better in fields:
         values = (before.get(field), after.get(field))
         yield _row(label, items, values, reads, more_is_better)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from cluster.before_after import rows
 from cluster.config_file import load_config, locate
-from cluster.measurement import Votes
+from cluster.measure import measure
+from cluster.measurement import Measurement, Votes
 from cluster.preflight import check_adapter
 from cluster.rundir import find_run
 from cluster.votes import measure_votes
@@ -23,11 +25,16 @@ def run(arguments: argparse.Namespace) -> int:
     if adapter is not None:
         check_adapter(adapter)
     data = [str(locate(path)) for path in arguments.data]
-    measurement = measure_votes(config, adapter=adapter, data=data)
+    if data or not config.task.tests:
+        measurement: Measurement = measure_votes(config, adapter=adapter, data=data)
+    else:
+        measurement = measure(config, adapter=adapter)
     if arguments.json:
         print(json.dumps(measurement.model_dump(mode="json", exclude={"examples"})))
-    else:
+    elif isinstance(measurement, Votes):
         show(measurement, title="base" if adapter is None else str(adapter))
+    else:
+        show_rows(measurement, title="base" if adapter is None else str(adapter))
     return 0
 
 
@@ -44,6 +51,16 @@ def show(measurement: Votes, *, title: str) -> None:
             "" if unseen is None else f"{unseen:.1%}",
             f"{measurement.unparsable[group]:.1%}",
         )
+    console = Console()
+    console.print(f"[bold]{title}[/bold]")
+    console.print(table)
+
+
+def show_rows(measurement: Measurement, *, title: str) -> None:
+    """A measurement of any other kind as a table."""
+    table = Table("", "items", "", box=None)
+    for row in rows(None, measurement):
+        table.add_row(row.label, row.items, row.after)
     console = Console()
     console.print(f"[bold]{title}[/bold]")
     console.print(table)

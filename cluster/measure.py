@@ -1,11 +1,13 @@
-"""Measuring a policy: by answers where the task has test questions, else by its posterior."""
+"""Measuring a policy: by test files where the task has some, else by its posterior."""
 
 from pathlib import Path
 
 from cluster.config import RunConfig
 from cluster.measurement import Measurement
 from cluster.posterior_assessment import assess
+from cluster.sentences import measure_continuations, measure_infills
 from cluster.votes import measure_votes
+from tasks.config import ContinuationConfig, InfillingConfig
 
 
 def measure(config: RunConfig, *, adapter: Path | None) -> Measurement:
@@ -15,6 +17,11 @@ def measure(config: RunConfig, *, adapter: Path | None) -> Measurement:
         FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
         DataError: a test file is missing or malformed.
     """
-    if config.task.tests:
-        return measure_votes(config, adapter=adapter)
-    return assess(config, adapter=adapter).policy
+    if not config.task.tests:
+        return assess(config, adapter=adapter).policy
+    match config.task:
+        case InfillingConfig() as task:
+            return measure_infills(config, task, adapter=adapter)
+        case ContinuationConfig() as task:
+            return measure_continuations(config, task, adapter=adapter)
+    return measure_votes(config, adapter=adapter)

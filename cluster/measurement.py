@@ -69,7 +69,41 @@ class Distance(BaseModel):
     )
 
 
-Measurement = Annotated[Votes | Distance, Field(discriminator="kind")]
+class Infills(BaseModel):
+    """Missing sentences of test stories: means over all that were written."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["infills"] = "infills"
+    stories: int
+    samples: int = Field(description="Sentences written for each.")
+    bleu4: float = Field(description="Against the true sentence, in [0, 1].")
+    gleu4: float = Field(description="Against the true sentence, in [0, 1].")
+    exact: float = Field(description="Share that is the true sentence.")
+    similarity: float | None = Field(description="Cosine of embeddings; None without an encoder.")
+    log_reward: float = Field(description="log p_LM(Z Y | X), nats.")
+    distinct: float = Field(description="Different sentences of a story.")
+    examples: tuple[Example, ...] = ()
+
+
+class Continuations(BaseModel):
+    """Next sentences of test prompts: means over the prompts."""
+
+    model_config = ConfigDict(frozen=True)
+    examples: ClassVar[tuple[Example, ...]] = ()
+
+    kind: Literal["continuations"] = "continuations"
+    prompts: int
+    samples: int = Field(description="Sentences written for each.")
+    max_log_likelihood: float = Field(description="log p_LM(Z stop | X) of the likeliest, nats.")
+    mean_log_likelihood: float = Field(description="... of all, nats.")
+    diversity: float = Field(description="Mean distance of two sentences of a prompt.")
+    diversity_by: Literal["words", "embeddings"] = Field(
+        description="Edit distance in words, or 1 - cosine."
+    )
+
+
+Measurement = Annotated[Votes | Distance | Infills | Continuations, Field(discriminator="kind")]
 
 
 class Scores(BaseModel):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from actors.policy import SamplingPolicy
 from cluster.config import RunConfig
+from cluster.evaluated_policy import evaluated_policy
 from cluster.measurement import Example, Spread, Votes
-from lm.adapter import adapter_bytes, load_adapter
 from lm.model import load_base
 from tasks.evaluation import Voted, scores, spreads, vote
 from tasks.registry import build_task
@@ -35,20 +35,7 @@ def measure_votes(config: RunConfig, *, adapter: Path | None, data: Sequence[str
             f"task {task.name!r} has no test questions; `amortize posterior` measures its policy"
         )
     items = [task.test_items(path)[: settings.max_items] for path in data or config.task.tests]
-    weights = None
-    if adapter is not None:
-        # Folding it in needs the plain base; peft wraps a second copy, only to read the folder.
-        weights = adapter_bytes(load_adapter(load_base(config.lm), adapter))
-    policy = SamplingPolicy(
-        base,
-        task.actions,
-        task.tool,
-        lora=config.lora,
-        max_rows=settings.max_rows,
-        seed=settings.seed,
-    )
-    if weights is not None:
-        policy.load(weights)
+    policy = evaluated_policy(config, base, task, adapter)
     answerer = SamplingPolicy(
         load_base(config.lm),
         task.answer_actions,

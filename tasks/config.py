@@ -1,6 +1,6 @@
 """Settings of the tasks. Imports no torch, so that reading a configuration stays fast."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -66,6 +66,53 @@ class RandomNumberConfig(BaseModel):
         return self
 
 
+class _SentenceConfig(BaseModel):
+    """What tasks of one sentence share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_len: int = Field(default=1, ge=0, description="Tokens of a sentence before it may stop.")
+    max_len: int = Field(default=24, ge=1, description="Tokens at which it must stop.")
+    embedder: str | None = Field(
+        default=None,
+        description="Sentence encoder, folder or hub id, for how alike sentences are, such as "
+        "sentence-transformers/all-mpnet-base-v2; None: by words.",
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.min_len > self.max_len:
+            raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
+        return self
+
+
+class InfillingConfig(_SentenceConfig):
+    """The `[task]` section of a run on the missing sentence of a story."""
+
+    reward_kind: ClassVar[RewardKind] = "suffix"
+
+    name: Literal["infilling"]
+    stories: str = Field(min_length=1, description="JSON Lines or CSV: stories to train on.")
+    tests: tuple[str, ...] = Field(
+        default=(), description="... and to evaluate on; none: the distance to the posterior."
+    )
+    demonstrations: int = Field(
+        default=0, ge=0, description="Stories whose true middle seeds the replay buffer."
+    )
+
+
+class ContinuationConfig(_SentenceConfig):
+    """The `[task]` section of a run on next sentences."""
+
+    reward_kind: ClassVar[RewardKind] = "stop"
+
+    name: Literal["continuation"]
+    data: str = Field(min_length=1, description="Text file: a prompt in each line, to train on.")
+    tests: tuple[str, ...] = Field(
+        default=(), description="... and to evaluate on; none: the distance to the posterior."
+    )
+
+
 class ToyConfig(BaseModel):
     """The `[task]` section of a run on the enumerable toy."""
 
@@ -87,5 +134,6 @@ class ToyConfig(BaseModel):
 
 # One alternative per task; `name` tells them apart.
 TaskConfig = Annotated[
-    ArithmeticConfig | RandomNumberConfig | ToyConfig, Field(discriminator="name")
+    ArithmeticConfig | ContinuationConfig | InfillingConfig | RandomNumberConfig | ToyConfig,
+    Field(discriminator="name"),
 ]

@@ -1,7 +1,15 @@
 """From a task's configuration to the task."""
 
 from tasks.arithmetic import build_arithmetic
-from tasks.config import ArithmeticConfig, RandomNumberConfig, TaskConfig
+from tasks.config import (
+    ArithmeticConfig,
+    ContinuationConfig,
+    InfillingConfig,
+    RandomNumberConfig,
+    TaskConfig,
+)
+from tasks.continuation import build_continuation
+from tasks.infilling import build_infilling
 from tasks.random_number import build_random_number
 from tasks.task import Task, Tokenizer
 from tasks.toy.task import build_toy
@@ -16,6 +24,10 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
     """
     if isinstance(config, ArithmeticConfig):
         return build_arithmetic(config, tokenizer)
+    if isinstance(config, ContinuationConfig):
+        return build_continuation(config, tokenizer)
+    if isinstance(config, InfillingConfig):
+        return build_infilling(config, tokenizer)
     if isinstance(config, RandomNumberConfig):
         return build_random_number(config, tokenizer)
     return build_toy(config, tokenizer)

@@ -1,0 +1,61 @@
+"""Generates the shipped stories and prompts: `python -m tasks.prose_files`.
+
+Training stories are of plots that the seed LM may have read, each in words of its own; test stories
+are of plots that it never read. Prompts are beginnings of stories and of scenes.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+from tasks.seed.scenes import Scenes
+from tasks.seed.stories import Story, draw_story
+from tasks.story_files import KEYS
+
+FOLDER = Path(__file__).parent / "data"
+NUM_STORIES = 300
+NUM_TEST_STORIES = 100
+NUM_PROMPTS = 300
+NUM_TEST_PROMPTS = 50
+
+
+def write_files(folder: Path, seed: int) -> None:
+    """Write infilling/ and continuation/; the same for the same seed."""
+    rng = random.Random(f"{seed} prose")
+    for name, count, held_out in (("train", NUM_STORIES, False), ("test", NUM_TEST_STORIES, True)):
+        stories = [draw_story(rng, held_out=held_out) for _ in range(count)]
+        _write(folder / "infilling" / f"{name}.jsonl", [_record(story) for story in stories])
+    for name, count in (("train", NUM_PROMPTS), ("test", NUM_TEST_PROMPTS)):
+        prompts = [_prompt(rng, held_out=name == "test") for _ in range(count)]
+        _write(folder / "continuation" / f"{name}.txt", prompts)
+
+
+def _record(story: Story) -> str:
+    return json.dumps(dict(zip(KEYS, story.sentences, strict=True)))
+
+
+def _prompt(rng: random.Random, *, held_out: bool) -> str:
+    """One to three sentences."""
+    if rng.random() < 0.5:
+        sentences = draw_story(rng, held_out=held_out).text.split(". ")
+    else:
+        sentences = Scenes().document(rng).split(". ")
+    return ". ".join(sentences[: min(rng.randint(1, 3), len(sentences) - 1)]) + "."
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tasks.prose_files", description=__doc__)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw")
+    arguments = parser.parse_args()
+    write_files(arguments.out, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

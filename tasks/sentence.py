@@ -1,0 +1,26 @@
+"""One sentence as what a policy may write: its legal tokens, its stop, and its own ids."""
+
+from lm.actions import ActionSpace
+from tasks.task import Tokenizer, TokenizerUnfit
+
+STOP_TEXT = "."
+# Ends a sentence, a line or a quotation, or stands for bytes that are no text.
+_IMPOSSIBLE = frozenset('.!?:;\n\r\t"“”<>|\ufffd')
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Token ids of `text` alone."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def sentence_actions(tokenizer: Tokenizer, *, min_len: int, max_len: int) -> ActionSpace:
+    """Every token that can stand inside a sentence; the full stop is ⊤.
+
+    Raises TokenizerUnfit where the full stop is no token of its own.
+    """
+    stop = encode(tokenizer, STOP_TEXT)
+    if len(stop) != 1:
+        raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    legal = tuple(i for i, text in enumerate(texts) if text and not _IMPOSSIBLE & set(text))
+    return ActionSpace(stop_token=stop[0], legal_tokens=legal, min_len=min_len, max_len=max_len)

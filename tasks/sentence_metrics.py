@@ -1,0 +1,48 @@
+"""How near a written sentence is to the true one, and how far sentences are from one another."""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import combinations
+
+import numpy as np
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from nltk.translate.gleu_score import sentence_gleu
+from rapidfuzz.distance import Levenshtein
+
+# [N] and [N] sentences -> [N] likeness of each pair in [-1, 1].
+Likeness = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+_WORD = re.compile(r"[^\W_]+|[^\w\s]")
+
+
+def words(sentence: str) -> list[str]:
+    """Words and marks in lower case."""
+    return _WORD.findall(sentence.lower())
+
+
+def bleu4(written: str, true: str) -> float:
+    """Sentence BLEU of n-grams up to 4, in [0, 1]; an order without a match counts 0.1 matches."""
+    if not words(written):
+        return 0.0
+    smoothing = SmoothingFunction().method1
+    return float(sentence_bleu([words(true)], words(written), smoothing_function=smoothing))
+
+
+def gleu4(written: str, true: str) -> float:
+    """Sentence GLEU: the lesser of precision and recall of n-grams up to 4, in [0, 1]."""
+    return float(sentence_gleu([words(true)], words(written))) if words(written) else 0.0
+
+
+def word_distance(one: str, other: str) -> float:
+    """Edit distance in words over the longer one's length, in [0, 1]."""
+    return float(Levenshtein.normalized_distance(words(one), words(other)))
+
+
+def diversity(sentences: Sequence[str], likeness: Likeness | None) -> float:
+    """Mean distance of two of the sentences: 1 - likeness, or by words; 0 for fewer than two."""
+    pairs = list(combinations(sentences, 2))
+    if not pairs:
+        return 0.0
+    if likeness is None:
+        return float(np.mean([word_distance(one, other) for one, other in pairs]))
+    ones, others = zip(*pairs, strict=True)
+    return float(np.mean([1 - alike for alike in likeness(ones, others)]))

@@ -1,0 +1,207 @@
+"""Infilling and continuation: files, prompts, rewards against naive scoring, metrics by hand."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from cluster.before_after import rows
+from cluster.config_file import load_config
+from cluster.measure import measure
+from cluster.measurement import Continuations, Infills
+from reward.naive import naive_log_rewards
+from reward.packed import suffix_log_rewards
+from tasks.arithmetic_data import DataError
+from tasks.config import ContinuationConfig, InfillingConfig
+from tasks.continuation import build_continuation
+from tasks.infilling import build_infilling
+from tasks.prompt_files import load_prompts
+from tasks.prose_files import write_files
+from tasks.seed.corpus import Share, documents
+from tasks.seed.scenes import Scenes
+from tasks.seed.stories import Exercises, Stories
+from tasks.seed.tokenizer import END_OF_TEXT, train_tokenizer
+from tasks.sentence_metrics import bleu4, diversity, gleu4, word_distance
+from tasks.story_files import KEYS, load_stories
+from tasks.task import Task
+
+PROSE = (Share(Stories(), 1.0), Share(Exercises(), 0.2), Share(Scenes(), 1.0))
+DATA = Path("tasks/data")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    raw: RawTokenizer = train_tokenizer(islice(documents(PROSE, "tokenizer"), 2000))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END_OF_TEXT)
+
+
+def small(ids: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
+    """Token ids as ids of the tiny model's vocabulary."""
+    return np.asarray(ids, dtype=np.int32) % 31
+
+
+def infilling_config(path: str) -> InfillingConfig:
+    return InfillingConfig(name="infilling", stories=path, tests=(path,), demonstrations=5)
+
+
+def test_the_policy_reads_the_ending_and_the_frozen_lm_the_story_as_it_is_told(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    path = str(DATA / "infilling" / "train.jsonl")
+    task, story = build_infilling(infilling_config(path), tokenizer), load_stories(path)[0]
+    demonstration = task.demonstrations[0]
+    assert len(task.demonstrations) == 5
+    assert tokenizer.decode(demonstration.prompt.prompt) == (
+        f"Beginning: {story.beginning}\nEnding: {story.ending}\nMiddle:"
+    )
+    length = len(demonstration.completion)
+    item = task.reward_query.item(
+        demonstration.prompt, demonstration.completion, np.array([length], dtype=np.int32)
+    )
+    scored = [*item.context, *item.completion, *item.answer]
+    assert scored == tokenizer.encode(story.text)  # the very tokens of the plain story
+    assert task.tests[0].middle == story.middle.removesuffix(".")
+
+
+def test_a_sentence_holds_nothing_that_ends_one(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = build_infilling(infilling_config(str(DATA / "infilling" / "train.jsonl")), tokenizer)
+    legal = {tokenizer.decode([token]) for token in task.actions.legal_tokens or ()}
+    assert " the" in legal and "," in legal
+    assert not {".", "!", "?", ":", "\n", END_OF_TEXT} & legal
+    assert task.actions.stop_token == tokenizer.encode(".")[0]
+
+
+@pytest.mark.parametrize("kind", ["infilling", "continuation"])
+def test_rewards_are_log_probabilities_of_the_plain_text(
+    kind: str,
+    tokenizer: PreTrainedTokenizerFast,
+    tiny_lm: Callable[[str], PreTrainedModel],
+) -> None:
+    """On a tiny model, by one pass over each whole text."""
+    task: Task
+    if kind == "infilling":
+        task = build_infilling(infilling_config(str(DATA / "infilling/train.jsonl")), tokenizer)
+    else:
+        config = ContinuationConfig(name="continuation", data=str(DATA / "continuation/train.txt"))
+        task = build_continuation(config, tokenizer)
+    model, prompt = tiny_lm("llama").requires_grad_(False), task.prompts[0]
+    z = small(tokenizer.encode(" So he swam across"))
+    asked = task.reward_query.item(prompt, z, np.arange(len(z) + 1, dtype=np.int32))
+    item = replace(asked, context=small(asked.context), answer=small(asked.answer))
+    found = suffix_log_rewards(model, [item], 4096)[0]
+    assert np.allclose(found, naive_log_rewards(model, [item])[0], atol=1e-4)
+    shown = small(prompt.scored_prompt)
+    behind = small(prompt.answer if kind == "infilling" else [task.reward_query.stop_token])
+    for stop in range(len(z) + 1):
+        text = [*shown, *z[:stop], *behind]
+        log_p = model(torch.tensor([text])).logits[0].log_softmax(-1)
+        expected = sum(log_p[at - 1, text[at]].item() for at in range(len(shown), len(text)))
+        assert found[stop] == pytest.approx(expected, abs=1e-3)
+
+
+def test_every_bad_line_of_stories_is_reported(tmp_path: Path) -> None:
+    good = dict.fromkeys(KEYS, "He ran.")
+    path = tmp_path / "stories.jsonl"
+    bad = [json.dumps(good), "{", json.dumps({**good, "sentence4": " "}), "[1]"]
+    path.write_text("\n".join(bad))
+    with pytest.raises(DataError) as caught:
+        load_stories(str(path))
+    said = str(caught.value).split("\n")
+    assert [line.split(" ")[0] for line in said] == [f"{path}:{n}:" for n in (2, 3, 4)]
+    assert "sentence4" in said[1]
+
+
+def test_stories_may_come_as_csv_with_other_columns(tmp_path: Path) -> None:
+    path = tmp_path / "stories.csv"
+    path.write_text(f'storyid,{",".join(KEYS)}\n7,A.,B.,C.,"D, d.",E.\n')
+    [story] = load_stories(str(path))
+    assert (story.beginning, story.middle, story.ending) == ("A. B. C.", "D, d.", "E.")
+    path.write_text(f"storyid,{','.join(KEYS)}\n7,A.,B.,C.,D.\n")
+    with pytest.raises(DataError, match=r"stories.csv:2: no text under sentence5"):
+        load_stories(str(path))
+
+
+def test_every_bad_prompt_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "She questions the timing. \n\nIt rained.\x07\n" + "x" * 2001 + "\nIt rained.\n"
+    )
+    with pytest.raises(DataError) as caught:
+        load_prompts(str(path))
+    said = str(caught.value).split("\n")
+    assert [line.split(" ")[0] for line in said] == [f"{path}:{n}:" for n in (2, 3, 4)]
+    path.write_text("She questions the timing. \nIt rained.")
+    assert load_prompts(str(path)) == ("She questions the timing.", "It rained.")
+
+
+def test_the_shipped_files_are_those_that_the_command_writes(tmp_path: Path) -> None:
+    write_files(tmp_path, 0)
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert path.read_text() == (DATA / path.relative_to(tmp_path)).read_text()
+
+
+def test_bleu_gleu_and_distance_by_hand() -> None:
+    assert bleu4("He lit a candle", "he lit a candle") == pytest.approx(1.0)
+    assert gleu4("He lit a candle", "he lit a candle") == 1.0
+    # Of 'he lit a lamp': 3/4 words, 2/3 pairs, 1/2 triples, 0.1/1 fours.
+    by_hand = (3 / 4 * 2 / 3 * 1 / 2 * 0.1) ** 0.25
+    assert bleu4("He lit a lamp", "He lit a candle") == pytest.approx(by_hand)
+    assert gleu4("He lit a lamp", "He lit a candle") == pytest.approx(6 / 10)
+    assert bleu4("", "He ran") == gleu4("", "He ran") == 0.0
+    assert word_distance("He lit a lamp", "He lit the lamp up") == pytest.approx(2 / 5)
+    assert diversity(["a b", "a c", "a b"], None) == pytest.approx((0.5 + 0 + 0.5) / 3)
+    assert diversity(["a"], None) == 0.0
+    assert math.isclose(diversity(["a", "b"], lambda ones, others: [0.25]), 0.75)
+
+
+def test_measurements_are_told_before_and_after() -> None:
+    old = Infills(
+        stories=2,
+        samples=4,
+        bleu4=0.1,
+        gleu4=0.2,
+        exact=0.0,
+        similarity=None,
+        log_reward=-30.0,
+        distinct=3.0,
+    )
+    new = old.model_copy(update={"bleu4": 0.3, "log_reward": -31.0})
+    by_label = {row.label: row for row in rows(old, new)}
+    assert by_label["BLEU-4 against the true sentence"].after == "30.0%"
+    assert by_label["BLEU-4 against the true sentence"].gained
+    assert not by_label["log reward, nats"].gained
+    assert by_label["cosine to the true sentence"].after == ""
+    one = Continuations(
+        prompts=3,
+        samples=8,
+        max_log_likelihood=-9.0,
+        mean_log_likelihood=-15.0,
+        diversity=0.7,
+        diversity_by="words",
+    )
+    assert [row.after for row in rows(None, one)] == ["-9.00", "-15.00", "0.700"]
+
+
+@pytest.mark.parametrize("name", ["infilling", "continuation"])
+def test_the_shipped_configurations_are_measured(name: str) -> None:
+    config = load_config(f"tasks/{name}.toml", ["evaluation.max_items=2", "evaluation.samples=3"])
+    found = measure(config, adapter=None)
+    if name == "infilling":
+        assert isinstance(found, Infills)
+        assert (found.stories, found.samples, len(found.examples)) == (2, 3, 2)
+        assert 1 <= found.distinct <= 3 and 0 <= found.bleu4 <= 1 and found.log_reward < 0
+    else:
+        assert isinstance(found, Continuations)
+        assert (found.prompts, found.samples) == (2, 3)
+        assert found.mean_log_likelihood <= found.max_log_likelihood < 0
+        assert 0 <= found.diversity <= 1
+    assert measure(config, adapter=None) == found
