@@ -14,7 +14,7 @@ from actors.actor import RolloutActor
 from actors.direct_scorer import DirectScorer
 from actors.lagging import LaggingWeights
 from actors.policy import SamplingPolicy
-from actors.ports import Scorer, WeightSource
+from actors.ports import Scorer, TrajectorySink, WeightSource
 from actors.prompts import PromptStream
 from actors.seeding import seed_demonstrations, unscored_demonstrations
 from buffer.connection import connect
@@ -57,7 +57,7 @@ def build_actor(
     task: Task,
     name: str,
     seed: Sequence[int],
-    buffer: ReplayBuffer,
+    buffer: TrajectorySink,
     scorer: Scorer,
     weights: WeightSource,
 ) -> RolloutActor:

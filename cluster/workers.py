@@ -28,6 +28,7 @@ from cluster.interface import pin_interface
 from cluster.measure import measure
 from cluster.measurement import Measurement
 from cluster.remote import RemoteBoard, RemoteScorer
+from cluster.rollout_log import LoggedSink
 from cluster.rundir import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
@@ -150,7 +151,7 @@ class RolloutWorker(Worker):
             task=self._task,
             name=self._name,
             seed=(context.config.seed, self._index, self._incarnation),
-            buffer=self._buffer,
+            buffer=LoggedSink(self._buffer, base.tokenizer.decode),
             scorer=self._scorer,
             weights=self._board(),
         )
