@@ -64,10 +64,12 @@ def phase(state: RunState) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 48 s, 3 min 5 s, 2 h 10 min."""
+    """Seconds as people read them: 48 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"
