@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from buffer.stats import ReplayStats
 from cluster.config import RunConfig
 from cluster.fit import DoesNotFit
 from cluster.measurement import Scores
@@ -23,7 +24,7 @@ class Driver:
 
     Args:
         revive_buffer: restarts the run's Redis if it died; whether it had to.
-        buffer_size: trajectories in replay now.
+        buffer_stats: what is in the buffer now.
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class Driver:
         terminal: Terminal,
         *,
         revive_buffer: Callable[[], bool],
-        buffer_size: Callable[[], int],
+        buffer_stats: Callable[[], ReplayStats],
     ) -> None:
         self._config = config
         self._directory = directory
         self._session = session
         self._terminal = terminal
         self._revive_buffer = revive_buffer
-        self._buffer_size = buffer_size
+        self._buffer_stats = buffer_stats
         self._state = first_state(directory.name, steps=config.learner.steps)
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
@@ -159,7 +160,7 @@ class Driver:
                 **run.counts(),
             }
         )
-        self._show(with_figures=True)
+        self._show(run)
 
     def _scale_so_far(self, run: Run) -> ScaleAnswer | None:
         """The answer to the last request, with what has become of it."""
@@ -171,7 +172,7 @@ class Driver:
 
     def _wait_for(self, pending: PendingMeasurement) -> None:
         while not pending.done():
-            self._show(with_figures=False)
+            self._show()
             time.sleep(_TICK_S)
 
     def _keep_before(self, pending: PendingMeasurement) -> None:
@@ -190,21 +191,27 @@ class Driver:
             update={"phase": phase, "message": message or self._state.message}
         )
         self._state_written_s = float("-inf")
-        self._show(with_figures=False)
+        self._show()
 
     def _event(self, text: str) -> None:
         self._terminal.event(text)
         self._state = self._state.model_copy(update={"message": text})
 
-    def _show(self, *, with_figures: bool) -> None:
-        """Show the state; write it once a second, or at once when the phase has changed."""
+    def _show(self, run: Run | None = None) -> None:
+        """Show the state; write it once a second, or at once when the phase has changed.
+
+        With a run: its figures too, and tell them to who collects them.
+        """
         now = time.monotonic()
         if now - self._state_written_s < _STATE_EVERY_S:
             return
         self._state_written_s = now
         update: dict[str, object] = {"heartbeat_s": time.time()}
-        if with_figures:
-            update["metrics"] = self._progress.shown(buffer_size=self._buffer_size())
+        if run is not None:
+            buffer = self._buffer_stats()
+            metrics = self._progress.shown(buffer_size=buffer.replay_size)
+            run.tell(metrics, buffer)
+            update["metrics"] = metrics
         self._state = self._state.model_copy(update=update)
         self._directory.write_state(self._state)
         self._terminal.show(self._state)

@@ -3,7 +3,7 @@
 Actor and learner take turns, so the same seed gives the same trajectories and the same weights.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -13,6 +13,7 @@ import numpy as np
 
 from actors.actor import RolloutActor
 from buffer.replay import BufferStarved, Group, ReplayBuffer
+from buffer.stats import ReplayStats
 from buffer.trajectory import Trajectory
 from cluster import roles
 from cluster.board import WeightBoard
@@ -172,6 +173,9 @@ class LocalRun:
         """The actor's counters."""
         stats = {} if self._actor is None else asdict(self._actor.stats)
         return {key: value for key, value in stats.items() if key != "version"}
+
+    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
+        """Without Ray nobody collects metrics."""
 
     def stop(self, timeout_s: float) -> list[str]:
         """Store what is in flight and checkpoint; nothing can be left to kill."""

@@ -53,6 +53,8 @@ class RemoteScorer:
         namespace: the run's Ray namespace.
         attempt_s: seconds after which one replica's answer counts as late.
         first: index of the replica to begin with, so that actors do not all start on one.
+
+    `retries` counts scorings that failed or were late, and were handed to a replica again.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class RemoteScorer:
         self._attempt_s = attempt_s
         self._turn = itertools.count(first)
         self._handles: dict[str, ActorHandle] = {}
+        self.retries = 0
 
     def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
         """Start to score; returns at once, unless no replica lives yet."""
@@ -126,6 +129,7 @@ class RemoteScores:
                 if time.monotonic() + _ROSTER_POLL_S > deadline:
                     raise
                 time.sleep(_ROSTER_POLL_S)
+                self._scorer.retries += 1
                 self._replica, self._ref = self._scorer.start(
                     self._items, avoid=self._replica, deadline=deadline
                 )

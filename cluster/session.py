@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import ray
 
+from buffer.stats import ReplayStats
 from cluster.config import RunConfig
 from cluster.fingerprint import SourceMixture, source_fingerprint
 from cluster.fit import check_fit
@@ -71,6 +72,10 @@ class Run(Protocol):
 
     def actor_totals(self) -> dict[str, float]:
         """Counters summed over all actors."""
+        ...
+
+    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
+        """Hand metrics to whoever collects them."""
         ...
 
     def stop(self, timeout_s: float) -> list[str]:

@@ -5,11 +5,12 @@ The driver calls `tick` again and again, between showing progress and looking fo
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 
+from buffer.stats import ReplayStats
 from cluster.config import RunConfig
 from cluster.fit import check_fit
 from cluster.gang import Gang, Phase, StartFailed
@@ -18,6 +19,7 @@ from cluster.leaving import Leaving
 from cluster.nodes import living_nodes, may_grow, room
 from cluster.remote import RemoteBoard
 from cluster.scale_request import ScaleRefused
+from cluster.telemetry import Telemetry
 from cluster.workers import RunContext
 
 _TICK_S = 0.2
@@ -49,6 +51,7 @@ class Supervisor:
         self._context = context
         self._report = report
         self._board = RemoteBoard(context.board, timeout_s=config.cluster.answer_timeout_s)
+        self._telemetry = Telemetry(context.run)
         self._announced: tuple[str, ...] = ()
         self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
         self._deaths: dict[str, int] = {}
@@ -160,6 +163,12 @@ class Supervisor:
                 totals[key] = totals.get(key, 0.0) + value
         totals.pop("version", None)
         return totals
+
+    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
+        """Hand metrics of every part to Ray."""
+        for name, gang in self.gangs.items():
+            self._telemetry.tell_part(name, gang.status, life=self._incarnations[name])
+        self._telemetry.tell_run(learner, buffer, self.counts())
 
     def stop(self, timeout_s: float) -> list[str]:
         """Stop the learner, which checkpoints, then the actors, then the replicas.

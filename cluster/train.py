@@ -11,6 +11,7 @@ from types import FrameType
 from rich.console import Console
 
 from buffer.server import RedisServer
+from buffer.stats import ReplayStats
 from cluster.conclusion import conclude, show_conclusion
 from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
@@ -84,7 +85,7 @@ def train(
                 session,
                 terminal,
                 revive_buffer=buffer.revive,
-                buffer_size=buffer.size,
+                buffer_stats=buffer.stats,
             )
             with stop_on_signal(driver.request_stop):
                 scores = driver.drive()
@@ -136,9 +137,9 @@ class OwnBuffer:
         self._revived.clear()
         return revived
 
-    def size(self) -> int:
-        """Trajectories in replay now."""
-        return self._replay.stats().replay_size
+    def stats(self) -> ReplayStats:
+        """What is in the buffer now, and what became of the rest."""
+        return self._replay.stats()
 
     def stop(self) -> None:
         """End the server in order; its files stay."""

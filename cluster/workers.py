@@ -167,7 +167,7 @@ class RolloutWorker(Worker):
 
     def status(self) -> dict[str, Any]:
         """The actor's counters."""
-        return asdict(self._actor.stats)
+        return asdict(self._actor.stats) | {"scoring_retries": self._scorer.retries}
 
 
 class RewardWorker(Worker):

@@ -13,6 +13,7 @@ class ReplicaStats:
 
     queued_requests: int
     queued_items: int
+    queued_s: float  # in the queue, summed over requests
     answered_requests: int
     answered_items: int
     computed_items: int  # the rest of the answered ones was remembered or asked for twice
@@ -28,6 +29,7 @@ class ReplicaStats:
 class Ledger:
     """Counters of the worker thread; reading them while it writes is harmless."""
 
+    queued_s: float = 0.0
     answered_requests: int = 0
     answered_items: int = 0
     computed_items: int = 0
@@ -52,6 +54,7 @@ class Ledger:
         return ReplicaStats(
             queued_requests=queued_requests,
             queued_items=queued_items,
+            queued_s=self.queued_s,
             answered_requests=self.answered_requests,
             answered_items=self.answered_items,
             computed_items=self.computed_items,

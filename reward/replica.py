@@ -171,7 +171,9 @@ class RewardReplica:
         chosen: list[_Request] = []
         while self._queue and room > 0:
             request = self._queue.popleft()
-            if monotonic() > request.deadline:
+            left_s = request.deadline - monotonic()
+            self._ledger.queued_s += self._config.deadline_s - left_s
+            if left_s < 0:
                 self._expire(request)
                 continue
             request.phase = "pass"

@@ -14,6 +14,7 @@ from buffer.server import RedisServer
 from cluster import roles
 from cluster.config import RunConfig
 from cluster.config_file import load_config
+from cluster.instruments import INSTRUMENTS, Source
 from cluster.local import LocalRun
 from lm.model import load_base
 from lm.scoring import completion_log_probs
@@ -73,6 +74,12 @@ def test_log_q_recomputed_by_the_learner_is_what_the_sampler_recorded(finished: 
     run, *_ = finished
     gaps = [row["agreement/max_nats"] for row in run.learner_rows if "agreement/max_nats" in row]
     assert gaps and max(gaps) < 1e-4
+
+
+def test_the_learner_measures_all_that_prometheus_is_told_of_it(finished: Finished) -> None:
+    run, *_ = finished
+    told = {instrument.key for instrument in INSTRUMENTS[Source.LEARNER]} - {"step", "version"}
+    assert told <= {key for row in run.learner_rows for key in row}
 
 
 def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished: Finished) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Event
+from time import sleep
 
 import numpy as np
 import pytest
@@ -63,10 +64,13 @@ def test_requests_that_wait_are_merged_into_one_round() -> None:
     assert rank.entered.wait(10)
     rest = [replica.submit(make_items(2, seed)) for seed in range(5)]
     assert replica.stats().queued_items == 10
+    sleep(0.2)
     rank.gate.set()
     for pending in (first, *rest):
         pending.result(10.0)
     assert rank.num_forwards == 2
+    # The five waited for as long, the first not at all.
+    assert 1.0 <= replica.stats().queued_s < 10.0
     replica.close(5.0)
 
 
