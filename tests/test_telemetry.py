@@ -22,7 +22,7 @@ from cluster.instruments import INSTRUMENTS, Source
 from cluster.remote import RemoteBoard, RemoteScorer
 from cluster.telemetry import Telemetry
 from reward.ledger import ReplicaStats
-from reward.replica import ScoreFailed
+from tests.scoring_toy import Answering, Failing
 
 ALL = [each for group in INSTRUMENTS.values() for each in group]
 DASHBOARD = json.loads((PROJECT_ROOT / "cluster/grafana.json").read_text(encoding="utf-8"))
@@ -136,20 +136,6 @@ def test_a_node_offers_what_was_told(node: dict[str, Any]) -> None:
         time.sleep(0.5)
         seen = scraped(node, "first")
     assert seen == totals
-
-
-class Failing:
-    """A reward replica whose passes fail."""
-
-    def score(self, items: list[Any]) -> list[Any]:
-        raise ScoreFailed("broken")
-
-
-class Answering:
-    """One that answers."""
-
-    def score(self, items: list[Any]) -> list[Any]:
-        return ["scores"]
 
 
 @pytest.mark.slow
