@@ -45,6 +45,7 @@ class ActorStats:
     groups: int = 0
     trajectories: int = 0
     tokens: int = 0
+    sampled: int = 0  # trajectories, stored or not yet
     judged: int = 0
     correct: int = 0
     log_reward_sum: float = 0.0  # nats, of the final states
@@ -165,6 +166,7 @@ class RolloutActor:
             sampled_s=time.time(),
         )
         self.stats.tokens += rollouts.num_tokens
+        self.stats.sampled += len(completions)
         self.stats.sampling_s += time.monotonic() - started
         return rollouts
 

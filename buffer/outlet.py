@@ -36,6 +36,7 @@ class Outlet:
         self._store = store
         self._reader = reader
         self._config = config
+        self.waited_s = 0.0  # for groups, in all calls of `fresh`
 
     def fresh(
         self, num_groups: int, *, version: int, timeout_s: float
@@ -50,6 +51,7 @@ class Outlet:
         started_s = time.monotonic()
         groups: list[tuple[Trajectory, ...]] = []
         while missing := num_groups - len(groups):
+            asked_s = time.monotonic()
             eligible, drawn = self._store.call("draw", missing, *limits)
             for seq, payload in zip(drawn[::2], drawn[1::2], strict=True):
                 if (group := self._reader.group(seq, payload)) is not None:
@@ -60,6 +62,7 @@ class Outlet:
             if waited_s >= timeout_s:
                 raise BufferStarved(self._shortage(eligible, missing, version, waited_s))
             time.sleep(POLL_S)
+            self.waited_s += time.monotonic() - asked_s
         return groups
 
     def replayed(

@@ -94,6 +94,11 @@ class ReplayBuffer:
             for prompt, group, again in zip(prompts, fresh, replayed, strict=True)
         ]
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that all draws of this client have waited for groups."""
+        return self._outlet.waited_s
+
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """Take drawn trajectories out of replay for good; they count as quarantined."""
         for trajectory in trajectories:

@@ -15,7 +15,7 @@ verbs:
 
 def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     """The verb and its arguments; exits with a message where they are wrong."""
-    listing = "\n".join(f"  {verb:<10}{summary}" for verb, (summary, _) in _VERBS.items())
+    listing = "\n".join(f"  {verb:<12}{summary}" for verb, (summary, _) in _VERBS.items())
     parser = argparse.ArgumentParser(
         prog="amortize",
         usage="amortize VERB ...",
@@ -118,6 +118,49 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def _throughput(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    parser.add_argument(
+        "--actors",
+        metavar="N,N,...",
+        type=_actor_counts,
+        default="1,2,4,8",
+        help="numbers of rollout actors to measure, 1 among them (default: 1,2,4,8)",
+    )
+    parser.add_argument(
+        "--reward-replicas",
+        metavar="R",
+        type=_number,
+        help="reward replicas (default: reward.replicas)",
+    )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="waits stand for model compute (throughput.simulation); all else is real",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="changes to the configuration, values as in TOML",
+    )
+
+
+def _actor_counts(text: str) -> tuple[int, ...]:
+    """Numbers of actors, ascending; argparse shows the error."""
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        counts = []
+    if not counts or counts[0] != 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give whole numbers such as 1,2,4,8, with 1 among them, which efficiency "
+            f"is measured against"
+        )
+    return tuple(counts)
+
+
 def _status(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="NAME", help="one run in full (default: all, a line each)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -153,6 +196,7 @@ _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "compare": ("Compare methods on one task at equal numbers of trajectories", _compare),
     "posterior": ("Compare a policy with the exact posterior, or bound its distance", _posterior),
     "scale": ("Change the actors or replicas of a run that goes on, and wait for it", _scale),
+    "throughput": ("Measure how a run's rate grows with its rollout actors", _throughput),
     "status": ("Show runs: progress, parts that live, last figures", _status),
     "inspect": ("Show the trajectories of a run in a browser", _inspect),
     "stop": ("Ask a run to checkpoint and end, and wait until it has", _stop),

@@ -162,6 +162,50 @@ class CompareConfig(BaseModel):
     )
 
 
+class SimulationConfig(BaseModel):
+    """The `[throughput.simulation]` section: the waits that stand for model compute."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decode_step_ms: float = Field(
+        default=50.0, ge=0, description="One decode step of all rows of a batch."
+    )
+    score_call_ms: float = Field(
+        default=60.0, ge=0, description="One call of a reward rank: up to reward.token_budget."
+    )
+    update_ms: float = Field(default=50.0, ge=0, description="One optimizer step.")
+    adapter_mb: float = Field(
+        default=4.0, gt=0, description="Megabytes of the adapter that is published."
+    )
+    balanced_ms: float = Field(
+        default=600.0,
+        gt=0,
+        description="Sampling a batch, scoring it and one optimizer step, each, where synchronous "
+        "and asynchronous mode are compared.",
+    )
+
+
+class ThroughputConfig(BaseModel):
+    """The `[throughput]` section: how rates are measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    warm_up_batches: int = Field(
+        default=2, ge=1, description="Batches of each actor before anything is counted."
+    )
+    batches: int = Field(default=2, ge=1, description="Batches of each actor in one repeat.")
+    repeats: int = Field(
+        default=6,
+        ge=2,
+        description="Repeats; their median counts. Six are the fewest that hold the true median "
+        "between them at 95 %.",
+    )
+    comparison_steps: int = Field(
+        default=12, ge=2, description="Optimizer steps counted in each mode that is compared."
+    )
+    simulation: SimulationConfig = SimulationConfig()
+
+
 class RunConfig(BaseModel):
     """Everything that fixes a run."""
 
@@ -179,6 +223,7 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     posterior: PosteriorConfig = PosteriorConfig()
     compare: CompareConfig = CompareConfig()
+    throughput: ThroughputConfig = ThroughputConfig()
 
     @property
     def rollout_actors(self) -> int:

@@ -10,9 +10,9 @@ from ray.actor import ActorHandle
 
 from cluster.board_worker import BoardWorker
 from cluster.config import Placement, RunConfig
+from cluster.evaluation_worker import EvaluationWorker
 from cluster.place import Place
 from cluster.workers import (
-    EvaluationWorker,
     LearnerWorker,
     RewardWorker,
     RolloutWorker,
@@ -33,16 +33,23 @@ class Launch:
 
 
 class Launcher:
-    """Creates the processes of one run."""
+    """Creates the processes of one run, named in a namespace of its own."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, namespace: str) -> None:
         self._config = config
+        self._namespace = namespace
 
     def board(self) -> ActorHandle:
         """The weight board; Ray restarts it where it died."""
         return (
             ray.remote(BoardWorker)
-            .options(name="board", num_cpus=0, max_restarts=-1, max_task_retries=2)
+            .options(
+                name="board",
+                namespace=self._namespace,
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=2,
+            )
             .remote()
         )
 
@@ -111,6 +118,7 @@ class Launcher:
     def _options(self, name: str, place: Placement) -> dict[str, Any]:
         return {
             "name": name,
+            "namespace": self._namespace,
             "num_cpus": place.cpus,
             "num_gpus": place.gpus,
             "max_concurrency": _CONTROL_CONCURRENCY,

@@ -106,7 +106,7 @@ class LocalRun:
             )
             self._actor = roles.build_actor(
                 config,
-                base=load_base(config.lm),
+                policy=roles.model_policy(config, load_base(config.lm), task),
                 task=task,
                 name="actor-0",
                 seed=(config.seed, 0, self._learner.version),

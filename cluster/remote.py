@@ -1,4 +1,4 @@
-"""The actors' and the learner's ports over Ray: weights from the board, scores from replicas."""
+"""Ports over Ray: weights from the board, scores from replicas, shares of other ranks."""
 
 import itertools
 import time
@@ -133,3 +133,25 @@ class RemoteScores:
                 self._replica, self._ref = self._scorer.start(
                     self._items, avoid=self._replica, deadline=deadline
                 )
+
+
+class RemotePeer:
+    """A rank above 0, as rank 0's replica sees it."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    def forward(self, share: Sequence[Any]) -> "RemoteShare":
+        """Start the peer's part; returns at once."""
+        return RemoteShare(self._handle.forward.remote(share))
+
+
+class RemoteShare:
+    """A peer's part under way."""
+
+    def __init__(self, ref: "ray.ObjectRef[Any]") -> None:
+        self._ref = ref
+
+    def result(self, timeout: float) -> Any:
+        """What the peer computed; raises as Ray does."""
+        return ray.get(self._ref, timeout=timeout)

@@ -14,7 +14,7 @@ from actors.actor import RolloutActor
 from actors.direct_scorer import DirectScorer
 from actors.lagging import LaggingWeights
 from actors.policy import SamplingPolicy
-from actors.ports import Scorer, TrajectorySink, WeightSource
+from actors.ports import Policy, Scorer, TrajectorySink, WeightSource
 from actors.prompts import PromptStream
 from actors.seeding import seed_demonstrations, unscored_demonstrations
 from buffer.connection import connect
@@ -53,7 +53,7 @@ def build_buffer(config: RunConfig, *, run: str, url: str, password: str | None)
 def build_actor(
     config: RunConfig,
     *,
-    base: LanguageModel,
+    policy: Callable[[int], Policy],
     task: Task,
     name: str,
     seed: Sequence[int],
@@ -61,7 +61,11 @@ def build_actor(
     scorer: Scorer,
     weights: WeightSource,
 ) -> RolloutActor:
-    """A rollout actor with the base LM as its policy; it takes up the learner's weights itself."""
+    """A rollout actor that begins with the base's weights and takes up the learner's itself.
+
+    Args:
+        policy: makes one, of the base LM, from the seed of its draws.
+    """
     prompt_seed, behaviour_seed, sampler_seed = np.random.SeedSequence(seed).spawn(3)
     return RolloutActor(
         name=name,
@@ -69,19 +73,24 @@ def build_actor(
         query=task.reward_query,
         verdict=task.verdict,
         prompts=PromptStream(task.prompts, np.random.default_rng(prompt_seed)),
-        policy=SamplingPolicy(
-            base,
-            task.actions,
-            task.tool,
-            lora=config.lora,
-            max_rows=config.actors.max_rows,
-            seed=int(sampler_seed.generate_state(1)[0]),
-        ),
+        policy=policy(int(sampler_seed.generate_state(1)[0])),
         scorer=scorer_of(task, scorer),
         buffer=buffer,
         weights=lagging(config, weights),
         config=config.actors,
         rng=np.random.default_rng(behaviour_seed),
+    )
+
+
+def model_policy(config: RunConfig, base: LanguageModel, task: Task) -> Callable[[int], Policy]:
+    """Makes the policy of a base LM, which becomes the policy's own, from a seed."""
+    return lambda seed: SamplingPolicy(
+        base,
+        task.actions,
+        task.tool,
+        lora=config.lora,
+        max_rows=config.actors.max_rows,
+        seed=seed,
     )
 
 
@@ -147,12 +156,14 @@ def build_learner(
     buffer: Replay,
     weights: WeightSink,
     warn: Callable[[str], None],
+    gated: bool = True,
 ) -> Learner:
     """One rank of the learner, gone back to the run's newest checkpoint if there is one.
 
     Args:
         quarantine: folder for trajectories that disagree with the learner.
         warn: takes one line when there are some.
+        gated: whether samplers are held to the learner's own log q.
     """
     model = attach_adapter(base, config.lora, config.seed)
     identity = {
@@ -167,7 +178,7 @@ def build_learner(
     replay, gate = buffer, None
     if config.learner.objective == "sft":
         replay = demonstration_draws(config, task)
-    else:
+    elif gated:
         gate = AgreementGate(
             model=model,
             actions=task.actions,

@@ -171,13 +171,17 @@ class RaySession:
         buffer: BufferAddress,
         *,
         address: str | None,
+        simulated: bool = False,
+        synchronous: bool = False,
     ) -> None:
+        self._simulated = simulated
+        self._synchronous = synchronous
         self.address = address or "started for this run"
         self._config = config
         self._directory = directory
         self._buffer = buffer
         self._cluster = address
-        self._launcher = Launcher(config)
+        self._launcher = Launcher(config, namespace_of(directory.name))
         self._evaluations = 0
 
     def open(self) -> None:
@@ -201,6 +205,8 @@ class RaySession:
             buffer_password=self._buffer.password,
             source=source_fingerprint(),
             board=self._launcher.board(),
+            simulated=self._simulated,
+            synchronous=self._synchronous,
         )
         self._check_board()
 
@@ -226,6 +232,10 @@ class RaySession:
         name = f"evaluator-{self._evaluations}"
         worker = self._launcher.evaluator(self._context, name=name)
         return RemoteMeasurement(worker, worker.evaluate.remote(adapter), name)
+
+    def end_board(self) -> None:
+        """End what `open` started, of a session whose cluster goes on without it."""
+        ray.kill(self._context.board)
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends with all its processes."""

@@ -9,7 +9,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ from torch import nn
 
 import learner.deepspeed_engine
 import reward.rank
-from cluster import roles
+from actors.ports import Policy, TrajectorySink
+from actors.turns import TakingTurns
+from cluster import roles, simulation
 from cluster.config import RunConfig
 from cluster.fingerprint import check_source
 from cluster.held_calls import HeldCalls
 from cluster.interface import pin_interface
-from cluster.measure import measure
-from cluster.measurement import Measurement
-from cluster.remote import RemoteBoard, RemoteScorer
+from cluster.remote import RemoteBoard, RemotePeer, RemoteScorer
 from cluster.rollout_log import LoggedSink
 from cluster.rundir import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
 from lm.adapter import save_adapter
 from lm.model import load_base
+from reward.lockstep import Rank
 from reward.replica import RewardReplica
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class RunContext:
     buffer_password: str | None
     source: str  # fingerprint of what the driver runs
     board: ActorHandle
+    simulated: bool = False  # waits stand for model compute, see cluster.simulation
+    synchronous: bool = False  # actors sample one batch for each published version
 
 
 class Worker:
@@ -132,28 +135,39 @@ class RolloutWorker(Worker):
     def _build(self, _: Meeting) -> None:
         """Load LM and task, connect to the buffer."""
         context = self._context
-        base, self._task = roles.load_task(context.config)
-        self._scorer = RemoteScorer(
-            self._board(),
-            namespace=context.namespace,
-            attempt_s=context.config.reward.deadline_s,
-            first=self._index,
-        )
         self._buffer = roles.build_buffer(
             context.config,
             run=context.run,
             url=context.buffer_url,
             password=context.buffer_password,
         )
+        sink: TrajectorySink = self._buffer
+        if context.simulated:
+            self._task = simulation.load_simulated_task(context.config)
+            policy: Callable[[int], Policy] = simulation.simulated_policy(
+                context.config, self._task
+            )
+        else:
+            base, self._task = roles.load_task(context.config)
+            policy = roles.model_policy(context.config, base, self._task)
+            sink = LoggedSink(self._buffer, base.tokenizer.decode)
+        self._scorer = RemoteScorer(
+            self._board(),
+            namespace=context.namespace,
+            attempt_s=context.config.reward.deadline_s,
+            first=self._index,
+        )
         self._actor = roles.build_actor(
             context.config,
-            base=base,
+            policy=policy,
             task=self._task,
             name=self._name,
             seed=(context.config.seed, self._index, self._incarnation),
-            buffer=LoggedSink(self._buffer, base.tokenizer.decode),
+            buffer=sink,
             scorer=self._scorer,
-            weights=self._board(),
+            weights=TakingTurns(self._board(), self._stopping.is_set)
+            if context.synchronous
+            else self._board(),
         )
 
     def run(self) -> dict[str, Any]:
@@ -189,9 +203,19 @@ class RewardWorker(Worker):
     def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
         config = self._context.config
+        if self._context.simulated:
+            self._shard: Rank = simulation.simulated_rank(config)
+        else:
+            self._shard = self._model_rank(meeting)
+        if self._rank == 0:
+            peers = [RemotePeer(handle) for handle in self._peers]
+            self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
+
+    def _model_rank(self, meeting: Meeting) -> Rank:
+        config = self._context.config
         model = load_base(config.lm).model
         self._release_port()
-        self._shard = reward.rank.RewardRank(
+        return reward.rank.RewardRank(
             model,
             reward.rank.Rendezvous(
                 address=meeting.address,
@@ -201,9 +225,6 @@ class RewardWorker(Worker):
                 timeout_s=config.reward.deadline_s,
             ),
         )
-        if self._rank == 0:
-            peers = [RemotePeer(handle) for handle in self._peers]
-            self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
 
     def score(self, items: list[Any]) -> list[Any]:
         """Log-rewards of the items (rank 0 only)."""
@@ -237,28 +258,6 @@ class RewardWorker(Worker):
         return asdict(self._replica.stats()) if self._rank == 0 else {}
 
 
-class RemotePeer:
-    """A rank above 0, as rank 0's replica sees it."""
-
-    def __init__(self, handle: ActorHandle) -> None:
-        self._handle = handle
-
-    def forward(self, share: Sequence[Any]) -> "RemoteShare":
-        """Start the peer's part; returns at once."""
-        return RemoteShare(self._handle.forward.remote(share))
-
-
-class RemoteShare:
-    """A peer's part under way."""
-
-    def __init__(self, ref: "ray.ObjectRef[Any]") -> None:
-        self._ref = ref
-
-    def result(self, timeout: float) -> Any:
-        """What the peer computed; raises as Ray does."""
-        return ray.get(self._ref, timeout=timeout)
-
-
 class LearnerWorker(Worker):
     """One rank of the learner; rank 0 draws, publishes, checkpoints and reports."""
 
@@ -267,8 +266,13 @@ class LearnerWorker(Worker):
         context, config = self._context, self._context.config
         check_shared(context.adapter.parent, node=self._node)
         self._rows: list[dict[str, float]] = []
+        self._waited_s = 0.0
         self._events: list[str] = []
-        self._base, task = roles.load_task(config)
+        if context.simulated:
+            task = simulation.load_simulated_task(config)
+            self._base = simulation.simulated_base(config)
+        else:
+            self._base, task = roles.load_task(config)
 
         def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
             rendezvous = learner.deepspeed_engine.Rendezvous(
@@ -279,8 +283,17 @@ class LearnerWorker(Worker):
                 timeout_s=settings.collective_timeout_s,
             )
             self._release_port()
-            return learner.deepspeed_engine.DeepSpeedEngine(model, settings, rendezvous)
+            engine = learner.deepspeed_engine.DeepSpeedEngine(model, settings, rendezvous)
+            update_s = config.throughput.simulation.update_ms / 1e3
+            simulated = context.simulated
+            return simulation.SimulatedEngine(engine, update_s=update_s) if simulated else engine
 
+        if context.simulated:
+            lora = simulation.simulated_lora(config.throughput.simulation)
+            config = config.model_copy(update={"lora": lora})
+        self._buffer = roles.build_buffer(
+            config, run=context.run, url=context.buffer_url, password=context.buffer_password
+        )
         self._learner = roles.build_learner(
             config,
             base=self._base,
@@ -288,18 +301,15 @@ class LearnerWorker(Worker):
             checkpoints=context.checkpoints,
             quarantine=context.quarantine,
             make_engine=make_engine,
-            buffer=roles.build_buffer(
-                config, run=context.run, url=context.buffer_url, password=context.buffer_password
-            ),
+            buffer=self._buffer,
             weights=self._board(),
             warn=self._warn,
+            gated=not context.simulated,
         )
 
     def run(self) -> dict[str, Any]:
         """Learn until the configured steps are done or until stopped; then leave the adapter."""
-        self._learner.run(
-            self._context.config.learner.steps, self._stopping.is_set, self._rows.append
-        )
+        self._learner.run(self._context.config.learner.steps, self._stopping.is_set, self._keep_row)
         if self._rank == 0:
             save_adapter(self._learner.model, self._context.adapter, self._base.fingerprint)
         return self.status()
@@ -321,26 +331,11 @@ class LearnerWorker(Worker):
         """What people should know, after the first `count` lines of this process."""
         return self._events[count:]
 
+    def _keep_row(self, row: dict[str, float]) -> None:
+        waited_s = self._buffer.waited_s
+        self._rows.append(row | {"time/draw_wait_s": waited_s - self._waited_s})
+        self._waited_s = waited_s
+
     def _warn(self, text: str) -> None:
         _log.warning(text)
         self._events.append(text)
-
-
-class EvaluationWorker(Worker):
-    """Evaluates the policy on the task's test data, before training and after."""
-
-    def __init__(self, context: RunContext, *, name: str) -> None:
-        super().__init__(context, name=name, rank=0, num_ranks=1)
-
-    def evaluate(self, adapter: Path | None) -> Measurement:
-        """Results of the base (None) or of the adapter in a folder.
-
-        Raises:
-            SourceMixture: this process runs other source than the driver.
-            RunNotShared: this node does not see the adapter.
-        """
-        node = ray.util.get_node_ip_address()
-        check_source(self._context.source, node=node)
-        if adapter is not None:
-            check_shared(adapter.parent, node=node)
-        return measure(self._context.config, adapter=adapter)

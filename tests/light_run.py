@@ -28,7 +28,7 @@ class LightLauncher(Launcher):
     """Launches workers without a model, and those of `actors` where they have the number."""
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, "light")
         self.actors: dict[int, type] = {}
 
     def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> Launch:

@@ -141,7 +141,7 @@ class Cast:
             self._replicas.append(scorer)
             return roles.build_actor(
                 config,
-                base=load_base(config.lm),
+                policy=roles.model_policy(config, load_base(config.lm), task),
                 task=task,
                 name=f"actor-{index}",
                 seed=(config.seed, index),

@@ -1,0 +1,229 @@
+"""What a throughput experiment finds, from the counters of its measurements. No process here."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_CONFIDENCE = 0.95
+# Stages that one process does in turn; the busiest process is what limits the rate.
+_PROCESSES = (("sampling", "storing"), ("scoring",), ("drawing", "learning"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rate:
+    """A median of windows, and an interval for the true median that assumes no distribution."""
+
+    median: float
+    low: float
+    high: float
+    coverage: float  # of the interval, over repetitions of the experiment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Counters of all actors and replicas at one time; times in seconds, summed over processes."""
+
+    tokens: float
+    sampled: float
+    sampling_s: float
+    stored: float
+    storing_s: float
+    scored: float
+    scoring_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What one stage could do by itself, and how much of its time it works."""
+
+    name: str
+    servers: int  # processes that do it side by side
+    seconds_per_trajectory: float  # of one server, at work
+    trajectories_per_s: float  # of all servers, if they had nothing to wait for
+    tokens_per_s: float
+    busy: float  # share of the servers' time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """What a batch costs one actor beyond the simulated compute."""
+
+    seconds_per_batch: float
+    share: float  # of the simulated compute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One number of actors."""
+
+    actors: int
+    reward_replicas: int
+    rate: Rate  # trajectories per second that were sampled, scored, stored, and learned from
+    tokens_per_s: float
+    efficiency: float  # against `actors` times the rate of one
+    stages: tuple[Stage, ...]
+    bottleneck: str
+    overhead: Overhead | None  # None with real models, and where actors wait for others
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Both modes over the same number of steps and trajectories."""
+
+    steps: int
+    trajectories: int
+    synchronous_s: float
+    asynchronous_s: float
+
+    @property
+    def async_over_sync(self) -> float:
+        """How many times as fast the asynchronous mode is."""
+        return self.synchronous_s / self.asynchronous_s
+
+
+def window_rates(rows: Sequence[Mapping[str, float]], *, windows: int) -> list[float]:
+    """Fresh trajectories per second in each of equally many consecutive optimizer steps.
+
+    The learner's own clock: a step lasts from its draw to its publication, and the next follows at
+    once. No window begins or ends in the middle of a batch.
+    """
+    size = len(rows) // windows
+    parts = [rows[first : first + size] for first in range(0, size * windows, size)]
+    return [sum(map(fresh, part)) / sum(map(duration, part)) for part in parts]
+
+
+def fresh(row: Mapping[str, float]) -> float:
+    """Trajectories of a step that no earlier step has drawn."""
+    return row["batch/trajectories"] - row["batch/replayed"]
+
+
+def duration(row: Mapping[str, float]) -> float:
+    """Seconds of a step."""
+    return row["time/draw_s"] + row["time/compute_s"] + row["time/publish_s"]
+
+
+def rate_of(values: Sequence[float]) -> Rate:
+    """Median, and the narrowest pair of order statistics around it that covers 95 %.
+
+    Where even the outermost pair covers less (fewer than six values), that pair.
+    """
+    ordered = sorted(values)
+    number = len(ordered)
+    inside, coverage = 0, _coverage(number, 0)
+    while 2 * (inside + 1) < number and _coverage(number, inside + 1) >= _CONFIDENCE:
+        inside += 1
+        coverage = _coverage(number, inside)
+    return Rate(
+        median=statistics.median(ordered),
+        low=ordered[inside],
+        high=ordered[number - 1 - inside],
+        coverage=coverage,
+    )
+
+
+def _coverage(number: int, inside: int) -> float:
+    """Chance that the median lies between the values of rank `inside` from below and above."""
+    outside = sum(math.comb(number, k) for k in range(inside + 1))
+    return 1 - 2 * outside / 2**number
+
+
+def stages_of(
+    rows: Sequence[Mapping[str, float]],
+    before: Counts,
+    after: Counts,
+    *,
+    actors: int,
+    replicas: int,
+    rate: float,
+) -> tuple[Stage, ...]:
+    """Every stage, in the order in which a trajectory passes it.
+
+    Args:
+        rate: trajectories per second of the whole.
+        replicas: 0 where the actors score themselves: then there is no such stage.
+    """
+    drawn = sum(map(fresh, rows))
+    drawing_s = sum(row["time/draw_s"] - row["time/draw_wait_s"] for row in rows)
+    learning_s = sum(row["time/compute_s"] + row["time/publish_s"] for row in rows)
+    length = tokens_per_trajectory(before, after)
+    sampled, stored = after.sampled - before.sampled, after.stored - before.stored
+    work = [
+        ("sampling", actors, after.sampling_s - before.sampling_s, sampled),
+        ("storing", actors, after.storing_s - before.storing_s, stored),
+        ("drawing", 1, drawing_s, drawn),
+        ("learning", 1, learning_s, drawn),
+    ]
+    if replicas:
+        scored = after.scored - before.scored
+        work.insert(1, ("scoring", replicas, after.scoring_s - before.scoring_s, scored))
+    stages = []
+    for name, servers, seconds, trajectories in work:
+        each_s = max(seconds, 1e-9) / max(trajectories, 1.0)
+        capacity = servers / each_s
+        stages.append(
+            Stage(
+                name=name,
+                servers=servers,
+                seconds_per_trajectory=each_s,
+                trajectories_per_s=capacity,
+                tokens_per_s=capacity * length,
+                busy=rate / capacity,
+            )
+        )
+    return tuple(stages)
+
+
+def tokens_per_trajectory(before: Counts, after: Counts) -> float:
+    """Mean length of what was sampled between the two."""
+    return (after.tokens - before.tokens) / max(after.sampled - before.sampled, 1.0)
+
+
+def bottleneck_of(stages: Sequence[Stage]) -> str:
+    """The busiest stage of the process that has least time left."""
+    busy = {stage.name: stage.busy for stage in stages}
+    process = max(_PROCESSES, key=lambda names: sum(busy.get(name, 0.0) for name in names))
+    return max(process, key=lambda name: busy.get(name, 0.0))
+
+
+def overhead_of(*, actors: int, batch: int, rate: float, compute_s: float) -> Overhead:
+    """What a batch of one actor took beyond `compute_s`.
+
+    Args:
+        batch: trajectories that an actor samples at once.
+        rate: trajectories per second of all actors, none of which waits for the learner.
+    """
+    extra_s = actors * batch / rate - compute_s
+    return Overhead(seconds_per_batch=extra_s, share=extra_s / compute_s)
+
+
+def as_object(row: Row) -> dict[str, Any]:
+    """The row as JSON has it."""
+    return {
+        "actors": row.actors,
+        "reward_replicas": row.reward_replicas,
+        "trajectories_per_s": row.rate.median,
+        "trajectories_per_s_low": row.rate.low,
+        "trajectories_per_s_high": row.rate.high,
+        "interval_coverage": row.rate.coverage,
+        "tokens_per_s": row.tokens_per_s,
+        "efficiency": row.efficiency,
+        "bottleneck": row.bottleneck,
+        "stages": {
+            stage.name: {
+                "servers": stage.servers,
+                "busy": stage.busy,
+                "seconds_per_trajectory": stage.seconds_per_trajectory,
+                "trajectories_per_s": stage.trajectories_per_s,
+                "tokens_per_s": stage.tokens_per_s,
+            }
+            for stage in row.stages
+        },
+        "overhead": None
+        if row.overhead is None
+        else {
+            "seconds_per_batch": row.overhead.seconds_per_batch,
+            "share": row.overhead.share,
+        },
+    }
