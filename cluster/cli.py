@@ -74,7 +74,9 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         default=["base", "sft", "ppo", "gflownet"],
         help="of base, sft, ppo, gflownet (default: all)",
     )
-    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="runs each (default: 3)")
+    parser.add_argument(
+        "--seeds", metavar="N", type=_number, default=3, help="runs each (default: 3)"
+    )
     parser.add_argument("--run", metavar="NAME", help="name in runs/ (default: task and time)")
     parser.add_argument("--resume", action="store_true", help="go on with the one called --run")
     where = parser.add_mutually_exclusive_group()
@@ -112,7 +114,7 @@ def _scale(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> int:
-    """A number of parts: at least 1."""
+    """A number of parts or of runs: at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
@@ -193,7 +195,7 @@ def _stop(parser: argparse.ArgumentParser) -> None:
 _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("Fine-tune a language model on a task", _train),
     "evaluate": ("Score a model, with or without an adapter, on test data", _evaluate),
-    "compare": ("Compare methods on one task at equal numbers of trajectories", _compare),
+    "compare": ("Compare methods on one task at nearly equal numbers of trajectories", _compare),
     "posterior": ("Compare a policy with the exact posterior, or bound its distance", _posterior),
     "scale": ("Change the actors or replicas of a run that goes on, and wait for it", _scale),
     "throughput": ("Measure how a run's rate grows with its rollout actors", _throughput),

@@ -1,11 +1,13 @@
-"""The verb `compare`: several methods on one task, at equal numbers of trajectories."""
+"""The verb `compare`: several methods on one task, at (nearly) equal numbers of trajectories."""
 
 import argparse
 import os
 import sys
+import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -16,6 +18,7 @@ from cluster.comparison import Result, Table, result_of, summarise
 from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
 from cluster.driver import read_scores
+from cluster.fingerprint import PACKAGES
 from cluster.measure import measure
 from cluster.measurement import Measurement
 from cluster.methods import BASE, METHODS, method_config
@@ -43,6 +46,7 @@ class ComparisonChanged(ValueError):
 class _Member(BaseModel):
     """One method with one seed."""
 
+    comparison: str
     method: str
     seed: int
     run: str
@@ -87,6 +91,7 @@ def _members(arguments: argparse.Namespace, name: str) -> Iterator[_Member]:
     for seed in range(arguments.seeds):
         for method in dict.fromkeys(arguments.methods):
             yield _Member(
+                comparison=name,
                 method=method,
                 seed=seed,
                 run=f"{name}-{method}-{seed}",
@@ -116,7 +121,9 @@ def _finish(
             console=console,
         )
         if scores.after is None:
-            raise ComparisonStopped("stopped; the same command with --resume goes on")
+            raise ComparisonStopped(
+                f"stopped; the same command with --run {member.comparison} --resume goes on"
+            )
         measured = scores.after
     if member.method != BASE:
         before = read_scores(directory).before or before
@@ -134,12 +141,21 @@ def _finished(member: _Member, directory: RunDirectory) -> Measurement | None:
     """What a run that is done has measured; None where it is to be run."""
     scores = read_scores(directory)
     measured = scores.before if member.method == BASE else scores.after
-    if measured is not None and directory.config_file.read_text() != resolved_toml(member.config):
+    if measured is None:
+        return None
+    if _settings(directory.config_file.read_text()) != _settings(resolved_toml(member.config)):
         raise ComparisonChanged(
             f"{directory.path} was made with other settings than are asked for now: compare under "
             "another --run, or restore the settings that its config.toml has"
         )
     return measured
+
+
+def _settings(toml: str) -> dict[str, Any]:
+    """All but the address at which a run's Redis listened: on a cluster the run chooses it."""
+    settings = tomllib.loads(toml)
+    settings["buffer"].pop("bind", None)
+    return settings
 
 
 def _measure_base(directory: RunDirectory, config: RunConfig) -> Measurement:
@@ -157,13 +173,16 @@ def _measure_base(directory: RunDirectory, config: RunConfig) -> Measurement:
 
 @contextmanager
 def _named(member: _Member) -> Iterator[None]:
-    """Errors that are written for people say which run they are of; others get a note."""
+    """Errors that are written for people say which run they are of; others, defects, get a note."""
     try:
         yield
     except NoDemonstrations as error:
         raise ComparisonFailed(f"{member.title}: {error}; leave it out of --methods") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ComparisonFailed(f"{member.title}: {error}") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] in PACKAGES:
+            raise ComparisonFailed(f"{member.title}: {error}") from error
+        error.add_note(f"in {member.title}")
+        raise
 
 
 def _write(

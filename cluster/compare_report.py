@@ -79,7 +79,9 @@ def write_page(
         runs: what the runs are called, for people.
     """
     parts = [
-        head(title, "Methods at equal numbers of trajectories; mean and deviation over seeds"),
+        head(
+            title, "Methods at nearly equal numbers of trajectories; mean and deviation over seeds"
+        ),
         _html("What was measured", metrics),
         figures("Figures", plots),
         _html("What it took", compute),

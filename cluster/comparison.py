@@ -1,6 +1,7 @@
 """What a comparison of methods found: one result for each run, and their means over seeds."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 def compute_of(directory: RunDirectory, *, scored_by_lm: bool) -> dict[str, float]:
     """What a run learned from and what that cost; each step once, however often it was resumed."""
-    rows = {row["step"]: row for row in read_metrics(directory.metrics_file) if "step" in row}
+    recorded = [row for row in read_metrics(directory.metrics_file) if "step" in row]
+    rows = {row["step"]: row for row in recorded}
 
     def total(key: str) -> float:
         return sum(row.get(key, 0.0) for row in rows.values())
@@ -88,8 +90,14 @@ def compute_of(directory: RunDirectory, *, scored_by_lm: bool) -> dict[str, floa
         "trajectories": total("batch/trajectories"),
         **tokens,
         "tokens": sum(tokens.values()),
-        "training_s": max((row.get(ELAPSED_S, 0.0) for row in rows.values()), default=0.0),
+        "training_s": _training_s([row.get(ELAPSED_S, 0.0) for row in recorded]),
     }
+
+
+def _training_s(elapsed_s: Sequence[float]) -> float:
+    """Seconds in all: a run that was resumed began to count anew with each sitting."""
+    ends = [now for now, following in pairwise([*elapsed_s, float("-inf")]) if following < now]
+    return sum(ends, start=0.0)
 
 
 def summarise(results: Sequence[Result], what: str) -> Table:

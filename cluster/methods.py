@@ -13,8 +13,9 @@ _NOT_GFLOWNET = ("ppo", "sft")
 def method_config(path: str, overrides: Sequence[str], *, method: str, seed: int) -> RunConfig:
     """The run of one method and seed; raises ConfigError.
 
-    Equal for all: LM, adapter, prompts, legal tokens, tool, optimizer steps, trajectories of each
-    step. The time limit is off, because steps that it cut would not be equal.
+    Equal for all: LM, adapter, prompts, legal tokens, tool, optimizer steps, and trajectories of
+    each step but where a prompt has too few to replay. LM tokens are counted, not made equal. The
+    time limit is off, because steps that it cut would not be equal.
 
         base      the LM as it is, behind `compare.shots` worked questions; no step is taken
         sft       maximum likelihood of the task's demonstrations

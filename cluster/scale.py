@@ -68,8 +68,7 @@ def scale(
         try:
             _wait_for_answer(directory, request, timeout_s=answer_timeout_s)
         finally:
-            # What the driver has not taken by now, it must not find later.
-            directory.scale_request.unlink(missing_ok=True)
+            _withdraw(directory)
         state = _wait_for_parts(directory, request, timeout_s=scale_timeout_s)
         return f"run {directory.name!r}: {parts(state)} after {time.monotonic() - began:.1f} s"
 
@@ -98,11 +97,25 @@ def _wait_for_answer(directory: RunDirectory, request: ScaleRequest, *, timeout_
             return
         _check_goes_on(directory, state)
         if time.monotonic() > deadline:
+            end = (
+                "so it was withdrawn"
+                if _withdraw(directory)
+                else "but the driver has taken it and may yet scale: see 'amortize status'"
+            )
             raise NotScaled(
-                f"run {directory.name!r}: no answer to the request within {timeout_s:.0f} s, so "
-                f"it was withdrawn: {_standing(state)}"
+                f"run {directory.name!r}: no answer to the request within {timeout_s:.0f} s, "
+                f"{end}: {_standing(state)}"
             )
         time.sleep(_POLL_S)
+
+
+def _withdraw(directory: RunDirectory) -> bool:
+    """Let the driver not find later what it has not taken by now; whether it had not."""
+    try:
+        directory.scale_request.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _wait_for_parts(

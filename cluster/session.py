@@ -19,10 +19,10 @@ from cluster.launch import Launcher
 from cluster.local import LocalRun
 from cluster.measure import measure
 from cluster.measurement import Measurement
-from cluster.nodes import living_nodes, may_grow
+from cluster.nodes import living_nodes, may_grow, room
 from cluster.rundir import RunDirectory
 from cluster.supervisor import Supervisor
-from cluster.waiting import cause_line, wait_for
+from cluster.waiting import PeerTimeout, cause_line, wait_for
 from cluster.workers import RunContext
 
 EVALUATION_TIMEOUT_S = 3600.0
@@ -252,16 +252,25 @@ class RemoteMeasurement:
         self._deadline = time.monotonic() + EVALUATION_TIMEOUT_S
 
     def done(self) -> bool:
-        """Whether the answer, or an error, is there."""
-        return bool(ray.wait([self._ref], timeout=0)[0])
+        """Whether the answer, or an error, is there, or the time for it is up."""
+        return bool(ray.wait([self._ref], timeout=0)[0]) or time.monotonic() >= self._deadline
 
     def result(self) -> Measurement:
-        """Wait for the answer and end the process."""
+        """Wait for the answer and end the process.
+
+        Raises:
+            PeerTimeout, PeerDied: no answer within EVALUATION_TIMEOUT_S of the request.
+        """
         remaining_s = max(0.0, self._deadline - time.monotonic())
         try:
             answer: Measurement = wait_for(
                 self._ref, peer=self._name, phase="evaluation", timeout_s=remaining_s
             )
             return answer
+        except PeerTimeout as error:
+            raise PeerTimeout(
+                f"{self._name}: no answer to evaluation within {EVALUATION_TIMEOUT_S:.0f} s; "
+                f"{room()}"
+            ) from error
         finally:
             ray.kill(self._worker)

@@ -5,7 +5,7 @@ The driver calls `tick` again and again, between showing progress and looking fo
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -138,9 +138,9 @@ class Supervisor:
             check_fit(self._config.with_parts(**wanted), living_nodes())
         self.given_up = ""
         gone = [name for kind in wanted for name in self._names(kind)[wanted[kind] :]]
+        self._announce(without=gone)  # where the board fails, all are still the run's to stop
         gangs = [self.gangs.pop(name) for name in gone]
         self._added.difference_update(gone)
-        self._announce()
         timeout_s = self._config.cluster.stop_timeout_s
         self._leaving.extend(Leaving(gang, timeout_s=timeout_s) for gang in gangs)
         for kind, number in wanted.items():
@@ -306,11 +306,11 @@ class Supervisor:
             silence_timeout_s=self._config.cluster.silence_timeout_s,
         )
 
-    def _announce(self) -> None:
+    def _announce(self, *, without: Sequence[str] = ()) -> None:
         names = tuple(
             f"{name}.{self._incarnations[name]}"
             for name, gang in self.gangs.items()
-            if name.startswith("reward-") and gang.phase is Phase.RUNNING
+            if name.startswith("reward-") and gang.phase is Phase.RUNNING and name not in without
         )
         if names != self._announced:
             self._board.announce_replicas(names)

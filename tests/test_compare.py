@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.comparison import Result, figures, summarise
-from cluster.config_file import load_config
-from cluster.measurement import Spread, Votes
+from cluster import compare
+from cluster.__main__ import main
+from cluster.comparison import Result, compute_of, figures, summarise
+from cluster.config_file import load_config, resolved_toml
+from cluster.measurement import Scores, Spread, Votes
 from cluster.methods import method_config
 from cluster.roles import load_task
+from cluster.rundir import RunDirectory
 from tasks.diversity import mean_edit_distance
 from tasks.posterior.divergence import coverage
 from tasks.shots import TooFewDemonstrations, worked_examples
@@ -70,6 +73,61 @@ def test_edit_distance_is_the_mean_over_pairs() -> None:
     assert mean_edit_distance(["abcd"]) is None
 
 
+def finished_member(folder: Path, bind: str) -> compare._Member:
+    """A member whose run is done, and listened at the address `bind`."""
+    config = method_config("tasks/toy.toml", [], method="gflownet", seed=0)
+    buffer = config.buffer.model_copy(update={"bind": bind})
+    run = RunDirectory("c-gflownet-0", root=folder)
+    run.path.mkdir(parents=True)
+    run.config_file.write_text(resolved_toml(config.model_copy(update={"buffer": buffer})))
+    votes: dict[str, dict[str, float]] = {
+        name: {} for name in Votes.model_fields if name not in ("kind", "examples")
+    }
+    run.scores_file.write_text(Scores(after=Votes.model_validate(votes)).model_dump_json())
+    return compare._Member(
+        comparison="c", method="gflownet", seed=0, run="c-gflownet-0", config=config
+    )
+
+
+def test_a_run_that_a_cluster_finished_is_not_taken_for_another(tmp_path: Path) -> None:
+    member = finished_member(tmp_path, "10.0.0.7")
+    run = RunDirectory(member.run, root=tmp_path)
+    assert compare._finished(member, run) is not None
+    changed = member.model_copy(update={"config": member.config.model_copy(update={"seed": 9})})
+    with pytest.raises(compare.ComparisonChanged, match="with other settings"):
+        compare._finished(changed, run)
+
+
+def test_errors_for_people_name_the_run_and_defects_keep_their_traceback(tmp_path: Path) -> None:
+    member = finished_member(tmp_path, "auto")
+    with (
+        pytest.raises(compare.ComparisonFailed, match=r"gflownet, seed 0 \(run c-.*: no such"),
+        compare._named(member),
+    ):
+        raise TooFewDemonstrations("no such")
+    with pytest.raises(ValueError, match="shapes") as defect, compare._named(member):
+        raise ValueError("shapes")
+    assert defect.value.__notes__ == ["in gflownet, seed 0 (run c-gflownet-0)"]
+
+
+def test_training_time_is_that_of_all_sittings(tmp_path: Path) -> None:
+    run = RunDirectory("r", root=tmp_path)
+    run.path.mkdir()
+    assert compute_of(run, scored_by_lm=True)["training_s"] == 0
+    rows = [(1, 2.0), (2, 5.0), (2, 1.0), (3, 4.0)]
+    lines = [json.dumps({"step": step, "time/elapsed_s": time_s}) for step, time_s in rows]
+    run.metrics_file.write_text("\n".join(lines) + "\n")
+    assert compute_of(run, scored_by_lm=True)["training_s"] == 9
+    assert compute_of(run, scored_by_lm=True)["steps"] == 3
+
+
+@pytest.mark.parametrize("seeds", ["0", "-1", "many"])
+def test_a_comparison_has_at_least_one_seed(seeds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "tasks/toy.toml", f"--seeds={seeds}"])
+    assert "is not a whole number of at least 1" in capsys.readouterr().err
+
+
 SMALL = [
     "compare.steps=2",
     "actors.groups_per_batch=4",
@@ -81,16 +139,16 @@ SMALL = [
 
 @pytest.mark.slow
 def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -> None:
-    def compare(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "cluster", "compare", str(ROOT / "tasks/toy.toml"), *SMALL]
+    def command(*more: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "cluster", "compare", str(ROOT / "tasks/toy.toml"), *SMALL]
         options = ["--run", "c", "--local", "--json", "--seeds", "1", *more]
         return subprocess.run(
-            [*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False,
+            [*words, *options], cwd=tmp_path, capture_output=True, text=True, check=False,
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
             timeout=100,
         )  # fmt: skip
 
-    first = compare("--methods", "base", "ppo", "gflownet")
+    first = command("--methods", "base", "ppo", "gflownet")
     assert first.returncode == 0, first.stderr[-2000:]
     found = json.loads(first.stdout)
     assert list(found["table"]) == ["base", "ppo", "gflownet"]
@@ -104,12 +162,12 @@ def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -
 
     metrics = tmp_path / "runs/c-ppo-0/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    again = compare("--methods", "base", "ppo", "gflownet", "--resume")
+    again = command("--methods", "base", "ppo", "gflownet", "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads(again.stdout)["table"] == found["table"]
     assert metrics.stat().st_mtime_ns == before
 
-    refused = compare("--methods", "sft", "--resume")
+    refused = command("--methods", "sft", "--resume")
     assert refused.returncode == 1
     assert "sft, seed 0 (run c-sft-0)" in refused.stderr and "--methods" in refused.stderr
 

@@ -151,6 +151,15 @@ def test_a_request_that_no_driver_takes_is_withdrawn(directory: RunDirectory) ->
     assert take(directory) is None
 
 
+def test_a_request_that_was_taken_and_not_answered_is_not_called_withdrawn(
+    directory: RunDirectory,
+) -> None:
+    driver = answering(directory)
+    with pytest.raises(NotScaled, match=r"no answer .*, but the driver has taken it and may yet"):
+        ask(directory, answer_timeout_s=0.5)
+    driver.join()
+
+
 def test_two_do_not_scale_one_run_at_once(directory: RunDirectory) -> None:
     with (directory.path / "scale.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,0 +1,68 @@
+"""Waits of a driver end at their deadlines, and what was begun is still the run's to end."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import GetTimeoutError
+
+from cluster import session, supervisor
+from cluster.config_file import load_config
+from cluster.gang import Phase
+from cluster.waiting import PeerTimeout
+from cluster.workers import RunContext
+from tests.light_run import context
+
+
+def test_an_evaluation_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_answer(_: object, *, timeout: float) -> None:
+        raise GetTimeoutError
+
+    killed: list[str] = []
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: ([], refs))
+    monkeypatch.setattr("ray.kill", killed.append)
+    monkeypatch.setattr("ray.get", no_answer)
+    monkeypatch.setattr(session, "room", lambda: "free in all: 0 CPU")
+    ref: Any = None
+    pending = session.RemoteMeasurement("worker", ref, "evaluator-1")
+    assert not pending.done()
+    pending._deadline -= session.EVALUATION_TIMEOUT_S
+    assert pending.done()
+    with pytest.raises(PeerTimeout, match=r"evaluator-1: no answer .* within 3600 s; free in all"):
+        pending.result()
+    assert killed == ["worker"]
+
+
+class LostBoard:
+    """Answers no notice."""
+
+    def __init__(self, board: object, *, timeout_s: float) -> None:
+        pass
+
+    def announce_replicas(self, names: tuple[str, ...]) -> None:
+        raise PeerTimeout("weight board: no answer")
+
+
+class NoLauncher:
+    """Gangs without processes."""
+
+    def _launch(self, run: RunContext, **_: int) -> object:
+        place = SimpleNamespace(ready=None, give_up=lambda: None)
+        return SimpleNamespace(place=place, create=list)
+
+    rollout_actor = reward_replica = learner = _launch
+
+
+def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "RemoteBoard", LostBoard)
+    monkeypatch.setattr(supervisor, "may_grow", lambda: True)
+    config = load_config("tasks/toy.toml", ["cluster.actors=3"])
+    launcher: Any = NoLauncher()
+    run = supervisor.Supervisor(config, launcher, context(config, None), print)
+    for gang in run.gangs.values():
+        gang.phase = Phase.RUNNING
+    with pytest.raises(PeerTimeout):
+        run.scale(actors=1)
+    assert run.counts()["desired"]["actors"] == run.counts()["actual"]["actors"] == 3
