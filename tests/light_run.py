@@ -1,5 +1,6 @@
 """A supervisor over processes that have no model in them, on the Ray cluster that is joined."""
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from cluster.workers import RunContext
 from tests.light_worker import CountingWorker
 
 CLAIM = Placement(cpus=0.25)
+NUMBERS = itertools.count()  # no two placement groups of a cluster may share a name
 OVERRIDES = (
     "cluster.actors=1",
     "cluster.max_restarts=1",
@@ -41,7 +43,7 @@ class LightLauncher(Launcher):
         return self._launch(CountingWorker)
 
     def _launch(self, worker: type) -> Launch:
-        place = Place("light", CLAIM, num_ranks=1, strategy="PACK")
+        place = Place(f"light-{next(NUMBERS)}", CLAIM, num_ranks=1, strategy="PACK")
 
         def create() -> list[ray.actor.ActorHandle]:
             return [ray.remote(worker).options(max_concurrency=4, **place.options(0)).remote()]
