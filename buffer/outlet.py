@@ -1,7 +1,7 @@
 """Giving groups out: the freshest, each with draws from the replay of its prompt."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +39,12 @@ class Outlet:
         self.waited_s = 0.0  # for groups, in all calls of `fresh`
 
     def fresh(
-        self, num_groups: int, *, version: int, timeout_s: float
+        self, num_groups: int, *, version: int, timeout_s: float, stop: Callable[[], bool]
     ) -> list[tuple[Trajectory, ...]]:
-        """The freshest eligible groups; waits for enough of them, else raises BufferStarved."""
+        """The freshest eligible groups; waits for enough of them, else raises BufferStarved.
+
+        None at all once `stop()` holds in a wait.
+        """
         if num_groups > self._config.fresh_capacity:
             raise ValueError(
                 f"{num_groups} groups can never wait at once where buffer.fresh_capacity is"
@@ -58,6 +61,8 @@ class Outlet:
                     groups.append(group)
             if drawn:
                 continue
+            if stop():
+                return []
             waited_s = time.monotonic() - started_s
             if waited_s >= timeout_s:
                 raise BufferStarved(self._shortage(eligible, missing, version, waited_s))

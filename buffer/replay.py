@@ -77,6 +77,7 @@ class ReplayBuffer:
         version: int,
         rng: np.random.Generator,
         timeout_s: float,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Group]:
         """The freshest groups, each joined by up to `num_replayed` draws from its prompt's replay.
 
@@ -85,8 +86,9 @@ class ReplayBuffer:
         inverse_temperature * terminal log-reward, without replacement within a group.
 
         Blocks until `num_groups` groups are eligible; raises BufferStarved after `timeout_s`.
+        Gives none once `stop()` holds while it blocks.
         """
-        fresh = self._outlet.fresh(num_groups, version=version, timeout_s=timeout_s)
+        fresh = self._outlet.fresh(num_groups, version=version, timeout_s=timeout_s, stop=stop)
         prompts = [group[0].prompt_key for group in fresh]
         replayed = self._outlet.replayed(prompts, num_replayed=num_replayed, rng=rng)
         return [

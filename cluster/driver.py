@@ -57,7 +57,7 @@ class Driver:
     def drive(self) -> Scores:
         """Measure the base, train, measure the policy; what was measured.
 
-        A run that was stopped on request is not measured again: it may be resumed.
+        A run that was stopped on request is not measured (again): it may be resumed.
 
         Raises:
             DoesNotFit, StartFailed, RunFailed, ...: after everything that had come up was stopped,
@@ -67,14 +67,7 @@ class Driver:
             self._enter("starting")
             self._session.open()
             self._train()
-            if self._stop_requested:
-                self._enter("stopped")
-            else:
-                self._enter("evaluating")
-                pending = self._session.evaluate(self._directory.adapter)
-                self._wait_for(pending)
-                self._keep(self._scores.model_copy(update={"after": pending.result()}))
-                self._enter("done")
+            self._enter("done" if self._measure() else "stopped")
             return self._scores
         except BaseException as error:
             self._enter("failed", message=first_line(error))
@@ -88,7 +81,7 @@ class Driver:
         run = self._session.start(self._event)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
-                while not (run.finished or self._should_end(run)):
+                while not (run.finished or self._should_end()):
                     self._scale_on_request(run)
                     run.tick()
                     if run.running and self._state.phase == "starting":
@@ -107,8 +100,19 @@ class Driver:
                 self._watch(run, log)
         if before is not None and not self._stop_requested:
             self._enter("evaluating")
-            self._wait_for(before)
-            self._keep_before(before)
+            if self._waited_for(before):
+                self._keep_before(before)
+
+    def _measure(self) -> bool:
+        """Measure the policy; False where the run was stopped instead."""
+        if self._stop_requested:
+            return False
+        self._enter("evaluating")
+        pending = self._session.evaluate(self._directory.adapter)
+        if not self._waited_for(pending):
+            return False
+        self._keep(self._scores.model_copy(update={"after": pending.result()}))
+        return True
 
     def _scale_on_request(self, run: Run) -> None:
         """Take a request to scale, and answer it in the state, which is written next."""
@@ -132,13 +136,17 @@ class Driver:
         self._event(f"scaling to {wanted}")
         return ScaleAnswer(id=request.id, outcome="under way")
 
-    def _should_end(self, run: Run) -> bool:
+    def _asked_to_stop(self) -> bool:
         if self._directory.stop_request.exists():
             self._stop_requested = True
+        return self._stop_requested
+
+    def _should_end(self) -> bool:
+        stopped = self._asked_to_stop()
         if self._progress.time_is_up:
             self._event(f"time limit of {self._config.cluster.time_limit_s:g} s reached")
             return True
-        return self._stop_requested
+        return stopped
 
     def _watch(self, run: Run, log: MetricsLog) -> None:
         """Record new rows, keep the buffer alive, show and write the state."""
@@ -170,10 +178,14 @@ class Driver:
         outcome = "given up" if run.given_up else "done" if run.settled else "under way"
         return answer.model_copy(update={"outcome": outcome, "error": run.given_up})
 
-    def _wait_for(self, pending: PendingMeasurement) -> None:
+    def _waited_for(self, pending: PendingMeasurement) -> bool:
+        """Wait until it is done; False if the run was stopped before."""
         while not pending.done():
+            if self._asked_to_stop():
+                return False
             self._show()
             time.sleep(_TICK_S)
+        return True
 
     def _keep_before(self, pending: PendingMeasurement) -> None:
         """Keep the base's results; training is worth more than they are, so it goes on without."""

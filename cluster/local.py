@@ -41,6 +41,7 @@ class RollingReplay:
         version: int,
         rng: np.random.Generator,
         timeout_s: float,
+        stop: Callable[[], bool],
     ) -> list[Group]:
         """See `ReplayBuffer.draw`."""
         deadline_s = monotonic() + timeout_s

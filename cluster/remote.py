@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from reward.item import ScoreItem
 from reward.replica import ScoreFailed, ScoreTimeout
 
 _ROSTER_POLL_S = 0.5
+
+
+class NobodyScores(RuntimeError):
+    """The run is stopped and no reward replica lives: none will come any more."""
 
 
 class RemoteBoard:
@@ -41,6 +45,10 @@ class RemoteBoard:
         """See `WeightBoard.announce_replicas`."""
         self._call(self._board.announce_replicas.remote(names), "announce_replicas")
 
+    def remind_of_replicas(self, names: tuple[str, ...]) -> None:
+        """`announce_replicas` without waiting for the answer: the board may just be restarting."""
+        self._board.announce_replicas.remote(names)
+
     def _call(self, ref: "ray.ObjectRef[Any]", phase: str) -> Any:
         return wait_for(ref, peer="weight board", phase=phase, timeout_s=self._timeout_s)
 
@@ -52,29 +60,42 @@ class RemoteScorer:
         board: says which replicas live.
         namespace: the run's Ray namespace.
         attempt_s: seconds after which one replica's answer counts as late.
+        stop: whether the caller is to finish, which it cannot without a replica.
         first: index of the replica to begin with, so that actors do not all start on one.
 
     `retries` counts scorings that failed or were late, and were handed to a replica again.
     """
 
     def __init__(
-        self, board: RemoteBoard, *, namespace: str, attempt_s: float, first: int = 0
+        self,
+        board: RemoteBoard,
+        *,
+        namespace: str,
+        attempt_s: float,
+        stop: Callable[[], bool],
+        first: int = 0,
     ) -> None:
         self._board = board
         self._namespace = namespace
         self._attempt_s = attempt_s
+        self._stop = stop
         self._turn = itertools.count(first)
         self._handles: dict[str, ActorHandle] = {}
         self.retries = 0
 
     def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
-        """Start to score; returns at once, unless no replica lives yet."""
+        """Start to score; returns at once, unless no replica lives yet; raises as `start` does."""
         return RemoteScores(self, list(items), self._attempt_s)
 
     def start(
         self, items: list[ScoreItem], *, avoid: str | None, deadline: float
     ) -> "tuple[str, ray.ObjectRef[Any]]":
-        """Hand the items to the next live replica, another than `avoid` where there is one."""
+        """Hand the items to the next live replica, another than `avoid` where there is one.
+
+        Raises:
+            PeerTimeout: none took them by `deadline`.
+            NobodyScores: none lives, and `stop()` holds.
+        """
         while True:
             names = self._board.replicas()
             if others := [name for name in names if name != avoid] or list(names):
@@ -83,6 +104,8 @@ class RemoteScorer:
                     return name, self._handle(name).score.remote(items)
                 except ValueError:  # Ray: no actor of that name, the replica has just died
                     self._handles.pop(name, None)
+            elif self._stop():
+                raise NobodyScores("no reward replica lives, and the run is being stopped")
             if time.monotonic() > deadline:
                 raise PeerTimeout(f"reward replicas {names}: none took a scoring in time")
             time.sleep(_ROSTER_POLL_S)
@@ -113,6 +136,7 @@ class RemoteScores:
 
         Raises:
             PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed: no replica answered in `timeout_s`.
+            NobodyScores: see `RemoteScorer.start`.
             BadItem: an item cannot be scored; another replica would say the same.
         """
         deadline = time.monotonic() + timeout_s

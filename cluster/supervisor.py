@@ -12,18 +12,19 @@ import ray
 
 from buffer.stats import ReplayStats
 from cluster.config import RunConfig
+from cluster.ending import end_in_order
 from cluster.fit import check_fit
 from cluster.gang import Gang, Phase, StartFailed
 from cluster.launch import Launch, Launcher
 from cluster.leaving import Leaving
 from cluster.nodes import living_nodes, may_grow, room
 from cluster.remote import RemoteBoard
+from cluster.roster import Roster
 from cluster.scale_request import ScaleRefused
 from cluster.telemetry import Telemetry
 from cluster.workers import RunContext
 
 _TICK_S = 0.2
-_STOP_POLL_S = 0.05
 _PATIENCE_S = 5.0  # a place that there is room for is had within a moment
 _PREFIXES = {"actors": "actor-", "replicas": "reward-"}
 
@@ -50,9 +51,9 @@ class Supervisor:
         self._launcher = launcher
         self._context = context
         self._report = report
-        self._board = RemoteBoard(context.board, timeout_s=config.cluster.answer_timeout_s)
+        board = RemoteBoard(context.board, timeout_s=config.cluster.answer_timeout_s)
+        self._roster = Roster(board)
         self._telemetry = Telemetry(context.run)
-        self._announced: tuple[str, ...] = ()
         self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
         self._deaths: dict[str, int] = {}
         self._added: set[str] = set()  # by `scale`, and did not run yet
@@ -120,7 +121,8 @@ class Supervisor:
         """Have these numbers from now on; None leaves one as it is. Nothing else is touched.
 
         New parts start as the first ones did, and one that does not come up is given up. Those
-        with the highest numbers leave, first withdrawn from the board.
+        that do not run leave first, then those with the highest numbers, withdrawn from the board
+        before. The first actor always stays: it seeds the buffer.
 
         Raises:
             ScaleRefused: the run has no parts of that kind.
@@ -137,7 +139,7 @@ class Supervisor:
         if not may_grow():
             check_fit(self._config.with_parts(**wanted), living_nodes())
         self.given_up = ""
-        gone = [name for kind in wanted for name in self._names(kind)[wanted[kind] :]]
+        gone = [name for kind in wanted for name in self._by_worth(kind)[wanted[kind] :]]
         self._announce(without=gone)  # where the board fails, all are still the run's to stop
         gangs = [self.gangs.pop(name) for name in gone]
         self._added.difference_update(gone)
@@ -171,29 +173,20 @@ class Supervisor:
         self._telemetry.tell_run(learner, buffer, self.counts())
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Stop the learner, which checkpoints, then the actors, then the replicas.
-
-        The learner first: it may be waiting for groups that only living actors bring. Replicas
-        last: actors store what is being scored.
+        """Have every part end in order: see `end_in_order`.
 
         Returns the names of the parts that did not end by themselves and were killed.
         """
-        deadline = time.monotonic() + timeout_s
-        killed: list[str] = []
-        for prefix in ("learner", "actor-", "reward-"):
-            parts = self._parts(prefix)
-            for gang in parts:
-                if gang.phase is Phase.RUNNING:
-                    gang.ask_to_stop()
-            for gang in parts:
-                while gang.poll() is Phase.RUNNING and time.monotonic() < deadline:
-                    time.sleep(_STOP_POLL_S)
-                if gang.phase not in (Phase.FINISHED, Phase.FAILED):
-                    killed.append(gang.name)
-            if prefix == "learner":
-                self._collect_rows()
-            for gang in parts:
-                gang.kill()
+        parts = self._parts()
+        killed = end_in_order(
+            parts,
+            timeout_s=timeout_s,
+            report=self._report,
+            watch=lambda: self._announce(wait=False),
+        )
+        self._collect_rows()
+        for gang in parts:
+            gang.kill()
         return killed
 
     def _tell_who_waits(self) -> None:
@@ -212,8 +205,8 @@ class Supervisor:
                 f"{', '.join(gang.wanted for gang in waiting)}: {room()}"
             )
 
-    def _parts(self, prefix: str) -> list[Gang]:
-        """Gangs of one kind, those that leave included."""
+    def _parts(self, prefix: str = "") -> list[Gang]:
+        """Gangs of one kind or of all, those that leave included."""
         gangs = [*self.gangs.values(), *(leaving.gang for leaving in self._leaving)]
         return [gang for gang in gangs if gang.name.startswith(prefix)]
 
@@ -225,6 +218,14 @@ class Supervisor:
         prefix = _PREFIXES[kind]
         names = [name for name in self.gangs if name.startswith(prefix)]
         return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
+
+    def _by_worth(self, kind: str) -> list[str]:
+        """Of the gangs that the run wants, those that it could do without last."""
+
+        def key(name: str) -> tuple[bool, bool]:
+            return name != "actor-0", self.gangs[name].phase is not Phase.RUNNING
+
+        return sorted(self._names(kind), key=key)
 
     def _add(self, kind: str) -> None:
         """Launch one more, under the lowest number that is free."""
@@ -306,15 +307,13 @@ class Supervisor:
             silence_timeout_s=self._config.cluster.silence_timeout_s,
         )
 
-    def _announce(self, *, without: Sequence[str] = ()) -> None:
+    def _announce(self, *, without: Sequence[str] = (), wait: bool = True) -> None:
         names = tuple(
             f"{name}.{self._incarnations[name]}"
             for name, gang in self.gangs.items()
             if name.startswith("reward-") and gang.phase is Phase.RUNNING and name not in without
         )
-        if names != self._announced:
-            self._board.announce_replicas(names)
-            self._announced = names
+        self._roster.tell(names, wait=wait)
 
     def _collect_rows(self) -> None:
         """Take over what the learner has measured and what it has to say."""

@@ -27,7 +27,7 @@ from cluster.config import RunConfig
 from cluster.fingerprint import check_source
 from cluster.held_calls import HeldCalls
 from cluster.interface import pin_interface
-from cluster.remote import RemoteBoard, RemotePeer, RemoteScorer
+from cluster.remote import NobodyScores, RemoteBoard, RemotePeer, RemoteScorer
 from cluster.rollout_log import LoggedSink
 from cluster.rundir import check_shared
 from learner.config import LearnerConfig
@@ -155,6 +155,7 @@ class RolloutWorker(Worker):
             self._board(),
             namespace=context.namespace,
             attempt_s=context.config.reward.deadline_s,
+            stop=self._stopping.is_set,
             first=self._index,
         )
         self._actor = roles.build_actor(
@@ -171,12 +172,18 @@ class RolloutWorker(Worker):
         )
 
     def run(self) -> dict[str, Any]:
-        """Roll out until stopped; the final counters. The first actor seeds the buffer before."""
-        if self._index == 0:
-            roles.seed_buffer(
-                self._context.config, task=self._task, scorer=self._scorer, buffer=self._buffer
-            )
-        self._actor.run(self._stopping.is_set)
+        """Roll out until stopped; the final counters. The first actor seeds the buffer before.
+
+        Rollouts that nobody scores any more end with the run: nobody was told of them.
+        """
+        try:
+            if self._index == 0:
+                roles.seed_buffer(
+                    self._context.config, task=self._task, scorer=self._scorer, buffer=self._buffer
+                )
+            self._actor.run(self._stopping.is_set)
+        except NobodyScores as error:
+            _log.warning("%s: rollouts in flight were not stored: %s", self._name, error)
         return self.status()
 
     def status(self) -> dict[str, Any]:

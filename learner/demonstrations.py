@@ -3,7 +3,7 @@
 What a reward has ranked or filtered is not among them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -47,6 +47,7 @@ class DemonstrationDraws:
         version: int,
         rng: np.random.Generator,
         timeout_s: float,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Group]:
         """One group for each demonstration drawn; never waits."""
         number = len(self._demonstrations)

@@ -104,10 +104,12 @@ class AgreementGate:
         version: int,
         rng: np.random.Generator,
         timeout_s: float,
+        stop: Callable[[], bool],
     ) -> list[Group]:
         """As `replay.draw`, without what is quarantined; the model holds `version` now.
 
-        A group of which nothing fresh is left is replaced by another.
+        A group of which nothing fresh is left is replaced by another. None once `stop()` holds
+        while the replay waits.
 
         Raises:
             BufferStarved: too few groups, or too few that agree, in `timeout_s`.
@@ -129,7 +131,10 @@ class AgreementGate:
                 version=version,
                 rng=rng,
                 timeout_s=max(left_s, 0.0),
+                stop=stop,
             )
+            if not drawn:
+                return []
             started_s = monotonic()
             admitted += self._admit(replay, drawn, version)
             self._counts.seconds += monotonic() - started_s

@@ -29,6 +29,10 @@ from lm.adapter import adapter_bytes, adapter_off, checksum
 from lm.scoring import LogProbs, completion_log_probs
 
 
+class StoppedWaiting(RuntimeError):
+    """The learner was asked to stop while it waited for groups."""
+
+
 @dataclass(frozen=True)
 class _MicroBatch:
     """A part of this rank's work, and the factor its total enters the loss with."""
@@ -98,26 +102,31 @@ class Learner:
     ) -> None:
         """Publish, then step until `steps` are completed or `stop()` holds on rank 0.
 
-        Waits only inside `step`. Ends with a checkpoint; an error ends it without one.
+        Waits only inside `step`, where `stop()` ends the wait. Ends with a checkpoint; an error
+        ends it without one.
         """
         self.publish()
         while self._rank_zero_decides(lambda: self.completed_steps < steps and not stop()):
-            on_step(self.step())
+            try:
+                on_step(self.step(stop))
+            except StoppedWaiting:
+                break
             if self._rank_zero_decides(self._checkpoint_due):
                 self.checkpoint()
         self.checkpoint()
 
-    def step(self) -> dict[str, float]:
+    def step(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Take one optimizer step and return its metrics.
 
         Waits for `groups_per_step` groups, at most `starvation_timeout_s`: actors unblock it.
 
         Raises:
+            StoppedWaiting: `stop()` held on rank 0 while it waited.
             BufferStarved: on rank 0; RankZeroFailed on the others.
             NonFiniteUpdate: the gradient is not finite. Weights may be damaged: restore.
         """
         start_s = monotonic()
-        groups = merge_prompts(self._draw())
+        groups = merge_prompts(self._draw(stop))
         check_actions(groups, self._actions)
         drawn_s = monotonic()
         temperature = reward_temperature(self.completed_steps, self._config.reward_temperature)
@@ -195,7 +204,7 @@ class Learner:
         lost_later_ones = published > snapshot.version
         self.version = published + 1 if lost_later_ones else snapshot.version
 
-    def _draw(self) -> list[Group]:
+    def _draw(self, stop: Callable[[], bool]) -> list[Group]:
         def draw() -> list[Group]:
             gate, replay = self._gate, self._replay
             draw_from = replay.draw if gate is None else partial(gate.draw, replay)
@@ -205,11 +214,16 @@ class Learner:
                 version=self.version,
                 rng=self._rng,
                 timeout_s=self._config.starvation_timeout_s,
+                stop=stop,
             )
 
         if self._engine.num_ranks == 1:
-            return draw()
-        return decode_groups(share(self._engine, lambda: encode_groups(draw())))
+            groups = draw()
+        else:
+            groups = decode_groups(share(self._engine, lambda: encode_groups(draw())))
+        if not groups:
+            raise StoppedWaiting("the learner was stopped while it waited for groups")
+        return groups
 
     def _split(self, groups: Sequence[Group]) -> list[_MicroBatch]:
         """This rank's micro-batches. Every rank knows the whole batch, hence its normaliser.

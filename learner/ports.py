@@ -1,6 +1,6 @@
 """What the learner needs from outside: where groups come from, and where adapters go."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ class Replay(Protocol):
         version: int,
         rng: np.random.Generator,
         timeout_s: float,
+        stop: Callable[[], bool],
     ) -> list[Group]: ...
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None: ...

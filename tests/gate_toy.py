@@ -107,4 +107,5 @@ def draw(
         version=version,
         rng=np.random.default_rng(0),
         timeout_s=timeout_s,
+        stop=lambda: False,
     )

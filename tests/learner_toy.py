@@ -92,6 +92,7 @@ class UniformReplay:
         version: int,
         rng: np.random.Generator,
         timeout_s: float,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[Group]:
         def some(key: str, count: int) -> tuple[Trajectory, ...]:
             return tuple(

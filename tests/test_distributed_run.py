@@ -136,6 +136,9 @@ def test_an_interrupted_run_resumes_with_its_versions_optimizer_and_buffer(
 ) -> None:
     process = train("--run", "test", *SMALL, "learner.steps=500")
     wait_until(lambda: state(tmp_path)["step"] >= 5, process, tmp_path)
+    # Stopped while nobody scores: what starts anew lost nothing, and nobody waits for it.
+    worker(process, "RewardWorker").kill()
+    wait_until(lambda: state(tmp_path)["actual"]["replicas"] == 0, process, tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
     stopped = state(tmp_path)

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-2 on real gloo ranks takes the step of one process."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -25,7 +26,9 @@ TIMEOUT_S = 12.0
 class StarvedReplay:
     """Has nothing to draw."""
 
-    def draw(self, **limits: Any) -> list[Any]:
+    def draw(self, *, stop: Callable[[], bool], **limits: Any) -> list[Any]:
+        if stop():
+            return []
         raise TimeoutError("no groups")
 
     def discard(self, trajectories: Any) -> None:
@@ -71,10 +74,16 @@ def exercise_rank(place: Any, folder: Path, log_z: str, loses: bool) -> None:
 
 
 def lose_rank_one(place: Any, engine: Any, learner: Any, model: Any, folder: Path) -> float:
-    """First rank 0 fails and all hear of it, then rank 1 stalls; seconds until rank 0 says so."""
+    """Rank 0 is stopped in a wait and then fails, and all hear of both; then rank 1 stalls.
+
+    Returns the seconds until rank 0 says so.
+    """
     from learner.deepspeed_engine import RankLost
 
     learner._replay = StarvedReplay()
+    answers = iter([False, True])
+    learner.run(STEPS + 99, stop=lambda: next(answers))
+    assert learner.completed_steps == STEPS + 2
     with pytest.raises(TimeoutError if place.rank == 0 else RankZeroFailed, match="no groups"):
         learner.step()
     start_s = monotonic()

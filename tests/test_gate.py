@@ -296,6 +296,18 @@ def test_with_nothing_but_wrong_groups_the_draw_ends_at_its_deadline(tmp_path: P
         draw(gate, Endless(), 0, 1, timeout_s=0.5)
 
 
+def test_a_draw_that_is_stopped_in_its_wait_gives_nothing(tmp_path: Path) -> None:
+    class Stopped(QueueReplay):
+        def draw(self, **limits: Any) -> Any:
+            return super().draw(**limits) if self.groups else []
+
+    gate = make_gate(make_policy(), tmp_path, config=make_config(agreement_max_share=1.0))
+    wrong = ToySampler("actor-0", damage=0.1).group("short", version=0)
+    fine = ToySampler("actor-1").group("short", version=0)
+    replay = Stopped(as_group(wrong), as_group(fine))
+    assert draw(gate, replay, 0, 2) == [] and not replay.groups
+
+
 def test_past_adapters_are_bounded_in_age_and_bytes() -> None:
     model = make_policy()
     size = len(adapter_bytes(model))

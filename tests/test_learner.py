@@ -1,6 +1,6 @@
 """The learner on a tiny model: what enters a step, what leaves it, and what it converges to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,23 @@ def test_run_stops_when_asked_and_checkpoints_as_configured(tmp_path: Path) -> N
     learner.run(100, stop=lambda: learner.version == 5)
     names = sorted(path.name for path in tmp_path.glob("step-*"))
     assert names == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_a_learner_that_waits_for_groups_heeds_a_stop_and_checkpoints(tmp_path: Path) -> None:
+    class Empty(UniformReplay):
+        """Has groups for two steps, then waits until it is stopped."""
+
+        def draw(self, *, stop: Callable[[], bool] = lambda: False, **limits: Any) -> list[Group]:
+            if limits["version"] < 2:
+                return super().draw(**limits)
+            assert stop()
+            return []
+
+    learner, _ = make_learner(replay=Empty(), folder=tmp_path, checkpoint_every_steps=99)
+    answers = iter([False, False, False, True])
+    learner.run(100, stop=lambda: next(answers))
+    assert learner.completed_steps == 2
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000002"]
 
 
 def test_starvation_passes_through_by_its_own_name() -> None:

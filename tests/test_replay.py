@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -149,6 +150,17 @@ def test_a_waiting_draw_goes_on_as_soon_as_enough_has_come(client: redis.Redis) 
     groups = buffer.draw(num_groups=1, num_replayed=0, version=0, rng=rng, timeout_s=30.0)
     adder.join()
     assert len(groups) == 1
+
+
+def test_a_waiting_draw_ends_when_it_is_stopped(client: redis.Redis) -> None:
+    buffer = new_buffer(client)
+    buffer.add([toy_trajectory()])
+    answers = iter([False, True])
+    limits: dict[str, Any] = {"num_replayed": 0, "version": 0, "rng": np.random.default_rng(0)}
+    stopped = buffer.draw(num_groups=2, timeout_s=30.0, stop=lambda: next(answers), **limits)
+    assert stopped == [] and next(answers, None) is None
+    # Who need not wait is not asked.
+    assert len(buffer.draw(num_groups=1, timeout_s=0.0, stop=lambda: True, **limits)) == 1
 
 
 # --- many writers

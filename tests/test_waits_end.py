@@ -42,6 +42,9 @@ class LostBoard:
     def announce_replicas(self, names: tuple[str, ...]) -> None:
         raise PeerTimeout("weight board: no answer")
 
+    def remind_of_replicas(self, names: tuple[str, ...]) -> None:
+        """Nobody waits."""
+
 
 class NoLauncher:
     """Gangs without processes."""
