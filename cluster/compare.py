@@ -22,7 +22,7 @@ from cluster.fingerprint import PACKAGES
 from cluster.measure import measure
 from cluster.measurement import Measurement
 from cluster.methods import BASE, METHODS, method_config
-from cluster.rundir import RunDirectory, RunExists, new_name, write_whole
+from cluster.rundir import RunDirectory, RunExists, find_run, new_name, write_whole
 from cluster.train import train
 from learner.demonstrations import NoDemonstrations
 
@@ -60,18 +60,21 @@ class _Member(BaseModel):
 def run(arguments: argparse.Namespace) -> int:
     """Run what is missing, then show and write the comparison."""
     shared = load_config(arguments.config, arguments.overrides)
-    folder = RunDirectory(arguments.run or new_name(f"compare-{shared.task.name}"))
+    name = arguments.run or new_name(f"compare-{shared.task.name}")
+    folder = find_run(name) if arguments.resume else RunDirectory(name)
     if folder.path.exists() and not arguments.resume:
         raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
     members = list(_members(arguments, folder.name))
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
     results: list[Result] = []
-    before: Measurement | None = None
+    before: dict[int, Measurement | None] = {}  # by seed: draws of a measurement depend on it
     for number, member in enumerate(members, start=1):
         console.rule(f"{number} of {len(members)}: {member.title}")
         with _named(member), redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-            result, before = _finish(member, arguments, before, console)
+            result, before[member.seed] = _finish(
+                member, arguments, before.get(member.seed), console
+            )
         results.append(result)
     metrics, compute = summarise(results, "metrics"), summarise(results, "compute")
     _write(folder, shared.task.name, results, metrics, compute)

@@ -11,8 +11,9 @@ import pytest
 from cluster import compare
 from cluster.__main__ import main
 from cluster.comparison import Result, compute_of, figures, summarise
+from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
-from cluster.measurement import Scores, Spread, Votes
+from cluster.measurement import Distance, Scores, Spread, Votes
 from cluster.methods import method_config
 from cluster.roles import load_task
 from cluster.rundir import RunDirectory
@@ -128,6 +129,39 @@ def test_a_comparison_has_at_least_one_seed(seeds: str, capsys: pytest.CaptureFi
     assert "is not a whole number of at least 1" in capsys.readouterr().err
 
 
+def test_a_comparison_that_there_is_not_is_not_begun_by_resuming_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", str(ROOT / "tasks/toy.toml"), "--resume", "--run", "mistyped"]) == 1
+    assert "no run 'mistyped' in" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_base_as_one_seed_measured_it_is_that_of_no_other_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float | None] = []
+
+    def train(
+        config: RunConfig, directory: RunDirectory, *, before: Distance | None, **_: object
+    ) -> Scores:
+        given.append(None if before is None else before.tv)
+        measured = Distance(**dict.fromkeys(FIGURES, 0.5 + config.seed), prompts=1, enumerated=1)
+        scores = Scores(before=before or measured, after=measured)
+        directory.path.mkdir(parents=True)
+        directory.scores_file.write_text(scores.model_dump_json())
+        return scores
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "train", train)
+    monkeypatch.setattr(compare, "_write", lambda *_: None)
+    words = [str(ROOT / "tasks/toy.toml"), "--run", "c", "--seeds", "2", "--local"]
+    assert main(["compare", *words, "--methods", "ppo", "gflownet"]) == 0
+    assert given == [None, 0.5, None, 1.5]
+
+
+FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
 SMALL = [
     "compare.steps=2",
     "actors.groups_per_batch=4",

@@ -50,6 +50,10 @@ def test_a_run_grows_and_shrinks_around_the_parts_that_stay() -> None:
     light.kill("reward-1")
     assert light.roster() == ("reward-0.0", "reward-1.4")
 
+    # A board that Ray has started again knows nothing until it is told.
+    ray.kill(light.board, no_restart=False)
+    light.until(lambda: light.roster() == ("reward-0.0", "reward-1.4"))
+
     with pytest.raises(DoesNotFit, match=r"the run needs 16\.5 CPU"):
         supervisor.scale(actors=62)
     assert supervisor.counts()["desired"] == {"actors": 1, "replicas": 2}

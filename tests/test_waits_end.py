@@ -46,6 +46,13 @@ class LostBoard:
         """Nobody waits."""
 
 
+class SilentBoard(LostBoard):
+    """Hears every notice."""
+
+    def announce_replicas(self, names: tuple[str, ...]) -> None:
+        """Nobody asks for them."""
+
+
 class NoLauncher:
     """Gangs without processes."""
 
@@ -69,3 +76,20 @@ def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
     with pytest.raises(PeerTimeout):
         run.scale(actors=1)
     assert run.counts()["desired"]["actors"] == run.counts()["actual"]["actors"] == 3
+
+
+def test_parts_that_do_not_run_leave_before_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "RemoteBoard", SilentBoard)
+    monkeypatch.setattr(supervisor, "may_grow", lambda: True)
+    settings = ["cluster.actors=4", "reward.replicas=3"]
+    launcher: Any = NoLauncher()
+    config = load_config("tasks/toy.toml", settings)
+    run = supervisor.Supervisor(config, launcher, context(config, None), print)
+    for name, gang in run.gangs.items():
+        down = name in ("reward-0", "actor-0", "actor-1")
+        gang.phase = Phase.STARTING if down else Phase.RUNNING
+    run.scale(actors=2, replicas=1)
+    # The first actor seeds the buffer: it stays.
+    assert sorted(run.gangs) == ["actor-0", "actor-2", "learner", "reward-1"]
+    run.scale(replicas=2)
+    assert "reward-0" in run.gangs and run.counts()["actual"]["replicas"] == 2

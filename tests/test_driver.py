@@ -1,0 +1,109 @@
+"""The driver of a run: a request to stop is heeded in every phase."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from buffer.stats import Counters, ReplayStats
+from cluster.config_file import load_config
+from cluster.driver import Driver
+from cluster.measurement import Distance, Scores
+from cluster.rundir import RunDirectory, RunState
+
+FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
+BASE = Distance(**dict.fromkeys(FIGURES, 0.5), prompts=1, enumerated=1)
+NOTHING = ReplayStats(
+    **dict.fromkeys(
+        (
+            *("replay_size", "replay_prompts", "times_sampled_max", "fresh_groups"),
+            *("undrawn_groups", "version", "age_max_versions"),
+        ),
+        0,
+    ),
+    times_sampled_mean=0.0,
+    age_mean_versions=0.0,
+    counters=Counters(),
+)
+
+
+class Endless:
+    """An evaluation that is never done."""
+
+    def done(self) -> bool:
+        return False
+
+    def result(self) -> Any:
+        raise AssertionError("its result was waited for")
+
+
+class TrainedRun:
+    """A run whose learner has done its steps."""
+
+    learner_rows: tuple[dict[str, float], ...] = ()
+    running = finished = settled = True
+    given_up = ""
+    learner_status = {"step": 3, "version": 3}  # noqa: RUF012
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        return {"desired": {}, "actual": {}}
+
+    def actor_totals(self) -> dict[str, float]:
+        return {}
+
+    def tell(self, *_: object) -> None:
+        """To nobody."""
+
+    def stop(self, timeout_s: float) -> list[str]:
+        return []
+
+
+class EndlessSession:
+    """Trains at once and evaluates for ever."""
+
+    address = ""
+    closed = False
+
+    def open(self) -> None:
+        """Nothing is needed."""
+
+    def start(self, report: object) -> Any:
+        return TrainedRun()
+
+    def evaluate(self, adapter: Path | None) -> Endless:
+        return Endless()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("before", [None, BASE])
+def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
+    before: Distance | None, tmp_path: Path
+) -> None:
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    if before is not None:
+        directory.scores_file.write_text(Scores(before=before).model_dump_json())
+    phases: list[str] = []
+
+    def show(state: RunState) -> None:
+        phases.append(state.phase)
+        if state.phase == "evaluating":
+            directory.stop_request.touch()
+
+    terminal: Any = SimpleNamespace(event=print, show=show)
+    session = EndlessSession()
+    driver = Driver(
+        load_config("tasks/toy.toml"),
+        directory,
+        session,
+        terminal,
+        revive_buffer=lambda: False,
+        buffer_stats=lambda: NOTHING,
+    )
+    assert driver.drive() == Scores(before=before)
+    state = directory.state()
+    assert state is not None and (state.phase, state.step) == ("stopped", 3)
+    assert phases[-2:] == ["evaluating", "stopped"] and session.closed
