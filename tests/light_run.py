@@ -57,7 +57,11 @@ class LightRun:
     def __init__(self, *overrides: str) -> None:
         config = load_config("tasks/toy.toml", [*OVERRIDES, *overrides])
         self.launcher = LightLauncher(config)
-        self.board = ray.remote(BoardWorker).options(num_cpus=0, max_restarts=-1).remote()
+        self.board = (
+            ray.remote(BoardWorker)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=2)
+            .remote()
+        )
         self.events: list[str] = []
         self.supervisor = Supervisor(
             config, self.launcher, context(config, self.board), self.events.append
