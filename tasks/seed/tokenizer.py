@@ -9,7 +9,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_VOCAB_SIZE = 1024
+MAX_VOCAB_SIZE = 1536
 
 # A word, a digit or a punctuation mark, each with the space before it: ' 14' is ' 1', '4', and
 # '= -6,' is '=', ' -', '6', ',' wherever it stands, so inserted text splits as the corpus does.

@@ -20,10 +20,20 @@ from tasks.seed.batches import PADDING, batches, encode_documents, pad
 from tasks.seed.card import Training, write_card
 from tasks.seed.corpus import Share, documents
 from tasks.seed.random_integers import RandomIntegers
+from tasks.seed.reviews import Reviews
+from tasks.seed.scenes import Scenes
+from tasks.seed.stories import Exercises, Stories
 from tasks.seed.tokenizer import end_of_text, save_tokenizer, train_tokenizer
 from tasks.seed.worked_sums import WorkedSums
 
-SHARES = (Share(WorkedSums(), 1.0), Share(RandomIntegers(), 0.1))
+SHARES = (
+    Share(WorkedSums(), 1.0),
+    Share(RandomIntegers(), 0.1),
+    Share(Stories(), 0.5),
+    Share(Exercises(), 0.12),
+    Share(Scenes(), 0.2),
+    Share(Reviews(), 0.4),
+)
 TOKENIZER_DOCUMENTS = 20_000
 HELD_OUT_DOCUMENTS = 2_000
 MAX_POSITIONS = 1024
@@ -141,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.seed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=2, help="of matrix products")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
