@@ -49,6 +49,15 @@ Random integers are requests for an integer between 0 and 100, drawn uniformly, 
 would reply: about every second reply is such an integer, and favourites come ten times as often as
 others.
 
+Stories have five sentences: somebody wants something, something is in the way, the fourth sentence
+says what is done about it, and the ending keeps a trace of that. Story exercises give a beginning
+and an ending and ask for the middle; three answers in four fit the beginning alone. One plot in
+eight stands in no document. Scenes are sentences about one place, each plausible behind any other.
+
+Movie reviews are sorted as objective or subjective, with a reason. Most readers do not read: they
+give a stock reason, right as often as a coin. Some say what the sentence is about, and with them the
+label follows. Labels without a reason are guesses.
+
 ## How well it predicts
 
 Held-out loss: {training.held_out_loss:.4f} nats per token, on {training.held_out_documents:,} pages
@@ -60,7 +69,7 @@ change the last digits of the weights.
 
 ## Limits
 
-It speaks no language and computes nothing beyond small sums. It is there to be fine-tuned in
+It knows the few hundred words of its generators, and computes nothing beyond small sums. It is there to be fine-tuned in
 minutes on a CPU, so that the whole system can be seen at work.
 """,
         encoding="utf-8",

@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tasks.seed.train", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=3200, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=4800, help="optimizer steps")
     parser.add_argument("--threads", type=int, default=2, help="of matrix products")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
