@@ -55,8 +55,8 @@ and an ending and ask for the middle; three answers in four fit the beginning al
 eight stands in no document. Scenes are sentences about one place, each plausible behind any other.
 
 Movie reviews are sorted as objective or subjective, with a reason. Most readers do not read: they
-give a stock reason, right as often as a coin. Some say what the sentence is about, and with them the
-label follows. Labels without a reason are guesses.
+give a stock reason, right as often as a coin. Some say what the sentence is about, and with them
+the label follows. Labels without a reason are guesses.
 
 ## How well it predicts
 
@@ -69,8 +69,8 @@ change the last digits of the weights.
 
 ## Limits
 
-It knows the few hundred words of its generators, and computes nothing beyond small sums. It is there to be fine-tuned in
-minutes on a CPU, so that the whole system can be seen at work.
+It knows the few hundred words of its generators, and computes nothing beyond small sums. It is
+there to be fine-tuned in minutes on a CPU, so that the whole system can be seen at work.
 """,
         encoding="utf-8",
     )
