@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -17,6 +18,12 @@ from transformers import (
 )
 
 VOCAB_SIZE = 31
+
+# How fast examples come says how busy the machine is, and nothing of the code.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 
 def tiny_config(architecture: str) -> PretrainedConfig:

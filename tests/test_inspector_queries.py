@@ -92,14 +92,14 @@ def wanted(row: Row, query: Query) -> bool:
     return all(checks[name](value) for name, value in given.items())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(rows=ROWS, query=QUERIES)
 def test_filters_let_through_what_their_words_say(rows: list[Row], query: Query) -> None:
     expected = {row.id for row in rows if wanted(row, query)}
     assert {row.id for row in rows if matches(row, query, version=VERSION)} == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=ROWS, query=QUERIES)
 def test_the_order_is_that_of_its_column_and_ties_go_by_id(rows: list[Row], query: Query) -> None:
     found = list(select(rows, query, version=VERSION).rows)

@@ -59,10 +59,14 @@ class Schedule:
         )
 
 
-def build(seed: int) -> tuple[Tokenizer, nn.Module]:
-    """A trained tokenizer and an untrained model for it."""
-    tokenizer = train_tokenizer(islice(documents(SHARES, f"{seed} tokenizer"), TOKENIZER_DOCUMENTS))
-    model = fresh_llama(
+def build_tokenizer(seed: int) -> Tokenizer:
+    """A tokenizer, trained."""
+    return train_tokenizer(islice(documents(SHARES, f"{seed} tokenizer"), TOKENIZER_DOCUMENTS))
+
+
+def build_model(tokenizer: Tokenizer, seed: int) -> nn.Module:
+    """A model for the tokenizer, not trained."""
+    return fresh_llama(
         vocab_size=tokenizer.get_vocab_size(),
         width=128,
         layers=4,
@@ -72,7 +76,6 @@ def build(seed: int) -> tuple[Tokenizer, nn.Module]:
         end_token=end_of_text(tokenizer),
         seed=seed,
     )
-    return tokenizer, model
 
 
 def train(model: nn.Module, tokenizer: Tokenizer, schedule: Schedule, seed: int) -> Iterator[float]:
@@ -123,7 +126,8 @@ def held_out_loss(model: nn.Module, tokenizer: Tokenizer, seed: int, num_documen
 def train_and_save(out: Path, schedule: Schedule, seed: int, say: Callable[[str], None]) -> None:
     """Train from nothing and write the model folder with its card."""
     began_s = time.monotonic()
-    tokenizer, model = build(seed)
+    tokenizer = build_tokenizer(seed)
+    model = build_model(tokenizer, seed)
     for step, loss in enumerate(train(model, tokenizer, schedule, seed), start=1):
         if step % 50 == 0:
             seconds = time.monotonic() - began_s
