@@ -9,7 +9,7 @@ from lm.actions import ActionSpace
 from lm.adapter import load_adapter_bytes
 from lm.config import LoRAConfig
 from lm.merged import MergedModel
-from lm.model import LanguageModel, attach_adapter
+from lm.model import CausalLM, LanguageModel, attach_adapter
 from lm.sampling import Completion, Request, Sampler, Tool
 
 
@@ -46,6 +46,12 @@ class SamplingPolicy:
         self._sampler = Sampler(model, actions, tool, max_rows=max_rows)
         device = next(model.parameters()).device
         self._generator = torch.Generator(device=device).manual_seed(seed)
+
+    @property
+    def model(self) -> CausalLM:
+        """What completions are drawn from, with the newest adapter."""
+        model: CausalLM = self._model
+        return model
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion for each request, in order."""

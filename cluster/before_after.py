@@ -26,6 +26,7 @@ _INFILLS: tuple[tuple[str, str, str, bool], ...] = (
     ("similarity", "cosine to the true sentence", ".3f", True),
     ("log_reward", "log reward, nats", ".2f", True),
     ("distinct", "different sentences of a story", ".2f", True),
+    ("diversity", "diversity", ".3f", True),
 )
 _CONTINUATIONS: tuple[tuple[str, str, str, bool], ...] = (
     ("max_log_likelihood", "log-likelihood of the likeliest, nats", ".2f", True),

@@ -71,8 +71,9 @@ def _compare(parser: argparse.ArgumentParser) -> None:
         "--methods",
         metavar="METHOD",
         nargs="+",
-        default=["base", "sft", "ppo", "gflownet"],
-        help="of base, sft, ppo, gflownet (default: all)",
+        default=[],
+        help="such as base sft ppo gflownet beam; docs/compare.md lists all (default: "
+        "compare.methods of the file)",
     )
     parser.add_argument(
         "--seeds", metavar="N", type=_number, default=3, help="runs each (default: 3)"

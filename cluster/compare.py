@@ -19,16 +19,13 @@ from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
 from cluster.driver import read_scores
 from cluster.fingerprint import PACKAGES
+from cluster.frontier import draw_frontier, likelihood_of
 from cluster.measure import measure
 from cluster.measurement import Measurement
-from cluster.methods import BASE, METHODS, method_config
+from cluster.methods import method, method_config
 from cluster.rundir import RunDirectory, RunExists, find_run, new_name, write_whole
 from cluster.train import train
 from learner.demonstrations import NoDemonstrations
-
-
-class UnknownMethod(ValueError):
-    """A method that there is not."""
 
 
 class ComparisonFailed(RuntimeError):
@@ -64,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = find_run(name) if arguments.resume else RunDirectory(name)
     if folder.path.exists() and not arguments.resume:
         raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
-    members = list(_members(arguments, folder.name))
+    members = list(_members(arguments, arguments.methods or shared.compare.methods, folder.name))
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
     results: list[Result] = []
@@ -87,20 +84,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _members(arguments: argparse.Namespace, name: str) -> Iterator[_Member]:
+def _members(arguments: argparse.Namespace, methods: Sequence[str], name: str) -> Iterator[_Member]:
     """Every run, all methods of one seed before the next seed: half a comparison compares too."""
-    if unknown := [method for method in arguments.methods if method not in METHODS]:
-        raise UnknownMethod(f"no method {unknown[0]!r}; there are {', '.join(METHODS)}")
     for seed in range(arguments.seeds):
-        for method in dict.fromkeys(arguments.methods):
+        for title in dict.fromkeys(methods):
             yield _Member(
                 comparison=name,
-                method=method,
+                method=title,
                 seed=seed,
-                run=f"{name}-{method}-{seed}",
-                config=method_config(
-                    arguments.config, arguments.overrides, method=method, seed=seed
-                ),
+                run=f"{name}-{title}-{seed}",
+                config=method_config(arguments.config, arguments.overrides, title=title, seed=seed),
             )
 
 
@@ -109,8 +102,9 @@ def _finish(
 ) -> tuple[Result, Measurement | None]:
     """The member's result, from its run or from its files; and the base as measured by it."""
     directory, config = RunDirectory(member.run), member.config
+    trained = method(member.method).trained
     measured = _finished(member, directory)
-    if measured is None and member.method == BASE:
+    if measured is None and not trained:
         measured = _measure_base(directory, config)
     elif measured is None:
         address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
@@ -128,7 +122,7 @@ def _finish(
                 f"stopped; the same command with --run {member.comparison} --resume goes on"
             )
         measured = scores.after
-    if member.method != BASE:
+    if trained:
         before = read_scores(directory).before or before
     result = result_of(
         directory,
@@ -143,7 +137,7 @@ def _finish(
 def _finished(member: _Member, directory: RunDirectory) -> Measurement | None:
     """What a run that is done has measured; None where it is to be run."""
     scores = read_scores(directory)
-    measured = scores.before if member.method == BASE else scores.after
+    measured = scores.after if method(member.method).trained else scores.before
     if measured is None:
         return None
     if _settings(directory.config_file.read_text()) != _settings(resolved_toml(member.config)):
@@ -191,13 +185,16 @@ def _named(member: _Member) -> Iterator[None]:
 def _write(
     folder: RunDirectory, task: str, results: Sequence[Result], metrics: Table, compute: Table
 ) -> None:
-    figure: Path = draw(metrics, folder.path / "compare.png")
+    plots: list[Path] = []
+    if likelihood_of(metrics) is not None:
+        plots.append(draw_frontier(metrics, folder.path / "frontier.png"))
+    plots.append(draw(metrics, folder.path / "compare.png"))
     write_page(
         folder.report_file,
         title=f"{task}: {', '.join(metrics)}",
         metrics=metrics,
         compute=compute,
-        plots=[figure],
+        plots=plots,
         runs="\n".join(result.run for result in results),
     )
     write_whole(folder.path / "compare.json", _as_json(task, results, metrics, compute))

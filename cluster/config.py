@@ -12,7 +12,7 @@ from buffer.config import BufferConfig
 from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
 from reward.config import RewardConfig
-from tasks.config import TaskConfig
+from tasks.config import SENTENCE_TASKS, TaskConfig
 
 
 class Placement(BaseModel):
@@ -106,6 +106,24 @@ class EvaluationConfig(BaseModel):
         description="Items of each test file for which samples at temperature 1 are drawn too, to "
         "see how much they differ; 0: none.",
     )
+    decoding: Literal["sample", "beam", "diverse_beam"] = Field(
+        default="sample",
+        description="How sentences are written (tasks infilling and continuation): drawn, or the "
+        "ends of a beam search of as many beams, in one group or in groups of one.",
+    )
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="Mass of the nucleus that they are drawn from."
+    )
+    diversity_penalty: float = Field(
+        default=1.0,
+        ge=0,
+        description="Nats that a token costs a beam for each earlier group that just took it.",
+    )
+    candidates: int = Field(
+        default=1,
+        ge=1,
+        description="Times `samples` sentences are written; the likeliest different ones count.",
+    )
     examples: int = Field(default=6, ge=0, description="Rationales that the report shows.")
     seed: int = Field(default=0, ge=0, description="Of the draws: before and after share it.")
 
@@ -149,6 +167,11 @@ class CompareConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    methods: tuple[str, ...] = Field(
+        default=("base", "sft", "ppo", "gflownet"),
+        min_length=1,
+        description="What is compared, unless --methods says otherwise; docs/compare.md lists all.",
+    )
     steps: int | None = Field(
         default=None, gt=0, description="Optimizer steps of every method; None: learner.steps."
     )
@@ -258,6 +281,19 @@ class RunConfig(BaseModel):
                 f'learner.objective "ppo" learns from the policy\'s own samples: set '
                 f"learner.replayed_per_group ({replayed}) to 0 and actors.on_policy_share "
                 f"({share:.3g}) to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_decoding(self) -> "RunConfig":
+        asked = self.evaluation
+        plain = asked.decoding == "sample" and asked.top_p == 1 and asked.candidates == 1
+        if not plain and not (self.task.name in SENTENCE_TASKS and self.task.tests):
+            raise ValueError(
+                f'evaluation.decoding "{asked.decoding}" with top_p {asked.top_p:g} and candidates '
+                f'{asked.candidates} is for sentences, and task "{self.task.name}" with '
+                f"{len(self.task.tests)} test files writes none: leave these out, or evaluate a "
+                f"task of {', '.join(SENTENCE_TASKS)} on task.tests"
             )
         return self
 

@@ -83,6 +83,9 @@ class Infills(BaseModel):
     similarity: float | None = Field(description="Cosine of embeddings; None without an encoder.")
     log_reward: float = Field(description="log p_LM(Z Y | X), nats.")
     distinct: float = Field(description="Different sentences of a story.")
+    diversity: float | None = Field(
+        default=None, description="Mean distance of two sentences of a story, as of Continuations."
+    )
     examples: tuple[Example, ...] = ()
 
 

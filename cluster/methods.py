@@ -1,45 +1,132 @@
-"""The methods of a comparison: what each changes in a run's configuration, and nothing else."""
+"""The methods of a comparison: what each changes in a run's configuration, and nothing else.
 
-from collections.abc import Sequence
+    base              the LM as it is, behind `compare.shots` worked questions; no step is taken
+    sft               maximum likelihood of the task's demonstrations
+    ppo               reward maximisation with a KL penalty; its own samples, none replayed
+    gflownet          the file's objective, subtb where that is one of the two above
+
+and the LM as it is, decoded otherwise, in tasks whose completions are sentences:
+
+    sample            at temperature 1
+    tempered          at the temperature T of the reward
+    nucleus           at temperature 1 from the likeliest tokens, which hold 0.95 of the mass
+    greedy            one sentence
+    beam              the ends of as many beams as sentences are wanted
+    diverse_beam      the same in groups of one
+
+`gflownet_T0.9`, `ppo_T0.9` and `tempered_T0.9` are their methods at another T than the file's.
+`sample_5x` writes five times as many sentences and keeps the likeliest that differ; so may all
+that decode otherwise but `greedy`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from cluster.config import RunConfig
 from cluster.config_file import load_config
 
 BASE = "base"
-METHODS = (BASE, "sft", "ppo", "gflownet")
+TRAINED = ("sft", "ppo", "gflownet")
 _NOT_GFLOWNET = ("ppo", "sft")
+_NUCLEUS = 0.95
+_DECODED: Mapping[str, Sequence[str]] = {
+    "sample": ["evaluation.temperature=1.0"],
+    "tempered": [],
+    "nucleus": ["evaluation.temperature=1.0", f"evaluation.top_p={_NUCLEUS}"],
+    "greedy": ["evaluation.decoding='beam'", "evaluation.samples=1"],
+    "beam": ["evaluation.decoding='beam'"],
+    "diverse_beam": ["evaluation.decoding='diverse_beam'"],
+}
+METHODS = (BASE, *TRAINED, *_DECODED)
+_AT_TEMPERATURES = ("ppo", "gflownet", "tempered")
+_NAME = re.compile(r"(?P<name>[a-z_]*[a-z])(_T(?P<temperature>\d+(\.\d+)?))?(_(?P<times>\d+)x)?")
 
 
-def method_config(path: str, overrides: Sequence[str], *, method: str, seed: int) -> RunConfig:
-    """The run of one method and seed; raises ConfigError.
+class UnknownMethod(ValueError):
+    """A method that there is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a method's name says."""
+
+    name: str  # one of METHODS
+    temperature: float | None  # T of the reward; None: the file's
+    times: int  # sentences are written so many times as many
+
+    @property
+    def trained(self) -> bool:
+        """Whether it takes steps, and leaves an adapter."""
+        return self.name in TRAINED
+
+
+def method(title: str) -> Method:
+    """Read a name such as `beam`, `tempered_T0.9` or `diverse_beam_5x`; raises UnknownMethod."""
+    read = _NAME.fullmatch(title)
+    if read is None or read["name"] not in METHODS:
+        raise UnknownMethod(f"no method {title!r}; there are {', '.join(METHODS)}")
+    name, temperature = read["name"], read["temperature"]
+    if temperature is not None and (name not in _AT_TEMPERATURES or not float(temperature)):
+        raise UnknownMethod(
+            f"no method {title!r}: _T with a temperature above 0 is for "
+            f"{', '.join(_AT_TEMPERATURES)}"
+        )
+    times = int(read["times"] or 1)
+    if read["times"] and (name not in _DECODED or name == "greedy" or times < 2):
+        several = [other for other in _DECODED if other != "greedy"]
+        raise UnknownMethod(
+            f"no method {title!r}: _2x and more are for {', '.join(several)}, which write several "
+            "sentences without training"
+        )
+    return Method(name, None if temperature is None else float(temperature), times)
+
+
+def method_config(path: str, overrides: Sequence[str], *, title: str, seed: int) -> RunConfig:
+    """The run of one method and seed; raises ConfigError, UnknownMethod.
 
     Equal for all: LM, adapter, prompts, legal tokens, tool, optimizer steps, and trajectories of
     each step but where a prompt has too few to replay. LM tokens are counted, not made equal. The
-    time limit is off, because steps that it cut would not be equal.
-
-        base      the LM as it is, behind `compare.shots` worked questions; no step is taken
-        sft       maximum likelihood of the task's demonstrations
-        ppo       reward maximisation with a KL penalty; the policy's own samples, none replayed
-        gflownet  the file's objective, subtb where that is one of the two above
+    time limit is off, because steps that it cut would not be equal. What is not trained is measured
+    with draws of its own for each seed.
     """
-    shared = load_config(path, overrides)
+    asked, shared = method(title), load_config(path, overrides)
     steps = shared.compare.steps or shared.learner.steps
-    rows = shared.actors.group_size + shared.learner.replayed_per_group
-    balance = [] if shared.learner.objective not in _NOT_GFLOWNET else ["learner.objective=subtb"]
-    own = {
-        BASE: [f"evaluation.shots={shared.compare.shots}"],
-        "sft": ["learner.objective=sft"],
-        "ppo": [
-            "learner.objective=ppo",
-            "learner.replayed_per_group=0",
-            f"actors.group_size={rows}",
-            "actors.on_policy_share=1.0",
-        ],
-        "gflownet": balance,
-    }
-    equal = [f"seed={seed}", f"learner.steps={steps}"]
-    tuned = shared.compare.overrides.get(method, ())
-    config = load_config(path, [*overrides, *equal, *own[method], *tuned])
+    changes = [f"seed={seed}", f"learner.steps={steps}"]
+    if not asked.trained:
+        changes.append(f"evaluation.seed={shared.evaluation.seed + seed}")
+    if asked.temperature is not None:
+        changes.append(f"learner.reward_temperature.end={asked.temperature}")
+    if asked.times > 1:
+        changes.append(f"evaluation.candidates={asked.times}")
+    temperature = asked.temperature or shared.learner.reward_temperature.end
+    tuned = shared.compare.overrides.get(asked.name, ())
+    own = _own(asked.name, shared, temperature)
+    config = load_config(path, [*overrides, *changes, *own, *tuned])
     return config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"time_limit_s": None})}
     )
+
+
+def _own(name: str, shared: RunConfig, temperature: float) -> Sequence[str]:
+    """What makes a method one."""
+    rows = shared.actors.group_size + shared.learner.replayed_per_group
+    match name:
+        case "base":
+            return [f"evaluation.shots={shared.compare.shots}"]
+        case "sft":
+            return ["learner.objective=sft"]
+        case "ppo":
+            return [
+                "learner.objective=ppo",
+                "learner.replayed_per_group=0",
+                f"actors.group_size={rows}",
+                "actors.on_policy_share=1.0",
+            ]
+        case "gflownet":
+            imitates = shared.learner.objective in _NOT_GFLOWNET
+            return ["learner.objective=subtb"] if imitates else []
+        case "tempered":
+            return [f"evaluation.temperature={temperature}"]
+        case _:
+            return _DECODED[name]

@@ -5,17 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from actors.prompts import Prompt
 from cluster.config import RunConfig
-from cluster.evaluated_policy import evaluated_policy, likeness_of
+from cluster.evaluated_policy import likeness_of
 from cluster.measurement import Continuations, Example, Infills
+from cluster.written import write_sentences
 from lm.model import load_base
-from lm.sampling import Request
 from tasks.config import ContinuationConfig, InfillingConfig
-from tasks.continuation import Continuation, build_continuation
-from tasks.infilling import Infilling, build_infilling
-from tasks.log_reward import log_reward_of
-from tasks.posterior.weights import log_rewards
+from tasks.continuation import build_continuation
+from tasks.infilling import build_infilling
 from tasks.sentence_metrics import bleu4, diversity, gleu4
 
 
@@ -27,7 +24,9 @@ def measure_infills(config: RunConfig, task: InfillingConfig, *, adapter: Path |
     """Middles of the test stories against the true ones. Raises as `measure`."""
     built = build_infilling(task, load_base(config.lm).tokenizer)
     items = built.tests[: config.evaluation.max_items]
-    texts, log_r = _write(config, built, [item.prompt for item in items], adapter)
+    _require(items, built.name)
+    written = write_sentences(config, built, [item.prompt for item in items], adapter)
+    texts = [[sentence.text for sentence in group] for group in written]
     pairs = [(z, item.middle) for item, group in zip(items, texts, strict=True) for z in group]
     likeness = likeness_of(task.embedder)
     alike = None if likeness is None else likeness(*map(list, zip(*pairs, strict=True)))
@@ -38,8 +37,9 @@ def measure_infills(config: RunConfig, task: InfillingConfig, *, adapter: Path |
         gleu4=float(np.mean([gleu4(z, true) for z, true in pairs])),
         exact=float(np.mean([z == true for z, true in pairs])),
         similarity=None if alike is None else float(np.mean(alike)),
-        log_reward=float(np.mean(log_r)),
+        log_reward=float(np.mean([one.log_reward for group in written for one in group])),
         distinct=float(np.mean([len(set(group)) for group in texts])),
+        diversity=float(np.mean([diversity(group, likeness) for group in texts])),
         examples=tuple(
             Example(
                 group="stories",
@@ -60,44 +60,22 @@ def measure_continuations(
     """Next sentences of the test prompts: how likely, and how different. Raises as `measure`."""
     built = build_continuation(task, load_base(config.lm).tokenizer)
     prompts = built.tests[: config.evaluation.max_items]
-    texts, log_r = _write(config, built, prompts, adapter)
+    _require(prompts, built.name)
+    written = write_sentences(config, built, prompts, adapter)
+    log_r = [[sentence.log_reward for sentence in group] for group in written]
     likeness = likeness_of(task.embedder)
     return Continuations(
         prompts=len(prompts),
         samples=config.evaluation.samples,
         max_log_likelihood=float(np.mean([max(group) for group in log_r])),
-        mean_log_likelihood=float(np.mean(log_r)),
-        diversity=float(np.mean([diversity(group, likeness) for group in texts])),
+        mean_log_likelihood=float(np.mean([value for group in log_r for value in group])),
+        diversity=float(
+            np.mean([diversity([one.text for one in group], likeness) for group in written])
+        ),
         diversity_by="words" if likeness is None else "embeddings",
     )
 
 
-def _write(
-    config: RunConfig,
-    task: Infilling | Continuation,
-    prompts: Sequence[Prompt],
-    adapter: Path | None,
-) -> tuple[list[list[str]], list[list[float]]]:
-    """Sentences for each prompt, and log R of each under the frozen LM, nats."""
-    if not prompts:
-        raise NothingToMeasure(f"task {task.name!r}: the test files hold nothing")
-    frozen = load_base(config.lm)
-    policy = evaluated_policy(config, load_base(config.lm), task, adapter)
-    settings = config.evaluation
-    drawn = policy.sample(
-        [
-            Request(prompt=prompt.prompt, temperature=settings.temperature)
-            for prompt in prompts
-            for _ in range(settings.samples)
-        ]
-    )
-    sentences = [tuple(completion.tokens.tolist()) for completion in drawn]
-    size = settings.samples
-    groups = [sentences[at : at + size] for at in range(0, len(sentences), size)]
-    log_reward = log_reward_of(task, frozen.model, config.reward.token_budget)
-    log_r = [
-        log_rewards(group, prompt, task.reward_query, log_reward).tolist()
-        for group, prompt in zip(groups, prompts, strict=True)
-    ]
-    decode = frozen.tokenizer.decode
-    return [[decode(list(z)).strip() for z in group] for group in groups], log_r
+def _require(items: Sequence[object], task: str) -> None:
+    if not items:
+        raise NothingToMeasure(f"task {task!r}: the test files hold nothing")

@@ -71,6 +71,11 @@ class SlotCache(Cache):
         for buffer in self._keys + self._values:
             buffer.index_copy_(0, targets, buffer.index_select(0, sources))
 
+    def reorder(self, sources: Tensor) -> None:
+        """Slots 0..N-1 become copies of slots `sources` [N], of which some may occur repeatedly."""
+        for buffer in self._keys + self._values:
+            buffer[: len(sources)] = buffer.index_select(0, sources)
+
     def _allocate(self, like: Tensor) -> Tensor:
         _, heads, _, dim = like.shape
         # Zeros, since a masked NaN leftover would still poison the weighted sum of values.

@@ -24,33 +24,43 @@ class Choice:
 
 
 class Chooser:
-    """The policy's softmax over legal tokens and ⊤, on the columns of these alone."""
+    """The policy's softmax over legal tokens and ⊤, on the columns of these alone.
+
+    `id_C` has their token ids, ascending; column `stop_column` is ⊤.
+    """
 
     def __init__(self, actions: ActionSpace, vocab_size: int, device: torch.device) -> None:
         ids = actions.columns(vocab_size)
         self._every_token = len(ids) == vocab_size
-        self._id_C = torch.from_numpy(ids).to(device)
-        self._stop_column = int(np.searchsorted(ids, actions.stop_token))
+        self.id_C = torch.from_numpy(ids).to(device)
+        self.stop_column = int(np.searchsorted(ids, actions.stop_token))
+
+    def log_q(self, logits_NV: Tensor, may_stop: Sequence[bool]) -> Tensor:
+        """[N, C] nats, float32, columns as `id_C`; ⊤ is -inf where it may not be chosen."""
+        logits_NC = (logits_NV if self._every_token else logits_NV[:, self.id_C]).float()
+        if closed := [n for n, may in enumerate(may_stop) if not may]:
+            logits_NC = logits_NC.clone()
+            logits_NC[closed, self.stop_column] = -torch.inf
+        return torch.log_softmax(logits_NC, dim=-1)
 
     def choose(
         self,
         logits_NV: Tensor,
         may_stop: Sequence[bool],
         temperatures: Sequence[float],
+        top_p: Sequence[float],
         generator: torch.Generator,
     ) -> Choice:
-        """Draw from softmax(log q / temperature), ⊤ only where it may; report log q itself.
+        """Draw from the nucleus of softmax(log q / temperature), ⊤ only where it may; report log q.
 
         Raises PolicyDiverged when log q of a draw is not finite.
         """
         device = logits_NV.device
-        logits_NC = (logits_NV if self._every_token else logits_NV[:, self._id_C]).float()
-        if closed := [n for n, may in enumerate(may_stop) if not may]:
-            logits_NC = logits_NC.clone()
-            logits_NC[closed, self._stop_column] = -torch.inf
-        log_q_NC = torch.log_softmax(logits_NC, dim=-1)
+        log_q_NC = self.log_q(logits_NV, may_stop)
         temperature_N = torch.tensor(temperatures, device=device)
         weight_NC = torch.softmax(log_q_NC / temperature_N[:, None], dim=-1)
+        if any(mass < 1 for mass in top_p):
+            weight_NC = nucleus(weight_NC, torch.tensor(top_p, device=device))
         # argmax of p / Exp(1) is a draw from p, without multinomial's device-side asserts.
         # The floor keeps 0 / 0 from electing an action of probability 0.
         noise_NC = torch.empty(weight_NC.shape, device=generator.device)
@@ -58,9 +68,9 @@ class Chooser:
         column_N1 = (weight_NC / noise_NC).argmax(dim=-1, keepdim=True)
         drawn_N4 = torch.cat(
             [
-                self._id_C[column_N1].double(),  # float64 holds ids exactly
+                self.id_C[column_N1].double(),  # float64 holds ids exactly
                 log_q_NC.gather(1, column_N1).double(),
-                log_q_NC[:, self._stop_column, None].double(),
+                log_q_NC[:, self.stop_column, None].double(),
             ],
             dim=1,
         )
@@ -72,3 +82,14 @@ class Chooser:
                 "from an earlier checkpoint"
             )
         return Choice([int(t) for t in token], log_q, log_stop)
+
+
+def nucleus(p_NC: Tensor, mass_N: Tensor) -> Tensor:
+    """[N, C] `p_NC` with 0 outside the fewest likeliest actions that hold `mass_N` of each row.
+
+    Nucleus sampling (Holtzman et al. 2020); not normalised anew.
+    """
+    sorted_NC, column_NC = p_NC.sort(dim=-1, descending=True)
+    before_NC = sorted_NC.cumsum(dim=-1) - sorted_NC
+    outside_NC = (before_NC >= mass_N[:, None]) & (mass_N[:, None] < 1)
+    return p_NC.masked_fill(outside_NC.scatter(1, column_NC, outside_NC), 0.0)

@@ -13,22 +13,29 @@ from torch import Tensor, nn
 from lm.actions import ActionSpace
 from lm.cache import SlotCache
 from lm.choice import Chooser
+from lm.extend import extend
 from lm.model import context_limit, require_context, vocab_size
 from lm.prefill import Prefill, PromptStore
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One completion wanted. Raises ValueError for an empty prompt or a temperature <= 0."""
+    """One completion wanted.
+
+    Raises ValueError for an empty prompt, a temperature <= 0 or a top_p outside (0, 1].
+    """
 
     prompt: tuple[int, ...]
     temperature: float = 1.0  # divides the logits of legal tokens and ⊤ alike
+    top_p: float = 1.0  # mass of the nucleus, the likeliest actions, that each is drawn from
 
     def __post_init__(self) -> None:
         if not self.prompt:
             raise ValueError("empty prompt: sampling needs at least one token to start from")
         if not self.temperature > 0:
             raise ValueError(f"temperature {self.temperature} must be positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +120,7 @@ class Sampler:
         self._triggers = tool.triggers if tool is not None else frozenset()
         self._max_rows = max_rows
         self._cache: SlotCache | None = None
-        self._device, self._dtype = weight.device, weight.dtype
+        self._device = weight.device
         self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
         self._chooser = Chooser(actions, self._vocab_size, weight.device)
 
@@ -185,6 +192,7 @@ class Sampler:
             logits_NV,
             may_stop,
             [row.request.temperature for row in rows],
+            [row.request.top_p for row in rows],
             generator,
         )
         ended = []
@@ -239,18 +247,6 @@ class Sampler:
     def _decode(self, rows: Sequence[Row], cache: SlotCache) -> Tensor:
         """Feed every row's newest token; [N, V] logits for its next action."""
         positions = [row.position for row in rows]
-        width = max(positions) + 1
-        if width > self._context_limit:  # a tool wrote past max_len
-            require_context(self._model, width)
-        position_N = torch.tensor(positions, device=self._device)
-        cache.place(position_N, width)
-        hidden_NW = torch.arange(width, device=self._device) > position_N[:, None]
-        mask_NW = torch.zeros(hidden_NW.shape, dtype=self._dtype, device=self._device)
-        mask_NW = mask_NW.masked_fill_(hidden_NW, torch.finfo(self._dtype).min)
-        return self._model(
-            input_ids=torch.tensor([row.tokens[-1:] for row in rows], device=self._device),
-            position_ids=position_N[:, None],
-            attention_mask=mask_NW[:, None, None, :],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        if max(positions) >= self._context_limit:  # a tool wrote past max_len
+            require_context(self._model, max(positions) + 1)
+        return extend(self._model, cache, [row.tokens[-1] for row in rows], positions)

@@ -108,6 +108,11 @@ class ContinuationConfig(_SentenceConfig):
 
     name: Literal["continuation"]
     data: str = Field(min_length=1, description="Text file: a prompt in each line, to train on.")
+    demonstrations: str | None = Field(
+        default=None,
+        description="JSON Lines: prompts with the next sentence, which seed the replay buffer and "
+        "which supervised fine-tuning imitates; None: none.",
+    )
     tests: tuple[str, ...] = Field(
         default=(), description="... and to evaluate on; none: the distance to the posterior."
     )
@@ -132,6 +137,8 @@ class ToyConfig(BaseModel):
         return self
 
 
+# Tasks whose completions are whole sentences, measured by what is written.
+SENTENCE_TASKS = ("infilling", "continuation")
 # One alternative per task; `name` tells them apart.
 TaskConfig = Annotated[
     ArithmeticConfig | ContinuationConfig | InfillingConfig | RandomNumberConfig | ToyConfig,

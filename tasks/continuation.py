@@ -14,8 +14,8 @@ from actors.reward_query import RewardQuery
 from actors.seeding import Demonstration
 from lm.actions import ActionSpace
 from tasks.config import ContinuationConfig
-from tasks.prompt_files import load_prompts
-from tasks.sentence import encode, sentence_actions
+from tasks.prompt_files import load_continued, load_prompts
+from tasks.sentence import demonstrate, encode, sentence_actions
 from tasks.task import Tokenizer
 
 
@@ -44,21 +44,30 @@ class Continuation:
 def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Continuation:
     """Load the prompts and encode them; raises DataError, TokenizerUnfit."""
     actions = sentence_actions(tokenizer, min_len=config.min_len, max_len=config.max_len)
+    pairs = () if config.demonstrations is None else load_continued(config.demonstrations)
     return Continuation(
         actions=actions,
         prompts=_distinct(load_prompts(config.data), tokenizer),
         tests=_distinct([text for path in config.tests for text in load_prompts(path)], tokenizer),
+        demonstrations=tuple(
+            demonstration
+            for text, sentence in dict.fromkeys(pairs)
+            if (
+                demonstration := demonstrate(_prompt(text, tokenizer), sentence, actions, tokenizer)
+            )
+        ),
         reward_query=RewardQuery(kind="stop", stop_token=actions.stop_token),
     )
 
 
 def _distinct(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Prompt, ...]:
-    return tuple(
-        Prompt(
-            key=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
-            text=text,
-            prompt=encode(tokenizer, text),
-            answer=(),
-        )
-        for text in dict.fromkeys(texts)
+    return tuple(_prompt(text, tokenizer) for text in dict.fromkeys(texts))
+
+
+def _prompt(text: str, tokenizer: Tokenizer) -> Prompt:
+    return Prompt(
+        key=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        text=text,
+        prompt=encode(tokenizer, text),
+        answer=(),
     )

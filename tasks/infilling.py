@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from actors.seeding import Demonstration
-from lm.actions import ActionSpace, IllegalCompletion
+from lm.actions import ActionSpace
 from tasks.config import InfillingConfig
 from tasks.seed.stories import Story, exercise_prompt
-from tasks.sentence import STOP_TEXT, encode, sentence_actions
+from tasks.sentence import STOP_TEXT, demonstrate, encode, sentence_actions
 from tasks.story_files import load_stories
 from tasks.task import Tokenizer
 
@@ -64,7 +64,7 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
         demonstrations=tuple(
             demonstration
             for prompt, story in list(told.values())[: config.demonstrations]
-            if (demonstration := _demonstrate(prompt, story, actions, tokenizer)) is not None
+            if (demonstration := demonstrate(prompt, story.middle, actions, tokenizer)) is not None
         ),
         tests=tuple(
             StoryItem(
@@ -89,16 +89,3 @@ def prompt_of(story: Story, tokenizer: Tokenizer) -> Prompt:
         answer=encode(tokenizer, f"{STOP_TEXT} {story.ending}"),
         scored=encode(tokenizer, story.beginning),
     )
-
-
-def _demonstrate(
-    prompt: Prompt, story: Story, actions: ActionSpace, tokenizer: Tokenizer
-) -> Demonstration | None:
-    """The true middle; None where it is none that the policy could write."""
-    tokens = encode(tokenizer, f" {story.middle.removesuffix(STOP_TEXT)}")
-    from_tool = (False,) * len(tokens)
-    try:
-        actions.check(tokens, from_tool)
-    except IllegalCompletion:
-        return None
-    return Demonstration(prompt=prompt, completion=tokens, from_tool=from_tool)

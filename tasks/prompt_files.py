@@ -1,10 +1,17 @@
-"""Prompts to continue in text files: UTF-8, one prompt of one to three sentences in each line."""
+"""Prompts to continue in text files: UTF-8, one prompt of one to three sentences in each line.
 
+With their next sentences, to be imitated, they come in JSON Lines:
+
+    {"prompt": "It rained at noon.", "next": "The captain was tired."}
+"""
+
+import json
 from pathlib import Path
 
 from tasks.arithmetic_data import DataError
 
 LONGEST = 2000  # characters of a prompt
+PROMPT, NEXT = "prompt", "next"  # keys of JSON Lines
 _TOLD = 20  # bad lines that an error lists
 
 
@@ -13,22 +20,64 @@ def load_prompts(path: str) -> tuple[str, ...]:
 
     A line is bad when it is empty, longer than LONGEST characters, or holds a control character.
     """
+    prompts, wrong = [], []
+    for number, line in enumerate(_lines(path), start=1):
+        prompt = line.strip()
+        if fault := _fault(prompt):
+            wrong.append(f"{path}:{number}: {fault}")
+        prompts.append(prompt)
+    _report(wrong)
+    return tuple(prompts)
+
+
+def load_continued(path: str) -> tuple[tuple[str, str], ...]:
+    """All prompts of a file with their next sentences; raises DataError with the bad lines.
+
+    A line is bad when it is no object with the keys "prompt" and "next", or when either is what
+    `load_prompts` would refuse. Other keys are ignored.
+    """
+    pairs, wrong = [], []
+    for number, line in enumerate(_lines(path), start=1):
+        read = _pair(line)
+        if isinstance(read, str):
+            wrong.append(f"{path}:{number}: {read}")
+        else:
+            pairs.append(read)
+    _report(wrong)
+    return tuple(pairs)
+
+
+def _pair(line: str) -> tuple[str, str] | str:
+    """Prompt and next sentence, or what is wrong with the line."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        return f"not JSON: {error}"
+    texts = []
+    for key in (PROMPT, NEXT):
+        text = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            return f'no text under "{key}"; write {{"{PROMPT}": "...", "{NEXT}": "..."}}'
+        if fault := _fault(text.strip()):
+            return f'under "{key}": {fault}'
+        texts.append(text.strip())
+    return texts[0], texts[1]
+
+
+def _lines(path: str) -> list[str]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
     except ValueError as error:
         raise DataError(f"{path}: not text in UTF-8: {error}; convert it") from error
-    prompts, wrong = [], []
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
-        prompt = line.strip()
-        if fault := _fault(prompt):
-            wrong.append(f"{path}:{number}: {fault}")
-        prompts.append(prompt)
+    return text.removesuffix("\n").split("\n")
+
+
+def _report(wrong: list[str]) -> None:
     if wrong:
         more = [f"... and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
         raise DataError("\n".join([*wrong[:_TOLD], *more]))
-    return tuple(prompts)
 
 
 def _fault(prompt: str) -> str:

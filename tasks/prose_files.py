@@ -1,7 +1,8 @@
 """Generates the shipped stories and prompts: `python -m tasks.prose_files`.
 
 Training stories are of plots that the seed LM may have read, each in words of its own; test stories
-are of plots that it never read. Prompts are beginnings of stories and of scenes.
+are of plots that it never read. Prompts are beginnings of stories and of scenes; those to train on
+come with their next sentences too.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import random
 from pathlib import Path
 
+from tasks.prompt_files import NEXT, PROMPT
 from tasks.seed.scenes import Scenes
 from tasks.seed.stories import Story, draw_story
 from tasks.story_files import KEYS
@@ -27,21 +29,25 @@ def write_files(folder: Path, seed: int) -> None:
         stories = [draw_story(rng, held_out=held_out) for _ in range(count)]
         _write(folder / "infilling" / f"{name}.jsonl", [_record(story) for story in stories])
     for name, count in (("train", NUM_PROMPTS), ("test", NUM_TEST_PROMPTS)):
-        prompts = [_prompt(rng, held_out=name == "test") for _ in range(count)]
-        _write(folder / "continuation" / f"{name}.txt", prompts)
+        pairs = [_continued(rng, held_out=name == "test") for _ in range(count)]
+        _write(folder / "continuation" / f"{name}.txt", [prompt for prompt, _ in pairs])
+        if name == "train":
+            known = [json.dumps({PROMPT: prompt, NEXT: sentence}) for prompt, sentence in pairs]
+            _write(folder / "continuation" / "demonstrations.jsonl", known)
 
 
 def _record(story: Story) -> str:
     return json.dumps(dict(zip(KEYS, story.sentences, strict=True)))
 
 
-def _prompt(rng: random.Random, *, held_out: bool) -> str:
-    """One to three sentences."""
+def _continued(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
+    """One to three sentences, and the next one."""
     if rng.random() < 0.5:
         sentences = draw_story(rng, held_out=held_out).text.split(". ")
     else:
         sentences = Scenes().document(rng).split(". ")
-    return ". ".join(sentences[: min(rng.randint(1, 3), len(sentences) - 1)]) + "."
+    number = min(rng.randint(1, 3), len(sentences) - 1)
+    return ". ".join(sentences[:number]) + ".", sentences[number].removesuffix(".") + "."
 
 
 def _write(path: Path, lines: list[str]) -> None:

@@ -1,6 +1,8 @@
 """One sentence as what a policy may write: its legal tokens, its stop, and its own ids."""
 
-from lm.actions import ActionSpace
+from actors.prompts import Prompt
+from actors.seeding import Demonstration
+from lm.actions import ActionSpace, IllegalCompletion
 from tasks.task import Tokenizer, TokenizerUnfit
 
 STOP_TEXT = "."
@@ -24,3 +26,16 @@ def sentence_actions(tokenizer: Tokenizer, *, min_len: int, max_len: int) -> Act
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
     legal = tuple(i for i, text in enumerate(texts) if text and not _IMPOSSIBLE & set(text))
     return ActionSpace(stop_token=stop[0], legal_tokens=legal, min_len=min_len, max_len=max_len)
+
+
+def demonstrate(
+    prompt: Prompt, sentence: str, actions: ActionSpace, tokenizer: Tokenizer
+) -> Demonstration | None:
+    """`sentence`, with its full stop, behind `prompt`; None where the policy cannot write it."""
+    tokens = encode(tokenizer, f" {sentence.removesuffix(STOP_TEXT)}")
+    from_tool = (False,) * len(tokens)
+    try:
+        actions.check(tokens, from_tool)
+    except IllegalCompletion:
+        return None
+    return Demonstration(prompt=prompt, completion=tokens, from_tool=from_tool)

@@ -84,3 +84,27 @@ def enumerable_policy() -> tuple[PreTrainedModel, ActionSpace]:
             if parameter.ndim > 1:
                 parameter.normal_(0.0, 0.4)
     return model, ActionSpace(stop_token=0, legal_tokens=(1, 2, 3, 4), min_len=0, max_len=3)
+
+
+def exact_probabilities(
+    model: PreTrainedModel, actions: ActionSpace, prompt: tuple[int, ...], temperature: float
+) -> dict[tuple[int, ...], float]:
+    """By one plain forward per prefix: nothing shared with sampler or scorer."""
+    found: dict[tuple[int, ...], float] = {}
+
+    def descend(prefix: tuple[int, ...], probability: float) -> None:
+        if len(prefix) == actions.max_len:
+            found[prefix] = probability
+            return
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *prefix]])).logits[0, -1].double() / temperature
+        legal = [*(actions.legal_tokens or range(len(logits)))]
+        open_actions = [*legal, actions.stop_token] if len(prefix) >= actions.min_len else legal
+        p = dict(zip(open_actions, torch.softmax(logits[open_actions], 0).tolist(), strict=True))
+        if actions.stop_token in p:
+            found[prefix] = probability * p.pop(actions.stop_token)
+        for token, p_token in p.items():
+            descend((*prefix, token), probability * p_token)
+
+    descend((), 1.0)
+    return found

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_methods_share_everything_but_what_makes_them_one() -> None:
     path = "tasks/arithmetic.toml"
-    configs = {m: method_config(path, [], method=m, seed=2) for m in ("sft", "ppo", "gflownet")}
+    configs = {m: method_config(path, [], title=m, seed=2) for m in ("sft", "ppo", "gflownet")}
     for config in configs.values():
         assert (config.seed, config.learner.steps, config.cluster.time_limit_s) == (2, 150, None)
         assert config.actors.group_size + config.learner.replayed_per_group == 8
@@ -34,9 +34,9 @@ def test_methods_share_everything_but_what_makes_them_one() -> None:
         assert config.lora == configs["gflownet"].lora and config.lm == configs["gflownet"].lm
     assert [c.learner.objective for c in configs.values()] == ["sft", "ppo", "subtb"]
     tuned = ["compare.overrides.ppo=['learner.learning_rate=0.5']", "compare.shots=4"]
-    assert method_config(path, tuned, method="ppo", seed=0).learner.learning_rate == 0.5
-    assert method_config(path, tuned, method="sft", seed=0).learner.learning_rate == 1e-3
-    assert method_config(path, tuned, method="base", seed=0).evaluation.shots == 4
+    assert method_config(path, tuned, title="ppo", seed=0).learner.learning_rate == 0.5
+    assert method_config(path, tuned, title="sft", seed=0).learner.learning_rate == 1e-3
+    assert method_config(path, tuned, title="base", seed=0).evaluation.shots == 4
 
 
 def test_every_number_of_a_measurement_becomes_a_figure() -> None:
@@ -76,7 +76,7 @@ def test_edit_distance_is_the_mean_over_pairs() -> None:
 
 def finished_member(folder: Path, bind: str) -> compare._Member:
     """A member whose run is done, and listened at the address `bind`."""
-    config = method_config("tasks/toy.toml", [], method="gflownet", seed=0)
+    config = method_config("tasks/toy.toml", [], title="gflownet", seed=0)
     buffer = config.buffer.model_copy(update={"bind": bind})
     run = RunDirectory("c-gflownet-0", root=folder)
     run.path.mkdir(parents=True)

@@ -4,35 +4,10 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from lm.actions import ActionSpace
 from lm.sampling import Request, Sampler
-from tests.sampling_toy import enumerable_policy
-
-
-def exact_probabilities(
-    model: PreTrainedModel, actions: ActionSpace, prompt: tuple[int, ...], temperature: float
-) -> dict[tuple[int, ...], float]:
-    """By one plain forward per prefix: nothing shared with sampler or scorer."""
-    found: dict[tuple[int, ...], float] = {}
-
-    def descend(prefix: tuple[int, ...], probability: float) -> None:
-        if len(prefix) == actions.max_len:
-            found[prefix] = probability
-            return
-        with torch.no_grad():
-            logits = model(torch.tensor([[*prompt, *prefix]])).logits[0, -1].double() / temperature
-        legal = [*(actions.legal_tokens or range(len(logits)))]
-        open_actions = [*legal, actions.stop_token] if len(prefix) >= actions.min_len else legal
-        p = dict(zip(open_actions, torch.softmax(logits[open_actions], 0).tolist(), strict=True))
-        if actions.stop_token in p:
-            found[prefix] = probability * p.pop(actions.stop_token)
-        for token, p_token in p.items():
-            descend((*prefix, token), probability * p_token)
-
-    descend((), 1.0)
-    return found
+from tests.sampling_toy import enumerable_policy, exact_probabilities
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])

@@ -18,6 +18,8 @@ from cluster.before_after import rows
 from cluster.config_file import load_config
 from cluster.measure import measure
 from cluster.measurement import Continuations, Infills
+from cluster.written import Sentence, write_sentences
+from lm.model import load_base
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from tasks.arithmetic_data import DataError
@@ -31,8 +33,10 @@ from tasks.seed.scenes import Scenes
 from tasks.seed.stories import Exercises, Stories
 from tasks.seed.tokenizer import END_OF_TEXT, train_tokenizer
 from tasks.sentence_metrics import bleu4, diversity, gleu4, word_distance
+from tasks.shots import worked_examples
 from tasks.story_files import KEYS, load_stories
 from tasks.task import Task
+from tests.sentence_toy import sentence_config
 
 PROSE = (Share(Stories(), 1.0), Share(Exercises(), 0.2), Share(Scenes(), 1.0))
 DATA = Path("tasks/data")
@@ -143,6 +147,52 @@ def test_every_bad_prompt_is_reported(tmp_path: Path) -> None:
     assert load_prompts(str(path)) == ("She questions the timing.", "It rained.")
 
 
+def test_prompts_with_their_next_sentences_are_demonstrations(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "known.jsonl"
+    known = [("It rained.", "He swam across."), ("It rained.", "He ran. Then he sat.")]
+    path.write_text("".join(json.dumps({"prompt": p, "next": n}) + "\n" for p, n in known))
+    config = ContinuationConfig(
+        name="continuation",
+        data=str(DATA / "continuation/train.txt"),
+        demonstrations=str(path),
+    )
+    [shown] = build_continuation(config, tokenizer).demonstrations  # two sentences are none
+    assert (
+        tokenizer.decode([*shown.prompt.prompt, *shown.completion]) == "It rained. He swam across"
+    )
+    path.write_text('{"prompt": "It rained."}\n[]\n{"prompt": "", "next": "He ran."}\n')
+    with pytest.raises(DataError) as caught:
+        build_continuation(config, tokenizer)
+    said = str(caught.value).split("\n")
+    assert [line.split(" ")[0] for line in said] == [f"{path}:{n}:" for n in (1, 2, 3)]
+    assert '"next"' in said[0] and '"prompt"' in said[2]
+
+
+@pytest.mark.parametrize("kind", ["infilling", "continuation"])
+def test_a_worked_example_ends_with_the_full_stop(
+    kind: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    task: Task
+    if kind == "infilling":
+        task = build_infilling(infilling_config(str(DATA / "infilling/train.jsonl")), tokenizer)
+    else:
+        folder = DATA / "continuation"
+        task = build_continuation(
+            ContinuationConfig(
+                name="continuation",
+                data=str(folder / "train.txt"),
+                demonstrations=str(folder / "demonstrations.jsonl"),
+            ),
+            tokenizer,
+        )
+    told = {
+        tokenizer.decode([*d.prompt.prompt, *d.completion]) + ".\n" for d in task.demonstrations
+    }
+    assert tokenizer.decode(list(worked_examples(task, tokenizer, count=1, seed=0))) in told
+
+
 def test_the_shipped_files_are_those_that_the_command_writes(tmp_path: Path) -> None:
     write_files(tmp_path, 0)
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
@@ -205,3 +255,24 @@ def test_the_shipped_configurations_are_measured(name: str) -> None:
         assert found.mean_log_likelihood <= found.max_log_likelihood < 0
         assert 0 <= found.diversity <= 1
     assert measure(config, adapter=None) == found
+
+
+@pytest.mark.parametrize("decoding", ["sample", "beam", "diverse_beam"])
+def test_of_more_candidates_the_likeliest_that_differ_count(decoding: str, tmp_path: Path) -> None:
+    config = sentence_config("continuation", tmp_path)
+    assert isinstance(config.task, ContinuationConfig)
+    task = build_continuation(config.task, load_base(config.lm).tokenizer)
+
+    def written(samples: int, candidates: int) -> list[Sentence]:
+        asked = {"decoding": decoding, "samples": samples, "candidates": candidates}
+        evaluation = config.evaluation.model_copy(update=asked)
+        changed = config.model_copy(update={"evaluation": evaluation})
+        [group] = write_sentences(changed, task, task.prompts, None)
+        return group
+
+    everything, kept = written(12, 1), written(3, 4)
+    assert len(everything) == 12 and len(kept) == 3
+    likeliest = sorted(set(everything), key=lambda one: -one.log_reward)
+    assert kept == likeliest[:3]
+    if decoding == "beam":
+        assert len(set(everything)) == 12

@@ -1,0 +1,93 @@
+"""The names of a comparison's methods, and what each makes of a configuration."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.comparison import Summary
+from cluster.config_file import ConfigError
+from cluster.frontier import draw_frontier, likelihood_of
+from cluster.methods import METHODS, Method, UnknownMethod, method, method_config
+
+CONTINUATION = "tasks/continuation.toml"
+
+
+def test_a_name_says_method_temperature_and_number() -> None:
+    assert [method(name) for name in METHODS] == [Method(name, None, 1) for name in METHODS]
+    assert method("diverse_beam_5x") == Method("diverse_beam", None, 5)
+    assert method("tempered_T0.9_5x") == Method("tempered", 0.9, 5)
+    assert method("gflownet_T1") == Method("gflownet", 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["beams", "beam_T0.9", "gflownet_T0", "gflownet_5x", "greedy_5x", "beam_1x", "beam_x", "", "_"],
+)
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(UnknownMethod, match=f"no method '{name}'"):
+        method(name)
+
+
+def test_ways_of_decoding_differ_in_the_evaluation_alone() -> None:
+    base = method_config(CONTINUATION, [], title="base", seed=1)
+    for name in ("sample", "nucleus", "greedy", "beam", "diverse_beam_5x", "tempered"):
+        other = method_config(CONTINUATION, [], title=name, seed=1)
+        assert other.model_copy(update={"evaluation": base.evaluation}) == base
+    configs = {name: method_config(CONTINUATION, [], title=name, seed=0) for name in METHODS}
+    asked = {name: config.evaluation for name, config in configs.items()}
+    assert asked["sample"].temperature == asked["nucleus"].temperature == 1.0
+    end = configs["tempered"].learner.reward_temperature.end
+    assert asked["tempered"].temperature == end < 1
+    assert (asked["nucleus"].top_p, asked["sample"].top_p) == (0.95, 1.0)
+    assert (asked["greedy"].decoding, asked["greedy"].samples) == ("beam", 1)
+    assert asked["beam"].samples == asked["sample"].samples > 1
+    assert asked["diverse_beam"].decoding == "diverse_beam"
+
+
+def test_temperature_and_number_enter_the_configuration() -> None:
+    tempered = method_config(CONTINUATION, [], title="tempered_T0.9_5x", seed=0)
+    assert (tempered.evaluation.temperature, tempered.evaluation.candidates) == (0.9, 5)
+    trained = method_config(CONTINUATION, [], title="gflownet_T0.9", seed=0)
+    assert trained.learner.reward_temperature.end == 0.9
+    assert trained.evaluation.temperature == 1.0
+
+
+def test_what_is_not_trained_draws_anew_for_each_seed() -> None:
+    seeds = [
+        method_config(CONTINUATION, [], title="sample", seed=n).evaluation.seed for n in (0, 1)
+    ]
+    assert seeds[0] != seeds[1]
+    trained = [method_config(CONTINUATION, [], title="ppo", seed=n) for n in (0, 1)]
+    assert trained[0].evaluation == trained[1].evaluation
+
+
+def test_only_sentences_are_decoded_otherwise() -> None:
+    with pytest.raises(ConfigError, match='task "toy" with 0 test files writes none'):
+        method_config("tasks/toy.toml", [], title="beam", seed=0)
+    with pytest.raises(ConfigError, match="infilling, continuation"):
+        method_config("tasks/arithmetic.toml", [], title="nucleus", seed=0)
+    with pytest.raises(ConfigError, match="0 test files"):
+        method_config(CONTINUATION, ["task.tests=[]"], title="beam_5x", seed=0)
+
+
+def test_likelihood_is_drawn_against_diversity_where_both_were_measured(
+    tmp_path: Path,
+) -> None:
+    def row(likely: float, diversity: float) -> dict[str, Summary]:
+        return {
+            "max_log_likelihood": Summary(mean=likely, std=0.5),
+            "diversity": Summary(mean=diversity, std=None),
+        }
+
+    table = {
+        "base": row(-20, 0.8),
+        "greedy": row(-12, 0.0),
+        "beam": row(-9, 0.3),
+        "beam_5x": row(-8, 0.25),
+        "gflownet_T0.9": row(-12, 0.8),
+        "gflownet": row(-9, 0.7),
+    }
+    assert likelihood_of(table) == "max_log_likelihood"
+    assert likelihood_of({"base": {"tv": Summary(mean=0.1, std=None)}}) is None
+    drawn = draw_frontier(table, tmp_path / "frontier.png")
+    assert 5_000 < drawn.stat().st_size < 60_000

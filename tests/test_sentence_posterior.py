@@ -1,0 +1,45 @@
+"""Policies of the sentence tasks against the posterior of every sentence that there is."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.posterior_assessment import assess
+from cluster.rundir import RunDirectory
+from cluster.train import train
+from tests.sentence_toy import ByHand, sentence_config
+
+both_tasks = pytest.mark.parametrize(
+    ("kind", "temperature"), [("continuation", 0.8), ("infilling", 1.0)]
+)
+
+
+@both_tasks
+def test_the_posterior_is_that_of_the_text_as_it_is_read(
+    kind: str, temperature: float, tmp_path: Path
+) -> None:
+    config = sentence_config(kind, tmp_path, f"learner.reward_temperature.end={temperature}")
+    [found] = assess(config, adapter=None).prompts
+    by_hand = ByHand(config, kind)
+    assert by_hand.q_N.sum() == pytest.approx(1.0, abs=1e-6)
+    assert found.enumerable and found.completions == len(by_hand.completions) == 399
+    assert found.log_z == pytest.approx(by_hand.log_z, abs=1e-4)
+    assert found.tv == pytest.approx(by_hand.tv, abs=1e-4)
+    assert by_hand.tv > 0.3
+
+
+@both_tasks
+def test_a_trained_policy_samples_sentences_in_proportion_to_their_rewards(
+    kind: str, temperature: float, tmp_path: Path
+) -> None:
+    config = sentence_config(
+        kind,
+        tmp_path,
+        "learner.steps=60",
+        f"learner.reward_temperature={{start={temperature}, end={temperature}, steps=1}}",
+    )
+    directory = RunDirectory("run", root=tmp_path)
+    train(config, directory, resume=False, address=None, local=True)
+    [found] = assess(config, adapter=directory.adapter).prompts
+    assert found.base.tv is not None and found.tv is not None
+    assert found.base.tv > 0.6 and found.tv < 0.2  # 0.15 and 0.09 after 60 steps
