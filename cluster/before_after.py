@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.measurement import Continuations, Distance, Infills, Measurement, Votes
+from cluster.measurement import Continuations, Distance, Infills, Labels, Measurement, Votes
 
 # Field of a Distance -> what it is called, how it reads, and whether more of it is better.
 _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
@@ -18,7 +18,7 @@ _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
     ("valid", "valid completions", ".3%", True),
     ("coverage", "posterior mass that the policy covers", ".3%", True),
 )
-# The same of Infills and of Continuations.
+# The same of Infills, of Continuations and of Labels.
 _INFILLS: tuple[tuple[str, str, str, bool], ...] = (
     ("bleu4", "BLEU-4 against the true sentence", ".1%", True),
     ("gleu4", "GLEU-4 against the true sentence", ".1%", True),
@@ -32,6 +32,12 @@ _CONTINUATIONS: tuple[tuple[str, str, str, bool], ...] = (
     ("max_log_likelihood", "log-likelihood of the likeliest, nats", ".2f", True),
     ("mean_log_likelihood", "log-likelihood of all, nats", ".2f", True),
     ("diversity", "diversity", ".3f", True),
+)
+_LABELS: tuple[tuple[str, str, str, bool], ...] = (
+    ("accuracy", "reviews labelled right", ".1%", True),
+    ("single", "... by one reason alone", ".1%", True),
+    ("bare", "... without a reason", ".1%", True),
+    ("distinct", "different reasons of a review", ".2f", True),
 )
 # Column of Votes -> what it is called, which column counts its items, whether more is better.
 _VOTES = (
@@ -68,6 +74,8 @@ def rows(before: Measurement | None, after: Measurement | None) -> list[Row]:
             return list(_means(old, new, _INFILLS, f"{known.stories} x {known.samples}"))
         case Continuations():
             return list(_means(old, new, _CONTINUATIONS, f"{known.prompts} x {known.samples}"))
+        case Labels():
+            return list(_means(old, new, _LABELS, f"{known.items} x {known.samples}"))
 
 
 def table(before: Measurement | None, after: Measurement | None) -> Table:

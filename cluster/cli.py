@@ -33,6 +33,10 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
 
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="TOML file of the run")
+    _run_and_where(parser)
+
+
+def _run_and_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="NAME", help="name in runs/ (default: task and time)")
     parser.add_argument("--resume", action="store_true", help="go on with the run called --run")
     where = parser.add_mutually_exclusive_group()
@@ -48,6 +52,24 @@ def _train(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="changes to the configuration, values as in TOML",
     )
+
+
+def _em(parser: argparse.ArgumentParser) -> None:
+    _train(parser)
+    parser.add_argument(
+        "--rounds",
+        metavar="N",
+        type=_number,
+        help="an E-step and an M-step each (default: em.rounds)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _mstep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--of", metavar="NAME", required=True, help="the run whose policy gives the rationales"
+    )
+    _run_and_where(parser)
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
@@ -195,6 +217,8 @@ def _stop(parser: argparse.ArgumentParser) -> None:
 
 _VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("Fine-tune a language model on a task", _train),
+    "mstep": ("Fine-tune a run's language model on rationales of its policy", _mstep),
+    "em": ("Alternate E-steps and M-steps, each a run", _em),
     "evaluate": ("Score a model, with or without an adapter, on test data", _evaluate),
     "compare": ("Compare methods on one task at nearly equal numbers of trajectories", _compare),
     "posterior": ("Compare a policy with the exact posterior, or bound its distance", _posterior),

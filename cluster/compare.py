@@ -3,11 +3,9 @@
 import argparse
 import os
 import sys
-import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import to_json
@@ -18,11 +16,14 @@ from cluster.comparison import Result, Table, result_of, summarise
 from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
 from cluster.driver import read_scores
+from cluster.em import take_steps
+from cluster.em_steps import EMStep
 from cluster.fingerprint import PACKAGES
+from cluster.finished import made_with
 from cluster.frontier import draw_frontier, likelihood_of
 from cluster.measure import measure
 from cluster.measurement import Measurement
-from cluster.methods import method, method_config
+from cluster.methods import EM, em_method_steps, method, method_config
 from cluster.rundir import RunDirectory, RunExists, find_run, new_name, write_whole
 from cluster.train import train
 from learner.demonstrations import NoDemonstrations
@@ -48,6 +49,7 @@ class _Member(BaseModel):
     seed: int
     run: str
     config: RunConfig
+    steps: tuple[EMStep, ...] = ()  # of gflownet_em; the last of them has this run
 
     @property
     def title(self) -> str:
@@ -88,39 +90,44 @@ def _members(arguments: argparse.Namespace, methods: Sequence[str], name: str) -
     """Every run, all methods of one seed before the next seed: half a comparison compares too."""
     for seed in range(arguments.seeds):
         for title in dict.fromkeys(methods):
-            yield _Member(
-                comparison=name,
-                method=title,
-                seed=seed,
-                run=f"{name}-{title}-{seed}",
-                config=method_config(arguments.config, arguments.overrides, title=title, seed=seed),
-            )
+            yield _member(arguments, title, seed, name)
+
+
+def _member(arguments: argparse.Namespace, title: str, seed: int, name: str) -> _Member:
+    path, overrides = arguments.config, arguments.overrides
+    steps: tuple[EMStep, ...] = ()
+    if title == EM:
+        steps = em_method_steps(path, overrides, seed=seed, comparison=name)
+        config = steps[-1].config
+    else:
+        config = method_config(path, overrides, title=title, seed=seed)
+    run = f"{name}-{title}-{seed}"
+    return _Member(comparison=name, method=title, seed=seed, run=run, config=config, steps=steps)
 
 
 def _finish(
     member: _Member, arguments: argparse.Namespace, before: Measurement | None, console: Console
 ) -> tuple[Result, Measurement | None]:
     """The member's result, from its run or from its files; and the base as measured by it."""
+    if member.steps:
+        return _finish_em(member, arguments, before, console)
     directory, config = RunDirectory(member.run), member.config
     trained = method(member.method).trained
     measured = _finished(member, directory)
     if measured is None and not trained:
         measured = _measure_base(directory, config)
     elif measured is None:
-        address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
         scores = train(
             config,
             directory,
             resume=directory.path.exists(),
-            address=None if arguments.local else address,
+            address=_address(member, arguments),
             local=arguments.local,
             before=before,
             console=console,
         )
         if scores.after is None:
-            raise ComparisonStopped(
-                f"stopped; the same command with --run {member.comparison} --resume goes on"
-            )
+            raise ComparisonStopped(f"stopped; {_again(member)} goes on")
         measured = scores.after
     if trained:
         before = read_scores(directory).before or before
@@ -134,25 +141,46 @@ def _finish(
     return result, before
 
 
+def _finish_em(
+    member: _Member, arguments: argparse.Namespace, before: Measurement | None, console: Console
+) -> tuple[Result, Measurement | None]:
+    """The same of gflownet_em: measured after the last step, at the cost of all."""
+    results = take_steps(
+        member.steps,
+        address=_address(member, arguments),
+        local=arguments.local,
+        again=_again(member),
+        console=console,
+        before=before,
+    )
+    compute = {key: sum(r.compute[key] for r in results) for key in results[-1].compute}
+    known = read_scores(RunDirectory(member.steps[0].run)).before or before
+    own = {"method": member.method, "compute": compute}
+    return results[-1].model_copy(update=own), known
+
+
+def _address(member: _Member, arguments: argparse.Namespace) -> str | None:
+    """Of the Ray cluster; None where there is none yet or none is wanted."""
+    known = arguments.address or member.config.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if arguments.local else known
+
+
+def _again(member: _Member) -> str:
+    return f"the same command with --run {member.comparison} --resume"
+
+
 def _finished(member: _Member, directory: RunDirectory) -> Measurement | None:
     """What a run that is done has measured; None where it is to be run."""
     scores = read_scores(directory)
     measured = scores.after if method(member.method).trained else scores.before
     if measured is None:
         return None
-    if _settings(directory.config_file.read_text()) != _settings(resolved_toml(member.config)):
+    if not made_with(directory, member.config):
         raise ComparisonChanged(
             f"{directory.path} was made with other settings than are asked for now: compare under "
             "another --run, or restore the settings that its config.toml has"
         )
     return measured
-
-
-def _settings(toml: str) -> dict[str, Any]:
-    """All but the address at which a run's Redis listened: on a cluster the run chooses it."""
-    settings = tomllib.loads(toml)
-    settings["buffer"].pop("bind", None)
-    return settings
 
 
 def _measure_base(directory: RunDirectory, config: RunConfig) -> Measurement:

@@ -16,6 +16,7 @@ from cluster.rundir import write_whole
 _COLUMNS = 3  # of panels in the figure
 _MOST_PANELS = 9
 _COLOURS = {"base": "#b8bcc2", "sft": "#8fb58a", "ppo": "#d9a15b", "gflownet": "#1f5a96"}
+_COLOURS |= {"gflownet_em": "#0b2c4d"}
 _OTHER = "#7d6aa5"
 
 

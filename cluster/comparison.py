@@ -13,7 +13,10 @@ from cluster.readout import ELAPSED_S
 from cluster.rundir import RunDirectory
 
 # Of a measurement: how many items it is of, and nothing of how well they went.
-_COUNTS = ("items", "unseen_items", "prompts", "enumerated", "examples", "kind")
+_COUNTS = (
+    *("items", "unseen_items", "prompts", "enumerated", "samples"),
+    *("answered_by", "examples", "kind"),
+)
 TOKENS = ("sampled", "scored", "learned", "base")
 
 

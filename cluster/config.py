@@ -3,16 +3,18 @@
 Imports no torch, so that a mistake in a file is reported at once.
 """
 
+from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from actors.config import ActorConfig
 from buffer.config import BufferConfig
+from cluster.em_config import EMConfig
 from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
 from reward.config import RewardConfig
-from tasks.config import SENTENCE_TASKS, TaskConfig
+from tasks.config import EM_TASKS, SENTENCE_TASKS, TaskConfig
 
 
 class Placement(BaseModel):
@@ -246,18 +248,19 @@ class RunConfig(BaseModel):
     evaluation: EvaluationConfig = EvaluationConfig()
     posterior: PosteriorConfig = PosteriorConfig()
     compare: CompareConfig = CompareConfig()
+    em: EMConfig = EMConfig()
     throughput: ThroughputConfig = ThroughputConfig()
 
     @property
     def rollout_actors(self) -> int:
-        """Actors that the run needs: none where it imitates demonstrations."""
-        return 0 if self.learner.objective == "sft" else self.cluster.actors
+        """Actors that the run needs: none where it imitates."""
+        return 0 if self.learner.imitates else self.cluster.actors
 
     @property
     def reward_replicas(self) -> int:
         """Replicas that the run needs: none where the task's reward is a function of its own, or
         nobody asks for rewards."""
-        unasked = self.task.reward_kind == "function" or self.learner.objective == "sft"
+        unasked = self.task.reward_kind == "function" or self.learner.imitates
         return 0 if unasked else self.reward.replicas
 
     def with_parts(self, *, actors: int, replicas: int) -> "RunConfig":
@@ -265,6 +268,11 @@ class RunConfig(BaseModel):
         cluster = self.cluster.model_copy(update={"actors": actors})
         reward = self.reward.model_copy(update={"replicas": replicas})
         return self.model_copy(update={"cluster": cluster, "reward": reward})
+
+    def with_model(self, folder: Path) -> "RunConfig":
+        """The same run of another language model."""
+        lm = self.lm.model_copy(update={"model": str(folder)})
+        return self.model_copy(update={"lm": lm})
 
     @property
     def max_lag_versions(self) -> int:
@@ -294,6 +302,22 @@ class RunConfig(BaseModel):
                 f'{asked.candidates} is for sentences, and task "{self.task.name}" with '
                 f"{len(self.task.tests)} test files writes none: leave these out, or evaluate a "
                 f"task of {', '.join(SENTENCE_TASKS)} on task.tests"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_m_step(self) -> "RunConfig":
+        if self.learner.objective != "joint":
+            return self
+        if self.task.name not in EM_TASKS:
+            raise ValueError(
+                f'learner.objective "joint" is the M-step of EM, and task "{self.task.name}" has '
+                f"none: tasks with EM are {', '.join(EM_TASKS)}"
+            )
+        if self.em.policy is None:
+            raise ValueError(
+                'learner.objective "joint" draws rationales of a policy: name the folder of its '
+                "adapter in em.policy, such as runs/NAME/adapter"
             )
         return self
 

@@ -21,7 +21,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config)
     adapter = Path(arguments.adapter) if arguments.adapter else None
     if arguments.run:
-        adapter = find_run(arguments.run).adapter
+        found = find_run(arguments.run)
+        if found.model.is_dir():  # an M-step's own
+            config = config.with_model(found.model)
+        else:
+            adapter = found.adapter
     if adapter is not None:
         check_adapter(adapter)
     data = [str(locate(path)) for path in arguments.data]

@@ -13,9 +13,17 @@ from tasks.task import Task
 
 
 def evaluated_policy(
-    config: RunConfig, base: LanguageModel, task: Task, adapter: Path | None
+    config: RunConfig,
+    base: LanguageModel,
+    task: Task,
+    adapter: Path | None,
+    *,
+    seed: int | None = None,
 ) -> SamplingPolicy:
     """Samples as `config.evaluation` says; `base` becomes its own.
+
+    Args:
+        seed: of its draws; None: the evaluation's.
 
     Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
     """
@@ -25,7 +33,7 @@ def evaluated_policy(
         task.tool,
         lora=config.lora,
         max_rows=config.evaluation.max_rows,
-        seed=config.evaluation.seed,
+        seed=config.evaluation.seed if seed is None else seed,
     )
     if adapter is not None:
         # Folding it in needs the plain base; peft wraps a second copy, only to read the folder.

@@ -20,7 +20,6 @@ from cluster.board import WeightBoard
 from cluster.config import RunConfig
 from cluster.scale_request import ScaleRefused
 from learner.engine import TorchEngine
-from lm.adapter import save_adapter
 from lm.model import load_base
 from reward.replica import RewardReplica
 from reward.whole import WholeRank
@@ -67,7 +66,7 @@ class RollingReplay:
 class LocalRun:
     """One actor, one reward rank and one learner rank, stepped by the driver.
 
-    Where demonstrations are imitated, the learner alone.
+    Where the learner imitates, the learner alone.
     """
 
     def __init__(
@@ -183,7 +182,7 @@ class LocalRun:
         if self._actor is not None:
             self._actor.flush()
         self._learner.checkpoint()
-        save_adapter(self._learner.model, self._adapter, self._base.fingerprint)
+        roles.save_result(self._config, self._learner, self._base, self._adapter)
         if self._replica is not None:
             self._replica.close(timeout_s)
         return []

@@ -3,20 +3,24 @@
 from pathlib import Path
 
 from cluster.config import RunConfig
+from cluster.labels import measure_labels
 from cluster.measurement import Measurement
 from cluster.posterior_assessment import assess
+from cluster.rundir import merged_folder
 from cluster.sentences import measure_continuations, measure_infills
 from cluster.votes import measure_votes
-from tasks.config import ContinuationConfig, InfillingConfig
+from tasks.config import ContinuationConfig, InfillingConfig, SubjectivityConfig
 
 
 def measure(config: RunConfig, *, adapter: Path | None) -> Measurement:
-    """Measure the base LM (None) or an adapter on it.
+    """Measure the base LM (None) or an adapter on it; of an M-step the LM that it left.
 
     Raises:
         FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
         DataError: a test file is missing or malformed.
     """
+    if adapter is not None and config.learner.objective == "joint":
+        config, adapter = config.with_model(merged_folder(adapter)), None
     if not config.task.tests:
         return assess(config, adapter=adapter).policy
     match config.task:
@@ -24,4 +28,6 @@ def measure(config: RunConfig, *, adapter: Path | None) -> Measurement:
             return measure_infills(config, task, adapter=adapter)
         case ContinuationConfig() as task:
             return measure_continuations(config, task, adapter=adapter)
+        case SubjectivityConfig() as task:
+            return measure_labels(config, task, adapter=adapter)
     return measure_votes(config, adapter=adapter)

@@ -106,7 +106,25 @@ class Continuations(BaseModel):
     )
 
 
-Measurement = Annotated[Votes | Distance | Infills | Continuations, Field(discriminator="kind")]
+class Labels(BaseModel):
+    """Labels of test reviews; shares in [0, 1]."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["labels"] = "labels"
+    items: int
+    samples: int = Field(description="Reasons drawn for each; 1 where none is.")
+    answered_by: Literal["reasons", "label"] = Field(description="What `accuracy` is of.")
+    accuracy: float = Field(description="Right by all reasons of a review together.")
+    single: float | None = Field(description="... by one reason; None where none is drawn.")
+    bare: float = Field(description="... by the likelier label without a reason.")
+    distinct: float | None = Field(description="Different reasons of a review, mean.")
+    examples: tuple[Example, ...] = ()
+
+
+Measurement = Annotated[
+    Votes | Distance | Infills | Continuations | Labels, Field(discriminator="kind")
+]
 
 
 class Scores(BaseModel):

@@ -4,6 +4,7 @@
     sft               maximum likelihood of the task's demonstrations
     ppo               reward maximisation with a KL penalty; its own samples, none replayed
     gflownet          the file's objective, subtb where that is one of the two above
+    gflownet_em       in tasks with EM: gflownet, and M-steps behind it; see cluster.em_steps
 
 and the LM as it is, decoded otherwise, in tasks whose completions are sentences:
 
@@ -21,13 +22,14 @@ that decode otherwise but `greedy`.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.config import RunConfig
 from cluster.config_file import load_config
+from cluster.em_steps import EMStep, em_steps
 
-BASE = "base"
-TRAINED = ("sft", "ppo", "gflownet")
+BASE, GFLOWNET, EM = "base", "gflownet", "gflownet_em"
+TRAINED = ("sft", "ppo", GFLOWNET, EM)
 _NOT_GFLOWNET = ("ppo", "sft")
 _NUCLEUS = 0.95
 _DECODED: Mapping[str, Sequence[str]] = {
@@ -83,13 +85,44 @@ def method(title: str) -> Method:
 
 
 def method_config(path: str, overrides: Sequence[str], *, title: str, seed: int) -> RunConfig:
-    """The run of one method and seed; raises ConfigError, UnknownMethod.
+    """The run of one method, not gflownet_em, and seed; raises ConfigError, UnknownMethod.
 
     Equal for all: LM, adapter, prompts, legal tokens, tool, optimizer steps, and trajectories of
     each step but where a prompt has too few to replay. LM tokens are counted, not made equal. The
     time limit is off, because steps that it cut would not be equal. What is not trained is measured
     with draws of its own for each seed.
     """
+    return _untimed(load_config(path, _overrides(path, overrides, title=title, seed=seed)))
+
+
+def em_method_steps(
+    path: str, overrides: Sequence[str], *, seed: int, comparison: str
+) -> tuple[EMStep, ...]:
+    """The runs of gflownet_em and a seed: `em.rounds` rounds, gflownet the first E-step.
+
+    The last of them is named as other methods' runs are. What `compare.overrides` says of
+    gflownet_em is of its M-steps. Raises ConfigError.
+    """
+    shared = load_config(path, overrides)
+    own = f"{comparison}-{EM}-{seed}"
+
+    def name(kind: str, number: int) -> str:
+        if (kind, number) == ("E", 1):
+            return f"{comparison}-{GFLOWNET}-{seed}"
+        last = (kind, number) == ("M", shared.em.rounds)
+        return own if last else f"{own}-{kind.lower()}{number}"
+
+    steps = em_steps(
+        path,
+        _overrides(path, overrides, title=GFLOWNET, seed=seed),
+        rounds=shared.em.rounds,
+        name=name,
+        m_overrides=shared.compare.overrides.get(EM, ()),
+    )
+    return tuple(replace(step, config=_untimed(step.config)) for step in steps)
+
+
+def _overrides(path: str, overrides: Sequence[str], *, title: str, seed: int) -> list[str]:
     asked, shared = method(title), load_config(path, overrides)
     steps = shared.compare.steps or shared.learner.steps
     changes = [f"seed={seed}", f"learner.steps={steps}"]
@@ -102,7 +135,10 @@ def method_config(path: str, overrides: Sequence[str], *, title: str, seed: int)
     temperature = asked.temperature or shared.learner.reward_temperature.end
     tuned = shared.compare.overrides.get(asked.name, ())
     own = _own(asked.name, shared, temperature)
-    config = load_config(path, [*overrides, *changes, *own, *tuned])
+    return [*overrides, *changes, *own, *tuned]
+
+
+def _untimed(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={"cluster": config.cluster.model_copy(update={"time_limit_s": None})}
     )
@@ -123,7 +159,7 @@ def _own(name: str, shared: RunConfig, temperature: float) -> Sequence[str]:
                 f"actors.group_size={rows}",
                 "actors.on_policy_share=1.0",
             ]
-        case "gflownet":
+        case "gflownet" | "gflownet_em":
             imitates = shared.learner.objective in _NOT_GFLOWNET
             return ["learner.objective=subtb"] if imitates else []
         case "tempered":

@@ -12,9 +12,10 @@ from buffer.executable import find_executable
 from buffer.listening import PortInUse, is_free, port_in_use
 from cluster.config import RunConfig
 from cluster.fit import Node, check_fit
-from cluster.roles import demonstration_draws
+from cluster.learned import imitation
 from cluster.rundir import RunDirectory
 from learner.log_z import check_log_z
+from lm.adapter import load_adapter
 from lm.model import load_base
 from tasks.registry import build_task
 from tasks.task import QuestionTask
@@ -93,8 +94,12 @@ def check_model_and_data(config: RunConfig) -> None:
     base = load_base(config.lm)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
-    if config.learner.objective == "sft":
-        demonstration_draws(config, task)
+    if config.learner.imitates:
+        imitation(config, base, task)
+    if config.learner.objective == "joint":
+        policy = Path(str(config.em.policy))
+        check_adapter(policy)
+        load_adapter(base, policy)
     if isinstance(task, QuestionTask):
         for path in config.task.tests:
             task.test_items(path)

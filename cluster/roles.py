@@ -16,14 +16,15 @@ from actors.lagging import LaggingWeights
 from actors.policy import SamplingPolicy
 from actors.ports import Policy, Scorer, TrajectorySink, WeightSource
 from actors.prompts import PromptStream
-from actors.seeding import seed_demonstrations, unscored_demonstrations
+from actors.seeding import seed_demonstrations
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from cluster.config import RunConfig
+from cluster.learned import Learned, imitation
+from cluster.rundir import merged_folder
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.db import DetailedBalance
-from learner.demonstrations import DemonstrationDraws
 from learner.engine import Engine
 from learner.gate import AgreementGate
 from learner.learner import Learner
@@ -34,9 +35,10 @@ from learner.ports import Replay, WeightSink
 from learner.ppo import ClippedPolicyGradient
 from learner.quarantine import Quarantine
 from learner.raptb import RootedPrefixBalance
-from learner.sft import MaximumLikelihood
 from learner.subtb import SubTB
 from learner.tb import TrajectoryBalance
+from lm.adapter import adapter_bytes, save_adapter
+from lm.merged import save_merged
 from lm.model import LanguageModel, attach_adapter, load_base
 from tasks.registry import build_task
 from tasks.task import Task
@@ -120,7 +122,7 @@ def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: Replay
 
 
 def build_objective(config: LearnerConfig) -> Objective:
-    """The configured objective."""
+    """The configured objective, one that learns from rewards."""
     match config.objective:
         case "subtb":
             return SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
@@ -132,17 +134,16 @@ def build_objective(config: LearnerConfig) -> Objective:
             return TrajectoryBalance()
         case "ppo":
             return ClippedPolicyGradient(clip=config.ppo_clip, kl=config.ppo_kl)
-        case "sft":
-            return MaximumLikelihood()
+        case "sft" | "joint":
+            raise ValueError(f"objective {config.objective!r} imitates: cluster.learned has it")
 
 
-def demonstration_draws(config: RunConfig, task: Task) -> DemonstrationDraws:
-    """The task's demonstrations, as many at a time as another objective has trajectories."""
-    demonstrations = unscored_demonstrations(
-        task.demonstrations, task=task.name, actions=task.actions, verdict=task.verdict
-    )
-    rows_per_group = config.actors.group_size + config.learner.replayed_per_group
-    return DemonstrationDraws(demonstrations, rows=config.learner.groups_per_step * rows_per_group)
+def _learned(config: RunConfig, base: LanguageModel, task: Task, buffer: Replay) -> Learned:
+    """What the learner draws: from the buffer, unless it imitates."""
+    if config.learner.imitates:
+        return imitation(config, base, task)
+    objective = build_objective(config.learner)
+    return Learned(replay=buffer, actions=task.actions, objective=objective)
 
 
 def build_learner(
@@ -175,10 +176,8 @@ def build_learner(
     if config.learner.log_z == "learned":
         log_z = attach_log_z(model)
         identity["log_z"] = config.learner.log_z
-    replay, gate = buffer, None
-    if config.learner.objective == "sft":
-        replay = demonstration_draws(config, task)
-    elif gated:
+    learned, gate = _learned(config, base, task, buffer), None
+    if gated and not config.learner.imitates:
         gate = AgreementGate(
             model=model,
             actions=task.actions,
@@ -190,10 +189,10 @@ def build_learner(
     store = Checkpoints(checkpoints, identity=identity, keep=config.learner.checkpoints_kept)
     learner = Learner(
         model=model,
-        actions=task.actions,
-        replay=replay,
+        actions=learned.actions,
+        replay=learned.replay,
         engine=make_engine(model, config.learner),
-        objective=build_objective(config.learner),
+        objective=learned.objective,
         config=config.learner,
         weights=weights,
         rng=np.random.default_rng([config.seed, 1]),
@@ -205,6 +204,13 @@ def build_learner(
     if store.latest() is not None:
         learner.restore()
     return learner
+
+
+def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapter: Path) -> None:
+    """Leave the adapter; of an M-step also the language model that it made: `merged_folder`."""
+    save_adapter(learner.model, adapter, base.fingerprint)
+    if config.learner.objective == "joint":
+        save_merged(config.lm, adapter_bytes(learner.model), merged_folder(adapter))
 
 
 def load_task(config: RunConfig) -> tuple[LanguageModel, Task]:

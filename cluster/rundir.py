@@ -138,6 +138,7 @@ class RunDirectory:
         self.stop_request = self.path / "stop-request"
         self.scale_request = self.path / "scale-request"
         self.adapter = self.path / "adapter"
+        self.model = merged_folder(self.adapter)  # of an M-step alone
         self.buffer = self.path / "buffer"
         self.checkpoints = self.path / "checkpoints"
         self.quarantine = self.path / "quarantine"
@@ -211,6 +212,11 @@ class RunDirectory:
         return (
             f"run {self.name!r} is driven by {who}: stop it with 'amortize stop --run {self.name}'"
         )
+
+
+def merged_folder(adapter: Path) -> Path:
+    """Where an M-step leaves its language model: beside its adapter, which is folded into it."""
+    return adapter.with_name("model")
 
 
 def check_shared(path: Path, *, node: str) -> None:

@@ -32,7 +32,6 @@ from cluster.rollout_log import LoggedSink
 from cluster.rundir import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
-from lm.adapter import save_adapter
 from lm.model import load_base
 from reward.lockstep import Rank
 from reward.replica import RewardReplica
@@ -318,7 +317,9 @@ class LearnerWorker(Worker):
         """Learn until the configured steps are done or until stopped; then leave the adapter."""
         self._learner.run(self._context.config.learner.steps, self._stopping.is_set, self._keep_row)
         if self._rank == 0:
-            save_adapter(self._learner.model, self._context.adapter, self._base.fingerprint)
+            roles.save_result(
+                self._context.config, self._learner, self._base, self._context.adapter
+            )
         return self.status()
 
     def status(self) -> dict[str, Any]:

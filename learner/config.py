@@ -36,12 +36,13 @@ class LearnerConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per unit learning rate")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
-    objective: Literal["subtb", "tb", "db", "raptb", "ppo", "sft"] = Field(
+    objective: Literal["subtb", "tb", "db", "raptb", "ppo", "sft", "joint"] = Field(
         default="subtb",
         description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); "
         "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root. To "
         "compare with: ppo: reward maximisation with a KL penalty, on policy; sft: maximum "
-        "likelihood of the task's demonstrations",
+        "likelihood of the task's demonstrations. joint: maximum likelihood of rationales and "
+        "answers, the M-step of EM",
     )
     subtb_lambda: float = Field(
         default=1.0,
@@ -105,6 +106,11 @@ class LearnerConfig(BaseModel):
         default=600.0, gt=0, description="longest wait of one rank for the others"
     )
 
+    @property
+    def imitates(self) -> bool:
+        """Whether it learns from what is shown to it, without actors and rewards."""
+        return self.objective in ("sft", "joint")
+
     @model_validator(mode="after")
     def _check_objective(self) -> "LearnerConfig":
         if self.subtb_lambda != 1.0 and self.objective != "subtb":
@@ -112,12 +118,12 @@ class LearnerConfig(BaseModel):
                 f"subtb_lambda ({self.subtb_lambda}) means nothing to objective "
                 f'"{self.objective}", which has no pairs to weigh: leave it out, or use "subtb"'
             )
-        if self.normalisation == "trajectory" and self.objective in ("tb", "ppo", "sft"):
+        if self.normalisation == "trajectory" and self.objective in ("tb", "ppo", "sft", "joint"):
             raise ValueError(
                 f'normalisation "trajectory" means nothing to objective "{self.objective}", which '
                 "weighs all trajectories alike: leave it out"
             )
-        if self.log_z == "learned" and self.objective in ("ppo", "sft"):
+        if self.log_z == "learned" and self.objective in ("ppo", "sft", "joint"):
             raise ValueError(
                 f'log_z "learned" means nothing to objective "{self.objective}", which has no '
                 "log Z: leave it out"

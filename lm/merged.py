@@ -3,13 +3,18 @@
 An unmerged adapter adds some ten small operations to every linear layer of every decode step.
 """
 
+import os
+import shutil
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lm.adapter import AdapterMismatch, AdapterWeights, decode_adapter
-from lm.model import LanguageModel
+from lm.config import LMConfig
+from lm.model import LanguageModel, load_base
 
 
 class MergedModel:
@@ -66,3 +71,22 @@ class MergedModel:
                 )
             deltas[layer] = delta
         return deltas
+
+
+def save_merged(config: LMConfig, adapter: bytes, folder: Path) -> None:
+    """Write `config.model` with an adapter folded in, and its tokenizer, as a model of its own.
+
+    Weights are in `config.dtype`. A reader sees an old folder, a whole new one, or none.
+
+    Args:
+        adapter: from lm.adapter.adapter_bytes.
+
+    Raises as load_base and MergedModel.load.
+    """
+    language_model = load_base(config)
+    MergedModel(language_model).load(adapter)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    language_model.model.save_pretrained(partial)
+    language_model.tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)

@@ -66,24 +66,29 @@ class RandomNumberConfig(BaseModel):
         return self
 
 
-class _SentenceConfig(BaseModel):
-    """What tasks of one sentence share."""
+class _Lengths(BaseModel):
+    """Between which lengths a completion stops."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    min_len: int = Field(default=1, ge=0, description="Tokens of a sentence before it may stop.")
+    min_len: int = Field(default=1, ge=0, description="Tokens of a completion before it may stop.")
     max_len: int = Field(default=24, ge=1, description="Tokens at which it must stop.")
-    embedder: str | None = Field(
-        default=None,
-        description="Sentence encoder, folder or hub id, for how alike sentences are, such as "
-        "sentence-transformers/all-mpnet-base-v2; None: by words.",
-    )
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         if self.min_len > self.max_len:
             raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
         return self
+
+
+class _SentenceConfig(_Lengths):
+    """What tasks of one sentence share."""
+
+    embedder: str | None = Field(
+        default=None,
+        description="Sentence encoder, folder or hub id, for how alike sentences are, such as "
+        "sentence-transformers/all-mpnet-base-v2; None: by words.",
+    )
 
 
 class InfillingConfig(_SentenceConfig):
@@ -118,6 +123,22 @@ class ContinuationConfig(_SentenceConfig):
     )
 
 
+class SubjectivityConfig(_Lengths):
+    """The `[task]` section of a run on reasons why a review is objective or subjective."""
+
+    reward_kind: ClassVar[RewardKind] = "suffix"
+
+    name: Literal["subjectivity"]
+    reviews: str = Field(min_length=1, description="JSON Lines: labelled reviews to train on.")
+    labels: int | None = Field(
+        default=None, ge=1, description="Only the first so many of them; None: all."
+    )
+    tests: tuple[str, ...] = Field(
+        default=(), description="... and to evaluate on; none: the distance to the posterior."
+    )
+    max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
+
+
 class ToyConfig(BaseModel):
     """The `[task]` section of a run on the enumerable toy."""
 
@@ -139,8 +160,15 @@ class ToyConfig(BaseModel):
 
 # Tasks whose completions are whole sentences, measured by what is written.
 SENTENCE_TASKS = ("infilling", "continuation")
+# Tasks whose language model answers for itself once it has learned rationales: EM makes sense.
+EM_TASKS = ("subjectivity", "toy")
 # One alternative per task; `name` tells them apart.
 TaskConfig = Annotated[
-    ArithmeticConfig | ContinuationConfig | InfillingConfig | RandomNumberConfig | ToyConfig,
+    ArithmeticConfig
+    | ContinuationConfig
+    | InfillingConfig
+    | RandomNumberConfig
+    | SubjectivityConfig
+    | ToyConfig,
     Field(discriminator="name"),
 ]

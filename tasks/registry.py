@@ -6,11 +6,13 @@ from tasks.config import (
     ContinuationConfig,
     InfillingConfig,
     RandomNumberConfig,
+    SubjectivityConfig,
     TaskConfig,
 )
 from tasks.continuation import build_continuation
 from tasks.infilling import build_infilling
 from tasks.random_number import build_random_number
+from tasks.subjectivity import build_subjectivity
 from tasks.task import Task, Tokenizer
 from tasks.toy.task import build_toy
 
@@ -30,4 +32,6 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
         return build_infilling(config, tokenizer)
     if isinstance(config, RandomNumberConfig):
         return build_random_number(config, tokenizer)
+    if isinstance(config, SubjectivityConfig):
+        return build_subjectivity(config, tokenizer)
     return build_toy(config, tokenizer)

@@ -15,16 +15,19 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def sentence_actions(tokenizer: Tokenizer, *, min_len: int, max_len: int) -> ActionSpace:
-    """Every token that can stand inside a sentence; the full stop is ⊤.
+def sentence_actions(
+    tokenizer: Tokenizer, *, min_len: int, max_len: int, stop_text: str = STOP_TEXT
+) -> ActionSpace:
+    """Every token that can stand inside a sentence, or inside a part of one; `stop_text` is ⊤.
 
-    Raises TokenizerUnfit where the full stop is no token of its own.
+    Raises TokenizerUnfit where the full stop, or what stands for it, is no token of its own.
     """
-    stop = encode(tokenizer, STOP_TEXT)
+    stop = encode(tokenizer, stop_text)
     if len(stop) != 1:
-        raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
+        raise TokenizerUnfit(f"this tokenizer spells {stop_text!r} as {len(stop)} tokens, not one")
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    legal = tuple(i for i, text in enumerate(texts) if text and not _IMPOSSIBLE & set(text))
+    impossible = _IMPOSSIBLE | set(stop_text)
+    legal = tuple(i for i, text in enumerate(texts) if text and not impossible & set(text))
     return ActionSpace(stop_token=stop[0], legal_tokens=legal, min_len=min_len, max_len=max_len)
 
 

@@ -81,6 +81,16 @@ class Task(Protocol):
 
 
 @runtime_checkable
+class AnsweredTask(Task, Protocol):
+    """A task that has answers to learn from, and nobody's rationales."""
+
+    @property
+    def answered(self) -> Sequence[Demonstration]:
+        """X with Y as it stands without a rationale, each; what supervised fine-tuning learns."""
+        ...
+
+
+@runtime_checkable
 class QuestionTask(Task, Protocol):
     """A task whose rationales lead to answers, so that answers to test questions can be counted."""
 

@@ -118,6 +118,9 @@ class FixedReplay:
     def draw(self, **limits: Any) -> list[Group]:
         return self._groups
 
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """Nothing is stored."""
+
 
 class Published:
     """Keeps what was published."""

@@ -176,7 +176,7 @@ def test_mistakes_in_a_task_are_told_by_its_own_keys(plain: Path) -> None:
     text = mistakes(plain, "task.question_weigth=1.0")
     assert "task.question_weigth" in text and "did you mean task.question_weight?" in text
     assert "task.arithmetic" not in text
-    assert "'infilling', 'random_number', 'toy'" in mistakes(plain, "task.name=nothing")
+    assert "'random_number', 'subjectivity', 'toy'" in mistakes(plain, "task.name=nothing")
     assert "task.min_len" in mistakes(ROOT / "tasks" / "toy.toml", "task.min_len=-1")
 
 

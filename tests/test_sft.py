@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cluster.config_file import load_config
+from cluster.learned import imitation
 from cluster.preflight import check_model_and_data
-from cluster.roles import demonstration_draws, load_task
+from cluster.roles import load_task
 from learner.demonstrations import DemonstrationDraws, NoDemonstrations
 from learner.sft import MaximumLikelihood
 from tests.learner_toy import STRINGS, make_learner, make_trajectory
@@ -81,10 +82,14 @@ def test_the_learner_imitates_and_reports_neither_rewards_nor_ages() -> None:
 def test_a_run_draws_the_tasks_demonstrations_and_nothing_else() -> None:
     config = load_config("tasks/arithmetic.toml", ["learner.objective=sft"])
     assert config.rollout_actors == config.reward_replicas == 0
-    _, task = load_task(config)
-    draws = demonstration_draws(config, task)
-    groups = draws.draw(
-        num_groups=8, num_replayed=2, version=0, rng=np.random.default_rng(0), timeout_s=0.0
+    base, task = load_task(config)
+    groups = imitation(config, base, task).replay.draw(
+        num_groups=8,
+        num_replayed=2,
+        version=0,
+        rng=np.random.default_rng(0),
+        timeout_s=0.0,
+        stop=lambda: False,
     )
     rows_of_others = config.learner.groups_per_step * (
         config.actors.group_size + config.learner.replayed_per_group

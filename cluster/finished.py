@@ -1,0 +1,28 @@
+"""Runs that are part of something larger: whether one is done, and was made as is asked for now."""
+
+import tomllib
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.config_file import resolved_toml
+from cluster.driver import read_scores
+from cluster.measurement import Scores
+from cluster.rundir import RunDirectory
+
+
+def made_with(directory: RunDirectory, config: RunConfig) -> bool:
+    """Whether a run that has begun has this configuration, but for where its Redis listens."""
+    return _settings(directory.config_file.read_text()) == _settings(resolved_toml(config))
+
+
+def finished(directory: RunDirectory) -> Scores | None:
+    """What a run has measured that is done; None where it is to be run, or to go on."""
+    scores = read_scores(directory)
+    return None if scores.after is None else scores
+
+
+def _settings(toml: str) -> dict[str, Any]:
+    """All but the address at which a run's Redis listened: on a cluster the run chooses it."""
+    settings = tomllib.loads(toml)
+    settings["buffer"].pop("bind", None)
+    return settings

@@ -1,0 +1,168 @@
+"""Reasons for labels: what policy and frozen LM read, shipped labels, how answers are counted."""
+
+import json
+import math
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from cluster.before_after import rows
+from cluster.config_file import load_config
+from cluster.labels import _label, objective_probability
+from cluster.learned import imitation
+from cluster.measure import measure
+from cluster.measurement import Labels
+from cluster.roles import load_task
+from tasks.arithmetic_data import DataError
+from tasks.config import SubjectivityConfig
+from tasks.review_files import write_files
+from tasks.seed.corpus import Share, documents
+from tasks.seed.review_texts import NAMES_FILM, Label
+from tasks.seed.reviews import Reviews
+from tasks.seed.tokenizer import END_OF_TEXT, train_tokenizer
+from tasks.shots import TooFewDemonstrations, answered_examples
+from tasks.subjectivity import Subjectivity, build_subjectivity
+from tasks.subjectivity_data import load_reviews
+
+DATA = Path("tasks/data/subjectivity")
+TRAIN, TEST = str(DATA / "train.jsonl"), str(DATA / "test.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    pages = documents((Share(Reviews(), 1.0),), "tokenizer")
+    raw: RawTokenizer = train_tokenizer(islice(pages, 1000))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END_OF_TEXT)
+
+
+def build(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Subjectivity:
+    fields = {"name": "subjectivity", "reviews": TRAIN, "labels": 10, "tests": (TEST,)} | changes
+    return build_subjectivity(SubjectivityConfig.model_validate(fields), tokenizer)
+
+
+def test_the_policy_reads_no_label_and_the_frozen_lm_the_line_as_readers_write_it(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    task, review = build(tokenizer), load_reviews(TRAIN)[0]
+    prompt, z = task.prompts[0], tuple(tokenizer.encode(" about a debt"))
+    asked = f'Classify this movie review as objective or subjective: "{review.text}" This review is'
+    assert tokenizer.decode(list(prompt.prompt)) == asked
+    task.actions.check(z, (False,) * len(z))
+    item = task.reward_query.item(prompt, z, np.array([len(z)], dtype=np.int32))
+    scored = [*item.context, *item.completion, *item.answer]
+    assert scored == tokenizer.encode(f"{asked} about a debt, so it is {review.label}.")
+    assert item.answer[0] == task.actions.stop_token
+    legal = {tokenizer.decode([token]) for token in task.actions.legal_tokens or ()}
+    assert " about" in legal and not {",", ".", '"', "\n", END_OF_TEXT} & legal
+
+
+def test_supervised_fine_tuning_and_worked_examples_see_labels_without_reasons(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    task = build(tokenizer)
+    first = load_reviews(TRAIN)[0]
+    shown = task.answered[0]
+    text = tokenizer.decode([*shown.prompt.prompt, *shown.completion])
+    assert text.endswith(f'"{first.text}" This review is {first.label}.')
+    lines = tokenizer.decode(list(answered_examples(task, tokenizer, count=4, seed=0))).split("\n")
+    assert lines.pop() == "" and len(lines) == 4
+    assert all(line.endswith((" is objective.", " is subjective.")) for line in lines)
+    with pytest.raises(TooFewDemonstrations, match="has 10 answered questions"):
+        answered_examples(task, tokenizer, count=11, seed=0)
+
+
+def test_shipped_sets_are_nested_balanced_and_apart_from_what_is_tested(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    ten, twenty, fifty = (build(tokenizer, labels=number).prompts for number in (10, 20, 50))
+    assert ten == twenty[:10] and twenty == fifty[:20] and len(set(fifty)) == 50
+    for prompts in (ten, twenty, fifty):
+        labels = [tokenizer.decode(list(prompt.answer)) for prompt in prompts]
+        assert labels.count(", so it is objective.") == len(prompts) / 2
+    tests = load_reviews(TEST)
+    assert len(tests) == 300 and sum(r.label == "objective" for r in tests) == 150
+    assert not {review.text for review in tests} & {review.text for review in load_reviews(TRAIN)}
+    hasty = sum(r.text.startswith(NAMES_FILM) == (r.label == "subjective") for r in tests)
+    assert 130 < hasty < 170
+
+
+def test_the_shipped_files_are_those_that_the_command_writes(tmp_path: Path) -> None:
+    write_files(tmp_path, 0)
+    for name in ("train.jsonl", "test.jsonl"):
+        assert (tmp_path / name).read_text() == (DATA / name).read_text()
+
+
+def test_reviews_that_are_trained_on_are_not_tested_on(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "test.jsonl"
+    review = load_reviews(TRAIN)[3]
+    path.write_text(json.dumps({"text": review.text, "label": 0}))
+    with pytest.raises(DataError, match=r"1 reviews of task\.tests are among task\.reviews"):
+        build(tokenizer, tests=(str(path),))
+    build(tokenizer, labels=3, tests=(str(path),))
+    with pytest.raises(DataError, match=r"holds 50 reviews, but task.labels asks for 51"):
+        build(tokenizer, labels=51)
+
+
+def test_a_label_counts_by_its_probability_behind_the_reason(
+    tiny_lm: Callable[[str], PreTrainedModel],
+) -> None:
+    model = tiny_lm("llama").requires_grad_(False)
+    texts = [((5, 6, 7), (1, 2)), ((5, 6), ()), ((5, 6, 7), (1, 2))]
+    answers: dict[Label, tuple[int, ...]] = {"objective": (9, 3, 4), "subjective": (9, 8)}
+    found = objective_probability(model, texts, answers, 4096)
+    for (x, z), probability in zip(texts, found, strict=True):
+        log_p = []
+        for y in answers.values():
+            text = [*x, *z, *y]
+            log_next = model(torch.tensor([text])).logits[0].log_softmax(-1)
+            places = range(len(text) - len(y), len(text))
+            log_p.append(sum(log_next[at - 1, text[at]].item() for at in places))
+        share = math.exp(log_p[0]) / (math.exp(log_p[0]) + math.exp(log_p[1]))
+        assert probability == pytest.approx(share, abs=1e-4)
+    assert [_label(p) for p in (0.6, 0.4, 0.5, math.nan)] == [
+        "objective", "subjective", None, None
+    ]  # fmt: skip
+
+
+def test_supervised_fine_tuning_learns_the_texts_of_the_labels() -> None:
+    config = load_config("tasks/subjectivity.toml", ["learner.objective=sft", "task.labels=10"])
+    assert config.rollout_actors == config.reward_replicas == 0
+    base, task = load_task(config)
+    learned = imitation(config, base, task)
+    groups = learned.replay.draw(
+        num_groups=8,
+        num_replayed=2,
+        version=0,
+        rng=np.random.default_rng(0),
+        timeout_s=0.0,
+        stop=lambda: False,
+    )
+    written = {base.tokenizer.decode(g.fresh[0].completion.tolist()) for g in groups}
+    assert written == {" objective.", " subjective."}
+    assert learned.actions.legal_tokens is None
+
+
+def test_the_shipped_configuration_is_measured() -> None:
+    small = ["evaluation.max_items=3", "evaluation.samples=4"]
+    config = load_config("tasks/subjectivity.toml", small)
+    found = measure(config, adapter=None)
+    assert isinstance(found, Labels)
+    assert (found.items, found.samples, found.answered_by) == (3, 4, "reasons")
+    assert found.distinct is not None and 1 <= found.distinct <= 4 and len(found.examples) == 3
+    assert found == measure(config, adapter=None)
+    shown = measure(load_config("tasks/subjectivity.toml", [*small, "evaluation.shots=2"]),
+                    adapter=None)  # fmt: skip
+    assert isinstance(shown, Labels)
+    assert (shown.answered_by, shown.samples, shown.single) == ("label", 1, None)
+    assert shown.accuracy == shown.bare
+    told = {row.label: row for row in rows(found, found.model_copy(update={"accuracy": 2.0}))}
+    assert told["reviews labelled right"].gained
+    assert told["reviews labelled right"].items == "3 x 4"
