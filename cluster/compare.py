@@ -23,7 +23,7 @@ from cluster.finished import made_with
 from cluster.frontier import draw_frontier, likelihood_of
 from cluster.measure import measure
 from cluster.measurement import Measurement
-from cluster.methods import EM, em_method_steps, method, method_config
+from cluster.methods import EM, em_method_steps, measured_against, method, method_config
 from cluster.rundir import RunDirectory, RunExists, find_run, new_name, write_whole
 from cluster.train import train
 from learner.demonstrations import NoDemonstrations
@@ -31,6 +31,10 @@ from learner.demonstrations import NoDemonstrations
 
 class ComparisonFailed(RuntimeError):
     """A run of a comparison failed; the text names method, seed and run."""
+
+
+class NothingToEqual(ValueError):
+    """A method at equal LM tokens, without the two methods that say how many steps those are."""
 
 
 class ComparisonStopped(RuntimeError):
@@ -63,13 +67,18 @@ def run(arguments: argparse.Namespace) -> int:
     folder = find_run(name) if arguments.resume else RunDirectory(name)
     if folder.path.exists() and not arguments.resume:
         raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
-    members = list(_members(arguments, arguments.methods or shared.compare.methods, folder.name))
+    methods = list(dict.fromkeys(arguments.methods or shared.compare.methods))
+    _check_equal_tokens(methods)
+    members = list(_members(arguments, methods, folder.name))
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
     results: list[Result] = []
     before: dict[int, Measurement | None] = {}  # by seed: draws of a measurement depend on it
     for number, member in enumerate(members, start=1):
         console.rule(f"{number} of {len(members)}: {member.title}")
+        if method(member.method).equal_tokens:
+            steps = _steps_at_equal_tokens(member, results)
+            member = _member(arguments, member.method, member.seed, folder.name, steps=steps)
         with _named(member), redirect_stdout(sys.stderr if arguments.json else sys.stdout):
             result, before[member.seed] = _finish(
                 member, arguments, before.get(member.seed), console
@@ -89,20 +98,41 @@ def run(arguments: argparse.Namespace) -> int:
 def _members(arguments: argparse.Namespace, methods: Sequence[str], name: str) -> Iterator[_Member]:
     """Every run, all methods of one seed before the next seed: half a comparison compares too."""
     for seed in range(arguments.seeds):
-        for title in dict.fromkeys(methods):
+        for title in methods:
             yield _member(arguments, title, seed, name)
 
 
-def _member(arguments: argparse.Namespace, title: str, seed: int, name: str) -> _Member:
+def _member(
+    arguments: argparse.Namespace, title: str, seed: int, name: str, *, steps: int | None = None
+) -> _Member:
     path, overrides = arguments.config, arguments.overrides
-    steps: tuple[EMStep, ...] = ()
+    em_steps: tuple[EMStep, ...] = ()
     if title == EM:
-        steps = em_method_steps(path, overrides, seed=seed, comparison=name)
-        config = steps[-1].config
+        em_steps = em_method_steps(path, overrides, seed=seed, comparison=name)
+        config = em_steps[-1].config
     else:
-        config = method_config(path, overrides, title=title, seed=seed)
+        config = method_config(path, overrides, title=title, seed=seed, steps=steps)
     run = f"{name}-{title}-{seed}"
-    return _Member(comparison=name, method=title, seed=seed, run=run, config=config, steps=steps)
+    return _Member(comparison=name, method=title, seed=seed, run=run, config=config, steps=em_steps)
+
+
+def _check_equal_tokens(methods: Sequence[str]) -> None:
+    """Whether what a method at equal LM tokens is measured against comes before it."""
+    for place, title in enumerate(methods):
+        if not method(title).equal_tokens:
+            continue
+        if missing := [other for other in measured_against(title) if other not in methods[:place]]:
+            raise NothingToEqual(
+                f"{title} takes its number of steps from {' and '.join(missing)} of the same seed: "
+                "put them before it among the methods"
+            )
+
+
+def _steps_at_equal_tokens(member: _Member, results: Sequence[Result]) -> int:
+    """Optimizer steps that bring the method to the LM tokens of gflownet with the same seed."""
+    known = {result.method: result.compute for result in results if result.seed == member.seed}
+    own, reference = (known[title] for title in measured_against(member.method))
+    return max(1, round(own["steps"] * reference["tokens"] / own["tokens"]))
 
 
 def _finish(

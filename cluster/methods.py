@@ -17,7 +17,8 @@ and the LM as it is, decoded otherwise, in tasks whose completions are sentences
 
 `gflownet_T0.9`, `ppo_T0.9` and `tempered_T0.9` are their methods at another T than the file's.
 `sample_5x` writes five times as many sentences and keeps the likeliest that differ; so may all
-that decode otherwise but `greedy`.
+that decode otherwise but `greedy`. `sft_tokens` and `ppo_tokens` take as many steps as bring them
+to the LM tokens of `gflownet`, where without `_tokens` they take as many steps as it does.
 """
 
 import re
@@ -42,7 +43,12 @@ _DECODED: Mapping[str, Sequence[str]] = {
 }
 METHODS = (BASE, *TRAINED, *_DECODED)
 _AT_TEMPERATURES = ("ppo", "gflownet", "tempered")
-_NAME = re.compile(r"(?P<name>[a-z_]*[a-z])(_T(?P<temperature>\d+(\.\d+)?))?(_(?P<times>\d+)x)?")
+_AT_EQUAL_TOKENS = ("sft", "ppo")
+_TOKENS = "_tokens"
+_NAME = re.compile(
+    r"(?P<name>[a-z_]*?[a-z])(_T(?P<temperature>\d+(\.\d+)?))?(_(?P<times>\d+)x)?"
+    rf"(?P<tokens>{_TOKENS})?"
+)
 
 
 class UnknownMethod(ValueError):
@@ -56,6 +62,7 @@ class Method:
     name: str  # one of METHODS
     temperature: float | None  # T of the reward; None: the file's
     times: int  # sentences are written so many times as many
+    equal_tokens: bool = False  # steps until gflownet's LM tokens, instead of its steps
 
     @property
     def trained(self) -> bool:
@@ -81,18 +88,35 @@ def method(title: str) -> Method:
             f"no method {title!r}: _2x and more are for {', '.join(several)}, which write several "
             "sentences without training"
         )
-    return Method(name, None if temperature is None else float(temperature), times)
+    if read["tokens"] and name not in _AT_EQUAL_TOKENS:
+        raise UnknownMethod(
+            f"no method {title!r}: {_TOKENS} is for {', '.join(_AT_EQUAL_TOKENS)}, which learn "
+            "otherwise than gflownet"
+        )
+    at = None if temperature is None else float(temperature)
+    return Method(name, at, times, equal_tokens=read["tokens"] is not None)
 
 
-def method_config(path: str, overrides: Sequence[str], *, title: str, seed: int) -> RunConfig:
+def measured_against(title: str) -> tuple[str, str]:
+    """What tells the steps of a method at equal LM tokens: itself at equal steps, and gflownet."""
+    own = title.removesuffix(_TOKENS)
+    return own, GFLOWNET + own.removeprefix(method(title).name)
+
+
+def method_config(
+    path: str, overrides: Sequence[str], *, title: str, seed: int, steps: int | None = None
+) -> RunConfig:
     """The run of one method, not gflownet_em, and seed; raises ConfigError, UnknownMethod.
 
-    Equal for all: LM, adapter, prompts, legal tokens, tool, optimizer steps, and trajectories of
-    each step but where a prompt has too few to replay. LM tokens are counted, not made equal. The
-    time limit is off, because steps that it cut would not be equal. What is not trained is measured
-    with draws of its own for each seed.
+    Equal for all: LM, adapter, prompts, legal tokens, tool, and trajectories of each step but where
+    a prompt has too few to replay. Equal for all but those at equal LM tokens, whose `steps` are
+    told: optimizer steps, and with them trajectories. The time limit is off, because steps that it
+    cut would not be equal. What is not trained is measured with draws of its own for each seed.
     """
-    return _untimed(load_config(path, _overrides(path, overrides, title=title, seed=seed)))
+    changes = _overrides(path, overrides, title=title, seed=seed)
+    if steps is not None:
+        changes.append(f"learner.steps={steps}")
+    return _untimed(load_config(path, changes))
 
 
 def em_method_steps(

@@ -161,6 +161,34 @@ def test_the_base_as_one_seed_measured_it_is_that_of_no_other_seed(
     assert given == [None, 0.5, None, 1.5]
 
 
+def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cost = {"gflownet": 30.0, "ppo": 20.0, "ppo_tokens": 20.0}  # tokens of a step
+    taken: list[tuple[str, int, int]] = []
+
+    def finish(member: compare._Member, *_: object) -> tuple[Result, None]:
+        steps = member.config.learner.steps
+        taken.append((member.method, member.seed, steps))
+        tokens = steps * (cost[member.method] + 30 * member.seed * (member.method == "gflownet"))
+        compute = {"steps": float(steps), "tokens": tokens}
+        own = {"method": member.method, "seed": member.seed, "run": member.run}
+        return Result(**own, metrics={}, compute=compute), None
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "_finish", finish)
+    monkeypatch.setattr(compare, "_write", lambda *_: None)
+    words = ["compare", str(ROOT / "tasks/toy.toml"), "compare.steps=100", "--seeds", "2"]
+    assert main([*words, "--methods", "ppo", "gflownet", "ppo_tokens"]) == 0
+    assert [row for row in taken if row[0] == "ppo_tokens"] == [
+        ("ppo_tokens", 0, 150),
+        ("ppo_tokens", 1, 300),
+    ]
+    assert {steps for name, _, steps in taken if name != "ppo_tokens"} == {100}
+    assert main([*words, "--methods", "ppo", "ppo_tokens", "gflownet"]) == 1
+    assert "ppo_tokens takes its number of steps from gflownet" in capsys.readouterr().err
+
+
 FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
 SMALL = [
     "compare.steps=2",
@@ -182,10 +210,11 @@ def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -
             timeout=100,
         )  # fmt: skip
 
-    first = command("--methods", "base", "ppo", "gflownet")
+    methods = ("base", "ppo", "gflownet", "ppo_tokens")
+    first = command("--methods", *methods)
     assert first.returncode == 0, first.stderr[-2000:]
     found = json.loads(first.stdout)
-    assert list(found["table"]) == ["base", "ppo", "gflownet"]
+    assert tuple(found["table"]) == methods
     assert set(found["table"]["ppo"]["tv"]) == {"mean", "std"}
     assert found["table"]["base"]["coverage"]["mean"] <= 1
     equal = {m: found["compute"][m]["trajectories"]["mean"] for m in ("ppo", "gflownet")}
@@ -196,7 +225,7 @@ def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -
 
     metrics = tmp_path / "runs/c-ppo-0/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    again = command("--methods", "base", "ppo", "gflownet", "--resume")
+    again = command("--methods", *methods, "--resume")
     assert again.returncode == 0, again.stderr[-2000:]
     assert json.loads(again.stdout)["table"] == found["table"]
     assert metrics.stat().st_mtime_ns == before

@@ -7,7 +7,14 @@ import pytest
 from cluster.comparison import Summary
 from cluster.config_file import ConfigError
 from cluster.frontier import draw_frontier, likelihood_of
-from cluster.methods import METHODS, Method, UnknownMethod, method, method_config
+from cluster.methods import (
+    METHODS,
+    Method,
+    UnknownMethod,
+    measured_against,
+    method,
+    method_config,
+)
 
 CONTINUATION = "tasks/continuation.toml"
 
@@ -17,11 +24,25 @@ def test_a_name_says_method_temperature_and_number() -> None:
     assert method("diverse_beam_5x") == Method("diverse_beam", None, 5)
     assert method("tempered_T0.9_5x") == Method("tempered", 0.9, 5)
     assert method("gflownet_T1") == Method("gflownet", 1.0, 1)
+    assert method("sft_tokens") == Method("sft", None, 1, equal_tokens=True)
+    assert method("ppo_T0.9_tokens") == Method("ppo", 0.9, 1, equal_tokens=True)
+    assert measured_against("ppo_T0.9_tokens") == ("ppo_T0.9", "gflownet_T0.9")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["beams", "beam_T0.9", "gflownet_T0", "gflownet_5x", "greedy_5x", "beam_1x", "beam_x", "", "_"],
+    [
+        "beams",
+        "beam_T0.9",
+        "gflownet_T0",
+        "gflownet_5x",
+        "greedy_5x",
+        "beam_1x",
+        "beam_x",
+        "",
+        "_",
+        "base_tokens",
+    ],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UnknownMethod, match=f"no method '{name}'"):
