@@ -4,7 +4,8 @@ A rollout actor is a gang of one; a reward replica has W ranks, the learner M. T
 gangs and calls `poll` often; nothing here waits.
 
     PLACING -> MEETING -> STARTING -> RUNNING -> FINISHED
-        any of the first four -> FAILED, with the cause
+        any of the first four -> FAILED, with the cause; what is left of it may be asked, and is
+                                 its owner's to kill
 """
 
 import time
@@ -160,4 +161,3 @@ class Gang:
     def _fail(self, cause: str) -> None:
         self.cause = f"{self.name}: {cause}"
         self.phase = Phase.FAILED
-        self.kill()

@@ -33,8 +33,8 @@ class Leaving:
                 f"{gang.name} did not stop within {self._timeout_s:.0f} s "
                 f"(cluster.stop_timeout_s) and was killed"
             )
-        if gang.phase is Phase.FAILED:
-            return f"{gang.cause}; it was leaving"
         if self._runs:
             gang.kill()
+        if gang.phase is Phase.FAILED:
+            return f"{gang.cause}; it was leaving"
         return f"{gang.name} has left"

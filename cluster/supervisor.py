@@ -8,14 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import ray
-
 from buffer.stats import ReplayStats
 from cluster.config import RunConfig
 from cluster.ending import end_in_order
 from cluster.fit import check_fit
 from cluster.gang import Gang, Phase, StartFailed
 from cluster.launch import Launch, Launcher
+from cluster.learner_reports import LearnerReports
 from cluster.leaving import Leaving
 from cluster.nodes import living_nodes, may_grow, room
 from cluster.remote import RemoteBoard
@@ -60,9 +59,8 @@ class Supervisor:
         self._leaving: list[Leaving] = []
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died or left
         self.given_up = ""
-        self.learner_rows: list[dict[str, float]] = []
-        self._rows_taken = 0
-        self._events_taken = 0
+        self._reports = LearnerReports(report, timeout_s=config.cluster.answer_timeout_s)
+        self.learner_rows = self._reports.rows
         self._waited: list[Gang] = []  # for a place, and people have been told
         self.gangs: dict[str, Gang] = {}
         for index in range(config.reward_replicas):
@@ -107,14 +105,12 @@ class Supervisor:
             if after is Phase.RUNNING and before is not Phase.RUNNING:
                 self._added.discard(name)
                 self._report(f"{name} is up")
-            if after is Phase.FAILED and name in self._added:
-                self._give_up(name, gang)
-            elif after is Phase.FAILED:
-                self._replace(name, gang, ever_ran=before is Phase.RUNNING)
+            if after is Phase.FAILED:
+                self._clear_up(name, gang, ever_ran=before is Phase.RUNNING)
         self._see_off()
         self._tell_who_waits()
         self._announce()
-        self._collect_rows()
+        self._reports.collect(self.gangs["learner"])
         time.sleep(_TICK_S)
 
     def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
@@ -184,7 +180,7 @@ class Supervisor:
             report=self._report,
             watch=lambda: self._announce(wait=False),
         )
-        self._collect_rows()
+        self._reports.collect(self.gangs["learner"])
         for gang in parts:
             gang.kill()
         return killed
@@ -237,6 +233,16 @@ class Supervisor:
             self._launch_actor(index)
         else:
             self._launch_replica(index)
+
+    def _clear_up(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
+        """Let a part that failed say its last words, end what is left of it, and go on."""
+        if name == "learner":
+            self._reports.collect(gang)
+        gang.kill()
+        if name in self._added:
+            self._give_up(name, gang)
+        else:
+            self._replace(name, gang, ever_ran=ever_ran)
 
     def _give_up(self, name: str, gang: Gang) -> None:
         """Do without a part that was added and did not come up; the run goes on as it was."""
@@ -292,7 +298,7 @@ class Supervisor:
 
     def _launch_learner(self) -> None:
         incarnation = self._next_incarnation("learner")
-        self._rows_taken = self._events_taken = 0
+        self._reports.begin()
         self._launch("learner", self._launcher.learner(self._context, incarnation=incarnation))
 
     def _next_incarnation(self, name: str) -> int:
@@ -314,26 +320,3 @@ class Supervisor:
             if name.startswith("reward-") and gang.phase is Phase.RUNNING and name not in without
         )
         self._roster.tell(names, wait=wait)
-
-    def _collect_rows(self) -> None:
-        """Take over what the learner has measured and what it has to say."""
-        learner = self.gangs["learner"]
-        new_rows = learner.status.get("rows", 0) > self._rows_taken
-        new_events = learner.status.get("events", 0) > self._events_taken
-        timeout_s = self._config.cluster.answer_timeout_s
-        try:
-            if new_rows:
-                rows = ray.get(
-                    learner.leader.rows_since.remote(self._rows_taken), timeout=timeout_s
-                )
-                self._rows_taken += len(rows)
-                self.learner_rows.extend(rows)
-            if new_events:
-                events = ray.get(
-                    learner.leader.events_since.remote(self._events_taken), timeout=timeout_s
-                )
-                self._events_taken += len(events)
-                for event in events:
-                    self._report(f"learner: {event}")
-        except Exception as error:  # its death is the gang's to report
-            self._report(f"learner metrics not read: {type(error).__name__}")

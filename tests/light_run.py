@@ -27,11 +27,15 @@ OVERRIDES = (
 
 
 class LightLauncher(Launcher):
-    """Launches workers without a model, and those of `actors` where they have the number."""
+    """Launches workers without a model, and those of `actors` where they have the number.
+
+    A learner is one of `learners`.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         super().__init__(config, "light")
         self.actors: dict[int, type] = {}
+        self.learners: type = CountingWorker
 
     def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
         return self._launch(self.actors.get(index, CountingWorker))
@@ -40,7 +44,7 @@ class LightLauncher(Launcher):
         return self._launch(CountingWorker)
 
     def learner(self, context: RunContext, *, incarnation: int) -> Launch:
-        return self._launch(CountingWorker)
+        return self._launch(self.learners)
 
     def _launch(self, worker: type) -> Launch:
         place = Place(f"light-{next(NUMBERS)}", CLAIM, num_ranks=1, strategy="PACK")
@@ -54,9 +58,10 @@ class LightLauncher(Launcher):
 class LightRun:
     """A supervisor, what it reported, and what the board knows."""
 
-    def __init__(self, *overrides: str) -> None:
+    def __init__(self, *overrides: str, learners: type = CountingWorker) -> None:
         config = load_config("tasks/toy.toml", [*OVERRIDES, *overrides])
         self.launcher = LightLauncher(config)
+        self.launcher.learners = learners
         self.board = (
             ray.remote(BoardWorker)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=2)

@@ -3,6 +3,8 @@
 import os
 import threading
 
+from learner.exchange import Unrecoverable
+
 
 class LightWorker:
     """Meets, starts, and runs until stopped."""
@@ -56,3 +58,19 @@ class BrokenWorker(CountingWorker):
     def start(self, _: None) -> None:
         """Raise OSError."""
         raise OSError("no such model")
+
+
+class LastWords(CountingWorker):
+    """A learner that fails before anybody has heard of its only step."""
+
+    def run(self) -> dict[str, int]:
+        """Raise Unrecoverable."""
+        raise Unrecoverable("no use")
+
+    def rows_since(self, count: int) -> list[dict[str, float]]:
+        """The step."""
+        return [{"progress/step": 1.0}][count:]
+
+    def events_since(self, count: int) -> list[str]:
+        """A warning."""
+        return ["it does not look good"][count:]

@@ -7,8 +7,9 @@ import ray
 
 from cluster.fit import DoesNotFit
 from cluster.scale_request import ScaleRefused
+from learner.exchange import Unrecoverable
 from tests.light_run import LightRun
-from tests.light_worker import BrokenWorker, DeafWorker
+from tests.light_worker import BrokenWorker, DeafWorker, LastWords
 
 pytestmark = pytest.mark.slow
 
@@ -91,4 +92,13 @@ def test_a_run_without_actors_cannot_have_some() -> None:
     with pytest.raises(ScaleRefused, match="this run has no actors"):
         light.supervisor.scale(actors=2)
     light.until(lambda: light.supervisor.settled)
+    assert light.supervisor.stop(10) == []
+
+
+def test_what_a_learner_has_to_say_is_heard_when_it_fails() -> None:
+    light = LightRun(learners=LastWords)
+    with pytest.raises(Unrecoverable, match="no use"):
+        light.until(lambda: False)
+    assert light.supervisor.learner_rows == [{"progress/step": 1.0}]
+    assert "learner: it does not look good" in light.events
     assert light.supervisor.stop(10) == []
