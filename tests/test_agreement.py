@@ -303,6 +303,7 @@ def test_a_distributed_run_with_a_damaged_actor_ends_and_names_it(tmp_path: Path
     checkpoints = sorted((folder / "checkpoints").glob("step-*"))
     assert checkpoints, "no checkpoint from before was left"
     steps = int(checkpoints[-1].name.removeprefix("step-")) + 3
-    status, output = run(tmp_path, "cluster", *small, "--resume", f"learner.steps={steps}")
+    on = ("--resume", "--local", f"learner.steps={steps}")
+    status, output = run(tmp_path, "cluster", *small, *on)
     assert status == 0, output
     assert json.loads((folder / "state.json").read_text())["step"] == steps

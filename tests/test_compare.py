@@ -200,21 +200,21 @@ SMALL = [
 
 
 @pytest.mark.slow
-def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -> None:
-    def command(*more: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "cluster", "compare", str(ROOT / "tasks/toy.toml"), *SMALL]
-        options = ["--run", "c", "--local", "--json", "--seeds", "1", *more]
-        return subprocess.run(
-            [*words, *options], cwd=tmp_path, capture_output=True, text=True, check=False,
-            env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-            timeout=100,
-        )  # fmt: skip
-
-    methods = ("base", "ppo", "gflownet", "ppo_tokens")
-    first = command("--methods", *methods)
+def test_the_command_compares_and_does_not_repeat_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(ROOT / "tasks/toy.toml"), *SMALL]
+    words += ["--run", "c", "--local", "--json", "--seeds", "1"]
+    methods = ["base", "ppo", "gflownet", "ppo_tokens"]
+    first = subprocess.run(
+        [sys.executable, "-m", "cluster", *words, "--methods", *methods],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        timeout=100,
+    )  # fmt: skip
     assert first.returncode == 0, first.stderr[-2000:]
     found = json.loads(first.stdout)
-    assert tuple(found["table"]) == methods
+    assert list(found["table"]) == methods
     assert set(found["table"]["ppo"]["tv"]) == {"mean", "std"}
     assert found["table"]["base"]["coverage"]["mean"] <= 1
     equal = {m: found["compute"][m]["trajectories"]["mean"] for m in ("ppo", "gflownet")}
@@ -223,16 +223,16 @@ def test_the_command_compares_and_does_not_repeat_what_is_done(tmp_path: Path) -
     page = (tmp_path / "runs/c/report.html").read_text()
     assert "gflownet" in page and "data:image/png" in page
 
+    monkeypatch.chdir(tmp_path)
     metrics = tmp_path / "runs/c-ppo-0/metrics.jsonl"
     before = metrics.stat().st_mtime_ns
-    again = command("--methods", *methods, "--resume")
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert json.loads(again.stdout)["table"] == found["table"]
+    assert main([*words, "--methods", *methods, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["table"] == found["table"]
     assert metrics.stat().st_mtime_ns == before
 
-    refused = command("--methods", "sft", "--resume")
-    assert refused.returncode == 1
-    assert "sft, seed 0 (run c-sft-0)" in refused.stderr and "--methods" in refused.stderr
+    assert main([*words, "--methods", "sft", "--resume"]) == 1
+    refused = capsys.readouterr().err
+    assert "sft, seed 0 (run c-sft-0)" in refused and "--methods" in refused
 
 
 def test_worked_examples_are_whole_demonstrations_chosen_by_the_seed() -> None:

@@ -30,7 +30,9 @@ SMALL = [
     "evaluation.samples=2",
     "evaluation.max_items=4",
     "cluster.actors=1",
+    "reward.ranks=2",
 ]
+WHOLE = {"actors": 1, "replicas": 1}
 TIMEOUT_S = 240.0
 Train = Callable[..., subprocess.Popen[str]]
 
@@ -96,69 +98,53 @@ def rows(tmp_path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def open_buffer(tmp_path: Path) -> tuple[RedisServer, ReplayBuffer]:
+def check_buffer(tmp_path: Path) -> int:
+    """Trajectories in replay, once the buffer has recounted everything."""
     config = BufferConfig()
     server = RedisServer.start(tmp_path / "runs/test/buffer", run="test", config=config)
-    client = connect(server.url, password=server.password, timeout_s=10)
-    return server, ReplayBuffer(client, run="test", config=config)
-
-
-def test_a_run_goes_on_when_an_actor_and_a_reward_rank_are_killed(
-    train: Train, tmp_path: Path
-) -> None:
-    process = train("--run", "test", *SMALL, "learner.steps=60", "reward.ranks=2")
-    wait_until(lambda: state(tmp_path)["step"] >= 3, process, tmp_path)
-    worker(process, "RolloutWorker").kill()
-    wait_until(lambda: state(tmp_path)["actual"]["actors"] == 0, process, tmp_path)
-    wait_until(lambda: state(tmp_path)["actual"]["actors"] == 1, process, tmp_path)
-    worker(process, "RewardWorker").kill()
-    wait_until(lambda: state(tmp_path)["actual"]["replicas"] == 0, process, tmp_path)
-
-    assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
-    assert (state(tmp_path)["phase"], state(tmp_path)["step"]) == ("done", 60)
-    assert [row["progress/step"] for row in rows(tmp_path)] == list(range(1, 61))
-    run = tmp_path / "runs" / "test"
-    for name in ("config.toml", "report.html", "scores.json", "plots", "checkpoints"):
-        assert (run / name).exists(), name
-    base = AutoModelForCausalLM.from_pretrained(PROJECT_ROOT / "tasks/seed/model")
-    adapted = PeftModel.from_pretrained(base, run / "adapter")
-    assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)
-    server, buffer = open_buffer(tmp_path)
     try:
+        client = connect(server.url, password=server.password, timeout_s=10)
+        buffer = ReplayBuffer(client, run="test", config=config)
         audit = buffer.audit()
         assert audit.ok, audit.discrepancies
+        return buffer.stats().replay_size
     finally:
         server.stop(timeout_s=20)
 
 
-def test_an_interrupted_run_resumes_with_its_versions_optimizer_and_buffer(
+def test_a_run_outlives_its_parts_and_goes_on_where_it_was_stopped(
     train: Train, tmp_path: Path
 ) -> None:
-    process = train("--run", "test", *SMALL, "learner.steps=500")
-    wait_until(lambda: state(tmp_path)["step"] >= 5, process, tmp_path)
+    process = train("--run", "test", *SMALL, "learner.steps=5000")
+    wait_until(lambda: state(tmp_path)["step"] >= 3, process, tmp_path)
+    for part, kind in (("RolloutWorker", "actors"), ("RewardWorker", "replicas")):
+        worker(process, part).kill()
+        wait_until(lambda kind=kind: state(tmp_path)["actual"][kind] == 0, process, tmp_path)  # type: ignore[misc]
+    wait_until(lambda: state(tmp_path)["actual"] == WHOLE, process, tmp_path)
+    step = state(tmp_path)["step"]
+    wait_until(lambda: state(tmp_path)["step"] >= step + 2, process, tmp_path)
     # Stopped while nobody scores: what starts anew lost nothing, and nobody waits for it.
     worker(process, "RewardWorker").kill()
     wait_until(lambda: state(tmp_path)["actual"]["replicas"] == 0, process, tmp_path)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
     stopped = state(tmp_path)
-    assert stopped["phase"] == "stopped" and stopped["killed"] == [], stopped
+    assert (stopped["phase"], stopped["killed"]) == ("stopped", []), output(tmp_path)
     assert psutil.pid_exists(process.pid) is False
-    server, buffer = open_buffer(tmp_path)
-    stored = buffer.stats().replay_size
-    server.stop(timeout_s=20)
+    stored = check_buffer(tmp_path)
     assert stored > 0
 
     steps = stopped["step"] + 4
     process = train("--run", "test", "--resume", *SMALL, f"learner.steps={steps}")
     assert process.wait(timeout=TIMEOUT_S) == 0, output(tmp_path)
-    assert state(tmp_path)["step"] == steps
+    assert (state(tmp_path)["phase"], state(tmp_path)["step"]) == ("done", steps)
     assert [row["progress/step"] for row in rows(tmp_path)] == list(range(1, steps + 1))
     versions = [row["policy/version"] for row in rows(tmp_path)]
     assert versions == sorted(set(versions)), "a version came twice"
-    server, buffer = open_buffer(tmp_path)
-    try:
-        assert buffer.stats().replay_size >= stored
-        assert buffer.audit().ok
-    finally:
-        server.stop(timeout_s=20)
+    assert check_buffer(tmp_path) >= stored
+    run = tmp_path / "runs" / "test"
+    for name in ("config.toml", "report.html", "scores.json", "plots", "checkpoints"):
+        assert (run / name).exists(), name
+    base = AutoModelForCausalLM.from_pretrained(PROJECT_ROOT / "tasks/seed/model")
+    adapted = PeftModel.from_pretrained(base, run / "adapter")
+    assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)

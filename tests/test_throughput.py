@@ -258,13 +258,16 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "the run needs 10.75 CPU" in capsys.readouterr().err
 
 
+BEST_OF_ONE = 48 / 1.92  # trajectories of a batch, and what its 48 steps of decoding take
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_verb_prints_one_object(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cluster", "throughput", CONFIG, "--actors", "1,2"]
+    command = [sys.executable, "-m", "cluster", "throughput", CONFIG, "--actors", "2"]
     command += ["--simulate", "--json", "throughput.repeats=2", "throughput.batches=1"]
     command += ["throughput.warm_up_batches=1", "throughput.comparison_steps=4"]
-    command += ["throughput.simulation.decode_step_ms=20", "throughput.simulation.balanced_ms=300"]
+    command += ["throughput.simulation.decode_step_ms=40", "throughput.simulation.balanced_ms=300"]
     done = subprocess.run(
         command,
         cwd=tmp_path,
@@ -276,17 +279,13 @@ def test_the_verb_prints_one_object(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [row["actors"] for row in found["rows"]] == [1, 2]
-    one, two = found["rows"]
-    assert one["efficiency"] == 1.0
-    # Not the claim, which needs a machine to itself: that two actors are nearly twice as fast.
-    assert 1.4 < two["trajectories_per_s"] / one["trajectories_per_s"] < 2.2
-    assert two["efficiency"] == pytest.approx(
-        two["trajectories_per_s"] / one["trajectories_per_s"] / 2
-    )
-    assert one["trajectories_per_s"] < 48 / 0.96 < 2 * one["trajectories_per_s"]
-    assert one["bottleneck"] == "sampling" and one["overhead"]["seconds_per_batch"] > 0
-    assert one["stages"]["sampling"]["busy"] > 0.6
+    (row,) = found["rows"]
+    assert (row["actors"], row["efficiency"]) == (2, 1.0)
+    # Not the claim, which needs a machine to itself: two actors are nearly twice as fast as one
+    # can be that does nothing but wait for its model.
+    assert BEST_OF_ONE < row["trajectories_per_s"] < 2 * BEST_OF_ONE
+    assert row["bottleneck"] == "sampling" and row["overhead"]["seconds_per_batch"] > 0
+    assert row["stages"]["sampling"]["busy"] > 0.5
     assert found["async_over_sync"] > 1.3
     assert found["comparison"]["trajectories"] == 4 * 48
     assert Path(found["plot"]).read_bytes()[:4] == b"\x89PNG"
