@@ -99,8 +99,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pace", choices=("fast", "slow"), help="only tests of this pace")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep tests of one pace where asked to."""
+    """Group the slow tests for workers, and keep tests of one pace where asked to.
+
+    Those that fill a machine are one group, which one worker runs; beside it run those marked so.
+    """
+    for item in items:
+        if item.get_closest_marker("slow"):
+            alone = item.get_closest_marker("beside") is None
+            item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.name))
     if (pace := config.getoption("pace")) is None:
         return
     chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
