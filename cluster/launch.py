@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.board_worker import BoardWorker
 from cluster.config import Placement, RunConfig
@@ -40,13 +41,18 @@ class Launcher:
         self._namespace = namespace
 
     def board(self) -> ActorHandle:
-        """The weight board; Ray restarts it where it died."""
+        """The weight board, on the driver's node, whose loss ends the run anyway.
+
+        Ray starts it again should it die; elsewhere it would go with a node that the run survives.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         return (
             ray.remote(BoardWorker)
             .options(
                 name="board",
                 namespace=self._namespace,
                 num_cpus=0,
+                scheduling_strategy=here,
                 max_restarts=-1,
                 max_task_retries=2,
             )
