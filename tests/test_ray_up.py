@@ -42,6 +42,7 @@ MACHINE = """\
 export OMP_NUM_THREADS=1 PIP_NO_INDEX=1 RAY_DISABLE_IMPORT_WARNING=1
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=5000
 export RAY_health_check_failure_threshold=3 RAY_gcs_rpc_server_reconnect_timeout_s=5
+export AUTOSCALER_UPDATE_INTERVAL_S=1 AUTOSCALER_HEARTBEAT_TIMEOUT_S=15
 export RAY_USAGE_STATS_ENABLED=0
 """
 SSHD = (
