@@ -118,11 +118,10 @@ def test_actors_and_replicas_come_and_go_and_nothing_is_lost(run: LiveRun) -> No
     assert {part: len(pids) for part, pids in first.items()} == dict.fromkeys(PARTS, 1)
 
     version = run.state().version
-    said = run.verb("scale", "--actors", "4")
+    said = run.verb("scale", "--actors", "4", "--reward-replicas", "2")
     print(said)
-    assert "actors 4/4, replicas 1/1 after" in said
-    assert len(run.pids()["RolloutWorker"]) == 4
-    run.verb("scale", "--reward-replicas", "2")
+    assert "actors 4/4, replicas 2/2 after" in said
+    assert [len(run.pids()[part]) for part in PARTS] == [1, 4, 2]
     full = {"actors": 4, "replicas": 2}
     assert numbers(run.state()) == (full, full)
     step = run.state().step
