@@ -96,23 +96,22 @@ def pytest_runtest_makereport(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pace", choices=("fast", "slow"), help="only tests of this pace")
+    parser.addoption("--pace", choices=("fast", "slow", "beside"), help="only tests of this pace")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the slow tests for workers, and keep tests of one pace where asked to.
-
-    Those that fill a machine are one group, which one worker runs; beside it run those marked so.
-    """
-    for item in items:
-        if item.get_closest_marker("slow"):
-            alone = item.get_closest_marker("beside") is None
-            item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.name))
+    """Keep tests of one pace where asked to."""
     if (pace := config.getoption("pace")) is None:
         return
     chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
-        chosen[(pace == "slow") == bool(item.get_closest_marker("slow"))].append(item)
+        chosen[pace_of(item) == pace].append(item)
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])
+
+
+def pace_of(item: pytest.Item) -> str:
+    """Of the slow tests, those that leave room for another run beside it."""
+    if item.get_closest_marker("slow") is None:
+        return "fast"
+    return "slow" if item.get_closest_marker("beside") is None else "beside"
