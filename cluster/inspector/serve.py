@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import logging
+import os
 import socket
 import threading
 import time
@@ -25,6 +26,9 @@ from cluster.joining import connect_ray, namespace_of
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 _START_TIMEOUT_S = 180.0
+# Serve kills a proxy that takes longer to start; its own 5 s are too few for a busy machine. It is
+# read on clusters that are started here.
+_PROXY_PATIENCE = ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 _ROUTE_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0
 _SILENCE_TIMEOUT_S = 60.0
@@ -87,6 +91,7 @@ def served_by_ray(target: Target, *, port: int | None, address: str | None) -> I
         InspectorNotStarted: says what Ray Serve says.
     """
     port = port or DEFAULT_PORT
+    os.environ.setdefault(*_PROXY_PATIENCE)
     try:
         connect_ray(target.config, address, namespace_of(target.run))
     except Exception as error:  # Ray has no class of its own for what can go wrong here
