@@ -43,9 +43,10 @@ class Launcher:
     def board(self) -> ActorHandle:
         """The weight board, on the driver's node, whose loss ends the run anyway.
 
-        Ray starts it again should it die; elsewhere it would go with a node that the run survives.
+        Ray starts it again should it die. It would choose any node for what claims nothing, and
+        minds no soft wish; the board would then go with a node that the run survives.
         """
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return (
             ray.remote(BoardWorker)
             .options(
