@@ -28,11 +28,11 @@ def test_methods_share_everything_but_what_makes_them_one() -> None:
     path = "tasks/arithmetic.toml"
     configs = {m: method_config(path, [], title=m, seed=2) for m in ("sft", "ppo", "gflownet")}
     for config in configs.values():
-        assert (config.seed, config.learner.steps, config.cluster.time_limit_s) == (2, 150, None)
+        assert (config.seed, config.learner.steps, config.cluster.time_limit_s) == (2, 300, None)
         assert config.actors.group_size + config.learner.replayed_per_group == 8
         assert config.learner.groups_per_step == 8
         assert config.lora == configs["gflownet"].lora and config.lm == configs["gflownet"].lm
-    assert [c.learner.objective for c in configs.values()] == ["sft", "ppo", "subtb"]
+    assert [c.learner.objective for c in configs.values()] == ["sft", "ppo", "raptb"]
     tuned = ["compare.overrides.ppo=['learner.learning_rate=0.5']", "compare.shots=4"]
     assert method_config(path, tuned, title="ppo", seed=0).learner.learning_rate == 0.5
     assert method_config(path, tuned, title="sft", seed=0).learner.learning_rate == 1e-3
