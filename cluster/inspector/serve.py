@@ -25,7 +25,7 @@ from cluster.joining import connect_ray, namespace_of
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
-_START_TIMEOUT_S = 180.0
+_START_TIMEOUT_S = 300.0
 # Serve kills a proxy that takes longer to start; its own 5 s are too few for a busy machine. It is
 # read on clusters that are started here.
 _PROXY_PATIENCE = ("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
