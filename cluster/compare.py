@@ -20,7 +20,7 @@ from cluster.em import take_steps
 from cluster.em_steps import EMStep
 from cluster.fingerprint import PACKAGES
 from cluster.finished import made_with
-from cluster.frontier import draw_frontier, likelihood_of
+from cluster.frontier import draw_frontier, likelihoods_of
 from cluster.measure import measure
 from cluster.measurement import Measurement
 from cluster.methods import EM, em_method_steps, measured_against, method, method_config
@@ -244,7 +244,7 @@ def _write(
     folder: RunDirectory, task: str, results: Sequence[Result], metrics: Table, compute: Table
 ) -> None:
     plots: list[Path] = []
-    if likelihood_of(metrics) is not None:
+    if likelihoods_of(metrics):
         plots.append(draw_frontier(metrics, folder.path / "frontier.png"))
     plots.append(draw(metrics, folder.path / "compare.png"))
     write_page(

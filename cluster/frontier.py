@@ -10,10 +10,11 @@ from cluster.comparison import Summary, Table
 from cluster.methods import method
 
 _DIVERSITY = "diversity"
-# What is likely, by the kind of measurement, and how its axis is called.
+# What says how likely sentences are, by the kind of measurement: a panel each, and its axis.
 _LIKELIHOODS = {
     "max_log_likelihood": "log-likelihood of the likeliest, nats",
-    "log_reward": "log reward, nats",
+    "mean_log_likelihood": "mean log-likelihood, nats",
+    "log_reward": "mean log reward, nats",
 }
 _OTHER = ("#7d6aa5", "o")
 # Family of methods -> colour and marker.
@@ -31,33 +32,37 @@ _STYLES = {
 }
 
 
-def likelihood_of(table: Table) -> str | None:
-    """The figure to draw diversity against; None where nothing like it was measured."""
+def likelihoods_of(table: Table) -> list[str]:
+    """The figures to draw diversity against; none where nothing like it was measured."""
     measured = {name for row in table.values() for name in row}
-    found = (name for name in _LIKELIHOODS if name in measured and _DIVERSITY in measured)
-    return next(found, None)
+    return [name for name in _LIKELIHOODS if {name, _DIVERSITY} <= measured]
 
 
 def draw_frontier(table: Table, path: Path) -> Path:
-    """A point with deviations for each method, those of one family joined by a line.
+    """A panel for each likelihood: a point with deviations for each method, those of one family
+    joined by a line.
 
-    What writes one sentence has no diversity, and is a level line.
+    What writes one sentence has no diversity, and is a level line. Hollow: several times as many
+    sentences were written.
     """
-    likelihood = likelihood_of(table)
-    assert likelihood is not None
-    figure = Figure(figsize=(7.2, 4.6), dpi=100, layout="constrained")
+    likelihoods = likelihoods_of(table)
+    size = (4.2 * len(likelihoods) + 1.6, 4.2)
+    figure = Figure(figsize=size, dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    panels = figure.subplots(1, len(likelihoods), squeeze=False)[0]
     families: dict[str, list[str]] = {}
-    for title in table:
-        families.setdefault(method(title).name, []).append(title)
-    for family, titles in families.items():
-        points = [(table[title][_DIVERSITY], table[title][likelihood]) for title in titles]
-        _draw_family(axes, family, titles, points)
-    axes.set_xlabel("diversity")
-    axes.set_ylabel(_LIKELIHOODS[likelihood])
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    for title, row in table.items():
+        if _DIVERSITY in row:
+            families.setdefault(method(title).name, []).append(title)
+    for likelihood, axes in zip(likelihoods, panels, strict=True):
+        for family, titles in families.items():
+            points = [(table[title][_DIVERSITY], table[title][likelihood]) for title in titles]
+            _draw_family(axes, family, titles, points)
+        axes.set_xlabel("diversity")
+        axes.set_ylabel(_LIKELIHOODS[likelihood])
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)
     return path
 

@@ -64,20 +64,29 @@ def make_model(folder: Path) -> None:
     save_tokenizer(tokenizer, folder, max_positions=MAX_POSITIONS)
 
 
-def sentence_config(kind: str, folder: Path, *overrides: str) -> RunConfig:
-    """The shipped configuration on one prompt of the tiny LM, which is written to `folder`."""
+def sentence_overrides(kind: str, folder: Path) -> list[str]:
+    """Of the shipped configuration: one prompt of the tiny LM. Writes both to `folder`."""
     make_model(folder / "model")
     if kind == "infilling":
         sentences = ["he ran.", "he sat.", "he ran far.", "far ran he.", "he sat far."]
         story = {f"sentence{n}": text for n, text in enumerate(sentences, start=1)}
         data = folder / "stories.jsonl"
         data.write_text(json.dumps(story))
-        field = "stories"
-    else:
-        data, field = folder / "prompts.txt", "data"
-        data.write_text("he ran far. he sat.\n")
-    own = [f"lm.model={folder / 'model'}", f"task.{field}={data}", *OVERRIDES]
-    return load_config(f"tasks/{kind}.toml", [*own, *overrides])
+        return [f"lm.model={folder / 'model'}", f"task.stories={data}", *OVERRIDES]
+    data, known = folder / "prompts.txt", folder / "known.jsonl"
+    data.write_text("he ran far. he sat.\n")
+    known.write_text('{"prompt": "he ran far. he sat.", "next": "he ran."}\n')
+    return [
+        f"lm.model={folder / 'model'}",
+        f"task.data={data}",
+        f"task.demonstrations={known}",
+        *OVERRIDES,
+    ]
+
+
+def sentence_config(kind: str, folder: Path, *overrides: str) -> RunConfig:
+    """The configuration that these overrides make."""
+    return load_config(f"tasks/{kind}.toml", [*sentence_overrides(kind, folder), *overrides])
 
 
 class ByHand:

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.comparison import Summary
 from cluster.config_file import ConfigError
-from cluster.frontier import draw_frontier, likelihood_of
+from cluster.frontier import draw_frontier, likelihoods_of
 from cluster.methods import (
     METHODS,
     Method,
@@ -97,6 +97,7 @@ def test_likelihood_is_drawn_against_diversity_where_both_were_measured(
     def row(likely: float, diversity: float) -> dict[str, Summary]:
         return {
             "max_log_likelihood": Summary(mean=likely, std=0.5),
+            "mean_log_likelihood": Summary(mean=likely - 2, std=0.4),
             "diversity": Summary(mean=diversity, std=None),
         }
 
@@ -108,7 +109,7 @@ def test_likelihood_is_drawn_against_diversity_where_both_were_measured(
         "gflownet_T0.9": row(-12, 0.8),
         "gflownet": row(-9, 0.7),
     }
-    assert likelihood_of(table) == "max_log_likelihood"
-    assert likelihood_of({"base": {"tv": Summary(mean=0.1, std=None)}}) is None
+    assert likelihoods_of(table) == ["max_log_likelihood", "mean_log_likelihood"]
+    assert likelihoods_of({"base": {"tv": Summary(mean=0.1, std=None)}}) == []
     drawn = draw_frontier(table, tmp_path / "frontier.png")
     assert 5_000 < drawn.stat().st_size < 60_000
