@@ -18,11 +18,12 @@ SMALL = (
     "learner.checkpoint_every_steps=9",
 )
 METHODS = {
-    "continuation": ["base", "sft", "ppo", "gflownet_T0.9", "tempered_2x", "greedy", "beam_2x"],
+    "continuation": ["base", "sft", "ppo", "gflownet_T0.9", "greedy", "beam_2x"],
     "infilling": ["base", "sft", "gflownet", "diverse_beam"],
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", METHODS)
 def test_all_methods_stand_in_one_table_and_one_figure(
     kind: str,
@@ -37,7 +38,7 @@ def test_all_methods_stand_in_one_table_and_one_figure(
     command = ["compare", str(ROOT / "tasks" / f"{kind}.toml"), *overrides, *SMALL, tested]
     options = ["--methods", *METHODS[kind], "--seeds", "1", "--local", "--json", "--run", "c"]
     assert main([*command, *options]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])  # behind what imports say
     likelihood = "max_log_likelihood" if kind == "continuation" else "log_reward"
     assert list(found["table"]) == METHODS[kind]
     for method, row in found["table"].items():
