@@ -108,8 +108,8 @@ def take_steps(
             )
         if scores.after is None:
             raise EMStopped(f"stopped in {step.title}; {again} goes on")
-        # What an M-step leaves is the LM that the next E-step begins with.
-        before = scores.before if step.kind == "E" else scores.after
+        # What an M-step leaves is another LM, and was measured behind the policy.
+        before = scores.before if step.kind == "E" else None
         results.append(
             result_of(
                 directory,

@@ -11,6 +11,7 @@ from cluster.evaluated_policy import evaluated_policy
 from cluster.measurement import Example, Labels
 from cluster.sentences import NothingToMeasure
 from lm.adapter import adapter_bytes, load_adapter
+from lm.config import LMConfig
 from lm.merged import MergedModel
 from lm.model import CausalLM, LanguageModel, load_base
 from lm.sampling import Request
@@ -25,7 +26,9 @@ from tasks.subjectivity import ReviewItem, Subjectivity, build_subjectivity
 Tokens = tuple[int, ...]
 
 
-def measure_labels(config: RunConfig, task: SubjectivityConfig, *, adapter: Path | None) -> Labels:
+def measure_labels(
+    config: RunConfig, task: SubjectivityConfig, *, adapter: Path | None, answering: LMConfig
+) -> Labels:
     """Labels of the test reviews, against the true ones.
 
     For each review `evaluation.samples` reasons Z are drawn of the policy; the frozen LM says how
@@ -33,9 +36,12 @@ def measure_labels(config: RunConfig, task: SubjectivityConfig, *, adapter: Path
     average). Behind worked examples (`evaluation.shots`), and of an adapter that supervised
     fine-tuning made, the label without a reason counts.
 
+    Args:
+        answering: the LM that answers, where it is not the policy's: behind an M-step.
+
     Raises as `cluster.measure.measure`.
     """
-    frozen = load_base(config.lm)
+    frozen = load_base(answering)
     built = build_subjectivity(task, frozen.tokenizer)
     items = built.tests[: config.evaluation.max_items]
     if not items:

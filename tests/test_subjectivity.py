@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cluster.before_after import rows
+from cluster.config import RunConfig
 from cluster.config_file import load_config
 from cluster.labels import _label, objective_probability
 from cluster.learned import imitation
 from cluster.measure import measure
 from cluster.measurement import Labels
 from cluster.roles import load_task
+from lm.adapter import adapter_bytes, save_adapter
+from lm.merged import save_merged
+from lm.model import attach_adapter, load_base
 from tasks.arithmetic_data import DataError
 from tasks.config import SubjectivityConfig
 from tasks.review_files import write_files
@@ -166,3 +171,38 @@ def test_the_shipped_configuration_is_measured() -> None:
     told = {row.label: row for row in rows(found, found.model_copy(update={"accuracy": 2.0}))}
     assert told["reviews labelled right"].gained
     assert told["reviews labelled right"].items == "3 x 4"
+
+
+def changed(config: RunConfig, scale: float) -> tuple[Any, str]:
+    """The LM with a random adapter, and its base's fingerprint."""
+    base = load_base(config.lm)
+    model = attach_adapter(base, config.lora, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0.0, scale, generator=generator)
+    return model, base.fingerprint
+
+
+def test_behind_an_m_step_the_policy_reasons_and_the_new_lm_answers(tmp_path: Path) -> None:
+    small = ["evaluation.max_items=6", "evaluation.samples=2", "evaluation.examples=6"]
+    config = load_config("tasks/subjectivity.toml", small)
+    policy, of_base = changed(config, 0.05)
+    save_adapter(policy, tmp_path / "e" / "adapter", of_base)
+    left, _ = changed(config, 0.3)
+    save_merged(config.lm, adapter_bytes(left), tmp_path / "m" / "model")
+    m_step = load_config(
+        "tasks/subjectivity.toml",
+        [*small, "learner.objective=joint", f"em.policy={tmp_path / 'e' / 'adapter'}"],
+    )
+    found = measure(m_step, adapter=tmp_path / "m" / "adapter")
+    by_policy = measure(config, adapter=tmp_path / "e" / "adapter")
+    alone = measure(config.with_model(tmp_path / "m" / "model"), adapter=None)
+    assert isinstance(found, Labels) and isinstance(alone, Labels)
+    reasons = [example.rationale for example in found.examples]
+    assert reasons == [example.rationale for example in by_policy.examples]
+    assert reasons != [example.rationale for example in alone.examples]
+    answers = [example.answer for example in found.examples]
+    assert answers != [example.answer for example in by_policy.examples]
+    assert found.bare == alone.bare
