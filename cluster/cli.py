@@ -85,6 +85,12 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         help="test files (default: those of the configuration)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        help="changes to the configuration, before --data, values as in TOML",
+    )
 
 
 def _compare(parser: argparse.ArgumentParser) -> None:

@@ -2,23 +2,28 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.before_after import rows
+from cluster.config import RunConfig
 from cluster.config_file import load_config, locate
 from cluster.measure import measure
 from cluster.measurement import Measurement, Votes
 from cluster.preflight import check_adapter
 from cluster.rundir import find_run
-from cluster.votes import measure_votes
+
+
+class NoTestFiles(ValueError):
+    """Test files were given for a task that reads none."""
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
-    config = load_config(arguments.config)
+    config = load_config(arguments.config, arguments.overrides)
     adapter = Path(arguments.adapter) if arguments.adapter else None
     if arguments.run:
         found = find_run(arguments.run)
@@ -28,11 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
             adapter = found.adapter
     if adapter is not None:
         check_adapter(adapter)
-    data = [str(locate(path)) for path in arguments.data]
-    if data or not config.task.tests:
-        measurement: Measurement = measure_votes(config, adapter=adapter, data=data)
-    else:
-        measurement = measure(config, adapter=adapter)
+    if arguments.data:
+        config = on_files(config, arguments.data)
+    measurement = measure(config, adapter=adapter)
     if arguments.json:
         print(json.dumps(measurement.model_dump(mode="json", exclude={"examples"})))
     elif isinstance(measurement, Votes):
@@ -40,6 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show_rows(measurement, title="base" if adapter is None else str(adapter))
     return 0
+
+
+def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:
+    """The run with other test files, looked for as `locate` says; raises NoTestFiles."""
+    if "tests" not in type(config.task).model_fields:
+        raise NoTestFiles(
+            f"task {config.task.name!r} is measured by its distance to the posterior, on no files: "
+            "leave --data out"
+        )
+    tests = tuple(str(locate(path)) for path in paths)
+    return config.model_copy(update={"task": config.task.model_copy(update={"tests": tests})})
 
 
 def show(measurement: Votes, *, title: str) -> None:

@@ -19,8 +19,8 @@ class NoQuestions(ValueError):
     """Answers were to be counted for a task that asks no questions."""
 
 
-def measure_votes(config: RunConfig, *, adapter: Path | None, data: Sequence[str] = ()) -> Votes:
-    """Vote on the items of `data`, or of the task's own test files, and count.
+def measure_votes(config: RunConfig, *, adapter: Path | None) -> Votes:
+    """Vote on the items of the task's test files, and count.
 
     Raises:
         FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
@@ -34,7 +34,7 @@ def measure_votes(config: RunConfig, *, adapter: Path | None, data: Sequence[str
         raise NoQuestions(
             f"task {task.name!r} has no test questions; `amortize posterior` measures its policy"
         )
-    items = [task.test_items(path)[: settings.max_items] for path in data or config.task.tests]
+    items = [task.test_items(path)[: settings.max_items] for path in config.task.tests]
     policy = evaluated_policy(config, base, task, adapter)
     answerer = SamplingPolicy(
         load_base(config.lm),

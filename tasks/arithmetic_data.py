@@ -10,18 +10,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from tasks.data_error import DataError, read_text, refuse
 from tasks.expression import Expression, answer_text, parse_question
 
 _STEP = re.compile(r"-?[0-9]+ [+-] -?[0-9]+ =")
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the text names file, item, key and remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +41,35 @@ class _Record(BaseModel):
 
 
 def load_items(path: str) -> tuple[Item, ...]:
-    """All items of a file; raises DataError for the first that is wrong."""
+    """All items of a file; raises DataError, which lists the bad items with what is wrong."""
+    text = read_text(path)
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
+        records = json.loads(text)
     except ValueError as error:
-        raise DataError(f"{path}: not JSON in UTF-8: {error}; repair or regenerate it") from error
+        raise DataError(f"{path}: not JSON: {error}; repair or regenerate it") from error
     if not isinstance(records, list) or not records:
         raise DataError(f"{path}: must hold a list of questions, at least one")
-    return tuple(_item(record, f"{path}: item {at}") for at, record in enumerate(records, start=1))
+    items, wrong = [], []
+    for number, record in enumerate(records, start=1):
+        try:
+            items.append(_item(record, f"{path}: item {number}"))
+        except DataError as error:
+            wrong.append(str(error))
+    refuse(wrong)
+    return tuple(items)
 
 
 def load_demonstrations(path: str) -> tuple[Item, ...]:
     """Items of a file in which every question has a rationale; raises DataError."""
     items = load_items(path)
-    for number, item in enumerate(items, start=1):
-        if item.steps is None:
-            raise DataError(
-                f"{path}: item {number}: key 'str_rationale' is missing; add it, or give this "
-                "file as task.questions"
-            )
+    refuse(
+        [
+            f"{path}: item {number}: key 'str_rationale' is missing; add it, or give this file as "
+            "task.questions"
+            for number, item in enumerate(items, start=1)
+            if item.steps is None
+        ]
+    )
     return items
 
 

@@ -6,13 +6,11 @@ With their next sentences, to be imitated, they come in JSON Lines:
 """
 
 import json
-from pathlib import Path
 
-from tasks.arithmetic_data import DataError
+from tasks.data_error import read_text, refuse
 
 LONGEST = 2000  # characters of a prompt
 PROMPT, NEXT = "prompt", "next"  # keys of JSON Lines
-_TOLD = 20  # bad lines that an error lists
 
 
 def load_prompts(path: str) -> tuple[str, ...]:
@@ -26,7 +24,7 @@ def load_prompts(path: str) -> tuple[str, ...]:
         if fault := _fault(prompt):
             wrong.append(f"{path}:{number}: {fault}")
         prompts.append(prompt)
-    _report(wrong)
+    refuse(wrong)
     return tuple(prompts)
 
 
@@ -43,7 +41,7 @@ def load_continued(path: str) -> tuple[tuple[str, str], ...]:
             wrong.append(f"{path}:{number}: {read}")
         else:
             pairs.append(read)
-    _report(wrong)
+    refuse(wrong)
     return tuple(pairs)
 
 
@@ -65,19 +63,7 @@ def _pair(line: str) -> tuple[str, str] | str:
 
 
 def _lines(path: str) -> list[str]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not text in UTF-8: {error}; convert it") from error
-    return text.removesuffix("\n").split("\n")
-
-
-def _report(wrong: list[str]) -> None:
-    if wrong:
-        more = [f"... and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
-        raise DataError("\n".join([*wrong[:_TOLD], *more]))
+    return read_text(path).removesuffix("\n").split("\n")
 
 
 def _fault(prompt: str) -> str:

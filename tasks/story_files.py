@@ -8,24 +8,17 @@ The keys, or columns, are `sentence1` to `sentence5`; others, such as an id or a
 import csv
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from tasks.arithmetic_data import DataError
+from tasks.data_error import DataError, read_text, refuse
 from tasks.seed.stories import Story
 
 KEYS = tuple(f"sentence{number}" for number in range(1, 6))
-_TOLD = 20  # bad lines that an error lists
 
 
 def load_stories(path: str) -> tuple[Story, ...]:
     """All stories of a file; raises DataError, which lists the bad lines with what is wrong."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not text in UTF-8: {error}; convert it") from error
+    text = read_text(path)
     rows = _csv_rows(text) if path.lower().endswith(".csv") else _json_rows(text)
     stories, wrong = [], []
     for line, row in rows:
@@ -35,9 +28,7 @@ def load_stories(path: str) -> tuple[Story, ...]:
         elif not isinstance(row, str):
             one, two, three, four, five = (row[key].strip() for key in KEYS)
             stories.append(Story((one, two, three, four, five)))
-    if wrong:
-        more = [f"... and {len(wrong) - _TOLD} more"] if len(wrong) > _TOLD else []
-        raise DataError("\n".join([*wrong[:_TOLD], *more]))
+    refuse(wrong)
     if not stories:
         raise DataError(f"{path}: holds no story")
     return tuple(stories)

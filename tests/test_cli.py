@@ -62,8 +62,9 @@ def test_overrides_may_stand_before_and_after_options() -> None:
 
 
 def test_evaluate_takes_several_data_files() -> None:
-    _, arguments = parse(["evaluate", "a.toml", "--data", "b.json", "c.json", "--json"])
+    _, arguments = parse(["evaluate", "a.toml", "x=1", "--data", "b.json", "c.json", "--json"])
     assert (arguments.config, arguments.data, arguments.json) == ("a.toml", ["b.json", "c.json"], 1)
+    assert arguments.overrides == ["x=1"]
 
 
 @pytest.mark.parametrize(
