@@ -16,9 +16,9 @@ from cluster.learned import imitation
 from cluster.rundir import RunDirectory
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
-from lm.model import load_base
+from lm.model import context_limit, load_base
 from tasks.registry import build_task
-from tasks.task import QuestionTask
+from tasks.task import QuestionTask, Task
 
 
 class LocalIsOne(ValueError):
@@ -27,6 +27,10 @@ class LocalIsOne(ValueError):
 
 class NoAdapter(FileNotFoundError):
     """A folder that should hold an adapter does not."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room in the model for what is written behind it."""
 
 
 def check_before_start(
@@ -47,6 +51,7 @@ def check_before_start(
         LocalIsOne, DoesNotFit: more processes than there is room for.
         WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
         ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the model and the data.
+        PromptTooLong: about both.
         LogZUnused, NoDemonstrations: about the objective.
     """
     directory.check(resume=resume)
@@ -94,6 +99,7 @@ def check_model_and_data(config: RunConfig) -> None:
     base = load_base(config.lm)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
+    check_lengths(task, context_limit(base.model))
     if config.learner.imitates:
         imitation(config, base, task)
     if config.learner.objective == "joint":
@@ -103,6 +109,23 @@ def check_model_and_data(config: RunConfig) -> None:
     if isinstance(task, QuestionTask):
         for path in config.task.tests:
             task.test_items(path)
+
+
+def check_lengths(task: Task, limit: int) -> None:
+    """Raise PromptTooLong where a prompt leaves a model of `limit` positions no room.
+
+    What a tool writes behind the last step is not foreseen.
+    """
+    context, longest = len(task.reward_query.context), task.actions.max_len
+    for prompt in task.prompts:
+        scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
+        needed = longest + max(len(prompt.prompt), scored)
+        if needed > limit:
+            raise PromptTooLong(
+                f"task {task.name!r}: prompt {prompt.text[:60]!r} needs {needed} positions with a "
+                f"completion of max_len = {longest} and its answer, the model has {limit}: take "
+                "the prompt out, shorten it, or lower task.max_len"
+            )
 
 
 def check_adapter(folder: Path) -> None:

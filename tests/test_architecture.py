@@ -143,7 +143,9 @@ def test_what_must_stay_light_imports_without_torch(module: str) -> None:
 
 
 SHIPPED = [
-    place(path) for folder in ("tasks", "cluster") for path in (ROOT / folder).glob("*.toml")
+    place(path)
+    for folder in ("tasks", "tasks/paper", "cluster")
+    for path in (ROOT / folder).glob("*.toml")
 ]
 
 

@@ -1,0 +1,107 @@
+"""The paper's settings: they load, and they run on small models of the paper's architectures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster.__main__ import main
+from cluster.config_file import load_config
+from cluster.preflight import PromptTooLong, check_before_start
+from cluster.rundir import RunDirectory
+from lm.config import LMConfig
+from lm.model import load_base
+from reward.naive import naive_log_rewards
+from reward.packed import suffix_log_rewards
+from tasks.registry import build_task
+from tests.paper_models import END_OF_TEXT, POSITIONS, save_model
+
+# Task -> the architecture of the paper's model.
+PAPER = {
+    "random_number": "gptj",
+    "continuation": "gpt2",
+    "infilling": "gpt2",
+    "subjectivity": "gptj",
+    "arithmetic": "gptj",
+}
+SMALL = (
+    *("lora.rank=4", "actors.groups_per_batch=2", "actors.group_size=4", "actors.max_rows=8"),
+    *("learner.groups_per_step=2", "learner.steps=2", "learner.warmup_steps=0"),
+    *("evaluation.max_items=2", "evaluation.samples=2", "evaluation.diversity_items=1"),
+    *("posterior.prompts=1", "posterior.samples=10", "posterior.max_nodes=20"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("paper")
+    for architecture in ("gpt2", "gptj", "bert"):
+        save_model(architecture, made / architecture)
+    return made
+
+
+def overrides(task: str, folder: Path) -> list[str]:
+    own = {
+        "continuation": [f"task.embedder={folder / 'bert'}"],
+        "infilling": [
+            f"task.embedder={folder / 'bert'}",
+            "task.demonstrations=6",
+            "task.min_len=3",
+        ],
+    }
+    return [*SMALL, f"lm.model={folder / PAPER[task]}", *own.get(task, [])]
+
+
+def test_the_models_have_the_quirks_that_the_papers_have(folder: Path) -> None:
+    gpt2, gptj = (AutoModelForCausalLM.from_pretrained(folder / one) for one in ("gpt2", "gptj"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
+    assert tokenizer.pad_token is None and tokenizer.eos_token == END_OF_TEXT
+    assert tokenizer.decode(tokenizer.encode(" the boat")[:1]) == " the"
+    assert gpt2.lm_head.weight is gpt2.transformer.wte.weight
+    assert gptj.lm_head.bias is not None and gptj.config.vocab_size > len(tokenizer)
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_the_papers_settings_run(
+    task: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    path = f"tasks/paper/{task}.toml"
+    assert main(["train", path, *overrides(task, folder), "--run", "small", "--local"]) == 0
+    rows = [json.loads(line) for line in Path("runs/small/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(torch.tensor(row["loss/value"]).isfinite() for row in rows)
+    scores = json.loads(Path("runs/small/scores.json").read_text())
+    assert scores["before"] and scores["after"]
+    assert (scores["after"].get("similarity") is None) == (task != "infilling")
+
+
+@pytest.mark.parametrize("task", ["continuation", "infilling", "subjectivity", "arithmetic"])
+def test_rewards_of_these_models_are_those_of_naive_passes(task: str, folder: Path) -> None:
+    config = load_config(f"tasks/paper/{task}.toml", overrides(task, folder))
+    base = load_base(LMConfig(model=config.lm.model))
+    built = build_task(config.task, base.tokenizer)
+    tokens = base.tokenizer.encode(
+        " 6 + 0 = 6" if task == "arithmetic" else " The captain looked at the boat"
+    )
+    built.actions.check(tokens, [False] * len(tokens))
+    stops = built.actions.stop_positions([False] * len(tokens))
+    item = built.reward_query.item(built.prompts[0], tokens, stops)
+    [packed_S] = suffix_log_rewards(base.model, [item], 4096)
+    [naive_S] = naive_log_rewards(base.model, [item])
+    assert packed_S == pytest.approx(naive_S, abs=1e-4)
+
+
+def test_a_prompt_that_outgrows_the_model_is_told_before_anything_starts(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("long.txt").write_text(f"It rained.\n{'qxzj' * 400}\n")
+    config = load_config(
+        "tasks/paper/continuation.toml", [*overrides("continuation", folder), "task.data=long.txt"]
+    )
+    with pytest.raises(PromptTooLong, match=rf"prompt 'qxzj.*the model has {POSITIONS}"):
+        check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
