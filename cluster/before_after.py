@@ -17,6 +17,7 @@ _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
     ("log_z_error", "error of the policy's log Z, nats", ".4f", False),
     ("valid", "valid completions", ".3%", True),
     ("coverage", "posterior mass that the policy covers", ".3%", True),
+    ("elbo", "ELBO of log Z, all prompts, nats", ".3f", True),
 )
 # The same of Infills, of Continuations and of Labels.
 _INFILLS: tuple[tuple[str, str, str, bool], ...] = (

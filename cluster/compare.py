@@ -63,7 +63,7 @@ class _Member(BaseModel):
 def run(arguments: argparse.Namespace) -> int:
     """Run what is missing, then show and write the comparison."""
     shared = load_config(arguments.config, arguments.overrides)
-    name = arguments.run or new_name(f"compare-{shared.task.name}")
+    name = arguments.run or new_name(f"compare-{shared.task_name}")
     folder = find_run(name) if arguments.resume else RunDirectory(name)
     if folder.path.exists() and not arguments.resume:
         raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
@@ -85,11 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
             )
         results.append(result)
     metrics, compute = summarise(results, "metrics"), summarise(results, "compute")
-    _write(folder, shared.task.name, results, metrics, compute)
+    _write(folder, shared.task_name, results, metrics, compute)
     if arguments.json:
-        print(_as_json(shared.task.name, results, metrics, compute))
+        print(_as_json(shared.task_name, results, metrics, compute))
     else:
-        console.print(shown_table(metrics, f"{shared.task.name}: {arguments.seeds} seeds"))
+        console.print(shown_table(metrics, f"{shared.task_name}: {arguments.seeds} seeds"))
         console.print(shown_table(compute, "what it took"))
         console.print(f"page: {folder.report_file}", soft_wrap=True, markup=False)
     return 0

@@ -252,6 +252,11 @@ class RunConfig(BaseModel):
     throughput: ThroughputConfig = ThroughputConfig()
 
     @property
+    def task_name(self) -> str:
+        """The task's name as a file may bear it: of a user's own, the class alone."""
+        return self.task.name.rpartition(":")[2]
+
+    @property
     def rollout_actors(self) -> int:
         """Actors that the run needs: none where it imitates."""
         return 0 if self.learner.imitates else self.cluster.actors

@@ -90,7 +90,7 @@ def keys(model: type[BaseModel] = RunConfig, section: str = "", kind: str = "") 
     for name, field in model.model_fields.items():
         inner = _models_of(field.annotation)
         for one in inner:
-            alternative = get_args(one.model_fields["name"].annotation)[0] if inner[1:] else kind
+            alternative = _kind_of(one) if inner[1:] else kind
             yield from keys(one, f"{section}.{name}".lstrip("."), alternative)
         if not inner:
             default = "required" if field.is_required() else _toml_value(field.default)
@@ -147,13 +147,15 @@ def _validated(table: dict[str, Any], place: Callable[[str], str]) -> RunConfig:
 
 def _describe(detail: ErrorDetails, place: Callable[[str], str]) -> str:
     parts = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
-    if parts[1:] and parts[0] in _ALTERNATIVES:  # pydantic names the alternative that it tried
-        del parts[1]
+    if parts and parts[0] in _ALTERNATIVES:  # pydantic names the alternatives that it tried
+        parts[1:] = parts[3:] if parts[1:2] == ["shipped"] else parts[2:]
     key = ".".join(parts)
     where = f"{place(key)}: {key}"
     value = "" if isinstance(detail["input"], dict) else f" = {_toml_value(detail['input'])}"
     if detail["type"] == "extra_forbidden":
         return f"{where}{value}: unknown key{_suggestion(key)}"
+    if detail["type"] == "union_tag_invalid":
+        return f"{where}: {detail['msg']}; one of your own is 'module:Class' (docs/own_task.md)"
     if detail["type"] == "missing":
         return f"{where}: missing; the configuration must set it"
     return f"{where}{value}: {detail['msg'].removeprefix('Value error, ')}"
@@ -174,8 +176,15 @@ def _suggestion(key: str) -> str:
 
 def _models_of(annotation: Any) -> list[type[BaseModel]]:
     """The section that a field is, or the alternatives for it; none for a plain value."""
-    candidates = (annotation, *get_args(annotation))
-    return [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+    if isinstance(annotation, type):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for inner in get_args(annotation) for model in _models_of(inner)]
+
+
+def _kind_of(alternative: type[BaseModel]) -> str:
+    """The `name` that chooses it."""
+    names = get_args(alternative.model_fields["name"].annotation)
+    return names[0] if names else "module:Class"
 
 
 def _toml_table(table: dict[str, Any], prefix: str) -> Iterator[str]:

@@ -1,5 +1,8 @@
 """Being on a Ray cluster."""
 
+import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -8,6 +11,7 @@ from cluster.config import RunConfig
 from cluster.config_file import PROJECT_ROOT
 from cluster.fingerprint import PACKAGES
 from cluster.rundir import RAY_PACKAGE
+from tasks.own_config import OwnTaskConfig
 
 
 def join_cluster(config: RunConfig, address: str, namespace: str) -> RunConfig:
@@ -35,12 +39,12 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
         ray.init(
             address=address,
             namespace=namespace,
-            runtime_env=source_for_workers(),
+            runtime_env=source_for_workers(config),
             log_to_driver=False,
         )
         return
     ray.init(
-        runtime_env=source_for_workers(),
+        runtime_env=source_for_workers(config),
         namespace=namespace,
         num_cpus=config.cluster.cpus,
         include_dashboard=config.cluster.dashboard,
@@ -50,7 +54,7 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     )
 
 
-def source_for_workers() -> dict[str, Any]:
+def source_for_workers(config: RunConfig) -> dict[str, Any]:
     """Runtime environment that gives every worker the source of this process, as it is now.
 
     Without it workers would import what lies on their node when they start: another checkout, or
@@ -59,5 +63,24 @@ def source_for_workers() -> dict[str, Any]:
     if PROJECT_ROOT.name.startswith(RAY_PACKAGE):
         return {}
     # Patterns as in .gitignore. The folder itself is '.', which '/*' would exclude as well.
-    all_but_ours = ["/*", "!.", *(f"!/{package}" for package in PACKAGES)]
-    return {"working_dir": str(PROJECT_ROOT), "excludes": all_but_ours}
+    excludes = ["/*", "!.", *(f"!/{package}" for package in PACKAGES)]
+    environment = {"working_dir": str(PROJECT_ROOT), "excludes": excludes}
+    if (own := own_source(config)) is None:
+        return environment
+    if own.is_dir():  # Ray applies the patterns to it too
+        excludes += [f"!/{path.name}" for path in own.iterdir() if path.name != "__pycache__"]
+    return environment | {"py_modules": [str(own)]}
+
+
+def own_source(config: RunConfig) -> Path | None:
+    """File of the module, or folder of the package, that a user's own task is from.
+
+    None for a shipped task, and for an installed one, which every node has to have installed.
+    """
+    if not isinstance(config.task, OwnTaskConfig):
+        return None
+    package = sys.modules[type(config.task).__module__.partition(".")[0]]
+    place = package.__path__[0] if hasattr(package, "__path__") else str(package.__file__)
+    path = Path(place).resolve()
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    return None if installed & set(path.parents) else path

@@ -62,6 +62,11 @@ class Distance(BaseModel):
     jsd: float | None = Field(description="Jensen-Shannon divergence, nats.")
     log_z_error: float | None = Field(description="Of the policy's own estimate, nats.")
     valid: float | None = Field(description="Share of the policy's mass on valid completions.")
+    elbo: float | None = Field(
+        default=None,
+        description="Lower bound of log Z, by samples of every prompt, nats: log Z less "
+        "KL(policy || posterior).",
+    )
     coverage: float | None = Field(
         default=None,
         description="Posterior mass of the completions that the policy draws at least a tenth as "

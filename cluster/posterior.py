@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Compare, print, draw."""
     config = load_config(arguments.config, arguments.overrides)
     adapter = None
-    plot = Path.cwd() / f"posterior-{config.task.name}.png"
+    plot = Path.cwd() / f"posterior-{config.task_name}.png"
     if arguments.run:
         directory = find_run(arguments.run)
         adapter, plot = directory.adapter, directory.plots / "posterior.png"

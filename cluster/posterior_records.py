@@ -88,22 +88,29 @@ class Assessment:
 
     @property
     def policy(self) -> Distance:
-        """Means over the prompts that were enumerated."""
-        return self._overall([prompt for prompt in self.prompts if prompt.enumerable])
+        """Means over the prompts that were enumerated; the ELBO's is over all."""
+        return self._overall(self.prompts)
 
     @property
     def base(self) -> Distance:
         """The same of the base LM."""
-        return self._overall([prompt.base for prompt in self.prompts if prompt.enumerable])
+        return self._overall([prompt.base for prompt in self.prompts])
 
     @property
     def left_out(self) -> float:
         """Largest share of the policy or of a posterior that was not enumerated."""
         return max(max(prompt.left_out_q, prompt.left_out_p) for prompt in self.prompts)
 
-    def _overall(self, enumerated: Sequence[PolicyReport]) -> Distance:
+    def _overall(self, reports: Sequence[PolicyReport]) -> Distance:
+        pairs = zip(self.prompts, reports, strict=True)
+        enumerated = [report for prompt, report in pairs if prompt.enumerable]
         means = {name: mean(getattr(one, name) for one in enumerated) for name in FIGURES}
-        return Distance(prompts=len(self.prompts), enumerated=len(enumerated), **means)
+        return Distance(
+            prompts=len(self.prompts),
+            enumerated=len(enumerated),
+            elbo=mean(one.bounds.elbo.value for one in reports if one.bounds is not None),
+            **means,
+        )
 
 
 FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid", "coverage")

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         address=config.cluster.address or os.environ.get("RAY_ADDRESS"),
         report=lambda text: progress.print(Text(text), soft_wrap=True),
     ).run()
-    plot = Path.cwd() / f"throughput-{config.task.name}.png"
+    plot = Path.cwd() / f"throughput-{config.task_name}.png"
     draw_throughput(rows, plot)
     if not arguments.json:
         console = Console()
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(f"plot: {plot}", soft_wrap=True, markup=False)
         return 0
     found = {
-        "task": config.task.name,
+        "task": config.task_name,
         "simulated": config.throughput.simulation.model_dump() if arguments.simulate else None,
         "rows": [as_object(row) for row in rows],
         "async_over_sync": comparison.async_over_sync,

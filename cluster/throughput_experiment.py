@@ -65,7 +65,7 @@ class Experiment:
         self._counts = actors
         self._simulated = simulated
         self._report = report
-        self._root = RUNS / new_name(f"throughput-{config.task.name}")
+        self._root = RUNS / new_name(f"throughput-{config.task_name}")
         self._config = self._prepared(config, replicas, address)
 
     def run(self) -> tuple[list[Row], Comparison]:

@@ -22,7 +22,7 @@ def show(
     console: Console,
 ) -> None:
     """A table of rates, one of stages, and the two modes."""
-    console.print(f"[bold]{escape(config.task.name)}[/bold]: {_caption(config, simulated)}")
+    console.print(f"[bold]{escape(config.task_name)}[/bold]: {_caption(config, simulated)}")
     console.print(_rates(rows))
     console.print(_stages(rows))
     per_step = comparison.trajectories / comparison.steps

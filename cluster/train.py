@@ -31,7 +31,7 @@ _BUFFER_POLL_S = 0.2
 def run(arguments: argparse.Namespace) -> int:
     """Train; exit status 0 when the run is done or was stopped on request."""
     config = load_config(arguments.config, arguments.overrides)
-    directory = RunDirectory(arguments.run or new_name(config.task.name))
+    directory = RunDirectory(arguments.run or new_name(config.task_name))
     address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
     scores = train(
         config,

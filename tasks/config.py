@@ -1,10 +1,20 @@
 """Settings of the tasks. Imports no torch, so that reading a configuration stays fast."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializeAsAny,
+    Tag,
+    WrapValidator,
+    model_validator,
+)
 
 from actors.reward_query import RewardKind
+from tasks.own_config import OwnTaskConfig, names_own_task, resolve_own_task
 
 
 class ArithmeticConfig(BaseModel):
@@ -163,7 +173,7 @@ SENTENCE_TASKS = ("infilling", "continuation")
 # Tasks whose language model answers for itself once it has learned rationales: EM makes sense.
 EM_TASKS = ("subjectivity", "toy")
 # One alternative per task; `name` tells them apart.
-TaskConfig = Annotated[
+ShippedTaskConfig = Annotated[
     ArithmeticConfig
     | ContinuationConfig
     | InfillingConfig
@@ -171,4 +181,17 @@ TaskConfig = Annotated[
     | SubjectivityConfig
     | ToyConfig,
     Field(discriminator="name"),
+]
+
+
+def _origin(value: Any) -> Literal["shipped", "own"]:
+    """Of a `[task]` table, or of the settings made from one."""
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return "own" if names_own_task(name) else "shipped"
+
+
+TaskConfig = Annotated[
+    Annotated[ShippedTaskConfig, Tag("shipped")]
+    | Annotated[SerializeAsAny[OwnTaskConfig], WrapValidator(resolve_own_task), Tag("own")],
+    Discriminator(_origin),
 ]

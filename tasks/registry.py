@@ -8,9 +8,11 @@ from tasks.config import (
     RandomNumberConfig,
     SubjectivityConfig,
     TaskConfig,
+    ToyConfig,
 )
 from tasks.continuation import build_continuation
 from tasks.infilling import build_infilling
+from tasks.own import OwnTask, build_own
 from tasks.random_number import build_random_number
 from tasks.subjectivity import build_subjectivity
 from tasks.task import Task, Tokenizer
@@ -23,6 +25,7 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
     Raises:
         DataError: a data file is missing or malformed.
         TokenizerUnfit: this tokenizer cannot spell what the task needs.
+        UnfitTask: a user's task that no run could work on.
     """
     if isinstance(config, ArithmeticConfig):
         return build_arithmetic(config, tokenizer)
@@ -34,4 +37,7 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
         return build_random_number(config, tokenizer)
     if isinstance(config, SubjectivityConfig):
         return build_subjectivity(config, tokenizer)
-    return build_toy(config, tokenizer)
+    if isinstance(config, ToyConfig):
+        return build_toy(config, tokenizer)
+    assert isinstance(config, OwnTask), type(config)
+    return build_own(config, tokenizer)

@@ -1,4 +1,4 @@
-"""Commands of a page of the documentation, for tests that run them as they stand there."""
+"""Commands and files of a page of the documentation, for tests that use them as they stand."""
 
 import re
 from pathlib import Path
@@ -11,6 +11,13 @@ def commands(page: str) -> list[str]:
     text = (ROOT / page).read_text(encoding="utf-8")
     blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def files(page: str) -> dict[str, str]:
+    """Files that the page writes down, each a block under a line with its name."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    pattern = r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```"
+    return dict(re.findall(pattern, text, flags=re.MULTILINE | re.DOTALL))
 
 
 def command(page: str, *parts: str) -> str:

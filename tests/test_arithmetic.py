@@ -115,10 +115,10 @@ def test_a_file_that_is_no_list_of_items_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"list\.json: must hold a list"):
         load_items(write(tmp_path / "list.json", []))
     (tmp_path / "cut.json").write_text('[{"str_query": ', encoding="utf-8")
-    with pytest.raises(DataError, match=r"cut\.json: not JSON .*line 1 column"):
+    with pytest.raises(DataError, match=r"cut\.json: not JSON: .*line 1 column"):
         load_items(str(tmp_path / "cut.json"))
     (tmp_path / "latin.json").write_bytes(b'["\xff"]')
-    with pytest.raises(DataError, match=r"latin\.json: not JSON in UTF-8"):
+    with pytest.raises(DataError, match=r"latin\.json: not text in UTF-8"):
         load_items(str(tmp_path / "latin.json"))
 
 
