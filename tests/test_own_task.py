@@ -196,12 +196,12 @@ def prompts(config):
     return [prompt.text for prompt in build_task(config.task, load_tokenizer(config.lm)).prompts]
 
 file, package = (
-    load_config("last_word.toml", ["cluster.cpus=1", "task.word=0", f"task.name={name}"])
+    load_config("last_word.toml", ["cluster.cpus=1", f"task.name={name}"])
     for name in ("last_word:LastWord", "mine.words:LastWord")
 )
 connect_ray(file, None, "own")
 asked = ray.remote(prompts).options(num_cpus=0)
-again = asked.options(runtime_env=source_for_workers(package))
+again = ray.remote(prompts).options(num_cpus=0, runtime_env=source_for_workers(package))
 found = ray.get([asked.remote(file), again.remote(package)], timeout=200)
 assert found == [list(file.task.beginnings)] * 2, found
 """
