@@ -188,22 +188,19 @@ def as_package(folder: Path) -> None:
 ON_RAY = """
 import ray
 from cluster.config_file import load_config
-from cluster.joining import connect_ray, source_for_workers
+from cluster.joining import connect_ray
 from lm.source import load_tokenizer
 from tasks.registry import build_task
 
 def prompts(config):
     return [prompt.text for prompt in build_task(config.task, load_tokenizer(config.lm)).prompts]
 
-file, package = (
-    load_config("last_word.toml", ["cluster.cpus=1", f"task.name={name}"])
-    for name in ("last_word:LastWord", "mine.words:LastWord")
-)
-connect_ray(file, None, "own")
-asked = ray.remote(prompts).options(num_cpus=0)
-again = ray.remote(prompts).options(num_cpus=0, runtime_env=source_for_workers(package))
-found = ray.get([asked.remote(file), again.remote(package)], timeout=200)
-assert found == [list(file.task.beginnings)] * 2, found
+for name in ("last_word:LastWord", "mine.words:LastWord"):  # a file, and a module of a package
+    config = load_config("last_word.toml", ["cluster.cpus=1", f"task.name={name}"])
+    connect_ray(config, None, "own")
+    found = ray.get(ray.remote(prompts).options(num_cpus=0).remote(config), timeout=100)
+    assert found == list(config.task.beginnings), found
+    ray.shutdown()
 """
 
 
