@@ -30,6 +30,7 @@ OVERRIDES = (
     "actors.group_size=24",
     "learner.groups_per_step=2",
     "learner.replayed_per_group=8",
+    "learner.objective=tb",
     "learner.learning_rate=0.03",
     "learner.warmup_steps=0",
     "posterior.prompts=1",
