@@ -37,6 +37,7 @@ class MergedModel:
         deltas = self._deltas(decode_adapter(data))
         with torch.no_grad():
             for layer in deltas.keys() - self._pristine.keys():
+                self._untie(layer)
                 self._pristine[layer] = self._weight(layer).detach().clone()
             for layer, pristine in self._pristine.items():
                 weight = self._weight(layer)
@@ -45,6 +46,19 @@ class MergedModel:
                     weight.copy_(merged)
                 else:
                     weight.copy_(pristine)
+
+    def _untie(self, layer: str) -> None:
+        """Give a layer that shares its weight a copy of its own.
+
+        An adapter on an output head that is tied to the embedding changes the head alone.
+        """
+        module, weight = self.model.get_submodule(layer), self._weight(layer)
+        if any(
+            other is not module and getattr(other, "weight", None) is weight
+            for other in self.model.modules()
+        ):
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            self.model.config.tie_word_embeddings = False  # else a saved model would load tied
 
     def _weight(self, layer: str) -> nn.Parameter:
         return self.model.get_submodule(layer).weight

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent / "data"
 NUM_STORIES = 300
 NUM_TEST_STORIES = 100
 NUM_PROMPTS = 300
-NUM_TEST_PROMPTS = 50
+NUM_TEST_PROMPTS = 200
 
 
 def write_files(folder: Path, seed: int) -> None:
@@ -28,12 +28,23 @@ def write_files(folder: Path, seed: int) -> None:
     for name, count, held_out in (("train", NUM_STORIES, False), ("test", NUM_TEST_STORIES, True)):
         stories = [draw_story(rng, held_out=held_out) for _ in range(count)]
         _write(folder / "infilling" / f"{name}.jsonl", [_record(story) for story in stories])
-    for name, count in (("train", NUM_PROMPTS), ("test", NUM_TEST_PROMPTS)):
-        pairs = [_continued(rng, held_out=name == "test") for _ in range(count)]
-        _write(folder / "continuation" / f"{name}.txt", [prompt for prompt, _ in pairs])
-        if name == "train":
-            known = [json.dumps({PROMPT: prompt, NEXT: sentence}) for prompt, sentence in pairs]
-            _write(folder / "continuation" / "demonstrations.jsonl", known)
+    trained_on = [_continued(rng, held_out=False) for _ in range(NUM_PROMPTS)]
+    known = [json.dumps({PROMPT: prompt, NEXT: sentence}) for prompt, sentence in trained_on]
+    prompts = [prompt for prompt, _ in trained_on]
+    _write(folder / "continuation" / "demonstrations.jsonl", known)
+    _write(folder / "continuation" / "train.txt", prompts)
+    _write(folder / "continuation" / "test.txt", _unseen(rng, seen=set(prompts)))
+
+
+def _unseen(rng: random.Random, seen: set[str]) -> list[str]:
+    """Test prompts, all different, none of them trained on: short ones of scenes recur."""
+    tests: list[str] = []
+    while len(tests) < NUM_TEST_PROMPTS:
+        prompt, _ = _continued(rng, held_out=True)
+        if prompt not in seen:
+            seen.add(prompt)
+            tests.append(prompt)
+    return tests
 
 
 def _record(story: Story) -> str:

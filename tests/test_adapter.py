@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load, load_file, save
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lm.actions import ActionSpace
 from lm.adapter import (
@@ -198,6 +198,22 @@ def test_a_merged_sampler_records_what_the_unmerged_learner_recomputes(
         torch.testing.assert_close(recomputed, recorded, rtol=0, atol=1e-4)
         stops = scored.log_stop_BS[b, torch.from_numpy(c.stops).long()]
         torch.testing.assert_close(stops, torch.from_numpy(c.log_q_stop), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_on_a_tied_head_leaves_the_embedding_as_it_is(
+    base: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    tied = base("gpt2")
+    assert tied.model.get_input_embeddings().weight is tied.model.get_output_embeddings().weight
+    learner = trained(base("gpt2"), 1, LoRAConfig(rank=3, alpha=12.0, targets=("lm_head",)))
+    merged = MergedModel(tied)
+    merged.load(adapter_bytes(learner))
+    assert (logits(learner) - logits(base("gpt2").model)).abs().max() > 0.1
+    torch.testing.assert_close(logits(merged.model), logits(learner))
+    merged.model.save_pretrained(tmp_path)
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(learner)
+    )
 
 
 def test_merging_many_versions_does_not_drift(base: Callable[[str], LanguageModel]) -> None:
