@@ -1,8 +1,8 @@
 """Generates the shipped stories and prompts: `python -m tasks.prose_files`.
 
 Training stories are of plots that the seed LM may have read, each in words of its own; test stories
-are of plots that it never read. Prompts are beginnings of stories and of scenes; those to train on
-come with their next sentences too.
+are of plots that it never read. Prompts are beginnings of stories and of scenes; some of those to
+train on come with their next sentences too.
 """
 
 import argparse
@@ -16,9 +16,10 @@ from tasks.seed.stories import Story, draw_story
 from tasks.story_files import KEYS
 
 FOLDER = Path(__file__).parent / "data"
-NUM_STORIES = 300
+NUM_STORIES = 1200
 NUM_TEST_STORIES = 100
-NUM_PROMPTS = 300
+NUM_PROMPTS = 1200
+NUM_CONTINUED = 300  # prompts whose next sentence is told
 NUM_TEST_PROMPTS = 200
 
 
@@ -29,7 +30,10 @@ def write_files(folder: Path, seed: int) -> None:
         stories = [draw_story(rng, held_out=held_out) for _ in range(count)]
         _write(folder / "infilling" / f"{name}.jsonl", [_record(story) for story in stories])
     trained_on = [_continued(rng, held_out=False) for _ in range(NUM_PROMPTS)]
-    known = [json.dumps({PROMPT: prompt, NEXT: sentence}) for prompt, sentence in trained_on]
+    known = [
+        json.dumps({PROMPT: prompt, NEXT: sentence})
+        for prompt, sentence in trained_on[:NUM_CONTINUED]
+    ]
     prompts = [prompt for prompt, _ in trained_on]
     _write(folder / "continuation" / "demonstrations.jsonl", known)
     _write(folder / "continuation" / "train.txt", prompts)

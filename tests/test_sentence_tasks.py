@@ -199,6 +199,16 @@ def test_the_shipped_files_are_those_that_the_command_writes(tmp_path: Path) -> 
         assert path.read_text() == (DATA / path.relative_to(tmp_path)).read_text()
 
 
+def test_no_shipped_test_prompt_or_story_is_trained_on() -> None:
+    for folder, suffix in (("infilling", "jsonl"), ("continuation", "txt")):
+        train, test = (
+            (DATA / folder / f"{name}.{suffix}").read_text().splitlines()
+            for name in ("train", "test")
+        )
+        assert len(set(test)) == len(test)
+        assert not set(test) & set(train)
+
+
 def test_bleu_gleu_and_distance_by_hand() -> None:
     assert bleu4("He lit a candle", "he lit a candle") == pytest.approx(1.0)
     assert gleu4("He lit a candle", "he lit a candle") == 1.0
