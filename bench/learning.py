@@ -24,7 +24,7 @@ from lm import scoring
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel, attach_adapter
-from lm.packing import ROW_WIDTH, pack
+from lm.packing import SHARED_WIDTH, pack
 from lm.scoring import completion_log_probs
 
 GROUPS = 8
@@ -67,17 +67,17 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
     actions = ActionSpace(stop_token=1, legal_tokens=None, min_len=0, max_len=case.length)
     prompts, completions = random_texts(case)
 
-    def learn(row_width: int) -> tuple[float, Tensor]:
+    def learn(shared_width: int) -> tuple[float, Tensor]:
         start_s = time.process_time()
-        with mock.patch.object(scoring, "ROW_WIDTH", row_width):
+        with mock.patch.object(scoring, "SHARED_WIDTH", shared_width):
             log_q_BT = _pass(model, actions, prompts, completions)
         return time.process_time() - start_s, log_q_BT
 
-    difference = (learn(ROW_WIDTH)[1] - learn(0)[1]).abs().max()  # also the warm-up
-    rounds = [(learn(ROW_WIDTH)[0], learn(0)[0]) for _ in range(repeats)]
+    difference = (learn(SHARED_WIDTH)[1] - learn(0)[1]).abs().max()  # also the warm-up
+    rounds = [(learn(SHARED_WIDTH)[0], learn(0)[0]) for _ in range(repeats)]
     packed_s, rows_s = (statistics.median(times) for times in zip(*rounds, strict=True))
     packed, rows = (
-        pack(prompts, completions, row_width=width).ids_RW.size for width in (ROW_WIDTH, 0)
+        pack(prompts, completions, shared_width=width).ids_RW.size for width in (SHARED_WIDTH, 0)
     )
     return {
         "model": case.shape,

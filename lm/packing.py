@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# Rows grow by further completions up to this width. Attention within a row is quadratic, so wider
-# rows stop paying; a single completion may be wider.
-ROW_WIDTH = 256
+# Tokens of completions that share a row, at most; a single one may be longer. Each looks at all of
+# the row's columns, if only to mask them, so wider rows stop paying.
+SHARED_WIDTH = 192
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -48,11 +48,11 @@ class Packing:
 
 
 def pack(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, row_width: int
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, shared_width: int
 ) -> Packing:
-    """Lay B completions out behind their prompts, none of them empty; neither is cut.
+    """Lay B completions out behind their prompts, none of these empty; neither is cut.
 
-    A row takes further completions of its prompt up to `row_width` columns.
+    A row takes further completions of its prompt up to `shared_width` tokens in all.
     """
     rows: list[list[int]] = []  # of row: its completions
     widths: list[int] = []
@@ -61,7 +61,7 @@ def pack(
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         key = tuple(prompt)
         row = open_row.get(key)
-        if row is None or widths[row] + len(completion) > row_width:
+        if row is None or widths[row] + len(completion) > len(key) + shared_width:
             row = open_row[key] = len(rows)
             rows.append([])
             widths.append(len(key))

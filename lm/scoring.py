@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.actions import ActionSpace
-from lm.model import context_limit, require_context
-from lm.packing import ROW_WIDTH, Packing, pack
+from lm.model import require_context
+from lm.packing import SHARED_WIDTH, Packing, pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,8 +53,7 @@ def completion_log_probs(
     batch = _Batch.collate(actions, prompts, completions, from_tool)
     require_context(model, batch.longest)
     weight = next(model.parameters())
-    width = min(ROW_WIDTH, context_limit(model))
-    packing = pack(prompts, completions, row_width=width)
+    packing = pack(prompts, completions, shared_width=SHARED_WIDTH)
     row_B, column_BS, next_BS, chosen_BT, may_stop_BS, open_BS = (
         torch.from_numpy(array).to(weight.device)
         for array in (

@@ -18,7 +18,7 @@ COMPLETIONS = [[2, 3], [4], [], [3, 3, 3]]
 
 
 def test_a_group_stands_in_one_row_behind_its_prompt() -> None:
-    packing = pack(PROMPTS, COMPLETIONS, row_width=100)
+    packing = pack(PROMPTS, COMPLETIONS, shared_width=100)
     assert packing.shared
     assert packing.ids_RW.tolist() == [[5, 6, 7, 2, 3, 3, 3, 3], [8, 9, 4, 0, 0, 0, 0, 0]]
     assert packing.position_RW[0].tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
@@ -31,10 +31,27 @@ def test_a_group_stands_in_one_row_behind_its_prompt() -> None:
 
 
 def test_a_full_row_makes_place_for_another_and_a_wide_text_has_its_own() -> None:
-    packing = pack([(1, 1)] * 4, [[2, 2], [3, 3], [4], [5] * 9], row_width=6)
+    packing = pack([(1, 1)] * 4, [[2, 2], [3, 3], [4], [5] * 9], shared_width=4)
     assert packing.row_B.tolist() == [0, 0, 1, 2]
     assert packing.ids_RW.shape == (3, 11)
-    assert not pack([(1,), (2,)], [[3], [3]], row_width=6).shared
+    assert not pack([(1,), (2,)], [[3], [3]], shared_width=4).shared
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_row_may_be_wider_than_the_longest_text_that_the_model_reads(
+    tiny_lm: Callable[[str], PreTrainedModel], architecture: str
+) -> None:
+    model = tiny_lm(architecture)
+    actions = ActionSpace(stop_token=1, legal_tokens=None, min_len=0, max_len=30)
+    prompt = [2 + n % 29 for n in range(100)]
+    completions = [[2 + (n + k) % 29 for n in range(30)] for k in range(6)]
+    marks = [[False] * 30] * 6
+    assert pack([prompt] * 6, completions, shared_width=192).ids_RW.shape == (1, 280)
+    with torch.no_grad():
+        together = completion_log_probs(model, actions, [prompt] * 6, completions, marks)
+        for b in range(6):
+            one = completion_log_probs(model, actions, [prompt], [completions[b]], [marks[b]])
+            torch.testing.assert_close(together.log_pf_BT[b], one.log_pf_BT[0])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -50,7 +67,7 @@ def test_a_packed_group_scores_as_its_completions_do_alone(
     lengths = torch.randint(0, 13, (len(prompts),), generator=generator).tolist()
     completions = [torch.randint(2, 31, (n,), generator=generator).tolist() for n in lengths]
     marks = [[False] * n for n in lengths]
-    monkeypatch.setattr(scoring, "ROW_WIDTH", 40)  # so that both groups need several rows
+    monkeypatch.setattr(scoring, "SHARED_WIDTH", 36)  # so that both groups need several rows
     read = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
