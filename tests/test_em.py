@@ -1,13 +1,16 @@
 """`amortize em` and `mstep`: steps are ordinary runs, each from the LM of the last, none twice."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.__main__ import main
-from cluster.config_file import ConfigError, load_config
+from cluster.config_file import PROJECT_ROOT, ConfigError, load_config
 from cluster.methods import em_method_steps, method_config
 from cluster.rundir import RunDirectory
 from lm.config import LMConfig
@@ -82,3 +85,23 @@ def test_em_and_its_comparison_run_each_step_once(
     assert steps == {"gflownet_em": 4, "gflownet": 2}
     assert main(["em", path, *SMALL, "seed=9", "--run", "a", "--resume", "--local"]) == 1
     assert "a-e1 was made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_em_runs_on_ray(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster", "em", "tasks/toy.toml", *SMALL, "--run", "r",
+               "--rounds", "1", "--json", "cluster.actors=1"]  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert list(json.loads(done.stdout)["table"]) == ["E-step 1", "M-step 1"]
+    begun = (tmp_path / "runs/r-m1/adapter/base_fingerprint.txt").read_text().strip()
+    left = load_base(LMConfig(model=str(tmp_path / "runs/r-m1/model"))).fingerprint
+    assert begun == load_base(load_config("tasks/toy.toml").lm).fingerprint != left
