@@ -11,7 +11,7 @@ from cluster.rundir import RunDirectory
 
 
 def made_with(directory: RunDirectory, config: RunConfig) -> bool:
-    """Whether a run that has begun has this configuration, but for where its Redis listens."""
+    """Whether a run that has begun has this configuration, in all that it reads itself."""
     return _settings(directory.config_file.read_text()) == _settings(resolved_toml(config))
 
 
@@ -22,7 +22,13 @@ def finished(directory: RunDirectory) -> Scores | None:
 
 
 def _settings(toml: str) -> dict[str, Any]:
-    """All but the address at which a run's Redis listened: on a cluster the run chooses it."""
+    """All but the address at which a run's Redis listened: on a cluster the run chooses it.
+
+    What is said of comparisons and experiments is not read by their runs: what concerns one of
+    them stands among its other settings by then.
+    """
     settings = tomllib.loads(toml)
     settings["buffer"].pop("bind", None)
+    for section in ("compare", "throughput"):
+        settings.pop(section, None)
     return settings

@@ -99,6 +99,18 @@ def test_a_run_that_a_cluster_finished_is_not_taken_for_another(tmp_path: Path) 
         compare._finished(changed, run)
 
 
+def test_what_other_methods_are_told_leaves_a_finished_run_as_it_is(tmp_path: Path) -> None:
+    member = finished_member(tmp_path, "auto")
+    run = RunDirectory(member.run, root=tmp_path)
+    told = ["compare.overrides.sft=['learner.learning_rate=0.5']", "compare.methods=['base']"]
+    config = method_config("tasks/toy.toml", told, title="gflownet", seed=0)
+    assert compare._finished(member.model_copy(update={"config": config}), run) is not None
+    told = ["compare.overrides.gflownet=['learner.learning_rate=0.5']"]
+    config = method_config("tasks/toy.toml", told, title="gflownet", seed=0)
+    with pytest.raises(compare.ComparisonChanged, match="with other settings"):
+        compare._finished(member.model_copy(update={"config": config}), run)
+
+
 def test_errors_for_people_name_the_run_and_defects_keep_their_traceback(tmp_path: Path) -> None:
     member = finished_member(tmp_path, "auto")
     with (
