@@ -8,17 +8,15 @@ per completion. `ratio` is rows / packed, `tokens` the same of the tokens that t
     python bench/learning.py [--json] [--repeats N]
 """
 
-import argparse
-import json
 import statistics
 import time
 from dataclasses import dataclass
 from unittest import mock
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
+from bench.command import run_cases
 from bench.scoring import random_model
 from lm import scoring
 from lm.actions import ActionSpace
@@ -106,19 +104,5 @@ def _pass(
     return log_probs.log_pf_BT.detach()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each side")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(case, arguments.repeats) for case in CASES]
-    if arguments.json:
-        print(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        print("  ".join(f"{name}={value}" for name, value in row.items()))
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, measure, CASES)

@@ -6,8 +6,6 @@ to a row's end count. generate keeps no log-probabilities; ours records them. On
     python bench/sampling.py [--json] [--repeats N]
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bench.command import run_cases
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes
 from lm.config import LoRAConfig
@@ -166,19 +165,5 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each side")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(case, arguments.repeats) for case in CASES]
-    if arguments.json:
-        print(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        print("  ".join(f"{name}={value}" for name, value in row.items()))
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, measure, CASES)

@@ -8,8 +8,6 @@ the largest between their scores, in nats.
     python bench/scoring.py [--json] [--repeats N]
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from bench.command import run_cases
 from reward.item import ScoreItem
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
@@ -136,19 +135,5 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each side")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    rows = [measure(case, arguments.repeats) for case in CASES]
-    if arguments.json:
-        print(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        print("  ".join(f"{name}={value}" for name, value in row.items()))
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(__doc__, measure, CASES)

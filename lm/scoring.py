@@ -91,6 +91,7 @@ def _logits(model: nn.Module, packing: Packing, weight: Tensor) -> Tensor:
     """[R, J, V] from column `packing.first` on.
 
     Where each row is one text, causal attention needs no mask, not even for padding at the right.
+    The mask of shared prompts knows no sliding window: `require_context` holds texts inside one.
     """
     ids_RW = torch.from_numpy(packing.ids_RW).to(weight.device)
     if packing.shared:
