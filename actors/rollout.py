@@ -13,6 +13,10 @@ from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Request
 from reward.item import ScoreItem
 
+# Groups of one batch differ in time by this, which unix seconds in float64 still resolve: the buffer
+# takes equal bytes for one group sent twice, and a peaked policy samples equal groups.
+_GROUP_APART_S = 1e-6
+
 Verdict = Callable[[Prompt, Sequence[int]], bool | None]
 
 
@@ -104,10 +108,12 @@ def trajectories(
                 behaviour=plan.behaviour,
                 temperature=plan.temperature,
                 actor=actor,
-                created_s=rollouts.sampled_s,
+                created_s=rollouts.sampled_s + number * _GROUP_APART_S,
                 correct=verdict(plan.prompt, completion.tokens.tolist()),
             )
             for completion in group
         ]
-        for plan, group in zip(rollouts.plans, rollouts.completions, strict=True)
+        for number, (plan, group) in enumerate(
+            zip(rollouts.plans, rollouts.completions, strict=True)
+        )
     ]

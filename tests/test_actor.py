@@ -1,6 +1,7 @@
 """The rollout actor: what it overlaps, what it owns, what it refuses."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,22 @@ from actors.prompts import Prompt, PromptStream
 from actors.reward_query import RewardQuery
 from actors.rollout import plan_groups
 from actors.seeding import Demonstration, seed_demonstrations
+from buffer.config import BufferConfig
+from buffer.replay import ReplayBuffer
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.adapter import checksum
 from lm.sampling import Completion, Request
 from reward.item import ScoreItem
+from tests.buffer_toy import serving
 
 PROMPTS = [
     Prompt(key="a", text="a", prompt=(1, 2), answer=(9,), weight=1.0),
     Prompt(key="b", text="b", prompt=(3,), answer=(8, 8), weight=3.0),
 ]
+CONFIG = ActorConfig(
+    group_size=3, groups_per_batch=2, max_in_flight=2, max_ready_groups=100, pace_timeout_s=0.2
+)
 QUERY = RewardQuery(kind="suffix", stop_token=0, context=(7,))
 
 
@@ -108,17 +115,14 @@ def make_actor(**replaced: Any) -> tuple[RolloutActor, dict[str, Any]]:
         "scorer": ArithmeticScores(),
         "buffer": ListBuffer(),
         "weights": Shelf(),
+        "prompts": PromptStream(PROMPTS, np.random.default_rng(0)),
+        "config": CONFIG,
     } | replaced
-    config = ActorConfig(
-        group_size=3, groups_per_batch=2, max_in_flight=2, max_ready_groups=100, pace_timeout_s=0.2
-    )
     actor = RolloutActor(
         name="actor-0",
         task_name="toy",
         query=QUERY,
         verdict=lambda prompt, tokens: tokens[0] == 1,
-        prompts=PromptStream(PROMPTS, np.random.default_rng(0)),
-        config=config,
         rng=np.random.default_rng(1),
         **parts,
     )
@@ -150,6 +154,26 @@ def test_every_sampled_group_reaches_the_buffer_with_its_own_scores() -> None:
             assert (trajectory.behaviour == "on_policy") == (trajectory.temperature == 1.0)
     assert actor.stats.trajectories == 3 * len(groups)
     assert actor.stats.correct == sum(t.correct for group in groups for t in group)
+
+
+def test_equal_groups_of_one_batch_are_two_groups(tmp_path: Path) -> None:
+    """The buffer takes equal bytes for one group sent twice; a peaked policy samples them often."""
+    with serving(tmp_path) as (_, client):
+        buffer = ReplayBuffer(client, run="test", config=BufferConfig())
+        actor, _ = make_actor(
+            buffer=buffer,
+            prompts=PromptStream(PROMPTS[:1], np.random.default_rng(0)),
+            config=CONFIG.model_copy(update={"on_policy_share": 1.0}),
+        )
+        actor.step()
+        actor.flush()
+        assert actor.stats.groups == buffer.depth() == 2
+        assert actor.stats.trajectories == buffer.stats().counters.offered == 6
+        groups = buffer.draw(
+            num_groups=2, num_replayed=0, version=0, rng=np.random.default_rng(0), timeout_s=0.0
+        )
+        first, second = ([t.completion.tolist() for t in group.fresh] for group in groups)
+        assert first == second == [[1, 1]] * 3
 
 
 def test_a_failed_score_is_an_error_and_stores_nothing() -> None:
