@@ -153,17 +153,18 @@ def check_buffer(run: LiveRun, *, version: int) -> None:
     config = BufferConfig()
     server = RedisServer.start(run.directory.buffer, run="test", config=config)
     try:
-        buffer = ReplayBuffer(
-            connect(server.url, password=server.password, timeout_s=20), run="test", config=config
-        )
-        audit = buffer.audit()
-        assert audit.ok, audit.discrepancies
-        acknowledged = run.state().metrics[TRAJECTORIES]
-        print(f"acknowledged {acknowledged:.0f}, accepted {audit.counters.offered}")
-        assert audit.counters.offered == acknowledged > 0
-        assert audit.counters.groups_accepted * GROUP_SIZE == acknowledged
-        added = [t for t in buffer.trajectories() if t.actor in ("actor-1", "actor-2", "actor-3")]
-        assert added
-        assert min(trajectory.policy_version for trajectory in added) >= version
+        with connect(server.url, password=server.password, timeout_s=20) as client:
+            buffer = ReplayBuffer(client, run="test", config=config)
+            audit = buffer.audit()
+            assert audit.ok, audit.discrepancies
+            acknowledged = run.state().metrics[TRAJECTORIES]
+            print(f"acknowledged {acknowledged:.0f}, accepted {audit.counters.offered}")
+            assert audit.counters.offered == acknowledged > 0
+            assert audit.counters.groups_accepted * GROUP_SIZE == acknowledged
+            added = [
+                t for t in buffer.trajectories() if t.actor in ("actor-1", "actor-2", "actor-3")
+            ]
+            assert added
+            assert min(trajectory.policy_version for trajectory in added) >= version
     finally:
         server.stop(timeout_s=20)
