@@ -103,11 +103,11 @@ def check_buffer(tmp_path: Path) -> int:
     config = BufferConfig()
     server = RedisServer.start(tmp_path / "runs/test/buffer", run="test", config=config)
     try:
-        client = connect(server.url, password=server.password, timeout_s=10)
-        buffer = ReplayBuffer(client, run="test", config=config)
-        audit = buffer.audit()
-        assert audit.ok, audit.discrepancies
-        return buffer.stats().replay_size
+        with connect(server.url, password=server.password, timeout_s=10) as client:
+            buffer = ReplayBuffer(client, run="test", config=config)
+            audit = buffer.audit()
+            assert audit.ok, audit.discrepancies
+            return buffer.stats().replay_size
     finally:
         server.stop(timeout_s=20)
 

@@ -185,8 +185,8 @@ def test_a_job_is_stopped_in_order_and_goes_on_when_it_is_submitted_again(
     config = BufferConfig()
     server = RedisServer.start(cluster.folder / "runs/first/buffer", run="first", config=config)
     try:
-        client = connect(server.url, password=server.password, timeout_s=20)
-        audit = ReplayBuffer(client, run="first", config=config).audit()
-        assert audit.ok, audit.discrepancies
+        with connect(server.url, password=server.password, timeout_s=20) as client:
+            audit = ReplayBuffer(client, run="first", config=config).audit()
+            assert audit.ok, audit.discrepancies
     finally:
         server.stop(timeout_s=20)
