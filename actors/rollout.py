@@ -13,8 +13,8 @@ from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Request
 from reward.item import ScoreItem
 
-# Groups of one batch differ in time by this, which unix seconds in float64 still resolve: the buffer
-# takes equal bytes for one group sent twice, and a peaked policy samples equal groups.
+# Groups of one batch differ in time by this, which unix seconds in float64 still resolve: the
+# buffer takes equal bytes for one group sent twice, and a peaked policy samples equal groups.
 _GROUP_APART_S = 1e-6
 
 Verdict = Callable[[Prompt, Sequence[int]], bool | None]

@@ -36,8 +36,8 @@ class ReplayBuffer:
     trajectory once and, per prompt, the best ones that are not alike (`buffer.admission`).
 
     Safe to share between threads. An add that was not acknowledged may be repeated as it is: the
-    store knows a group by its bytes and counts it once; two groups that are alike in all else differ
-    in `created_s`. A draw is delivered at most once.
+    store knows a group by its bytes and counts it once; two groups that are alike in all else
+    differ in `created_s`. A draw is delivered at most once.
     Every method raises BufferUnreachable when Redis is gone for longer than the client's timeout.
     """
 

@@ -4,6 +4,7 @@ Each room raises its own errors; this calls them in order of price.
 """
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from buffer.config import BufferConfig
@@ -11,14 +12,16 @@ from buffer.connection import connect
 from buffer.executable import find_executable
 from buffer.listening import PortInUse, is_free, port_in_use
 from cluster.config import RunConfig
+from cluster.evaluated_policy import likeness_of
 from cluster.fit import Node, check_fit
 from cluster.learned import imitation
 from cluster.rundir import RunDirectory
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
 from lm.model import context_limit, load_base
+from tasks.config import ContinuationConfig, InfillingConfig
 from tasks.registry import build_task
-from tasks.task import QuestionTask, Task
+from tasks.task import MeasuredTask, QuestionTask, Task
 
 
 class LocalIsOne(ValueError):
@@ -50,7 +53,7 @@ def check_before_start(
         RunExists, RunMissing, RunAlive: about the run's name.
         LocalIsOne, DoesNotFit: more processes than there is room for.
         WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
-        ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the model and the data.
+        ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the models and the data.
         PromptTooLong: about both.
         LogZUnused, NoDemonstrations: about the objective.
     """
@@ -99,33 +102,48 @@ def check_model_and_data(config: RunConfig) -> None:
     base = load_base(config.lm)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
-    check_lengths(task, context_limit(base.model))
+    check_lengths(task, config.task.tests, context_limit(base.model))
     if config.learner.imitates:
         imitation(config, base, task)
     if config.learner.objective == "joint":
         policy = Path(str(config.em.policy))
         check_adapter(policy)
         load_adapter(base, policy)
-    if isinstance(task, QuestionTask):
-        for path in config.task.tests:
-            task.test_items(path)
+    if isinstance(config.task, InfillingConfig | ContinuationConfig):
+        likeness_of(config.task.embedder)
 
 
-def check_lengths(task: Task, limit: int) -> None:
+def check_lengths(task: Task, tests: Sequence[str], limit: int) -> None:
     """Raise PromptTooLong where a prompt leaves a model of `limit` positions no room.
 
-    What a tool writes behind the last step is not foreseen.
+    Those to be measured on count too, and are read here; worked examples in front of them
+    (`evaluation.shots`), and what a tool writes behind the last step, are not foreseen.
     """
-    context, longest = len(task.reward_query.context), task.actions.max_len
-    for prompt in task.prompts:
-        scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
-        needed = longest + max(len(prompt.prompt), scored)
-        if needed > limit:
+    longest = task.actions.max_len
+    for text, length in (*_prompt_lengths(task), *_question_lengths(task, tests)):
+        if (needed := longest + length) > limit:
             raise PromptTooLong(
-                f"task {task.name!r}: prompt {prompt.text[:60]!r} needs {needed} positions with a "
+                f"task {task.name!r}: prompt {text[:60]!r} needs {needed} positions with a "
                 f"completion of max_len = {longest} and its answer, the model has {limit}: take "
                 "the prompt out, shorten it, or lower task.max_len"
             )
+
+
+def _prompt_lengths(task: Task) -> Iterator[tuple[str, int]]:
+    """Text of each prompt, and tokens of it and its answer as whoever reads most of it does."""
+    context = len(task.reward_query.context)
+    tests = task.test_prompts if isinstance(task, MeasuredTask) else ()
+    for prompt in (*task.prompts, *tests):
+        scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
+        yield prompt.text, max(len(prompt.prompt), scored)
+
+
+def _question_lengths(task: Task, tests: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """The same of test questions, which the LM answers in its own words."""
+    if isinstance(task, QuestionTask):
+        others = len(task.reward_query.context) + task.answer_actions.max_len
+        for item in (item for path in tests for item in task.test_items(path)):
+            yield item.text, others + len(item.prompt)
 
 
 def check_adapter(folder: Path) -> None:

@@ -32,6 +32,11 @@ class Continuation:
     demonstrations: tuple[Demonstration, ...] = field(default=())
     name: str = "continuation"
 
+    @property
+    def test_prompts(self) -> tuple[Prompt, ...]:
+        """See tasks.task.MeasuredTask."""
+        return self.tests
+
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
         """No continuation is right or wrong."""
         return None

@@ -42,6 +42,11 @@ class Infilling:
     log_reward: None = None
     name: str = "infilling"
 
+    @property
+    def test_prompts(self) -> tuple[Prompt, ...]:
+        """See tasks.task.MeasuredTask."""
+        return tuple(item.prompt for item in self.tests)
+
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
         """Many middles are right."""
         return None

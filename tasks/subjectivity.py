@@ -54,6 +54,11 @@ class Subjectivity:
     log_reward: None = None
     name: str = "subjectivity"
 
+    @property
+    def test_prompts(self) -> tuple[Prompt, ...]:
+        """See tasks.task.MeasuredTask."""
+        return tuple(item.prompt for item in self.tests)
+
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
         """Many reasons are right."""
         return None

@@ -91,6 +91,14 @@ class AnsweredTask(Task, Protocol):
 
 
 @runtime_checkable
+class MeasuredTask(Task, Protocol):
+    """A task that is measured on prompts of the kind that is trained on."""
+
+    @property
+    def test_prompts(self) -> Sequence[Prompt]: ...
+
+
+@runtime_checkable
 class QuestionTask(Task, Protocol):
     """A task whose rationales lead to answers, so that answers to test questions can be counted."""
 

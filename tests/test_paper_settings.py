@@ -13,6 +13,7 @@ from cluster.preflight import PromptTooLong, check_before_start
 from cluster.rundir import RunDirectory
 from lm.config import LMConfig
 from lm.model import load_base
+from lm.source import ModelNotFound
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from tasks.registry import build_task
@@ -95,13 +96,40 @@ def test_rewards_of_these_models_are_those_of_naive_passes(task: str, folder: Pa
     assert packed_S == pytest.approx(naive_S, abs=1e-4)
 
 
+LONG_WORD = "qxzj" * 400
+LONG_STORY = {f"sentence{number}": f"{LONG_WORD} ran." for number in range(1, 6)}
+LONG_SUM = {"str_query": f"Question: {' + '.join('9' * 400)} = ? Answer:", "num_sol": 9 * 400}
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "text"),
+    [
+        ("continuation", "data", f"It rained.\n{LONG_WORD}.\n"),
+        ("continuation", "tests", f"It rained.\n{LONG_WORD}.\n"),
+        ("infilling", "tests", json.dumps(LONG_STORY)),
+        ("subjectivity", "tests", json.dumps({"text": LONG_WORD, "label": 1})),
+        ("arithmetic", "tests", json.dumps([LONG_SUM])),
+    ],
+)
 def test_a_prompt_that_outgrows_the_model_is_told_before_anything_starts(
+    task: str, key: str, text: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("long.jsonl").write_text(text)
+    value = "long.jsonl" if key == "data" else '["long.jsonl"]'
+    config = load_config(
+        f"tasks/paper/{task}.toml", [*overrides(task, folder), f"task.{key}={value}"]
+    )
+    with pytest.raises(PromptTooLong, match=rf"prompt .*the model has {POSITIONS}"):
+        check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
+
+
+def test_a_sentence_encoder_that_is_missing_is_told_before_anything_starts(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("long.txt").write_text(f"It rained.\n{'qxzj' * 400}\n")
     config = load_config(
-        "tasks/paper/continuation.toml", [*overrides("continuation", folder), "task.data=long.txt"]
+        "tasks/paper/infilling.toml", [*overrides("infilling", folder), "task.embedder=./nowhere"]
     )
-    with pytest.raises(PromptTooLong, match=rf"prompt 'qxzj.*the model has {POSITIONS}"):
+    with pytest.raises(ModelNotFound, match="nowhere"):
         check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
