@@ -19,7 +19,14 @@ _DISTANCES: tuple[tuple[str, str, str, bool], ...] = (
     ("coverage", "posterior mass that the policy covers", ".3%", True),
     ("elbo", "ELBO of log Z, all prompts, nats", ".3f", True),
 )
-# The same of Infills, of Continuations and of Labels.
+# The same of all sentences, of Infills, of Continuations and of Labels.
+_SENTENCES: tuple[tuple[str, str, str, bool], ...] = (
+    ("diversity", "diversity", ".3f", True),
+    ("self_bleu4", "self-BLEU-4", ".3f", False),
+    ("elbo", "ELBO of log Z, nats", ".2f", True),
+    ("ess_share", "effective share of samples", ".1%", True),
+    ("seen", "of the prompts, trained on too", "d", False),
+)
 _INFILLS: tuple[tuple[str, str, str, bool], ...] = (
     ("bleu4", "BLEU-4 against the true sentence", ".1%", True),
     ("gleu4", "GLEU-4 against the true sentence", ".1%", True),
@@ -27,12 +34,12 @@ _INFILLS: tuple[tuple[str, str, str, bool], ...] = (
     ("similarity", "cosine to the true sentence", ".3f", True),
     ("log_reward", "log reward, nats", ".2f", True),
     ("distinct", "different sentences of a story", ".2f", True),
-    ("diversity", "diversity", ".3f", True),
+    *_SENTENCES,
 )
 _CONTINUATIONS: tuple[tuple[str, str, str, bool], ...] = (
     ("max_log_likelihood", "log-likelihood of the likeliest, nats", ".2f", True),
     ("mean_log_likelihood", "log-likelihood of all, nats", ".2f", True),
-    ("diversity", "diversity", ".3f", True),
+    *_SENTENCES,
 )
 _LABELS: tuple[tuple[str, str, str, bool], ...] = (
     ("accuracy", "reviews labelled right", ".1%", True),
@@ -101,9 +108,11 @@ def _votes(before: _Fields, after: _Fields, known: _Fields) -> Iterator[Row]:
 def _means(
     before: _Fields, after: _Fields, fields: Sequence[tuple[str, str, str, bool]], items: str
 ) -> Iterator[Row]:
+    """A row of every field that was measured at all."""
     for field, label, reads, more_is_better in fields:
         values = (before.get(field), after.get(field))
-        yield _row(label, items, values, reads, more_is_better)
+        if values != (None, None):
+            yield _row(label, items, values, reads, more_is_better)
 
 
 def _row(

@@ -14,7 +14,7 @@ from cluster.rundir import RunDirectory
 
 # Of a measurement: how many items it is of, and nothing of how well they went.
 _COUNTS = (
-    *("items", "unseen_items", "prompts", "enumerated", "samples"),
+    *("items", "unseen_items", "prompts", "stories", "seen", "enumerated", "samples"),
     *("answered_by", "examples", "kind"),
 )
 TOKENS = ("sampled", "scored", "learned", "base")

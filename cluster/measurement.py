@@ -74,10 +74,30 @@ class Distance(BaseModel):
     )
 
 
-class Infills(BaseModel):
-    """Missing sentences of test stories: means over all that were written."""
+class _Sentences(BaseModel):
+    """What is measured of sentences whatever they are for."""
 
     model_config = ConfigDict(frozen=True)
+
+    seen: int = Field(default=0, description="Of the test prompts, those trained on too.")
+    self_bleu4: float | None = Field(
+        default=None,
+        description="How far the sentences of a prompt repeat one another, in [0, 1]; None of one.",
+    )
+    elbo: float | None = Field(
+        default=None,
+        description="Of log Z of the test prompts, by as many sentences drawn of the policy at "
+        "temperature 1, nats: log Z less KL(policy || posterior). None where they are decoded "
+        "otherwise.",
+    )
+    ess_share: float | None = Field(
+        default=None,
+        description="Effective share of these sentences as importance samples of the posterior.",
+    )
+
+
+class Infills(_Sentences):
+    """Missing sentences of test stories: means over all that were written."""
 
     kind: Literal["infills"] = "infills"
     stories: int
@@ -94,10 +114,9 @@ class Infills(BaseModel):
     examples: tuple[Example, ...] = ()
 
 
-class Continuations(BaseModel):
+class Continuations(_Sentences):
     """Next sentences of test prompts: means over the prompts."""
 
-    model_config = ConfigDict(frozen=True)
     examples: ClassVar[tuple[Example, ...]] = ()
 
     kind: Literal["continuations"] = "continuations"

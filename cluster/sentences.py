@@ -5,15 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
+from actors.prompts import Prompt
 from cluster.config import RunConfig
 from cluster.evaluated_policy import likeness_of
 from cluster.measurement import Continuations, Example, Infills
-from cluster.written import write_sentences
+from cluster.written import Sentence, write_sentences
+from learner.quality import ess_share
 from lm.model import load_base
 from tasks.config import ContinuationConfig, InfillingConfig
-from tasks.continuation import build_continuation
-from tasks.infilling import build_infilling
-from tasks.sentence_metrics import bleu4, diversity, gleu4
+from tasks.continuation import Continuation, build_continuation
+from tasks.infilling import Infilling, build_infilling
+from tasks.sentence_metrics import bleu4, diversity, gleu4, self_bleu4
 
 
 class NothingToMeasure(ValueError):
@@ -25,7 +27,8 @@ def measure_infills(config: RunConfig, task: InfillingConfig, *, adapter: Path |
     built = build_infilling(task, load_base(config.lm).tokenizer)
     items = built.tests[: config.evaluation.max_items]
     _require(items, built.name)
-    written = write_sentences(config, built, [item.prompt for item in items], adapter)
+    prompts = [item.prompt for item in items]
+    written = write_sentences(config, built, prompts, adapter)
     texts = [[sentence.text for sentence in group] for group in written]
     pairs = [(z, item.middle) for item, group in zip(items, texts, strict=True) for z in group]
     likeness = likeness_of(task.embedder)
@@ -40,6 +43,9 @@ def measure_infills(config: RunConfig, task: InfillingConfig, *, adapter: Path |
         log_reward=float(np.mean([one.log_reward for group in written for one in group])),
         distinct=float(np.mean([len(set(group)) for group in texts])),
         diversity=float(np.mean([diversity(group, likeness) for group in texts])),
+        seen=_num_seen(built, prompts),
+        self_bleu4=_self_bleu4(texts),
+        **_posterior_quality(config, built, prompts, adapter, written),
         examples=tuple(
             Example(
                 group="stories",
@@ -62,6 +68,7 @@ def measure_continuations(
     prompts = built.tests[: config.evaluation.max_items]
     _require(prompts, built.name)
     written = write_sentences(config, built, prompts, adapter)
+    texts = [[sentence.text for sentence in group] for group in written]
     log_r = [[sentence.log_reward for sentence in group] for group in written]
     likeness = likeness_of(task.embedder)
     return Continuations(
@@ -69,11 +76,49 @@ def measure_continuations(
         samples=config.evaluation.samples,
         max_log_likelihood=float(np.mean([max(group) for group in log_r])),
         mean_log_likelihood=float(np.mean([value for group in log_r for value in group])),
-        diversity=float(
-            np.mean([diversity([one.text for one in group], likeness) for group in written])
-        ),
+        diversity=float(np.mean([diversity(group, likeness) for group in texts])),
         diversity_by="words" if likeness is None else "embeddings",
+        seen=_num_seen(built, prompts),
+        self_bleu4=_self_bleu4(texts),
+        **_posterior_quality(config, built, prompts, adapter, written),
     )
+
+
+def _num_seen(task: Infilling | Continuation, prompts: Sequence[Prompt]) -> int:
+    trained = {prompt.key for prompt in task.prompts}
+    return sum(prompt.key in trained for prompt in prompts)
+
+
+def _self_bleu4(texts: Sequence[Sequence[str]]) -> float | None:
+    known = [value for group in texts if (value := self_bleu4(group)) is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _posterior_quality(
+    config: RunConfig,
+    task: Infilling | Continuation,
+    prompts: Sequence[Prompt],
+    adapter: Path | None,
+    written: Sequence[Sequence[Sentence]],
+) -> dict[str, float]:
+    """ELBO and effective share of samples, of the policy itself: drawn anew where `written` was
+    not drawn at temperature 1, and nothing where it is no draw at all."""
+    asked = config.evaluation
+    if asked.decoding != "sample" or asked.top_p != 1 or asked.candidates != 1:
+        return {}
+    if asked.temperature != 1:
+        own = config.model_copy(
+            update={"evaluation": asked.model_copy(update={"temperature": 1.0})}
+        )
+        written = write_sentences(own, task, prompts, adapter)
+    temperature = config.learner.reward_temperature.end
+    log_weight_PK = np.array(
+        [[one.log_reward / temperature - one.log_q for one in group] for group in written]
+    )
+    found = {"elbo": float(log_weight_PK.mean())}
+    if asked.samples > 1:
+        found["ess_share"] = float(np.mean([ess_share(row_K) for row_K in log_weight_PK]))
+    return found
 
 
 def _require(items: Sequence[object], task: str) -> None:

@@ -21,10 +21,16 @@ _Tokens = tuple[int, ...]
 
 
 class Sentence(NamedTuple):
-    """What was written for a prompt."""
+    """What was written for a prompt; nats."""
 
     text: str
-    log_reward: float  # under the frozen LM, untempered, nats
+    log_reward: float  # under the frozen LM, untempered
+    log_q: float  # under the policy at temperature 1, stop included, however it was decoded
+
+
+class _Draft(NamedTuple):
+    tokens: _Tokens  # stop token excluded
+    log_q: float
 
 
 def write_sentences(
@@ -54,11 +60,12 @@ def write_sentences(
     written = []
     for prompt, group in zip(prompts, groups, strict=True):
         several = settings.candidates > 1
-        completions = list(dict.fromkeys(group)) if several else group
+        drafts = list({draft.tokens: draft for draft in group}.values()) if several else group
+        completions = [draft.tokens for draft in drafts]
         log_r = log_rewards(completions, prompt, task.reward_query, log_reward).tolist()
         sentences = [
-            Sentence(decode(list(z)).strip(), value)
-            for z, value in zip(completions, log_r, strict=True)
+            Sentence(decode(list(draft.tokens)).strip(), value, draft.log_q)
+            for draft, value in zip(drafts, log_r, strict=True)
         ]
         if several:
             sentences.sort(key=lambda sentence: -sentence.log_reward)
@@ -71,7 +78,7 @@ def _decode(
     policy: SamplingPolicy,
     task: Infilling | Continuation,
     prompts: Sequence[_Tokens],
-) -> list[list[_Tokens]]:
+) -> list[list[_Draft]]:
     """`samples` x `candidates` completions for each prompt."""
     settings = config.evaluation
     number = settings.samples * settings.candidates
@@ -84,7 +91,9 @@ def _decode(
             penalty=settings.diversity_penalty,
             max_rows=settings.max_rows,
         )
-        return [[one.tokens for one in found] for found in search.search(prompts)]
+        return [
+            [_Draft(one.tokens, one.log_q) for one in found] for found in search.search(prompts)
+        ]
     drawn = policy.sample(
         [
             Request(prompt=prompt, temperature=settings.temperature, top_p=settings.top_p)
@@ -92,5 +101,5 @@ def _decode(
             for _ in range(number)
         ]
     )
-    tokens = [tuple(completion.tokens.tolist()) for completion in drawn]
-    return [tokens[at : at + number] for at in range(0, len(tokens), number)]
+    drafts = [_Draft(tuple(one.tokens.tolist()), one.log_q) for one in drawn]
+    return [drafts[at : at + number] for at in range(0, len(drafts), number)]

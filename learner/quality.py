@@ -50,7 +50,7 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
         metrics |= {
             "posterior/iwae_nats": _mean(iwae),
             "posterior/iwae_gap_nats": _mean(iwae) - _mean(elbo),
-            "posterior/ess_share": _mean([_ess_share(log_weight_K) for log_weight_K in several]),
+            "posterior/ess_share": _mean([ess_share(log_weight_K) for log_weight_K in several]),
         }
     return metrics
 
@@ -71,7 +71,8 @@ def _log_mean_exp(log_weight_K: Floats) -> float:
     return top + float(np.log(np.exp(log_weight_K - top).mean()))
 
 
-def _ess_share(log_weight_K: Floats) -> float:
+def ess_share(log_weight_K: Floats) -> float:
+    """(sum w)² / (K sum w²), from 1/K to 1."""
     weight_K = np.exp(log_weight_K - log_weight_K.max())
     return float(weight_K.mean() ** 2 / np.square(weight_K).mean())
 

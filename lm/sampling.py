@@ -48,6 +48,11 @@ class Completion:
     stops: NDArray[np.int32]  # [S] prefix lengths where the policy might stop; last == L
     log_q_stop: NDArray[np.float32]  # [S] nats, at temperature 1; 0 where the stop was forced
 
+    @property
+    def log_q(self) -> float:
+        """log q(Z ⊤ | X), of the completion and its final stop at temperature 1, nats."""
+        return float(self.log_q_token.sum(dtype=np.float64)) + float(self.log_q_stop[-1])
+
 
 class Tool(Protocol):
     """Speaks into a completion after certain tokens."""

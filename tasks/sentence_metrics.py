@@ -27,6 +27,27 @@ def bleu4(written: str, true: str) -> float:
     return float(sentence_bleu([words(true)], words(written), smoothing_function=smoothing))
 
 
+def self_bleu4(sentences: Sequence[str]) -> float | None:
+    """How much sentences repeat one another: mean BLEU-4 of each against all others, in [0, 1].
+
+    None for fewer than two. Zhu et al. 2018 (Texygen, arXiv 1802.01886); smoothed as `bleu4`.
+    """
+    if len(sentences) < 2:
+        return None
+    smoothing = SmoothingFunction().method1
+    texts = [words(sentence) for sentence in sentences]
+    return float(
+        np.mean(
+            [
+                sentence_bleu(texts[:at] + texts[at + 1 :], text, smoothing_function=smoothing)
+                if text
+                else 0.0
+                for at, text in enumerate(texts)
+            ]
+        )
+    )
+
+
 def gleu4(written: str, true: str) -> float:
     """Sentence GLEU: the lesser of precision and recall of n-grams up to 4, in [0, 1]."""
     return float(sentence_gleu([words(true)], words(written))) if words(written) else 0.0

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from cluster.measure import measure
+from cluster.measurement import Continuations, Infills
 from cluster.posterior_assessment import assess
 from cluster.rundir import RunDirectory
 from cluster.train import train
@@ -43,3 +46,30 @@ def test_a_trained_policy_samples_sentences_in_proportion_to_their_rewards(
     [found] = assess(config, adapter=directory.adapter).prompts
     assert found.base.tv is not None and found.tv is not None
     assert found.base.tv > 0.6 and found.tv < 0.2  # 0.10 and 0.08
+
+
+@both_tasks
+@pytest.mark.parametrize("evaluated_at", [1.0, 0.7])
+def test_test_prompts_tell_how_near_the_policy_is_whatever_they_are_measured_at(
+    kind: str, temperature: float, evaluated_at: float, tmp_path: Path
+) -> None:
+    """The ELBO, against the sum over every sentence that there is."""
+    config = sentence_config(
+        kind,
+        tmp_path,
+        f"learner.reward_temperature.end={temperature}",
+        f"evaluation.temperature={evaluated_at}",
+        "evaluation.samples=300",
+    )
+    data = next(tmp_path.glob("stories.jsonl" if kind == "infilling" else "prompts.txt"))
+    tested = config.task.model_copy(update={"tests": (str(data),)})
+    found = measure(config.model_copy(update={"task": tested}), adapter=None)
+    assert isinstance(found, Infills | Continuations)
+    assert found.seen == 1 and found.elbo is not None and found.ess_share is not None
+    by_hand = ByHand(config, kind)
+    log_w_N = np.log(by_hand.p_N) + by_hand.log_z - np.log(by_hand.q_N)
+    elbo = float(by_hand.q_N @ log_w_N)
+    error = float(np.sqrt(by_hand.q_N @ (log_w_N - elbo) ** 2 / 300))
+    assert found.elbo == pytest.approx(elbo, abs=5 * error)
+    assert elbo + 10 * error < by_hand.log_z  # the gap, KL(q || p), is far more than noise
+    assert 1 / 300 < found.ess_share < 1

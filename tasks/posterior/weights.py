@@ -55,9 +55,7 @@ def draw_log_weights(
         temperature: T, that R enters as R^(1/T).
     """
     drawn = policy.sample([Request(prompt=prompt.prompt)] * count)
-    log_q_N = np.array(
-        [c.log_q_token.sum(dtype=np.float64) + float(c.log_q_stop[-1]) for c in drawn]
-    )
+    log_q_N = np.array([completion.log_q for completion in drawn])
     completions = [tuple(completion.tokens.tolist()) for completion in drawn]
     return log_rewards(completions, prompt, query, log_reward) / temperature - log_q_N
 
