@@ -18,7 +18,7 @@ from cluster.learned import imitation
 from cluster.rundir import RunDirectory
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
-from lm.model import context_limit, load_base
+from lm.model import adapted_layers, context_limit, load_base
 from tasks.config import ContinuationConfig, InfillingConfig
 from tasks.registry import build_task
 from tasks.task import MeasuredTask, QuestionTask, Task
@@ -100,6 +100,7 @@ def check_model_and_data(config: RunConfig) -> None:
     Reads the weights: files that do not belong together show only then.
     """
     base = load_base(config.lm)
+    adapted_layers(base.model, config.lora)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
     check_lengths(task, config.task.tests, context_limit(base.model))

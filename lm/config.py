@@ -26,7 +26,8 @@ class LoRAConfig(BaseModel):
 
     rank: PositiveInt = Field(default=16, description="Inner dimension of BA.")
     alpha: PositiveFloat = Field(default=16.0, description="BA is scaled by alpha / rank.")
-    targets: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["auto"] = Field(
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] | Literal["auto", "attention"] = Field(
         default="auto",
-        description="Names of linear layers; auto: all of attention and MLP, not the output head.",
+        description="Names of linear layers; auto: all of attention and MLP, not the output head; "
+        "attention: those of attention, whatever the architecture calls them.",
     )

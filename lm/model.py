@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,22 +108,47 @@ def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int)
     The base stays frozen; A is drawn from `seed` alone, and the global generator is untouched.
 
     Raises:
-        ValueError: a target names no linear layer of this architecture.
+        ModelUnusable: a target names no linear layer of this architecture.
     """
     base = language_model.model
-    if config.targets != "auto":
-        _require_targets(base, config.targets)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
-        target_modules="all-linear" if config.targets == "auto" else list(config.targets),
+        target_modules=adapted_layers(base, config),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(base, lora)
+
+
+def adapted_layers(base: nn.Module, config: LoRAConfig) -> str | list[str]:
+    """What `config.targets` is of this architecture, as peft takes it: ends of layer names.
+
+    Raises:
+        ModelUnusable: a target names no linear layer, or nothing is called attention.
+    """
+    if config.targets == "auto":
+        return "all-linear"
+    linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    if config.targets == "attention":
+        # With the module around it: c_proj alone is a layer of GPT-2's MLP too.
+        found = {".".join(name.split(".")[-2:]) for name in linear if _in_attention(base, name)}
+        if not found:
+            raise ModelUnusable(
+                f"lora.targets is 'attention', and no part of a {type(base).__name__} is called "
+                f"so: name layers instead; there are {_leaves(linear)}"
+            )
+        return sorted(found)
+    for target in config.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise ModelUnusable(
+                f"lora.targets: {target!r} names no linear layer of a {type(base).__name__}; there "
+                f"are {_leaves(linear)}. 'attention' and 'auto' fit any architecture"
+            )
+    return list(config.targets)
 
 
 def vocab_size(model: nn.Module) -> int:
@@ -152,12 +178,15 @@ def _config(model: nn.Module) -> PretrainedConfig:
     return config
 
 
-def _require_targets(base: nn.Module, targets: tuple[str, ...]) -> None:
-    linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise ValueError(f"LoRA target {target!r} names no linear layer; there are {known}")
+def _in_attention(base: nn.Module, layer: str) -> bool:
+    """Whether a module around the layer is an attention, by the name of its class."""
+    parts = layer.split(".")
+    around = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return any("attention" in type(base.get_submodule(name)).__name__.lower() for name in around)
+
+
+def _leaves(layers: Sequence[str]) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in layers})
 
 
 def _device(config: LMConfig) -> torch.device:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from lm.config import LMConfig, LoRAConfig
-from lm.model import LanguageModel, attach_adapter, load_base
+from lm.model import LanguageModel, adapted_layers, attach_adapter, load_base
 from lm.source import ModelNotFound, ModelUnusable, load_tokenizer
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 
@@ -192,8 +193,38 @@ def test_named_targets_are_the_only_ones_and_unknown_ones_are_refused(folder: Pa
     model = attach_adapter(base(), LoRAConfig(rank=2, alpha=2.0, targets=("q_proj",)), seed=0)
     trainable = [n for n, p in model.named_parameters() if p.requires_grad]
     assert len(trainable) == 4 and all("q_proj" in name for name in trainable)
-    with pytest.raises(ValueError, match=r"'c_attn' names no linear layer.*q_proj"):
+    with pytest.raises(ModelUnusable, match=r"'c_attn' names no linear layer.*q_proj"):
         attach_adapter(base(), LoRAConfig(rank=2, alpha=2.0, targets=("c_attn",)), seed=0)
+
+
+def test_attention_is_found_by_whatever_name_it_has(
+    tiny_lm: Callable[[str], PreTrainedModel], folder: Path
+) -> None:
+    def found(architecture: str) -> set[str]:
+        layers = adapted_layers(tiny_lm(architecture), LoRAConfig(targets="attention"))
+        return {layer.rpartition(".")[2] for layer in layers}
+
+    assert found("llama") == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert found("gptj") == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert found("gpt_neox") == {"query_key_value", "dense"}
+
+    def adapted(targets: Any) -> dict[str, torch.Tensor]:
+        base = load_base(LMConfig(model=str(folder), device="cpu"))
+        model = attach_adapter(base, LoRAConfig(rank=2, alpha=2.0, targets=targets), seed=0)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    named, meant = adapted(("q_proj", "k_proj", "v_proj", "o_proj")), adapted("attention")
+    assert named.keys() == meant.keys()
+    assert all(torch.equal(named[name], meant[name]) for name in named)
+    with pytest.raises(ModelUnusable, match=r"no part of a Sequential is called so.*\['0'\]"):
+        adapted_layers(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoRAConfig(targets="attention"))
+
+
+def test_the_attention_of_gpt2_has_not_the_layer_of_its_mlp_that_is_called_alike(
+    tiny_lm: Callable[[str], PreTrainedModel],
+) -> None:
+    layers = adapted_layers(tiny_lm("gpt2"), LoRAConfig(targets="attention"))
+    assert layers == ["attn.c_attn", "attn.c_proj"]
 
 
 def test_config_refuses_unknown_keys_and_impossible_values() -> None:

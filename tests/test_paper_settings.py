@@ -27,6 +27,7 @@ PAPER = {
     "subjectivity": "gptj",
     "arithmetic": "gptj",
 }
+OTHER = {"gptj": "gpt2", "gpt2": "gptj"}
 SMALL = (
     *("lora.rank=4", "actors.groups_per_batch=2", "actors.group_size=4", "actors.max_rows=8"),
     *("learner.groups_per_step=2", "learner.steps=2", "learner.warmup_steps=0"),
@@ -78,6 +79,18 @@ def test_the_papers_settings_run(
     scores = json.loads(Path("runs/small/scores.json").read_text())
     assert scores["before"] and scores["after"]
     assert (scores["after"].get("similarity") is None) == (task != "infilling")
+
+
+@pytest.mark.parametrize(("task", "architecture"), [(t, OTHER[a]) for t, a in PAPER.items()])
+def test_the_shipped_settings_run_on_another_model_by_one_line(
+    task: str, architecture: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    model = f"lm.model={folder / architecture}"
+    assert main(["train", f"tasks/{task}.toml", model, *SMALL, "--run", "other", "--local"]) == 0
+    scores = json.loads(Path("runs/other/scores.json").read_text())
+    assert scores["before"] and scores["after"]
 
 
 @pytest.mark.parametrize("task", ["continuation", "infilling", "arithmetic"])
