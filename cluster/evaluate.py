@@ -14,11 +14,15 @@ from cluster.config_file import load_config, locate
 from cluster.measure import measure
 from cluster.measurement import Measurement, Votes
 from cluster.preflight import check_adapter
-from cluster.rundir import find_run
+from cluster.rundir import RunDirectory, find_run
 
 
 class NoTestFiles(ValueError):
     """Test files were given for a task that reads none."""
+
+
+class LearnedOtherwise(ValueError):
+    """Settings of the learner were given for a run that has its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     adapter = Path(arguments.adapter) if arguments.adapter else None
     if arguments.run:
         found = find_run(arguments.run)
+        config = as_learned(config, arguments.overrides, found)
         if found.model.is_dir():  # an M-step's own
             config = config.with_model(found.model)
         else:
@@ -43,6 +48,21 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show_rows(measurement, title="base" if adapter is None else str(adapter))
     return 0
+
+
+def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -> RunConfig:
+    """With what the run learned by: its objective and its T say what its adapter is measured as.
+
+    Raises:
+        LearnedOtherwise: an override says otherwise.
+    """
+    if other := [word for word in overrides if word.startswith("learner.")]:
+        raise LearnedOtherwise(
+            f"{' and '.join(other)}: how run {run.name!r} learned is read from {run.config_file}; "
+            "leave it out"
+        )
+    learned = load_config(str(run.config_file), ()).learner
+    return config.model_copy(update={"learner": learned})
 
 
 def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from cluster.__main__ import main
 from cluster.before_after import rows
 from cluster.config import RunConfig
 from cluster.config_file import load_config
@@ -206,3 +207,22 @@ def test_behind_an_m_step_the_policy_reasons_and_the_new_lm_answers(tmp_path: Pa
     answers = [example.answer for example in found.examples]
     assert answers != [example.answer for example in by_policy.examples]
     assert found.bare == alone.bare
+
+
+def test_a_run_is_evaluated_as_what_it_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = ["evaluation.max_items=3", "evaluation.samples=2"]
+    steps = ["learner.objective=sft", "learner.steps=1", "learner.warmup_steps=0"]
+    train = ["train", "tasks/subjectivity.toml", *small, *steps, "--run", "told", "--local"]
+    assert main(train) == 0
+    after = json.loads(Path("runs/told/scores.json").read_text())["after"]
+    evaluate = ["evaluate", "tasks/subjectivity.toml", *small]
+    capsys.readouterr()
+    assert main([*evaluate, "--run", "told", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["answered_by"] == "label"
+    assert found == {key: value for key, value in after.items() if key != "examples"}
+    assert main([*evaluate, "learner.objective=tb", "--run", "told"]) == 1
+    assert "how run 'told' learned is read from" in capsys.readouterr().err
