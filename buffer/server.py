@@ -27,6 +27,7 @@ from buffer.listening import PortInUse, configuration, listening_url, port_in_us
 
 POLL_S = 0.02
 LOG_TAIL = 600
+KILLED_S = 10.0  # for the watchdog to see that its killed server has ended
 
 
 class ServerFailed(RuntimeError):
@@ -100,7 +101,7 @@ class RedisServer:
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            self._process.wait(timeout=timeout_s)
+            self._process.wait(timeout=KILLED_S)
             raise ServerTimeout(
                 f"redis-server {self.pid} at {self.url} did not stop within {timeout_s} s and was"
                 " killed; what it had acknowledged is on disk"
