@@ -131,7 +131,7 @@ def test_starving_says_how_many_of_what_and_for_how_long(client: redis.Redis) ->
     buffer.add([toy_trajectory()])
     rng = np.random.default_rng(0)
     with pytest.raises(
-        BufferStarved, match=r"1 of 3 fresh groups .* version 0 after 0\.[12] s .*1 accepted"
+        BufferStarved, match=r"1 of 3 fresh groups .* version 0 after \d+\.\d s .*1 accepted"
     ):
         buffer.draw(num_groups=3, num_replayed=0, version=0, rng=rng, timeout_s=0.1)
     assert buffer.depth() == 1, "a draw that fails takes nothing"
