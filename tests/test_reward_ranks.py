@@ -3,7 +3,6 @@
 import multiprocessing as mp
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from multiprocessing.connection import Connection
 
 import pytest
 
+from buffer.listening import free_port
 from reward.layout import MicroBatch
 from reward.lockstep import Edges
 from reward.packed import suffix_log_rewards
@@ -42,10 +42,19 @@ def join(architecture: str, port: int, rank: int, num_ranks: int, timeout_s: flo
     return RewardRank(make_model(architecture), meeting)
 
 
-def serve_rank_one(pipe: Connection, architecture: str, port: int, timeout_s: float) -> None:
-    rank = join(architecture, port, 1, 2, timeout_s)
+def serve_rank_one(pipe: Connection, architecture: str, timeout_s: float) -> None:
+    pipe.send("up")
+    rank = join(architecture, pipe.recv(), 1, 2, timeout_s)
     while True:
         pipe.send(rank.forward(pipe.recv()))
+
+
+def agree_on_port(pipe: Connection) -> int:
+    """Wait until rank 1 is up; a port that was free then, for rank 0 to listen on."""
+    assert pipe.poll(60) and pipe.recv() == "up", "rank 1 did not come"
+    port = free_port("127.0.0.1")
+    pipe.send(port)
+    return port
 
 
 def run_rank_zero(
@@ -63,16 +72,13 @@ def two_ranks(scenario: Callable[..., None], architecture: str, timeout_s: float
     """Run the scenario in a process that becomes rank 0, beside one that serves as rank 1."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["reward.rank", "reward.replica", "tests.reward_toy"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     near, far = context.Pipe()
     mine, verdict = context.Pipe()
-    one = context.Process(target=serve_rank_one, args=(far, architecture, port, timeout_s))
+    one = context.Process(target=serve_rank_one, args=(far, architecture, timeout_s))
     one.start()
     zero = context.Process(
         target=run_rank_zero,
-        args=(verdict, scenario, near, one.pid, architecture, port, timeout_s),
+        args=(verdict, scenario, near, one.pid, architecture, timeout_s),
     )
     zero.start()
     try:
@@ -84,11 +90,9 @@ def two_ranks(scenario: Callable[..., None], architecture: str, timeout_s: float
             process.join(10)
 
 
-def check_sharded(
-    pipe: Connection, peer_pid: int, architecture: str, port: int, timeout_s: float
-) -> None:
+def check_sharded(pipe: Connection, peer_pid: int, architecture: str, timeout_s: float) -> None:
     whole = make_model(architecture)
-    rank = join(architecture, port, 0, 2, timeout_s)
+    rank = join(architecture, agree_on_port(pipe), 0, 2, timeout_s)
     total = sum(parameter.numel() for parameter in whole.parameters())
     assert total / 2 <= rank.num_held <= total / 2 + 100, (rank.num_held, total)
     replica = RewardReplica(rank, [PipePeer(pipe)], replace_config(deadline_s=timeout_s), name="r")
@@ -103,10 +107,8 @@ def check_sharded(
     lose_peer(replica, peer_pid, signal.SIGKILL, within_s=timeout_s)
 
 
-def check_stalled(
-    pipe: Connection, peer_pid: int, architecture: str, port: int, timeout_s: float
-) -> None:
-    rank = join(architecture, port, 0, 2, timeout_s)
+def check_stalled(pipe: Connection, peer_pid: int, architecture: str, timeout_s: float) -> None:
+    rank = join(architecture, agree_on_port(pipe), 0, 2, timeout_s)
     replica = RewardReplica(rank, [PipePeer(pipe)], replace_config(deadline_s=60.0), name="r")
     replica.score(make_items(2))
     lose_peer(replica, peer_pid, signal.SIGSTOP, within_s=timeout_s + 10)
