@@ -95,12 +95,19 @@ def pytest_runtest_makereport(
     return report
 
 
+# Setup included, which of many is the start of Ray.
+SLOW_TIMEOUT_S = 400
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--pace", choices=("fast", "slow", "beside"), help="only tests of this pace")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep tests of one pace where asked to."""
+    """Give slow tests the time that they need, and keep tests of one pace where asked to."""
+    for item in items:
+        if pace_of(item) != "fast" and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
     if (pace := config.getoption("pace")) is None:
         return
     chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
