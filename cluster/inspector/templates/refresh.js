@@ -10,8 +10,9 @@
   const refresh = async () => {
     if (busy()) return;
     const answer = await fetch(location.href, { credentials: "same-origin" });
+    const text = await answer.text();
     if (!answer.ok || busy()) return;
-    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    const page = new DOMParser().parseFromString(text, "text/html");
     for (const part of document.querySelectorAll("[data-live]")) {
       const fresh = page.getElementById(part.id);
       if (fresh) part.replaceChildren(...fresh.childNodes);
