@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.__main__ import main
 from cluster.config_file import load_config
+from cluster.methods import EM, em_method_steps, method_config
 from cluster.preflight import PromptTooLong, check_before_start
 from cluster.rundir import RunDirectory
 from lm.config import LMConfig
@@ -79,6 +80,25 @@ def test_the_papers_settings_run(
     scores = json.loads(Path("runs/small/scores.json").read_text())
     assert scores["before"] and scores["after"]
     assert (scores["after"].get("similarity") is None) == (task != "infilling")
+
+
+@pytest.mark.parametrize("task", PAPER)
+def test_every_method_that_the_papers_settings_compare_can_begin(
+    task: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, small = f"tasks/paper/{task}.toml", overrides(task, folder)
+    methods = load_config(path, small).compare.methods
+    assert {"base", "gflownet"} <= set(methods)
+    for title in methods:
+        if title == EM:
+            [e_step, m_step] = em_method_steps(path, small, seed=0, comparison="c")
+            rows = m_step.config.actors.group_size + m_step.config.learner.replayed_per_group
+            assert (m_step.config.learner.warmup_steps, rows) == (0, 4 + 32)
+            config = e_step.config
+        else:
+            config = method_config(path, small, title=title, seed=0)
+        check_before_start(config, RunDirectory(title), resume=False, address=None, local=True)
 
 
 @pytest.mark.parametrize(("task", "architecture"), [(t, OTHER[a]) for t, a in PAPER.items()])
