@@ -1,4 +1,4 @@
-"""`amortize`, except that actor-1's copy of the base LM is damaged once it is loaded.
+"""`amortize`, except that actor-1's copy of the base LM is damaged on the way.
 
 For `python -m tests.damaged_run train ...`: the product has no switch for this.
 """
@@ -7,10 +7,31 @@ import sys
 
 import torch
 
+from actors.ports import Policy, PublishedWeights, WeightSource
 from cluster import __main__, launch
 from cluster.workers import Meeting, RolloutWorker
 
 DAMAGED = "actor-1"
+# By then the learner has left a checkpoint, whichever actor came first.
+FIRST_DAMAGED_VERSION = 4
+
+
+class Damaging:
+    """The board; who takes weights of it that are not among the first is damaged."""
+
+    def __init__(self, board: WeightSource, policy: Policy) -> None:
+        self._board = board
+        self._policy = policy
+        self._done = False
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        fresh = self._board.newer_than(version)
+        if fresh is not None and fresh.version >= FIRST_DAMAGED_VERSION and not self._done:
+            embedding = self._policy._model.get_input_embeddings().weight  # type: ignore[attr-defined]
+            with torch.no_grad():
+                embedding[:, 0] += 1.0
+            self._done = True
+        return fresh
 
 
 class DamagedWorker(RolloutWorker):
@@ -19,9 +40,7 @@ class DamagedWorker(RolloutWorker):
     def start(self, meeting: Meeting) -> None:
         super().start(meeting)
         if self._name == DAMAGED:
-            embedding = self._actor._policy._model.get_input_embeddings().weight  # type: ignore[attr-defined]
-            with torch.no_grad():
-                embedding[:, 0] += 1.0
+            self._actor._weights = Damaging(self._actor._weights, self._actor._policy)
 
 
 if __name__ == "__main__":

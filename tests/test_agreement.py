@@ -283,7 +283,7 @@ def test_a_distributed_run_with_a_damaged_actor_ends_and_names_it(tmp_path: Path
         "learner.checkpoint_every_steps=2",
         "cluster.actors=2",
     ]
-    status, output = run(tmp_path, "tests.damaged_run", *small, "learner.steps=400")
+    status, output = run(tmp_path, "tests.damaged_run", *small, "learner.steps=100000")
     folder = tmp_path / "runs/test"
     state = json.loads((folder / "state.json").read_text())
     assert (status, state["phase"]) == (1, "failed"), output
