@@ -15,6 +15,8 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from bench.posterior import descendants
+from bench.posterior import title as title_of
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
@@ -87,8 +89,8 @@ def wait_until(
 
 def worker(process: subprocess.Popen[str], title: str) -> psutil.Process:
     """The run's process whose title holds `title`; Ray names its workers by class."""
-    for child in psutil.Process(process.pid).children(recursive=True):
-        if title in " ".join(child.cmdline()):
+    for child in descendants(psutil.Process(process.pid)):
+        if title in title_of(child):
             return child
     raise AssertionError(f"no process {title!r}")
 
