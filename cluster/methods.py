@@ -157,9 +157,23 @@ def _overrides(path: str, overrides: Sequence[str], *, title: str, seed: int) ->
     if asked.times > 1:
         changes.append(f"evaluation.candidates={asked.times}")
     temperature = asked.temperature or shared.learner.reward_temperature.end
-    tuned = shared.compare.overrides.get(asked.name, ())
+    tuned = _tuned(shared.compare.overrides, title, asked.name)
     own = _own(asked.name, shared, temperature)
     return [*overrides, *changes, *own, *tuned]
+
+
+def _tuned(known: Mapping[str, Sequence[str]], title: str, name: str) -> Sequence[str]:
+    """What is said of the method as it is titled, else of all of its name.
+
+    Raises:
+        UnknownMethod: something is said of a method that there is not.
+    """
+    for key in known:
+        try:
+            method(key)
+        except UnknownMethod as error:
+            raise UnknownMethod(f"compare.overrides: {error}") from error
+    return known.get(title, known.get(name, ()))
 
 
 def _untimed(config: RunConfig) -> RunConfig:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tasks.data_error import DataError, read_text, refuse
-from tasks.expression import Expression, answer_text, parse_question
+from tasks.expression import Expression, answer_text, compute, parse_question
 
 _STEP = re.compile(r"-?[0-9]+ [+-] -?[0-9]+ =")
 
@@ -97,10 +97,10 @@ def _item(record: Any, place: str) -> Item:
             f"{place}: key 'str_sol' is {checked.str_sol!r}; it must read "
             f"{answer_text(checked.num_sol)!r}"
         )
-    return Item(expression, checked.num_sol, _steps(checked.str_rationale, place))
+    return Item(expression, checked.num_sol, _steps(checked.str_rationale, checked.num_sol, place))
 
 
-def _steps(rationale: str | None, place: str) -> tuple[str, ...] | None:
+def _steps(rationale: str | None, answer: int, place: str) -> tuple[str, ...] | None:
     if rationale is None:
         return None
     steps = tuple(rationale.split(", "))
@@ -110,6 +110,12 @@ def _steps(rationale: str | None, place: str) -> tuple[str, ...] | None:
                 f"{place}: key 'str_rationale': step {step!r} does not read 'a + b ='; write "
                 "steps of two terms, without results, joined by ', '"
             )
+    left, operator, right, _ = steps[-1].split(" ")
+    if compute(int(left), "+" if operator == "+" else "-", int(right)) != answer:
+        raise DataError(
+            f"{place}: key 'str_rationale': the last step {steps[-1]!r} does not come to num_sol, "
+            f"{answer}; correct the steps"
+        )
     return steps
 
 

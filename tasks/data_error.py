@@ -11,9 +11,9 @@ class DataError(ValueError):
 
 
 def read_text(path: str) -> str:
-    """The file as text; raises DataError."""
+    """The file as text, without the byte order mark of some editors; raises DataError."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
     except ValueError as error:

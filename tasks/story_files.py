@@ -6,6 +6,7 @@ The keys, or columns, are `sentence1` to `sentence5`; others, such as an id or a
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ KEYS = tuple(f"sentence{number}" for number in range(1, 6))
 def load_stories(path: str) -> tuple[Story, ...]:
     """All stories of a file; raises DataError, which lists the bad lines with what is wrong."""
     text = read_text(path)
-    rows = _csv_rows(text) if path.lower().endswith(".csv") else _json_rows(text)
+    rows = _csv_rows(path, text) if path.lower().endswith(".csv") else _json_rows(text)
     stories, wrong = [], []
     for line, row in rows:
         fault = row if isinstance(row, str) else _fault(row)
@@ -36,7 +37,7 @@ def load_stories(path: str) -> tuple[Story, ...]:
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Line number and object, or what is wrong with the line."""
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -47,12 +48,24 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         yield number, row if isinstance(row, dict) else "must be an object with keys of sentences"
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
-    for row in reader:
-        yield reader.line_num, row
+def _csv_rows(path: str, text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line number and columns by name; raises DataError where quotes leave no telling of rows."""
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    read = 1  # lines, of which the first is the header
+    try:
+        for row in reader:
+            read = reader.line_num
+            yield read, row
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{read + 1}: not CSV: {error}; a quote that is opened is closed on the "
+            "same line, and one within a sentence is doubled"
+        ) from error
 
 
 def _fault(row: dict[str, Any]) -> str:
     bad = [key for key in KEYS if not isinstance(row.get(key), str) or not row[key].strip()]
-    return f"no text under {', '.join(bad)}; a story has {KEYS[0]} to {KEYS[-1]}" if bad else ""
+    if bad:
+        return f"no text under {', '.join(bad)}; a story has {KEYS[0]} to {KEYS[-1]}"
+    broken = [key for key in KEYS if "\n" in row[key].strip()]
+    return f"a line break under {', '.join(broken)}; is a quote left open?" if broken else ""

@@ -8,12 +8,11 @@ nothing.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from tasks.arithmetic_data import DataError
+from tasks.data_error import DataError, read_text
 from tasks.seed.review_texts import Label
 from tasks.seed.reviews import LABELS
 
@@ -40,14 +39,8 @@ class _Record(BaseModel):
 
 def load_reviews(path: str) -> tuple[LabelledReview, ...]:
     """All reviews of a file; raises DataError, which names every bad line up to ten."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error}); convert it") from error
     reviews, faults = [], []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             try:
                 reviews.append(_review(line))

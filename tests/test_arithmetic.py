@@ -95,6 +95,7 @@ def write(path: Path, records: object) -> str:
         ({**GOOD, "str_sol": "The answer is 2."}, "key 'str_sol'"),
         ({**GOOD, "str_rationale": "6 - 0 = 6"}, "key 'str_rationale': step '6 - 0 = 6'"),
         ({**GOOD, "str_rationale": "6 - 0 - 4 ="}, "key 'str_rationale'"),
+        ({**GOOD, "str_rationale": "6 - 0 =, 9 - 9 ="}, "the last step '9 - 9 =' does not come to"),
         ({**GOOD, "rationale": "6 - 0 ="}, "key 'rationale'"),
         ("Question: 6 - 0 - 4 = ? Answer:", "str_query"),
     ],

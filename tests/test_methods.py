@@ -49,6 +49,18 @@ def test_other_names_are_refused(name: str) -> None:
         method(name)
 
 
+def test_what_is_tuned_for_a_title_wins_over_what_is_for_its_method() -> None:
+    tuned = "compare.overrides={ppo=['learner.ppo_kl=1.0'], 'ppo_T0.9'=['learner.ppo_kl=2.0']}"
+
+    def kl(title: str) -> float:
+        return method_config(CONTINUATION, [tuned], title=title, seed=0).learner.ppo_kl
+
+    assert (kl("ppo"), kl("ppo_T0.8"), kl("ppo_T0.9"), kl("sft")) == (1.0, 1.0, 2.0, kl("gflownet"))
+    wrong = ["compare.overrides={gfolwnet=['learner.steps=1']}"]
+    with pytest.raises(UnknownMethod, match=r"compare\.overrides: no method 'gfolwnet'"):
+        method_config(CONTINUATION, wrong, title="gflownet", seed=0)
+
+
 def test_ways_of_decoding_differ_in_the_evaluation_alone() -> None:
     base = method_config(CONTINUATION, [], title="base", seed=1)
     for name in ("sample", "nucleus", "greedy", "beam", "diverse_beam_5x", "tempered"):

@@ -134,6 +134,33 @@ def test_stories_may_come_as_csv_with_other_columns(tmp_path: Path) -> None:
         load_stories(str(path))
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('7,A.,B.,C.,D.,"E.', "csv:2: not CSV: field larger than"),  # all that follows
+        ('7,A.,B.,C.,"D," he said.,E.', r"csv:2: not CSV: ',' expected after '\"'"),
+        ('7,A.,B.,C.,"D.\nD.",E.', r"csv:3: a line break under sentence4"),
+    ],
+)
+def test_a_quote_that_is_left_open_loses_no_story_silently(
+    row: str, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "stories.csv"
+    path.write_text("\n".join([f"storyid,{','.join(KEYS)}", row, *["8,A.,B.,C.,D.,E."] * 20_000]))
+    with pytest.raises(DataError, match=said):
+        load_stories(str(path))
+
+
+def test_files_of_other_editors_are_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("It rained.\nHe ran.\n", encoding="utf-8-sig")
+    assert load_prompts(str(path)) == ("It rained.", "He ran.")
+    story = {**dict.fromkeys(KEYS, "He ran."), "sentence2": "He ran.\u2028He sat."}
+    path.write_text(json.dumps(story, ensure_ascii=False) + "\n{")
+    with pytest.raises(DataError, match=r"^\S+file:2: not JSON"):
+        load_stories(str(path))
+
+
 def test_every_bad_prompt_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text(

@@ -51,7 +51,7 @@ def test_all_bad_lines_are_named_up_to_ten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe"])
 def test_a_file_without_reviews_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.jsonl: (holds no review|not UTF-8)"):
+    with pytest.raises(DataError, match=r"a\.jsonl: (holds no review|not text in UTF-8)"):
         load_reviews(str(tmp_path / "a.jsonl"))
 
 
