@@ -9,7 +9,7 @@ from actors.ports import PublishedWeights
 
 
 class StaleWeights(ValueError):
-    """Weights were published no newer than those on the board."""
+    """Weights were published that are others than those on the board, and no newer."""
 
 
 class WeightBoard:
@@ -22,15 +22,21 @@ class WeightBoard:
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
         """Replace the weights.
 
+        The same may come again: Ray repeats a call whose answer was lost, and a learner that went
+        back to the checkpoint of just this version begins with it.
+
         Raises:
-            StaleWeights: `version` is not above the one on the board. A version names one set of
-                weights for ever, so a learner that went back to a checkpoint goes on counting
-                from the highest version ever published.
+            StaleWeights: `version` is below the one on the board, or names other weights there. A
+                version names one set of weights for ever, so a learner that has lost its last
+                steps goes on counting from the highest version ever published.
         """
-        if self._weights is not None and version <= self._weights.version:
+        held = self._weights
+        if held is not None and (version, checksum) == (held.version, held.checksum):
+            return
+        if held is not None and version <= held.version:
             raise StaleWeights(
                 f"weights of version {version} were offered, but the board holds version "
-                f"{self._weights.version}; a version never comes twice"
+                f"{held.version}; a version never names other weights"
             )
         self._weights = PublishedWeights(version=version, data=data, checksum=checksum)
 

@@ -159,7 +159,7 @@ def build_learner(
     warn: Callable[[str], None],
     gated: bool = True,
 ) -> Learner:
-    """One rank of the learner, gone back to the run's newest checkpoint if there is one.
+    """One rank of the learner, where an earlier one of the run has left off: `Learner.take_up`.
 
     Args:
         quarantine: folder for trajectories that disagree with the learner.
@@ -201,8 +201,7 @@ def build_learner(
         against_base=config.learner.objective == "ppo",
         gate=gate,
     )
-    if store.latest() is not None:
-        learner.restore()
+    learner.take_up()
     return learner
 
 

@@ -48,8 +48,8 @@ class Learner:
     `checkpoints` are never touched.
 
     A version names one set of weights for ever. It grows by one with every step; a learner that
-    went back to a checkpoint goes on from the highest version that was ever published, because
-    actors and buffer hold trajectories of those that are lost.
+    went back to a checkpoint, or to the start, goes on from the highest version that was ever
+    published, because actors and buffer hold trajectories of those that are lost.
 
     Args:
         model: base and adapter; only the adapter is trained, by `engine`.
@@ -183,6 +183,16 @@ class Learner:
             self._checkpoints.save(Snapshot(self.version, tensors, facts))
         self._checkpoint_steps, self._checkpoint_s = self.completed_steps, monotonic()
 
+    def take_up(self) -> None:
+        """Go on from the newest checkpoint; without one begin anew, under versions of its own.
+
+        Raises what Checkpoints.read raises.
+        """
+        if self._rank_zero_decides(self._has_checkpoint):
+            self.restore()
+        else:
+            self.version = self._last_published() + 1
+
     def restore(self) -> None:
         """Go on from the newest checkpoint; raises what Checkpoints.read raises."""
 
@@ -200,7 +210,7 @@ class Learner:
         self._engine.load_state(tensors)
         self._rng.bit_generator.state = snapshot.facts["numpy_generator"]
         self.completed_steps = self._checkpoint_steps = snapshot.facts["completed_steps"]
-        published = int(share(self._engine, lambda: str(self._last_published()).encode()))
+        published = self._last_published()
         lost_later_ones = published > snapshot.version
         self.version = published + 1 if lost_later_ones else snapshot.version
 
@@ -300,8 +310,17 @@ class Learner:
             return decide()
         return share(self._engine, lambda: bytes([decide()])) == b"\x01"
 
+    def _has_checkpoint(self) -> bool:
+        return self._checkpoints is not None and self._checkpoints.latest() is not None
+
     def _last_published(self) -> int:
-        return -1 if self._checkpoints is None else self._checkpoints.last_published()
+        """The highest version that anybody may have seen, -1 before the first; rank 0 knows."""
+
+        def read() -> bytes:
+            version = -1 if self._checkpoints is None else self._checkpoints.last_published()
+            return str(version).encode()
+
+        return int(share(self._engine, read))
 
     def _checkpoint_due(self) -> bool:
         steps = self.completed_steps - self._checkpoint_steps

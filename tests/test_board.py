@@ -25,6 +25,14 @@ def test_a_version_never_names_two_sets_of_weights() -> None:
     assert newest is not None and newest.data == b"seven"
 
 
+def test_the_same_weights_may_be_published_again() -> None:
+    board = WeightBoard()
+    board.publish(b"seven", version=7, checksum="c")
+    board.publish(b"seven", version=7, checksum="c")
+    newest = board.newer_than(6)
+    assert newest is not None and newest.data == b"seven"
+
+
 def test_replicas_are_those_last_announced() -> None:
     board = WeightBoard()
     assert board.replicas() == ()

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from learner.checkpoint import Checkpoints
 from learner.engine import NonFiniteUpdate, TorchEngine
 from learner.exchange import RankZeroFailed
+from lm.adapter import adapter_bytes
 from tests.learner_toy import Published, UniformReplay, make_config, make_learner
 from tests.ranks import run_ranks, wait_for
 
@@ -60,12 +62,23 @@ def exercise_rank(place: Any, folder: Path, log_z: str, loses: bool) -> None:
     learner.checkpoint()
     after = [learner.step()["loss/value"] for _ in range(2)]
     learner.restore()
+    restored = adapter_bytes(model)
+    # Only rank 0's folder is looked into: here the other one's is another.
+    unsaved, _ = make_learner(
+        folder=folder / f"unsaved-{place.rank}", make_engine=lambda *_: engines[0]
+    )
+    if place.rank == 0:
+        Checkpoints(folder / "unsaved-0", identity={}, keep=1).note_published(7)
+    unsaved.take_up()
     report = {
+        "begins_anew_at": unsaved.version,
         "metrics": metrics,
         "after": after,
         "again": [learner.step()["loss/value"] for _ in range(2)],
         "published": [version for _, version, _ in published.adapters],
     }
+    if place.rank == 0:
+        report["publishes_the_same"] = restored == published.adapters[STEPS - 1][0]
     if loses:
         report["lost_after_s"] = lose_rank_one(place, engines[0], learner, model, folder)
     else:
@@ -122,8 +135,10 @@ def test_deepspeed_ranks_take_the_step_of_one_process(
         for name, tensor in state.items():
             torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-5, msg=name)
         assert report["again"] == report["after"]
+        assert report["begins_anew_at"] == 8
         # Versions 4 and 5 are used up: what follows the restored version 3 gets new names.
         assert report["published"] == ([1, 2, 3, 4, 5, 7, 8] if rank == 0 else [])
+    assert reports[0]["publishes_the_same"]
     if loses:
         assert TIMEOUT_S - 1 < reports[0]["lost_after_s"] < TIMEOUT_S + 5
 
