@@ -71,7 +71,8 @@ class ClusterConfig(BaseModel):
     start_timeout_s: float = Field(
         default=300.0,
         gt=0,
-        description="Longest wait of one part for a place on the cluster, and then longest start.",
+        description="Longest wait of one part for a place on the cluster, and then longest start. "
+        "Who needs it waits longer by both.",
     )
     silence_timeout_s: float = Field(
         default=120.0, gt=0, description="Longest that a running part may leave a call unanswered."

@@ -60,6 +60,8 @@ class RemoteScorer:
         board: says which replicas live.
         namespace: the run's Ray namespace.
         attempt_s: seconds after which one replica's answer counts as late.
+        handover_s: seconds within which some replica has to take a scoring; it may have to come up
+            before.
         stop: whether the caller is to finish, which it cannot without a replica.
         first: index of the replica to begin with, so that actors do not all start on one.
 
@@ -72,12 +74,14 @@ class RemoteScorer:
         *,
         namespace: str,
         attempt_s: float,
+        handover_s: float,
         stop: Callable[[], bool],
         first: int = 0,
     ) -> None:
         self._board = board
         self._namespace = namespace
         self._attempt_s = attempt_s
+        self._handover_s = handover_s
         self._stop = stop
         self._turn = itertools.count(first)
         self._handles: dict[str, ActorHandle] = {}
@@ -85,7 +89,9 @@ class RemoteScorer:
 
     def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
         """Start to score; returns at once, unless no replica lives yet; raises as `start` does."""
-        return RemoteScores(self, list(items), self._attempt_s)
+        return RemoteScores(
+            self, list(items), attempt_s=self._attempt_s, handover_s=self._handover_s
+        )
 
     def start(
         self, items: list[ScoreItem], *, avoid: str | None, deadline: float
@@ -96,6 +102,7 @@ class RemoteScorer:
             PeerTimeout: none took them by `deadline`.
             NobodyScores: none lives, and `stop()` holds.
         """
+        began = time.monotonic()
         while True:
             names = self._board.replicas()
             if others := [name for name in names if name != avoid] or list(names):
@@ -106,8 +113,11 @@ class RemoteScorer:
                     self._handles.pop(name, None)
             elif self._stop():
                 raise NobodyScores("no reward replica lives, and the run is being stopped")
-            if time.monotonic() > deadline:
-                raise PeerTimeout(f"reward replicas {names}: none took a scoring in time")
+            if (now := time.monotonic()) > deadline:
+                raise PeerTimeout(
+                    f"reward replicas: none of {len(names)} took a scoring within "
+                    f"{now - began:.0f} s"
+                )
             time.sleep(_ROSTER_POLL_S)
 
     def forget(self, name: str) -> None:
@@ -123,12 +133,14 @@ class RemoteScorer:
 class RemoteScores:
     """One scoring under way; `result` retries it elsewhere until its own deadline."""
 
-    def __init__(self, scorer: RemoteScorer, items: list[ScoreItem], attempt_s: float) -> None:
+    def __init__(
+        self, scorer: RemoteScorer, items: list[ScoreItem], *, attempt_s: float, handover_s: float
+    ) -> None:
         self._scorer = scorer
         self._items = items
         self._attempt_s = attempt_s
         self._replica, self._ref = scorer.start(
-            items, avoid=None, deadline=time.monotonic() + attempt_s
+            items, avoid=None, deadline=time.monotonic() + handover_s
         )
 
     def result(self, timeout_s: float) -> list[NDArray[np.float32]]:

@@ -20,6 +20,7 @@ from cluster.local import LocalRun
 from cluster.measure import measure
 from cluster.measurement import Measurement
 from cluster.nodes import living_nodes, may_grow, room
+from cluster.patience import with_patience
 from cluster.rundir import RunDirectory
 from cluster.supervisor import Supervisor
 from cluster.waiting import PeerTimeout, cause_line, wait_for
@@ -195,7 +196,7 @@ class RaySession:
         if self._cluster is None or not may_grow():
             check_fit(self._config, living_nodes())
         self._context = RunContext(
-            config=self._config,
+            config=with_patience(self._config),
             run=self._directory.name,
             checkpoints=self._directory.checkpoints,
             adapter=self._directory.adapter,

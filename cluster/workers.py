@@ -154,6 +154,7 @@ class RolloutWorker(Worker):
             self._board(),
             namespace=context.namespace,
             attempt_s=context.config.reward.deadline_s,
+            handover_s=context.config.actors.score_timeout_s,
             stop=self._stopping.is_set,
             first=self._index,
         )

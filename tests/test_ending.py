@@ -118,7 +118,9 @@ def test_a_scoring_waits_for_a_replica_only_while_the_run_goes_on(
     monkeypatch.setattr(remote, "_ROSTER_POLL_S", 0.01)
     board: Any = WeightBoard()
     answers = iter([False, False, True])
-    scorer = RemoteScorer(board, namespace="", attempt_s=60, stop=lambda: next(answers))
+    scorer = RemoteScorer(
+        board, namespace="", attempt_s=60, handover_s=60, stop=lambda: next(answers)
+    )
     with pytest.raises(NobodyScores, match="no reward replica lives"):
         scorer.submit([])
     assert next(answers, None) is None

@@ -147,7 +147,9 @@ def test_scorings_that_are_asked_for_again_are_counted(node: dict[str, Any]) -> 
         for name, kind in (("fails", Failing), ("answers", Answering))
     ]
     board.announce_replicas(("fails", "answers"))
-    scorer = RemoteScorer(board, namespace="telemetry", attempt_s=60, stop=lambda: False)
+    scorer = RemoteScorer(
+        board, namespace="telemetry", attempt_s=60, handover_s=60, stop=lambda: False
+    )
     assert scorer.submit([]).result(60) == ["scores"] and scorer.retries == 1
     assert scorer.submit([]).result(60) == ["scores"] and scorer.retries == 2
     del kept

@@ -1,14 +1,19 @@
 """Waits of a driver end at their deadlines, and what was begun is still the run's to end."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import GetTimeoutError
 
-from cluster import session, supervisor
+from cluster import remote, session, supervisor
+from cluster.board import WeightBoard
 from cluster.config_file import load_config
 from cluster.gang import Phase
+from cluster.remote import RemoteScorer
+from cluster.rundir import RunDirectory
 from cluster.waiting import PeerTimeout
 from cluster.workers import RunContext
 from tests.light_run import context
@@ -93,3 +98,63 @@ def test_parts_that_do_not_run_leave_before_those_that_do(monkeypatch: pytest.Mo
     assert sorted(run.gangs) == ["actor-0", "actor-2", "learner", "reward-1"]
     run.scale(replicas=2)
     assert "reward-0" in run.gangs and run.counts()["actual"]["replicas"] == 2
+
+
+class Clock:
+    """Time that passes while somebody sleeps, and what happens meanwhile."""
+
+    def __init__(self, happens: Callable[[float], None]) -> None:
+        self.now_s = 0.0
+        self._happens = happens
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, duration_s: float) -> None:
+        self.now_s += duration_s
+        self._happens(self.now_s)
+
+
+def scorer_of(board: Any, handover_s: float) -> RemoteScorer:
+    return RemoteScorer(
+        board, namespace="", attempt_s=60, handover_s=handover_s, stop=lambda: False
+    )
+
+
+def test_a_scoring_waits_for_a_replica_that_comes_up_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    board = WeightBoard()
+
+    def come_up(now_s: float) -> None:
+        if now_s > 1000:
+            board.announce_replicas(("reward-0.1",))
+
+    score = SimpleNamespace(remote=lambda items: "scores")
+    monkeypatch.setattr("ray.get_actor", lambda name, namespace: SimpleNamespace(score=score))
+    monkeypatch.setattr(remote, "time", Clock(come_up))
+    assert scorer_of(board, 1200).submit([])._ref == "scores"
+
+    monkeypatch.setattr(remote, "time", Clock(lambda now_s: None))
+    with pytest.raises(PeerTimeout, match="none of 0 took a scoring within 1200 s"):
+        scorer_of(WeightBoard(), 1200).submit([])
+
+
+def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(session, "connect_ray", lambda *_: None)
+    monkeypatch.setattr(session, "may_grow", lambda: True)
+    monkeypatch.setattr(session.Launcher, "board", lambda self: None)
+    monkeypatch.setattr(session.RaySession, "_check_board", lambda self: None)
+    config = load_config("tasks/toy.toml", ["cluster.start_timeout_s=900", "learner.ranks=2"])
+    buffer = session.BufferAddress(url="", password=None)
+    directory = RunDirectory("test", root=tmp_path)
+    opened = session.RaySession(config, directory, buffer, address="10.0.0.1:6379")
+    opened.open()
+    told = opened._context.config
+    place_and_start_s = 2 * 900
+    assert told.actors.score_timeout_s > place_and_start_s  # for a replica
+    assert told.actors.pace_timeout_s > place_and_start_s  # for the learner
+    assert told.learner.starvation_timeout_s > place_and_start_s  # for actors and replicas
+    assert told.learner.collective_timeout_s > told.learner.starvation_timeout_s

@@ -1,0 +1,28 @@
+"""How long parts of a run over Ray wait for one another: each may have to come up first."""
+
+from cluster.config import RunConfig
+
+
+def with_patience(config: RunConfig) -> RunConfig:
+    """The same run of parts that may be away for as long as the supervisor lets them.
+
+    A part that is new or was lost may take `start_timeout_s` to be placed and as much again to
+    start. Who waits for it is not to fail before it can be there, nor before the supervisor says
+    that it does not come.
+    """
+    away_s = 2 * config.cluster.start_timeout_s
+    actors, learner = config.actors, config.learner
+    actors_wait = {
+        "score_timeout_s": actors.score_timeout_s + away_s,
+        "pace_timeout_s": actors.pace_timeout_s + away_s,
+    }
+    learner_waits = {
+        "starvation_timeout_s": learner.starvation_timeout_s + away_s,
+        "collective_timeout_s": learner.collective_timeout_s + away_s,
+    }
+    return config.model_copy(
+        update={
+            "actors": actors.model_copy(update=actors_wait),
+            "learner": learner.model_copy(update=learner_waits),
+        }
+    )
