@@ -42,6 +42,7 @@ class Gang:
     Args:
         name: for events and errors, e.g. "reward-0".
         launch: its place, and what creates the Ray actors there.
+        incarnation: how many gangs of this name the run had before.
         start_timeout_s: seconds that placing may take, and then meeting and starting together.
         silence_timeout_s: seconds that a running rank may leave `status` unanswered.
     """
@@ -51,10 +52,12 @@ class Gang:
         name: str,
         launch: Launch,
         *,
+        incarnation: int,
         start_timeout_s: float,
         silence_timeout_s: float,
     ) -> None:
         self.name = name
+        self.incarnation = incarnation
         self.phase = Phase.PLACING
         self.cause = ""
         self.fatal: Unrecoverable | None = None  # a failure that a new gang would only repeat

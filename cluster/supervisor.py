@@ -164,8 +164,8 @@ class Supervisor:
 
     def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
         """Hand metrics of every part to Ray."""
-        for name, gang in self.gangs.items():
-            self._telemetry.tell_part(name, gang.status, life=self._incarnations[name])
+        for gang in reversed(self._parts()):  # whoever has the name of one that leaves comes last
+            self._tell_of(gang)
         self._telemetry.tell_run(learner, buffer, self.counts())
 
     def stop(self, timeout_s: float) -> list[str]:
@@ -257,9 +257,17 @@ class Supervisor:
         for leaving in list(self._leaving):
             if (end := leaving.poll()) is not None:
                 self._leaving.remove(leaving)
-                if leaving.gang.name.startswith("actor-"):
-                    self._retired.append(leaving.gang.status)
+                self._retire(leaving.gang)
                 self._report(end)
+
+    def _retire(self, gang: Gang) -> None:
+        """Keep what a part that is gone has counted, and tell it: nobody asks for it again."""
+        self._tell_of(gang)
+        if gang.name.startswith("actor-"):
+            self._retired.append(gang.status)
+
+    def _tell_of(self, gang: Gang) -> None:
+        self._telemetry.tell_part(gang.name, gang.status, life=gang.incarnation)
 
     def _replace(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
         if gang.fatal is not None:
@@ -273,9 +281,9 @@ class Supervisor:
                 f"{name} died {deaths} times "
                 f"(cluster.max_restarts = {self._config.cluster.max_restarts}); last: {gang.cause}"
             )
+        self._retire(gang)
         kind, _, index = name.partition("-")
         if kind == "actor":
-            self._retired.append(gang.status)
             self._launch_actor(int(index))
         elif kind == "reward":
             self._launch_replica(int(index))
@@ -284,38 +292,36 @@ class Supervisor:
 
     def _launch_actor(self, index: int) -> None:
         incarnation = self._next_incarnation(name := f"actor-{index}")
-        self._launch(
-            name,
-            self._launcher.rollout_actor(self._context, index=index, incarnation=incarnation),
-        )
+        launch = self._launcher.rollout_actor(self._context, index=index, incarnation=incarnation)
+        self._launch(name, launch, incarnation)
 
     def _launch_replica(self, index: int) -> None:
         incarnation = self._next_incarnation(name := f"reward-{index}")
-        self._launch(
-            name,
-            self._launcher.reward_replica(self._context, index=index, incarnation=incarnation),
-        )
+        launch = self._launcher.reward_replica(self._context, index=index, incarnation=incarnation)
+        self._launch(name, launch, incarnation)
 
     def _launch_learner(self) -> None:
         incarnation = self._next_incarnation("learner")
         self._reports.begin()
-        self._launch("learner", self._launcher.learner(self._context, incarnation=incarnation))
+        launch = self._launcher.learner(self._context, incarnation=incarnation)
+        self._launch("learner", launch, incarnation)
 
     def _next_incarnation(self, name: str) -> int:
         self._incarnations[name] = self._incarnations.get(name, -1) + 1
         return self._incarnations[name]
 
-    def _launch(self, name: str, launch: Launch) -> None:
+    def _launch(self, name: str, launch: Launch, incarnation: int) -> None:
         self.gangs[name] = Gang(
             name,
             launch,
+            incarnation=incarnation,
             start_timeout_s=self._config.cluster.start_timeout_s,
             silence_timeout_s=self._config.cluster.silence_timeout_s,
         )
 
     def _announce(self, *, without: Sequence[str] = (), wait: bool = True) -> None:
         names = tuple(
-            f"{name}.{self._incarnations[name]}"
+            f"{name}.{gang.incarnation}"
             for name, gang in self.gangs.items()
             if name.startswith("reward-") and gang.phase is Phase.RUNNING and name not in without
         )

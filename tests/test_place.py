@@ -33,7 +33,9 @@ def gang(name: str, *, num_ranks: int, start_timeout_s: float = 60.0) -> Gang:
         return [worker.options(max_concurrency=4, **place.options(r)).remote() for r in ranks]
 
     launch = Launch(place, create)
-    return Gang(name, launch, start_timeout_s=start_timeout_s, silence_timeout_s=60.0)
+    return Gang(
+        name, launch, incarnation=0, start_timeout_s=start_timeout_s, silence_timeout_s=60.0
+    )
 
 
 def poll_until(gang: Gang, phase: Phase) -> None:

@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError
 from cluster import remote, session, supervisor
 from cluster.board import WeightBoard
 from cluster.config_file import load_config
-from cluster.gang import Phase
+from cluster.gang import Gang, Phase
 from cluster.remote import RemoteScorer
 from cluster.rundir import RunDirectory
 from cluster.waiting import PeerTimeout
@@ -81,6 +81,56 @@ def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
     with pytest.raises(PeerTimeout):
         run.scale(actors=1)
     assert run.counts()["desired"]["actors"] == run.counts()["actual"]["actors"] == 3
+
+
+class Told:
+    """Keeps what Prometheus would be told of parts: name, life, counters."""
+
+    def __init__(self, run: str) -> None:
+        self.parts: list[tuple[str, int, dict[str, float]]] = []
+
+    def tell_part(self, name: str, status: dict[str, float], *, life: int) -> None:
+        self.parts.append((name, life, dict(status)))
+
+    def tell_run(self, *_: object) -> None:
+        """Not of a part."""
+
+    def of(self, name: str) -> list[tuple[int, dict[str, float]]]:
+        return [(life, status) for part, life, status in self.parts if part == name]
+
+
+def test_what_a_part_has_counted_at_last_is_told_when_it_has_left_or_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "RemoteBoard", SilentBoard)
+    monkeypatch.setattr(supervisor, "Telemetry", Told)
+    monkeypatch.setattr(supervisor, "may_grow", lambda: True)
+    monkeypatch.setattr(Gang, "poll", lambda gang: gang.phase)
+    launcher: Any = NoLauncher()
+    config = load_config("tasks/toy.toml", ["cluster.actors=2"])
+    run = supervisor.Supervisor(config, launcher, context(config, None), print)
+    told: Any = run._telemetry
+    stats: Any = None
+    for gang in run.gangs.values():
+        gang.phase = Phase.RUNNING
+    old = run.gangs["actor-1"]
+    run.scale(actors=1)
+    run.scale(actors=2)  # the name comes again while the first still leaves
+    old.status = {"tokens": 5.0}
+    run.gangs["actor-1"].status = {"tokens": 1.0}
+    run.tell({}, stats)
+    # The living one has the last word, where a value of the moment is asked for.
+    assert told.of("actor-1") == [(0, {"tokens": 5.0}), (1, {"tokens": 1.0})]
+
+    told.parts.clear()
+    old.status, old.phase = {"tokens": 7.0}, Phase.FINISHED
+    died = run.gangs["actor-0"]
+    died.status, died.phase = {"tokens": 9.0}, Phase.FAILED
+    run._clear_up("actor-0", died, ever_ran=True)
+    run._see_off()
+    assert told.of("actor-1") == [(0, {"tokens": 7.0})]
+    assert told.of("actor-0") == [(0, {"tokens": 9.0})]
+    assert run.actor_totals()["tokens"] == 7 + 1 + 9
 
 
 def test_parts_that_do_not_run_leave_before_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
