@@ -1,6 +1,7 @@
 """The verb `compare`: several methods on one task, at (nearly) equal numbers of trajectories."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -73,16 +74,16 @@ def run(arguments: argparse.Namespace) -> int:
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
     results: list[Result] = []
-    before: dict[int, Measurement | None] = {}  # by seed: draws of a measurement depend on it
+    before: dict[str, Measurement | None] = {}  # the base LM, by what its measurement depends on
     for number, member in enumerate(members, start=1):
         console.rule(f"{number} of {len(members)}: {member.title}")
         if method(member.method).equal_tokens:
             steps = _steps_at_equal_tokens(member, results)
             member = _member(arguments, member.method, member.seed, folder.name, steps=steps)
         with _named(member), redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-            result, before[member.seed] = _finish(
-                member, arguments, before.get(member.seed), console
-            )
+            first = member.steps[0].config if member.steps else member.config
+            same = _measured_alike(first)
+            result, before[same] = _finish(member, arguments, before.get(same), console)
         results.append(result)
     metrics, compute = summarise(results, "metrics"), summarise(results, "compute")
     _write(folder, shared.task_name, results, metrics, compute)
@@ -93,6 +94,17 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(shown_table(compute, "what it took"))
         console.print(f"page: {folder.report_file}", soft_wrap=True, markup=False)
     return 0
+
+
+def _measured_alike(config: RunConfig) -> str:
+    """Equal for runs whose base LM is measured as the same: all that this depends on.
+
+    The run's own seed chooses worked examples, and draws where there are no test files.
+    """
+    sections = config.model_dump(include={"lm", "task", "evaluation", "posterior"}, mode="json")
+    seeded = not config.task.tests or config.evaluation.shots
+    seed = config.seed if seeded else None
+    return json.dumps([sections, config.learner.reward_temperature.end, seed])
 
 
 def _members(arguments: argparse.Namespace, methods: Sequence[str], name: str) -> Iterator[_Member]:

@@ -150,16 +150,30 @@ def test_a_comparison_that_there_is_not_is_not_begun_by_resuming_it(
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_base_as_one_seed_measured_it_is_that_of_no_other_seed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("task", "methods", "told"),
+    [
+        # Without test files each seed has draws of its own.
+        ("toy", ["ppo", "gflownet"], [None, 0, None, 2]),
+        ("continuation", ["ppo", "gflownet"], [None, 0, 0, 0]),
+        # How far it is from the posterior depends on T.
+        ("continuation", ["gflownet", "gflownet_T0.7"], [None, None, 0, 1]),
+    ],
+)
+def test_the_base_is_measured_once_for_all_runs_that_would_find_the_same(
+    task: str,
+    methods: list[str],
+    told: list[int | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[float | None] = []
 
     def train(
         config: RunConfig, directory: RunDirectory, *, before: Distance | None, **_: object
     ) -> Scores:
+        measured = Distance(**dict.fromkeys(FIGURES, len(given)), prompts=1, enumerated=1)
         given.append(None if before is None else before.tv)
-        measured = Distance(**dict.fromkeys(FIGURES, 0.5 + config.seed), prompts=1, enumerated=1)
         scores = Scores(before=before or measured, after=measured)
         directory.path.mkdir(parents=True)
         directory.scores_file.write_text(scores.model_dump_json())
@@ -168,9 +182,9 @@ def test_the_base_as_one_seed_measured_it_is_that_of_no_other_seed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "train", train)
     monkeypatch.setattr(compare, "_write", lambda *_: None)
-    words = [str(ROOT / "tasks/toy.toml"), "--run", "c", "--seeds", "2", "--local"]
-    assert main(["compare", *words, "--methods", "ppo", "gflownet"]) == 0
-    assert given == [None, 0.5, None, 1.5]
+    words = [str(ROOT / f"tasks/{task}.toml"), "--run", "c", "--seeds", "2", "--local"]
+    assert main(["compare", *words, "--methods", *methods]) == 0
+    assert given == told
 
 
 def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
