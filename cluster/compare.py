@@ -176,9 +176,9 @@ def _finish(
     result = result_of(
         directory,
         measured,
+        config,
         method=member.method,
         seed=member.seed,
-        scored_by_lm=config.task.reward_kind != "function",
     )
     return result, before
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from cluster.config import RunConfig
 from cluster.measurement import Measurement
 from cluster.metrics import read_metrics
 from cluster.readout import ELAPSED_S
@@ -45,21 +46,27 @@ Table = dict[str, dict[str, Summary]]  # method -> figure -> summary
 
 
 def result_of(
-    directory: RunDirectory, measured: Measurement, *, method: str, seed: int, scored_by_lm: bool
+    directory: RunDirectory, measured: Measurement, config: RunConfig, *, method: str, seed: int
 ) -> Result:
     """The result of a finished run, from what it left."""
     return Result(
         method=method,
         seed=seed,
         run=directory.name,
-        metrics=dict(figures(measured)),
-        compute=compute_of(directory, scored_by_lm=scored_by_lm),
+        metrics=dict(figures(measured, config.learner.reward_temperature.end)),
+        compute=compute_of(directory, scored_by_lm=config.task.reward_kind != "function"),
     )
 
 
-def figures(measured: Measurement) -> Iterator[tuple[str, float]]:
-    """Every number of a measurement by name: `tv`; of a group, `3 unseen`; accuracy is `3`."""
+def figures(measured: Measurement, temperature: float) -> Iterator[tuple[str, float]]:
+    """Every number of a measurement by name: `tv`; of a group, `3 unseen`; accuracy is `3`.
+
+    The ELBO, which cannot be compared between posteriors of different T, has T in its name:
+    `elbo_T0.5`.
+    """
     for name, value in measured.model_dump(exclude=set(_COUNTS)).items():
+        if name == "elbo":
+            name = f"elbo_T{temperature:g}"
         if not isinstance(value, Mapping):
             yield from _numbers(name, value)
             continue

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from cluster.toml_source import key_lines, line_of
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 _COMMAND_LINE = "command line"
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 # Sections of several kinds.
 _ALTERNATIVES = ("task",)
 
@@ -190,11 +192,16 @@ def _kind_of(alternative: type[BaseModel]) -> str:
 def _toml_table(table: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, value in table.items():
         if value is not None and not isinstance(value, dict):
-            yield f"{key} = {_toml_value(value)}"
+            yield f"{_toml_key(key)} = {_toml_value(value)}"
     for key, value in table.items():
         if isinstance(value, dict):
-            yield f"\n[{prefix}{key}]"
-            yield from _toml_table(value, f"{prefix}{key}.")
+            yield f"\n[{prefix}{_toml_key(key)}]"
+            yield from _toml_table(value, f"{prefix}{_toml_key(key)}.")
+
+
+def _toml_key(key: str) -> str:
+    """A key with a dot in it, as a method's name may have, is one key still."""
+    return key if _BARE_KEY.fullmatch(key) else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:

@@ -114,9 +114,9 @@ def take_steps(
             result_of(
                 directory,
                 scores.after,
+                step.config,
                 method=step.title,
                 seed=step.config.seed,
-                scored_by_lm=True,
             )
         )
     return results

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,15 +29,17 @@ class LearnedOtherwise(ValueError):
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     config = load_config(arguments.config, arguments.overrides)
-    adapter = Path(arguments.adapter) if arguments.adapter else None
+    adapter: Path | None = None
     if arguments.run:
         found = find_run(arguments.run)
-        config = as_learned(config, arguments.overrides, found)
         if found.model.is_dir():  # an M-step's own
             config = config.with_model(found.model)
         else:
             adapter = found.adapter
-    if adapter is not None:
+            check_adapter(adapter)
+        config = as_learned(config, arguments.overrides, found)
+    elif arguments.adapter:
+        adapter = Path(arguments.adapter)
         check_adapter(adapter)
     if arguments.data:
         config = on_files(config, arguments.data)
@@ -56,7 +59,7 @@ def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -
     Raises:
         LearnedOtherwise: an override says otherwise.
     """
-    if other := [word for word in overrides if word.startswith("learner.")]:
+    if other := [word for word in overrides if re.match(r"\s*learner\s*[.=]", word)]:
         raise LearnedOtherwise(
             f"{' and '.join(other)}: how run {run.name!r} learned is read from {run.config_file}; "
             "leave it out"

@@ -4,11 +4,10 @@ from cluster.config import RunConfig
 
 
 def with_patience(config: RunConfig) -> RunConfig:
-    """The same run of parts that may be away for as long as the supervisor lets them.
+    """The same run of parts that wait for one another to be placed and started, once.
 
-    A part that is new or was lost may take `start_timeout_s` to be placed and as much again to
-    start. Who waits for it is not to fail before it can be there, nor before the supervisor says
-    that it does not come.
+    Each of the two may take `start_timeout_s`. A part that comes at a later try only is waited for
+    by the supervisor; who needs it meanwhile ends in an error that says so, and is replaced.
     """
     away_s = 2 * config.cluster.start_timeout_s
     actors, learner = config.actors, config.learner

@@ -103,25 +103,26 @@ def check_model_and_data(config: RunConfig) -> None:
     adapted_layers(base.model, config.lora)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
-    check_lengths(task, config.task.tests, context_limit(base.model))
+    check_lengths(config, task, context_limit(base.model))
     if config.learner.imitates:
         imitation(config, base, task)
     if config.learner.objective == "joint":
         policy = Path(str(config.em.policy))
         check_adapter(policy)
         load_adapter(base, policy)
-    if isinstance(config.task, InfillingConfig | ContinuationConfig):
+    if isinstance(config.task, InfillingConfig | ContinuationConfig) and config.task.tests:
         likeness_of(config.task.embedder)
 
 
-def check_lengths(task: Task, tests: Sequence[str], limit: int) -> None:
+def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
     """Raise PromptTooLong where a prompt leaves a model of `limit` positions no room.
 
     Those to be measured on count too, and are read here; worked examples in front of them
     (`evaluation.shots`), and what a tool writes behind the last step, are not foreseen.
     """
-    longest = task.actions.max_len
-    for text, length in (*_prompt_lengths(task), *_question_lengths(task, tests)):
+    longest, measured = task.actions.max_len, config.evaluation.max_items
+    questions = _question_lengths(task, config.task.tests, measured)
+    for text, length in (*_prompt_lengths(task, measured), *questions):
         if (needed := longest + length) > limit:
             raise PromptTooLong(
                 f"task {task.name!r}: prompt {text[:60]!r} needs {needed} positions with a "
@@ -130,20 +131,22 @@ def check_lengths(task: Task, tests: Sequence[str], limit: int) -> None:
             )
 
 
-def _prompt_lengths(task: Task) -> Iterator[tuple[str, int]]:
+def _prompt_lengths(task: Task, measured: int | None) -> Iterator[tuple[str, int]]:
     """Text of each prompt, and tokens of it and its answer as whoever reads most of it does."""
     context = len(task.reward_query.context)
-    tests = task.test_prompts if isinstance(task, MeasuredTask) else ()
+    tests = task.test_prompts[:measured] if isinstance(task, MeasuredTask) else ()
     for prompt in (*task.prompts, *tests):
         scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
         yield prompt.text, max(len(prompt.prompt), scored)
 
 
-def _question_lengths(task: Task, tests: Sequence[str]) -> Iterator[tuple[str, int]]:
+def _question_lengths(
+    task: Task, tests: Sequence[str], measured: int | None
+) -> Iterator[tuple[str, int]]:
     """The same of test questions, which the LM answers in its own words."""
     if isinstance(task, QuestionTask):
         others = len(task.reward_query.context) + task.answer_actions.max_len
-        for item in (item for path in tests for item in task.test_items(path)):
+        for item in (item for path in tests for item in task.test_items(path)[:measured]):
             yield item.text, others + len(item.prompt)
 
 

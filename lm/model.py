@@ -125,7 +125,7 @@ def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int)
 
 
 def adapted_layers(base: nn.Module, config: LoRAConfig) -> str | list[str]:
-    """What `config.targets` is of this architecture, as peft takes it: ends of layer names.
+    """What `config.targets` is of this architecture, as peft takes it: layer names or their ends.
 
     Raises:
         ModelUnusable: a target names no linear layer, or nothing is called attention.
@@ -134,19 +134,19 @@ def adapted_layers(base: nn.Module, config: LoRAConfig) -> str | list[str]:
         return "all-linear"
     linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     if config.targets == "attention":
-        # With the module around it: c_proj alone is a layer of GPT-2's MLP too.
-        found = {".".join(name.split(".")[-2:]) for name in linear if _in_attention(base, name)}
+        # Whole names: an end such as c_proj is that of a layer of GPT-2's MLP too.
+        found = [name for name in linear if _in_attention(base, name)]
         if not found:
             raise ModelUnusable(
                 f"lora.targets is 'attention', and no part of a {type(base).__name__} is called "
                 f"so: name layers instead; there are {_leaves(linear)}"
             )
-        return sorted(found)
+        return found
     for target in config.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             raise ModelUnusable(
                 f"lora.targets: {target!r} names no linear layer of a {type(base).__name__}; there "
-                f"are {_leaves(linear)}. 'attention' and 'auto' fit any architecture"
+                f"are {_leaves(linear)}. 'auto' fits any architecture, 'attention' any that has one"
             )
     return list(config.targets)
 
@@ -179,10 +179,18 @@ def _config(model: nn.Module) -> PretrainedConfig:
 
 
 def _in_attention(base: nn.Module, layer: str) -> bool:
-    """Whether a module around the layer is an attention, by the name of its class."""
+    """Whether a module around the layer is an attention, by its name or that of its class.
+
+    Classes of whole layers (JambaAttentionDecoderLayer) and of heads (...AttentionPoolingHead) hold
+    other things too.
+    """
     parts = layer.split(".")
-    around = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-    return any("attention" in type(base.get_submodule(name)).__name__.lower() for name in around)
+    for depth in range(1, len(parts)):
+        kind = type(base.get_submodule(".".join(parts[:depth]))).__name__.lower()
+        whole = "layer" in kind or kind.endswith("head")
+        if "attn" in parts[depth - 1].lower() or ("attention" in kind and not whole):
+            return True
+    return False
 
 
 def _leaves(layers: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from cluster.__main__ import main
 from cluster.comparison import Result, compute_of, figures, summarise
 from cluster.config import RunConfig
 from cluster.config_file import load_config, resolved_toml
-from cluster.measurement import Distance, Scores, Spread, Votes
+from cluster.measurement import Continuations, Distance, Scores, Spread, Votes
 from cluster.methods import method_config
 from cluster.roles import load_task
 from cluster.rundir import RunDirectory
@@ -49,7 +49,7 @@ def test_every_number_of_a_measurement_becomes_a_figure() -> None:
         distinct_right={"3": 2.0},
         spread={"3": Spread(items=5, right=0.5, distinct_right=1.5, edit_distance=0.125)},
     )
-    assert dict(figures(votes)) == {
+    assert dict(figures(votes, 1.0)) == {
         "3": 0.5,
         "3 unparsable": 0.25,
         "3 distinct_right": 2.0,
@@ -57,6 +57,23 @@ def test_every_number_of_a_measurement_becomes_a_figure() -> None:
         "3 spread distinct_right": 1.5,
         "3 spread edit_distance": 0.125,
     }
+
+
+def test_an_elbo_is_a_figure_of_its_t() -> None:
+    written = Continuations(
+        prompts=3,
+        samples=8,
+        seen=1,
+        max_log_likelihood=-9.0,
+        mean_log_likelihood=-15.0,
+        diversity=0.7,
+        diversity_by="words",
+        elbo=-6.0,
+        ess_share=0.5,
+    )
+    told = dict(figures(written, 0.5))
+    assert (told["elbo_T0.5"], told["ess_share"]) == (-6.0, 0.5)
+    assert not told.keys() & {"elbo", "seen", "prompts", "self_bleu4"}
 
 
 def test_means_and_deviations_are_over_the_seeds() -> None:

@@ -224,7 +224,20 @@ def test_the_attention_of_gpt2_has_not_the_layer_of_its_mlp_that_is_called_alike
     tiny_lm: Callable[[str], PreTrainedModel],
 ) -> None:
     layers = adapted_layers(tiny_lm("gpt2"), LoRAConfig(targets="attention"))
-    assert layers == ["attn.c_attn", "attn.c_proj"]
+    assert layers == [
+        f"transformer.h.{block}.attn.{layer}" for block in (0, 1) for layer in ("c_attn", "c_proj")
+    ]
+
+
+def test_layers_around_an_attention_are_not_part_of_it() -> None:
+    class SomeAttentionDecoderLayer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.self_attn = torch.nn.ModuleDict({"q": torch.nn.Linear(2, 2)})
+            self.mlp = torch.nn.Linear(2, 2)
+
+    model = torch.nn.ModuleDict({"block": SomeAttentionDecoderLayer()})
+    assert adapted_layers(model, LoRAConfig(targets="attention")) == ["block.self_attn.q"]
 
 
 def test_config_refuses_unknown_keys_and_impossible_values() -> None:

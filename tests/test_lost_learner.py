@@ -13,7 +13,7 @@ from cluster.config_file import PROJECT_ROOT
 from cluster.metrics import read_metrics
 from cluster.rundir import RunDirectory
 
-STEPS = 40
+STEPS = 100
 SETTINGS = [
     f"learner.steps={STEPS}",
     "learner.checkpoint_every_steps=1000",

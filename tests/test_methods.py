@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.comparison import Summary
-from cluster.config_file import ConfigError
+from cluster.config_file import ConfigError, load_config, resolved_toml
 from cluster.frontier import draw_frontier, likelihoods_of
 from cluster.methods import (
     METHODS,
@@ -49,13 +49,16 @@ def test_other_names_are_refused(name: str) -> None:
         method(name)
 
 
-def test_what_is_tuned_for_a_title_wins_over_what_is_for_its_method() -> None:
+def test_what_is_tuned_for_a_title_wins_over_what_is_for_its_method(tmp_path: Path) -> None:
     tuned = "compare.overrides={ppo=['learner.ppo_kl=1.0'], 'ppo_T0.9'=['learner.ppo_kl=2.0']}"
 
     def kl(title: str) -> float:
         return method_config(CONTINUATION, [tuned], title=title, seed=0).learner.ppo_kl
 
     assert (kl("ppo"), kl("ppo_T0.8"), kl("ppo_T0.9"), kl("sft")) == (1.0, 1.0, 2.0, kl("gflownet"))
+    config = method_config(CONTINUATION, [tuned], title="ppo_T0.9", seed=0)
+    (tmp_path / "config.toml").write_text(resolved_toml(config))
+    assert load_config(str(tmp_path / "config.toml")) == config
     wrong = ["compare.overrides={gfolwnet=['learner.steps=1']}"]
     with pytest.raises(UnknownMethod, match=r"compare\.overrides: no method 'gfolwnet'"):
         method_config(CONTINUATION, wrong, title="gflownet", seed=0)
