@@ -68,7 +68,7 @@ def test_the_page_runs_as_it_stands(project: Path, capsys: pytest.CaptureFixture
     assert isinstance(before, Distance) and isinstance(after, Distance)
     assert before.elbo is not None and after.elbo is not None and after.elbo > before.elbo + 1
     table = json.loads((project / "runs/boats-compared/compare.json").read_text())["table"]
-    assert table["gflownet"]["elbo"]["mean"] > table["base"]["elbo"]["mean"] + 1
+    assert table["gflownet"]["elbo_T1"]["mean"] > table["base"]["elbo_T1"]["mean"] + 1
 
 
 def test_settings_are_those_of_the_class_and_read_back(project: Path) -> None:
