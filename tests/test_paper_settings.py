@@ -157,6 +157,27 @@ def test_a_prompt_that_outgrows_the_model_is_told_before_anything_starts(
         check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
 
 
+@pytest.mark.parametrize("task", ["continuation", "arithmetic"])
+def test_what_is_not_measured_need_not_fit(
+    task: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"str_query": "Question: 1 + 1 = ? Answer:", "num_sol": 2}
+    sums = json.dumps([short, short, LONG_SUM])
+    Path("long").write_text(sums if task == "arithmetic" else f"It rained.\nHe ran.\n{LONG_WORD}.")
+    small = [*overrides(task, folder), "task.tests=['long']"]
+
+    def check(max_items: int) -> None:
+        config = load_config(
+            f"tasks/paper/{task}.toml", [*small, f"evaluation.max_items={max_items}"]
+        )
+        check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
+
+    check(2)
+    with pytest.raises(PromptTooLong):
+        check(3)
+
+
 def test_a_sentence_encoder_that_is_missing_is_told_before_anything_starts(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
