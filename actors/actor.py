@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from actors.config import ActorConfig
-from actors.ports import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
 from actors.prompts import PromptStream
+from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
 from actors.reward_query import RewardQuery
 from actors.rollout import (
     Rollouts,

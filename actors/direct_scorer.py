@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.ports import PendingScores
-from reward.item import ScoreItem
+from actors.protocols import PendingScores
+from reward.request import ScoreItem
 
 
 class DirectScorer:

@@ -2,7 +2,7 @@
 
 from collections import deque
 
-from actors.ports import PublishedWeights, WeightSource
+from actors.protocols import PublishedWeights, WeightSource
 
 
 class LaggingWeights:

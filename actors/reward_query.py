@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 
 RewardKind = Literal["suffix", "stop", "function"]
 

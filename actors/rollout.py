@@ -11,7 +11,7 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Request
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 
 # Groups of one batch differ in time by this, which unix seconds in float64 still resolve: the
 # buffer takes equal bytes for one group sent twice, and a peaked policy samples equal groups.

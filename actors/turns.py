@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 
-from actors.ports import PublishedWeights, WeightSource
+from actors.protocols import PublishedWeights, WeightSource
 
 _POLL_S = 0.005
 

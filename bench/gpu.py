@@ -30,16 +30,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from learner.objective import ObjectiveInput
-from learner.subtb import SubTB
+from learner.objectives.base import ObjectiveInput
+from learner.objectives.subtb import SubTB
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel, attach_adapter, freeze, vocab_size
 from lm.sampling import Request, Sampler
 from lm.scoring import completion_log_probs
-from reward.item import ScoreItem
-from reward.layout import plan
 from reward.packed import suffix_log_rewards
+from reward.packing import plan
+from reward.request import ScoreItem
 
 SHAPES = {"GPT-2 XL": GPT2Config(n_embd=1600, n_layer=48, n_head=25), "GPT-J 6B": GPTJConfig()}
 MATRIX_SIZE = 8192

@@ -37,10 +37,10 @@ import torch
 from numpy.typing import NDArray
 
 from buffer.server import RedisServer
-from cluster import roles
-from cluster.config import RunConfig
-from cluster.config_file import load_config
-from cluster.local import LocalRun
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
+from cluster.run import assembly as roles
+from cluster.run.local import LocalRun
 from lm.model import vocab_size
 from lm.next_action import NextLogits
 from tasks.log_reward import log_reward_of

@@ -8,12 +8,12 @@ import redis
 
 from buffer.audit import Audit, audit_store
 from buffer.config import BufferConfig
-from buffer.intake import AddReport, BufferContended, Intake, total
-from buffer.outlet import BufferStarved, Group, Outlet
 from buffer.reader import KEPT_EVIDENCE, Reader
+from buffer.sampler import BufferStarved, Group, Outlet
 from buffer.stats import ReplayStats, read_stats
 from buffer.store import Store
 from buffer.trajectory import Trajectory
+from buffer.writer import AddReport, BufferContended, Intake, total
 
 __all__ = [
     "AddReport",

@@ -12,6 +12,7 @@ from typing import Self
 from buffer import watchdog
 from buffer.config import BufferConfig
 from buffer.connection import BufferUnreachable, WrongPassword, connect, durability
+from buffer.endpoint import PortInUse, configuration, listening_url, port_in_use, ports
 from buffer.executable import find_executable
 from buffer.folder import (
     Owner,
@@ -23,7 +24,6 @@ from buffer.folder import (
     write_owner,
     write_private,
 )
-from buffer.listening import PortInUse, configuration, listening_url, port_in_use, ports
 
 POLL_S = 0.02
 LOG_TAIL = 600

@@ -7,9 +7,14 @@ from contextlib import redirect_stdout
 
 from cluster.cli import parse
 
+_ROOMS = {
+    "compare": "experiments",
+    "em": "experiments",
+    "throughput": "experiments",
+}
 # A module called inspect would shadow the standard library's where this folder is on the path.
 _ELSEWHERE = {"inspect": "cluster.inspector.command"}
-_OUR_PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "tasks")
+_OUR_PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm", "tasks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     defect, and shows its traceback.
     """
     verb, arguments = parse(sys.argv[1:] if argv is None else argv)
-    module = _ELSEWHERE.get(verb, f"cluster.{verb}")
+    module = _ELSEWHERE.get(verb, f"cluster.{_ROOMS.get(verb, 'commands')}.{verb}")
     try:
         # Libraries greet on stdout, which belongs to what the verb prints.
         with redirect_stdout(sys.stderr):

@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from buffer.replay import Group
+from learner.agreement.gate import AgreementGate
 from learner.batch import Batch, check_actions, collate, merge_prompts, plan_micro_batches
+from learner.broadcast import decode_groups, encode_groups, share
 from learner.checkpoint import Checkpoints, Snapshot
 from learner.config import LearnerConfig
 from learner.cost import describe_cost
 from learner.engine import Engine, NonFiniteUpdate
-from learner.exchange import decode_groups, encode_groups, share
-from learner.gate import AgreementGate
 from learner.log_z import LogZ
-from learner.objective import Objective, ObjectiveInput
-from learner.ports import Replay, WeightSink
-from learner.potential import state_potentials, terminal_potentials
+from learner.objectives.base import Objective, ObjectiveInput
+from learner.objectives.potential import state_potentials, terminal_potentials
+from learner.protocols import Replay, WeightSink
 from learner.quality import describe_quality
 from learner.schedule import learning_rate, reward_temperature
-from learner.tally import Tally, describe_groups
+from learner.step_metrics import Tally, describe_groups
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, adapter_off, checksum
 from lm.scoring import LogProbs, completion_log_probs

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lm.action_distribution import Chooser, PolicyDiverged
 from lm.actions import ActionSpace
 from lm.cache import SlotCache
-from lm.choice import Chooser, PolicyDiverged
-from lm.extend import extend
+from lm.decode_step import extend
 from lm.model import require_context, vocab_size
 from lm.prefill import Prefill
 

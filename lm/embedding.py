@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from lm.source import explained, require_folder_or_hub_id
+from lm.hub import explained, require_folder_or_hub_id
 
 _ROWS = 64
 

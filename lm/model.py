@@ -18,7 +18,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lm.config import LMConfig, LoRAConfig
-from lm.source import ModelUnusable, explained, load_tokenizer, require_folder_or_hub_id
+from lm.hub import ModelUnusable, explained, load_tokenizer, require_folder_or_hub_id
 
 # What a causal LM is called outside this room, which alone knows the library behind it.
 CausalLM = PreTrainedModel

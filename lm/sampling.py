@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm.action_distribution import Chooser
 from lm.actions import ActionSpace
 from lm.cache import SlotCache
-from lm.choice import Chooser
-from lm.extend import extend
+from lm.decode_step import extend
 from lm.model import context_limit, require_context, vocab_size
 from lm.prefill import Prefill, PromptStore
 

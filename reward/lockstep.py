@@ -7,8 +7,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.item import ScoreItem, ScoreLimits
-from reward.layout import MicroBatch, plan
+from reward.packing import MicroBatch, plan
+from reward.request import ScoreItem, ScoreLimits
 
 Edges = list[NDArray[np.float32]]
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from lm.model import CausalLM
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.model import CausalLM, context_limit, vocab_size
-from reward.item import ScoreItem, ScoreLimits, Tokens, check_item
-from reward.layout import MicroBatch, plan, read
+from reward.packing import MicroBatch, plan, read
+from reward.request import ScoreItem, ScoreLimits, Tokens, check_item
 
 # Rows of logits turned to float32 at a time: bounds memory where the vocabulary is large.
 LOGITS_CHUNK = 4096

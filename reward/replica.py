@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reward.config import RewardConfig
-from reward.item import BadItem, ScoreItem, check_item
-from reward.layout import plan, read
-from reward.ledger import Ledger, ReplicaStats
 from reward.lockstep import Lockstep, Peer, Rank
-from reward.memory import ScoreMemory
+from reward.packing import plan, read
+from reward.request import BadItem, ScoreItem, check_item
+from reward.score_cache import ScoreMemory
+from reward.stats import Ledger, ReplicaStats
 
 logger = logging.getLogger(__name__)
 

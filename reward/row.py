@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.item import ScoreItem, Tokens
+from reward.request import ScoreItem, Tokens
 
 Indices = NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from actors.reward_query import RewardKind
-from tasks.own_config import OwnTaskConfig, names_own_task, resolve_own_task
+from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 
 
 class ArithmeticConfig(BaseModel):
@@ -192,6 +192,6 @@ def _origin(value: Any) -> Literal["shipped", "own"]:
 
 TaskConfig = Annotated[
     Annotated[ShippedTaskConfig, Tag("shipped")]
-    | Annotated[SerializeAsAny[OwnTaskConfig], WrapValidator(resolve_own_task), Tag("own")],
+    | Annotated[SerializeAsAny[CustomTaskConfig], WrapValidator(resolve_own_task), Tag("own")],
     Discriminator(_origin),
 ]

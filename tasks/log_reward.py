@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.model import CausalLM
-from reward.item import ScoreItem
 from reward.packed import suffix_log_rewards
+from reward.request import ScoreItem
 from tasks.task import Task
 
 # [S] nats for each item, untempered.

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from actors.seeding import Demonstration
 from lm.actions import ActionSpace
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 from tasks.config import RandomNumberConfig
 from tasks.task import Tokenizer, TokenizerUnfit
 

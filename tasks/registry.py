@@ -1,6 +1,6 @@
 """From a task's configuration to the task."""
 
-from tasks.arithmetic import build_arithmetic
+from tasks.arithmetic.task import build_arithmetic
 from tasks.config import (
     ArithmeticConfig,
     ContinuationConfig,
@@ -10,11 +10,11 @@ from tasks.config import (
     TaskConfig,
     ToyConfig,
 )
-from tasks.continuation import build_continuation
-from tasks.infilling import build_infilling
-from tasks.own import OwnTask, build_own
+from tasks.custom import CustomTask, build_own
 from tasks.random_number import build_random_number
-from tasks.subjectivity import build_subjectivity
+from tasks.sentences.continuation import build_continuation
+from tasks.sentences.infilling import build_infilling
+from tasks.subjectivity.task import build_subjectivity
 from tasks.task import Task, Tokenizer
 from tasks.toy.task import build_toy
 
@@ -39,5 +39,5 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
         return build_subjectivity(config, tokenizer)
     if isinstance(config, ToyConfig):
         return build_toy(config, tokenizer)
-    assert isinstance(config, OwnTask), type(config)
+    assert isinstance(config, CustomTask), type(config)
     return build_own(config, tokenizer)

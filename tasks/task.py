@@ -7,12 +7,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from actors.seeding import Demonstration
 from lm.actions import ActionSpace
 from lm.sampling import Tool
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 
 
 class Tokenizer(Protocol):

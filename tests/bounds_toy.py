@@ -16,9 +16,9 @@ from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel
-from reward.item import ScoreItem
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
+from reward.request import ScoreItem
 from tasks.posterior.weights import Completed
 
 STOP, TRIGGER, OUTSIDE = 0, 3, 5

@@ -7,9 +7,10 @@ import sys
 
 import torch
 
-from actors.ports import Policy, PublishedWeights, WeightSource
-from cluster import __main__, launch
-from cluster.workers import Meeting, RolloutWorker
+from actors.protocols import Policy, PublishedWeights, WeightSource
+from cluster import __main__
+from cluster.distributed import launcher as launch
+from cluster.distributed.worker import Meeting, RolloutWorker
 
 DAMAGED = "actor-1"
 # By then the learner has left a checkpoint, whichever actor came first.

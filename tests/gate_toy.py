@@ -10,10 +10,10 @@ import torch
 
 from buffer.replay import BufferStarved, Group
 from buffer.trajectory import Trajectory
+from learner.agreement.gate import AgreementGate
+from learner.agreement.policy_history import PastPolicies
+from learner.agreement.quarantine import Quarantine
 from learner.config import LearnerConfig
-from learner.gate import AgreementGate
-from learner.past_policies import PastPolicies
-from learner.quarantine import Quarantine
 from lm.adapter import load_adapter_bytes
 from lm.sampling import Request, Sampler
 from tests.learner_toy import ACTIONS, PROMPTS, make_config, make_policy, make_trajectory

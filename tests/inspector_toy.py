@@ -13,11 +13,11 @@ from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory
-from cluster.config import RunConfig
-from cluster.config_file import load_config, resolved_toml
-from cluster.rundir import RunDirectory, RunPhase, first_state
+from cluster.config.file import load_config, resolved_toml
+from cluster.config.schema import RunConfig
+from cluster.run.directory import RunDirectory, RunPhase, first_state
 from lm.config import LMConfig
-from lm.source import load_tokenizer
+from lm.hub import load_tokenizer
 
 # Spells every byte, so that a rationale can be any text.
 TOKENIZER = load_tokenizer(LMConfig(model=load_config("tasks/arithmetic.toml").lm.model))

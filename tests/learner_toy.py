@@ -16,8 +16,8 @@ from learner.config import LearnerConfig
 from learner.engine import Engine, TorchEngine
 from learner.learner import Learner
 from learner.log_z import attach_log_z
-from learner.objective import Objective
-from learner.subtb import SubTB
+from learner.objectives.base import Objective
+from learner.objectives.subtb import SubTB
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel, attach_adapter, freeze

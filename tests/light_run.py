@@ -7,13 +7,13 @@ from typing import Any
 
 import ray
 
-from cluster.board_worker import BoardWorker
-from cluster.config import Placement, RunConfig
-from cluster.config_file import load_config
-from cluster.launch import Launch, Launcher
-from cluster.place import Place
-from cluster.supervisor import Supervisor
-from cluster.workers import RunContext
+from cluster.config.file import load_config
+from cluster.config.schema import Placement, RunConfig
+from cluster.distributed.launcher import Launch, Launcher
+from cluster.distributed.placement import Place
+from cluster.distributed.supervisor import Supervisor
+from cluster.distributed.weight_store_worker import BoardWorker
+from cluster.distributed.worker import RunContext
 from tests.light_worker import CountingWorker
 
 CLAIM = Placement(cpus=0.25)

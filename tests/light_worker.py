@@ -3,7 +3,7 @@
 import os
 import threading
 
-from learner.exchange import Unrecoverable
+from learner.broadcast import Unrecoverable
 
 
 class LightWorker:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.db import DetailedBalance
-from learner.objective import Normalisation, Objective, ObjectiveInput
-from learner.raptb import RootedPrefixBalance
-from learner.subtb import SubTB
-from learner.tb import TrajectoryBalance
+from learner.objectives.base import Normalisation, Objective, ObjectiveInput
+from learner.objectives.db import DetailedBalance
+from learner.objectives.raptb import RootedPrefixBalance
+from learner.objectives.subtb import SubTB
+from learner.objectives.tb import TrajectoryBalance
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from tasks.seed.corpus import Share, documents
-from tasks.seed.random_integers import RandomIntegers
-from tasks.seed.scenes import Scenes
-from tasks.seed.worked_sums import WorkedSums
+from seed_lm.corpus import Share, documents
+from seed_lm.random_integers import RandomIntegers
+from seed_lm.scenes import Scenes
+from seed_lm.worked_sums import WorkedSums
 
 END_OF_TEXT = "<|endoftext|>"
 POSITIONS = 512

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from buffer.listening import free_port
+from buffer.endpoint import free_port
 
 # DeepSpeed chooses its accelerator at import.
 CPU = {"DS_ACCELERATOR": "cpu"}

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reward.config import RewardConfig
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 from tests.conftest import VOCAB_SIZE, tiny_config
 
 CONFIG = RewardConfig(token_budget=150, deadline_s=30.0)

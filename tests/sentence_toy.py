@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel
 
-from cluster.config import RunConfig
-from cluster.config_file import load_config
-from lm.fresh import fresh_llama, save_model
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
 from lm.model import load_base
-from tasks.seed.tokenizer import END_OF_TEXT, save_tokenizer
+from lm.new_model import fresh_llama, save_model
+from seed_lm.tokenizer import END_OF_TEXT, save_tokenizer
 
 WORDS = ("he", "ran", "sat", "far")
 MARKS = (".", ":", "Beginning", "Ending", "Middle")

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from learner.objective import Objective, ObjectiveInput
+from learner.objectives.base import Objective, ObjectiveInput
 
 STOP = 2  # column of the stop action, after the tokens 0 and 1
 TOOL = 7  # what the tool inserts, at once, behind every token 1

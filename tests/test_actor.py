@@ -10,18 +10,18 @@ from numpy.typing import NDArray
 
 from actors.actor import CorruptWeights, LearnerStalled, RolloutActor
 from actors.config import ActorConfig
-from actors.ports import PublishedWeights
+from actors.demonstrations import Demonstration, seed_demonstrations
 from actors.prompts import Prompt, PromptStream
+from actors.protocols import PublishedWeights
 from actors.reward_query import RewardQuery
 from actors.rollout import plan_groups
-from actors.seeding import Demonstration, seed_demonstrations
 from buffer.config import BufferConfig
 from buffer.replay import ReplayBuffer
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.adapter import checksum
 from lm.sampling import Completion, Request
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 from tests.buffer_toy import serving
 
 PROMPTS = [

@@ -19,18 +19,18 @@ from buffer.config import BufferConfig
 from buffer.replay import Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory
-from cluster import roles
-from cluster.board import WeightBoard
-from cluster.config import RunConfig
-from cluster.config_file import PROJECT_ROOT, load_config
-from learner.disagreement import SamplersDisagree
+from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.config.schema import RunConfig
+from cluster.run import assembly as roles
+from cluster.run.weight_store import WeightBoard
+from learner.agreement.disagreement import SamplersDisagree
+from learner.agreement.quarantine import read_quarantine
 from learner.engine import TorchEngine
 from learner.learner import Learner
-from learner.quarantine import read_quarantine
 from lm.model import load_base
 from lm.sampling import Completion, Request
 from reward.replica import RewardReplica
-from reward.whole import WholeRank
+from reward.unsharded import WholeRank
 from tests.damaged_run import DAMAGED
 
 STEPS = 6

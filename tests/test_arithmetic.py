@@ -15,12 +15,12 @@ from actors.prompts import Prompt
 from lm.config import LMConfig
 from lm.model import load_base
 from lm.sampling import Completion, Request
-from tasks import arithmetic_files
-from tasks.arithmetic import Arithmetic, build_arithmetic, encode
-from tasks.arithmetic_data import DataError, load_demonstrations, load_items
+from seed_lm import arithmetic_files
+from tasks.arithmetic.data import DataError, load_demonstrations, load_items
+from tasks.arithmetic.expression import OPERATORS, Expression, Operator, answer_text, parse_question
+from tasks.arithmetic.task import Arithmetic, build_arithmetic, encode
 from tasks.config import ArithmeticConfig
-from tasks.evaluation import scores, vote
-from tasks.expression import OPERATORS, Expression, Operator, answer_text, parse_question
+from tasks.evaluation.votes import scores, vote
 from tasks.task import TestItem, Tokenizer
 
 DATA = arithmetic_files.FOLDER
@@ -39,7 +39,7 @@ def configuration(**changes: Any) -> ArithmeticConfig:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    model = Path(arithmetic_files.__file__).parent / "seed" / "model"
+    model = Path(arithmetic_files.__file__).parent / "model"
     return load_base(LMConfig(model=str(model), device="cpu")).tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.board import StaleWeights, WeightBoard
+from cluster.run.weight_store import StaleWeights, WeightBoard
 
 
 def test_only_weights_newer_than_asked_for_are_handed_out() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import redis
 
-from buffer.browse import PORTION, ReplayBrowser, Tally
+from buffer.browser import PORTION, ReplayBrowser, Tally
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.folder import NeverServed

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.cli import parse
-from cluster.rundir import RunDirectory, first_state
+from cluster.run.directory import RunDirectory, first_state
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +97,7 @@ def test_a_defect_shows_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> None:
         raise KeyError("defect")
 
-    monkeypatch.setattr("cluster.stop.the_live_run", broken)
+    monkeypatch.setattr("cluster.commands.stop.the_live_run", broken)
     with pytest.raises(KeyError, match="defect"):
         main(["stop"])
 

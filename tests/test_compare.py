@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster import compare
 from cluster.__main__ import main
-from cluster.comparison import Result, compute_of, figures, summarise
-from cluster.config import RunConfig
-from cluster.config_file import load_config, resolved_toml
-from cluster.measurement import Continuations, Distance, Scores, Spread, Votes
-from cluster.methods import method_config
-from cluster.roles import load_task
-from cluster.rundir import RunDirectory
-from tasks.diversity import mean_edit_distance
+from cluster.config.file import load_config, resolved_toml
+from cluster.config.schema import RunConfig
+from cluster.evaluation.measurement import Continuations, Distance, Scores, Spread, Votes
+from cluster.experiments import compare
+from cluster.experiments.comparison import Result, compute_of, figures, summarise
+from cluster.experiments.methods import method_config
+from cluster.run.assembly import load_task
+from cluster.run.directory import RunDirectory
+from tasks.evaluation.diversity import mean_edit_distance
+from tasks.evaluation.few_shot import TooFewDemonstrations, worked_examples
 from tasks.posterior.divergence import coverage
-from tasks.shots import TooFewDemonstrations, worked_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 

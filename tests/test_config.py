@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import RunConfig
-from cluster.config_file import ConfigError, keys, load_config, locate, resolved_toml
-from cluster.reference import reference
+from cluster.config.file import ConfigError, keys, load_config, locate, resolved_toml
+from cluster.config.reference import reference
+from cluster.config.schema import RunConfig
 from tasks.config import ArithmeticConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,7 @@ def test_a_configuration_cannot_be_changed(plain: Path) -> None:
 
 def test_the_reference_in_docs_is_up_to_date() -> None:
     written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert written == reference(), "python -m cluster.reference > docs/configuration.md"
+    assert written == reference(), "python -m cluster.config.reference > docs/configuration.md"
 
 
 def test_mistakes_in_a_task_are_told_by_its_own_keys(plain: Path) -> None:

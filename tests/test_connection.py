@@ -18,14 +18,14 @@ from buffer.connection import (
     connect,
     redacted,
 )
+from buffer.endpoint import BadAddress, PortInUse
 from buffer.executable import NoRedisServer
 from buffer.folder import FolderInUse, ForeignFolder
-from buffer.intake import BufferContended
-from buffer.listening import BadAddress, PortInUse
-from buffer.outlet import BufferStarved
 from buffer.replay import ReplayBuffer
+from buffer.sampler import BufferStarved
 from buffer.server import ServerFailed, ServerTimeout
 from buffer.store import ForeignKeys
+from buffer.writer import BufferContended
 from tests.buffer_toy import serving, toy_trajectory
 
 ROOMY = BufferConfig(capacity=10**6, quota_per_prompt=10**6, near_duplicate_tolerance=0)

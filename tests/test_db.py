@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from learner.db import DetailedBalance
-from learner.objective import Normalisation
-from learner.subtb import SubTB
+from learner.objectives.base import Normalisation
+from learner.objectives.db import DetailedBalance
+from learner.objectives.subtb import SubTB
 from tests.objective_family import ragged_batch
 from tests.tabular_toy import loss_of
 

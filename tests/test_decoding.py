@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lm.action_distribution import PolicyDiverged, nucleus
 from lm.actions import ActionSpace
-from lm.choice import PolicyDiverged, nucleus
 from lm.decoding import BeamSearch, Hypothesis
 from lm.sampling import Request, Sampler
 from tests.sampling_toy import enumerable_policy, exact_probabilities

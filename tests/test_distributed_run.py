@@ -21,7 +21,7 @@ from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
-from cluster.config_file import PROJECT_ROOT
+from cluster.config.file import PROJECT_ROOT
 
 SMALL = [
     "actors.groups_per_batch=2",
@@ -147,6 +147,6 @@ def test_a_run_outlives_its_parts_and_goes_on_where_it_was_stopped(
     run = tmp_path / "runs" / "test"
     for name in ("config.toml", "report.html", "scores.json", "plots", "checkpoints"):
         assert (run / name).exists(), name
-    base = AutoModelForCausalLM.from_pretrained(PROJECT_ROOT / "tasks/seed/model")
+    base = AutoModelForCausalLM.from_pretrained(PROJECT_ROOT / "seed_lm/model")
     adapted = PeftModel.from_pretrained(base, run / "adapter")
     assert any(p.abs().sum() > 0 for n, p in adapted.named_parameters() if "lora_B" in n)

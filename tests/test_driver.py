@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from buffer.stats import Counters, ReplayStats
-from cluster.config_file import load_config
-from cluster.driver import Driver
-from cluster.measurement import Distance, Scores
-from cluster.rundir import RunDirectory, RunState
+from cluster.config.file import load_config
+from cluster.evaluation.measurement import Distance, Scores
+from cluster.run.directory import RunDirectory, RunState
+from cluster.run.driver import Driver
 
 FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
 BASE = Distance(**dict.fromkeys(FIGURES, 0.5), prompts=1, enumerated=1)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cluster.__main__ import main
-from cluster.config_file import PROJECT_ROOT, ConfigError, load_config
-from cluster.methods import em_method_steps, method_config
-from cluster.rundir import RunDirectory
+from cluster.config.file import PROJECT_ROOT, ConfigError, load_config
+from cluster.experiments.methods import em_method_steps, method_config
+from cluster.run.directory import RunDirectory
 from lm.config import LMConfig
 from lm.model import load_base
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 
-from cluster import ending, remote
-from cluster.board import WeightBoard
-from cluster.ending import end_in_order
-from cluster.gang import Phase
-from cluster.remote import NobodyScores, RemoteScorer
+from cluster.distributed import clients as remote
+from cluster.distributed import ending
+from cluster.distributed.clients import NobodyScores, RemoteScorer
+from cluster.distributed.ending import end_in_order
+from cluster.distributed.worker_group import Phase
+from cluster.run.weight_store import WeightBoard
 
 TIMEOUT_S = 0.8
 

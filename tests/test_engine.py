@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from learner.broadcast import RankZeroFailed
 from learner.checkpoint import Checkpoints
 from learner.engine import NonFiniteUpdate, TorchEngine
-from learner.exchange import RankZeroFailed
 from lm.adapter import adapter_bytes
 from tests.learner_toy import Published, UniformReplay, make_config, make_learner
 from tests.ranks import run_ranks, wait_for

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.fingerprint import PACKAGES, SourceMixture, check_source, source_fingerprint
+from cluster.distributed.source_check import (
+    PACKAGES,
+    SourceMixture,
+    check_source,
+    source_fingerprint,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -76,13 +81,13 @@ EDITED_MEANWHILE = """
 import sys
 from pathlib import Path
 import ray
-from cluster.board_worker import BoardWorker
-from cluster.config_file import PROJECT_ROOT, load_config
-from cluster.fingerprint import source_fingerprint
-from cluster.gang import StartFailed
-from cluster.joining import connect_ray
-from cluster.rundir import RunDirectory
-from cluster.session import BufferAddress, RaySession
+from cluster.distributed.weight_store_worker import BoardWorker
+from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.distributed.source_check import source_fingerprint
+from cluster.distributed.worker_group import StartFailed
+from cluster.distributed.ray_cluster import connect_ray
+from cluster.run.directory import RunDirectory
+from cluster.distributed.session import BufferAddress, RaySession
 
 assert PROJECT_ROOT == Path(sys.argv[1]), PROJECT_ROOT
 connect_ray(load_config("tasks/arithmetic.toml", ["cluster.cpus=1"]), None, "test")

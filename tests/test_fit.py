@@ -3,9 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from cluster.config import GangPlacement, Placement, RunConfig
-from cluster.config_file import load_config
-from cluster.fit import DoesNotFit, Node, check_fit, describe
+from cluster.config.file import load_config
+from cluster.config.schema import GangPlacement, Placement, RunConfig
+from cluster.run.resources import DoesNotFit, Node, check_fit, describe
 
 
 def toy(*overrides: str) -> RunConfig:

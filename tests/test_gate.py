@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from buffer.replay import BufferStarved
 from buffer.trajectory import Trajectory
-from learner.agreement import compare, rounding_tolerance
-from learner.disagreement import SamplersDisagree
+from learner.agreement.comparison import compare, rounding_tolerance
+from learner.agreement.disagreement import SamplersDisagree
+from learner.agreement.policy_history import PastPolicies
+from learner.agreement.quarantine import read_quarantine
+from learner.broadcast import Unrecoverable
 from learner.engine import Engine, TorchEngine
-from learner.exchange import Unrecoverable
-from learner.past_policies import PastPolicies
-from learner.quarantine import read_quarantine
 from lm.adapter import adapter_bytes
 from tests.gate_toy import QueueReplay, ToySampler, as_group, draw, make_gate
 from tests.learner_toy import (

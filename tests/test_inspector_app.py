@@ -17,9 +17,9 @@ import redis
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from buffer.browse import ReplayBrowser, Tally
+from buffer.browser import ReplayBrowser, Tally
 from buffer.connection import connect
-from buffer.listening import free_port
+from buffer.endpoint import free_port
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.inspector.access import COOKIE, is_loopback, keep_token
@@ -37,7 +37,7 @@ from cluster.inspector.serve import (
     served_here,
 )
 from cluster.inspector.sources import Sources, Target
-from cluster.rundir import RunDirectory
+from cluster.run.directory import RunDirectory
 from tests.inspector_toy import (
     HOSTILE,
     TOKENIZER,

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from buffer.listening import free_port
+from buffer.endpoint import free_port
 from buffer.replay import ReplayBuffer
 from buffer.trajectory import Trajectory
 from tests.inspector_toy import HOSTILE, filled, make_run, spelled, sums

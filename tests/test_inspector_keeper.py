@@ -18,7 +18,7 @@ from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.inspector.command import ray_address, the_run_of_interest
 from cluster.inspector.keeper import BufferKeeper
-from cluster.rundir import RunDirectory, RunMissing, first_state
+from cluster.run.directory import RunDirectory, RunMissing, first_state
 from tests.inspector_toy import config_of, filled, make_run, sums
 
 ROOT = Path(__file__).resolve().parent.parent

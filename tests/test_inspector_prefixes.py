@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from buffer.trajectory import Trajectory
 from cluster.inspector.prefixes import estimate_log_z, potentials, prefixes_of
-from learner.objective import ObjectiveInput
-from learner.potential import log_z_of, state_potentials
+from learner.objectives.base import ObjectiveInput
+from learner.objectives.potential import log_z_of, state_potentials
 from tests.buffer_toy import toy_trajectory
 
 

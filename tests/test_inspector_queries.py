@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from buffer.browse import Tally
+from buffer.browser import Tally
 from cluster.inspector.queries import (
     PAGE_SIZE,
     SORT_KEYS,

@@ -12,10 +12,10 @@ from actors.lagging import LaggingWeights
 from buffer.config import BufferConfig
 from buffer.replay import Group, ReplayBuffer
 from buffer.server import RedisServer
-from cluster import roles
-from cluster.board import WeightBoard
-from cluster.config_file import load_config
-from cluster.local import LocalRun
+from cluster.config.file import load_config
+from cluster.run import assembly as roles
+from cluster.run.local import LocalRun
+from cluster.run.weight_store import WeightBoard
 
 LAG, MAX_AGE = 5, 6
 

@@ -13,12 +13,12 @@ from buffer.connection import connect
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory, pack
-from cluster.board import WeightBoard
+from cluster.run.weight_store import WeightBoard
 from learner.batch import collate, merge_prompts, plan_micro_batches
+from learner.broadcast import decode_groups, encode_groups
 from learner.engine import NonFiniteUpdate
-from learner.exchange import decode_groups, encode_groups
-from learner.objective import ObjectiveInput
-from learner.subtb import SubTB
+from learner.objectives.base import ObjectiveInput
+from learner.objectives.subtb import SubTB
 from lm.actions import IllegalCompletion
 from lm.adapter import checksum, load_adapter_bytes
 from lm.scoring import completion_log_probs

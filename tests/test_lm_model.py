@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from lm.config import LMConfig, LoRAConfig
+from lm.hub import ModelNotFound, ModelUnusable, load_tokenizer
 from lm.model import LanguageModel, adapted_layers, attach_adapter, load_base
-from lm.source import ModelNotFound, ModelUnusable, load_tokenizer
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 
 

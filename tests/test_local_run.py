@@ -11,15 +11,15 @@ from peft import PeftModel
 from buffer.config import BufferConfig
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
-from cluster import roles
-from cluster.config import RunConfig
-from cluster.config_file import load_config
-from cluster.instruments import INSTRUMENTS, Source
-from cluster.local import LocalRun
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
+from cluster.distributed.metric_definitions import INSTRUMENTS, Source
+from cluster.run import assembly as roles
+from cluster.run.local import LocalRun
 from lm.model import load_base
 from lm.scoring import completion_log_probs
-from reward.item import ScoreItem
 from reward.naive import naive_log_rewards
+from reward.request import ScoreItem
 
 Finished = tuple[LocalRun, Path, RunConfig, ReplayBuffer]
 

@@ -8,16 +8,16 @@ import torch
 
 from buffer.config import BufferConfig
 from buffer.server import RedisServer
-from cluster import roles
-from cluster.config import RunConfig
-from cluster.config_file import load_config
-from cluster.local import LocalRun
-from cluster.preflight import check_model_and_data
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
+from cluster.run import assembly as roles
+from cluster.run.local import LocalRun
+from cluster.run.preflight import check_model_and_data
 from learner.checkpoint import CheckpointMismatch
 from learner.engine import StateMismatch, TorchEngine
 from learner.log_z import LogZUnused, attach_log_z, check_log_z
-from learner.subtb import SubTB
-from learner.tb import TrajectoryBalance
+from learner.objectives.subtb import SubTB
+from learner.objectives.tb import TrajectoryBalance
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, load_adapter, load_adapter_bytes, save_adapter
 from lm.scoring import completion_log_probs

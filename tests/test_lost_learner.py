@@ -9,9 +9,9 @@ import psutil
 import pytest
 
 from bench.posterior import descendants, end_family, title, wait
-from cluster.config_file import PROJECT_ROOT
-from cluster.metrics import read_metrics
-from cluster.rundir import RunDirectory
+from cluster.config.file import PROJECT_ROOT
+from cluster.run.directory import RunDirectory
+from cluster.run.metrics_log import read_metrics
 
 STEPS = 100
 SETTINGS = [

@@ -16,18 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.demonstrations import Demonstration, unscored_demonstrations
 from actors.prompts import Prompt
-from actors.seeding import Demonstration, unscored_demonstrations
 from buffer.replay import Group
-from cluster.config import RunConfig
-from cluster.config_file import ConfigError, load_config
-from cluster.em_steps import em_steps
-from cluster.learned import rationales
+from cluster.config.file import ConfigError, load_config
+from cluster.config.schema import RunConfig
+from cluster.experiments.em_steps import em_steps
+from cluster.run.imitation import rationales
 from learner.batch import collate
 from learner.engine import TorchEngine
 from learner.learner import Learner
-from learner.objective import ObjectiveInput, ObjectiveValue
-from learner.texts import TextLikelihood, text_actions
+from learner.objectives.base import ObjectiveInput, ObjectiveValue
+from learner.objectives.texts import TextLikelihood, text_actions
 from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig
 from lm.merged import save_merged

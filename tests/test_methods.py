@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.comparison import Summary
-from cluster.config_file import ConfigError, load_config, resolved_toml
-from cluster.frontier import draw_frontier, likelihoods_of
-from cluster.methods import (
+from cluster.config.file import ConfigError, load_config, resolved_toml
+from cluster.experiments.comparison import Summary
+from cluster.experiments.frontier import draw_frontier, likelihoods_of
+from cluster.experiments.methods import (
     METHODS,
     Method,
     UnknownMethod,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective import ObjectiveInput
-from learner.potential import state_potentials
+from learner.objectives.base import ObjectiveInput
+from learner.objectives.potential import state_potentials
 from tests.objective_family import FAMILY, Member, gradients, ragged_batch
 from tests.tabular_toy import Toy, loss_of, make_toy, total_variation
 

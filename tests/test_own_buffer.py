@@ -12,12 +12,12 @@ import ray
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from cluster import joining
-from cluster.config import RunConfig
-from cluster.config_file import load_config
-from cluster.interface import interface_of, pin_interface
-from cluster.rundir import RunDirectory, RunNotShared, RunsGoWithJob, check_shared
-from cluster.train import buffer_server
+from cluster.commands.train import buffer_server
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
+from cluster.distributed import ray_cluster as joining
+from cluster.distributed.network_interface import interface_of, pin_interface
+from cluster.run.directory import RunDirectory, RunNotShared, RunsGoWithJob, check_shared
 
 TIMEOUT_S = 30.0
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from cluster.__main__ import main
-from cluster.config_file import ConfigError, load_config, resolved_toml
-from cluster.joining import own_source, source_for_workers
-from cluster.measurement import Distance, Scores
-from lm.source import load_tokenizer
+from cluster.config.file import ConfigError, load_config, resolved_toml
+from cluster.distributed.ray_cluster import own_source, source_for_workers
+from cluster.evaluation.measurement import Distance, Scores
+from lm.hub import load_tokenizer
 from tasks.config import ArithmeticConfig
-from tasks.own import PlainTask, UnfitTask
-from tasks.own_config import OwnTaskConfig
+from tasks.custom import PlainTask, UnfitTask
+from tasks.custom_config import CustomTaskConfig
 from tasks.registry import build_task
 from tests.page import ROOT, commands, files
 
@@ -73,7 +73,7 @@ def test_the_page_runs_as_it_stands(project: Path, capsys: pytest.CaptureFixture
 
 def test_settings_are_those_of_the_class_and_read_back(project: Path) -> None:
     config = load_config("last_word.toml", ["task.max_len=9"])
-    assert isinstance(config.task, OwnTaskConfig)
+    assert isinstance(config.task, CustomTaskConfig)
     assert config.task.model_dump()["max_len"] == 9
     assert config.task_name == "LastWord"
     (project / "resolved.toml").write_text(resolved_toml(config))
@@ -102,8 +102,12 @@ def test_a_key_that_the_class_wants_is_missed(project: Path) -> None:
     [
         ("nowhere:Task", None, "no module nowhere, neither in"),
         ("last_word:Nothing", None, "last_word.py) has no class Nothing"),
-        ("last_word:encode", None, "is no subclass of tasks.own.OwnTask with a build()"),
-        ("unbuilt:Task", "from tasks.own import OwnTask\nclass Task(OwnTask): pass\n", "a build()"),
+        ("last_word:encode", None, "is no subclass of tasks.custom.CustomTask with a build()"),
+        (
+            "unbuilt:Task",
+            "from tasks.custom import CustomTask as T\nclass Task(T): pass\n",
+            "a build()",
+        ),
         (":Task", None, "write it as 'my_module:MyTask'"),
         ("a b:Task", None, "write it as 'my_module:MyTask'"),
         ("needy:Task", "\nimport not_there\n", "needy.py:2: ModuleNotFoundError"),
@@ -173,7 +177,7 @@ def test_only_what_is_not_installed_travels_to_the_workers(project: Path) -> Non
     environment = source_for_workers(config)
     assert environment["py_modules"] == [str(project / "mine")]
     assert {"!/words.py", "!/__init__.py", "!/tasks"} <= set(environment["excludes"])
-    installed = type("Installed", (OwnTaskConfig,), {"__module__": "pytest"})
+    installed = type("Installed", (CustomTaskConfig,), {"__module__": "pytest"})
     own = config.model_copy(update={"task": installed(name="pytest:Installed")})
     assert own_source(own) is None and "py_modules" not in source_for_workers(own)
 
@@ -187,9 +191,9 @@ def as_package(folder: Path) -> None:
 
 ON_RAY = """
 import ray
-from cluster.config_file import load_config
-from cluster.joining import connect_ray
-from lm.source import load_tokenizer
+from cluster.config.file import load_config
+from cluster.distributed.ray_cluster import connect_ray
+from lm.hub import load_tokenizer
 from tasks.registry import build_task
 
 def prompts(config):

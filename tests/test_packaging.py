@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "tasks")
+PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm", "tasks")
 
 
 def name_of(requirement: str) -> str:
@@ -71,7 +71,7 @@ def test_the_wheel_holds_code_and_data_and_works_outside_the_tree(tmp_path: Path
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     code = (
-        "import cluster.__main__, cluster.config_file as c\n"
+        "import cluster.__main__, cluster.config.file as c\n"
         f"assert c.__file__.startswith({str(site)!r}), c.__file__\n"
         "c.load_config('tasks/arithmetic.toml')"
     )

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from reward.item import BadItem, ScoreItem
-from reward.layout import plan
 from reward.naive import naive_log_rewards
 from reward.packed import (
     edge_log_probs,
@@ -22,6 +20,8 @@ from reward.packed import (
     stopping,
     suffix_log_rewards,
 )
+from reward.packing import plan
+from reward.request import BadItem, ScoreItem
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 
 NATS = 1e-4
@@ -217,7 +217,7 @@ def test_no_items_have_no_scores(tiny_lm: LM) -> None:
 
 def test_the_packed_scorer_imports_neither_deepspeed_nor_ray_nor_redis() -> None:
     code = (
-        "import sys, reward.packed, reward.replica, reward.whole;"
+        "import sys, reward.packed, reward.replica, reward.unsharded;"
         "sys.exit(bool({'deepspeed', 'ray', 'redis'} & sys.modules.keys()))"
     )
     assert run([sys.executable, "-c", code], timeout=100, check=False).returncode == 0

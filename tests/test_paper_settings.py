@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.__main__ import main
-from cluster.config_file import load_config
-from cluster.methods import EM, em_method_steps, method_config
-from cluster.preflight import PromptTooLong, check_before_start
-from cluster.rundir import RunDirectory
+from cluster.config.file import load_config
+from cluster.experiments.methods import EM, em_method_steps, method_config
+from cluster.run.directory import RunDirectory
+from cluster.run.preflight import PromptTooLong, check_before_start
 from lm.config import LMConfig
+from lm.hub import ModelNotFound
 from lm.model import load_base
-from lm.source import ModelNotFound
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from tasks.registry import build_task

@@ -7,10 +7,10 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from cluster.config import GangPlacement
-from cluster.gang import Gang, Phase
-from cluster.launch import Launch
-from cluster.place import Place
+from cluster.config.schema import GangPlacement
+from cluster.distributed.launcher import Launch
+from cluster.distributed.placement import Place
+from cluster.distributed.worker_group import Gang, Phase
 from tests.light_worker import LightWorker
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ import torch
 from actors.prompts import Prompt
 from cluster.__main__ import main
 from cluster.cli import parse
-from cluster.config_file import load_config
-from cluster.roles import load_task
-from cluster.rundir import RunDirectory
+from cluster.config.file import load_config
+from cluster.run.assembly import load_task
+from cluster.run.directory import RunDirectory
 from lm.adapter import load_adapter, save_adapter
 from lm.model import CausalLM, attach_adapter, load_base
 from lm.scoring import completion_log_probs

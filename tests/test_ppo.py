@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective import ObjectiveInput
-from learner.ppo import ClippedPolicyGradient, NotOnPolicy
+from learner.objectives.base import ObjectiveInput
+from learner.objectives.ppo import ClippedPolicyGradient, NotOnPolicy
 from lm.adapter import adapter_off
 from tests.learner_toy import Published, UniformReplay, adapter_of, make_learner
 from tests.objective_family import gradients, ragged_batch, rows_of

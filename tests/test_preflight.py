@@ -12,13 +12,13 @@ import torch
 from buffer.config import BufferConfig
 from buffer.server import RedisServer
 from cluster.__main__ import main
-from cluster.rundir import RunDirectory
+from cluster.run.directory import RunDirectory
 from lm.adapter import save_adapter
 from lm.config import LMConfig, LoRAConfig
 from lm.model import attach_adapter, load_base
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL = ROOT / "tasks" / "seed" / "model"
+MODEL = ROOT / "seed_lm" / "model"
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from cluster.progress import Progress
-from cluster.readout import TIME_LEFT_S, TRAJECTORIES_PER_S
+from cluster.run.display import TIME_LEFT_S, TRAJECTORIES_PER_S
+from cluster.run.progress import Progress
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import pytest
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
-from cluster.plots import draw_curves
-from cluster.readout import figures
+from cluster.reports.plots import draw_curves
+from cluster.run.display import figures
 from learner.quality import describe_quality
 from tests.learner_toy import ACTIONS, FixedReplay, make_learner, make_trajectory
 

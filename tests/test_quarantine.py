@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from buffer.trajectory import pack
-from learner.agreement import Comparison, incomparable
-from learner.quarantine import Quarantine, read_quarantine
+from learner.agreement.comparison import Comparison, incomparable
+from learner.agreement.quarantine import Quarantine, read_quarantine
 from tests.learner_toy import make_trajectory
 
 

@@ -8,17 +8,17 @@ import pytest
 from pydantic import ValidationError
 
 from actors.direct_scorer import DirectScorer
-from cluster.config_file import load_config
+from cluster.config.file import load_config
 from lm.config import LMConfig
 from lm.model import load_base
-from reward.item import ScoreItem
+from reward.request import ScoreItem
 from tasks.config import RandomNumberConfig
 from tasks.random_number import RandomNumber, build_random_number
 
 
 @pytest.fixture(scope="module")
 def task() -> RandomNumber:
-    tokenizer = load_base(LMConfig(model="tasks/seed/model", device="cpu")).tokenizer
+    tokenizer = load_base(LMConfig(model="seed_lm/model", device="cpu")).tokenizer
     return build_random_number(RandomNumberConfig(name="random_number"), tokenizer)
 
 

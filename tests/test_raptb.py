@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from learner.raptb import RootedPrefixBalance
-from learner.tb import TrajectoryBalance
+from learner.objectives.raptb import RootedPrefixBalance
+from learner.objectives.tb import TrajectoryBalance
 from tests.objective_family import gradients, ragged_batch
 from tests.tabular_toy import loss_of, make_toy
 

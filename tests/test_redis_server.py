@@ -15,9 +15,9 @@ import pytest
 
 from buffer import executable
 from buffer.config import BufferConfig
+from buffer.endpoint import BadAddress, PortInUse
 from buffer.executable import NoRedisServer, find_executable
 from buffer.folder import FolderInUse, ForeignFolder
-from buffer.listening import BadAddress, PortInUse
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer, ServerFailed, ServerTimeout
 from tests.buffer_toy import serving, toy_trajectory

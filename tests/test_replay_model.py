@@ -13,7 +13,7 @@ import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from buffer.browse import ReplayBrowser, Tally
+from buffer.browser import ReplayBrowser, Tally
 from buffer.config import BufferConfig
 from buffer.near_duplicate import near_duplicates
 from buffer.replay import BufferStarved, Group, ReplayBuffer

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.before_after import rows
-from cluster.measurement import Example, Votes
-from cluster.metrics import MetricsLog, read_metrics
-from cluster.plots import draw_before_after, draw_curves, smooth
-from cluster.readout import duration
-from cluster.report import escaped, write_report
-from cluster.rundir import first_state
-from cluster.terminal import Terminal
+from cluster.evaluation.measurement import Example, Votes
+from cluster.reports.html_page import escaped, write_report
+from cluster.reports.plots import draw_before_after, draw_curves, smooth
+from cluster.reports.score_table import rows
+from cluster.run.directory import first_state
+from cluster.run.display import duration
+from cluster.run.metrics_log import MetricsLog, read_metrics
+from cluster.run.terminal import Terminal
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = [

@@ -7,9 +7,9 @@ from itertools import islice
 
 import pytest
 
-from tasks.seed.corpus import Share, documents
-from tasks.seed.review_texts import ADVERBS, MATTERS, NAMES_FILM, ReviewText, draw_text
-from tasks.seed.reviews import LABELS, STOCK_REASONS, Reviews, question, write_line
+from seed_lm.corpus import Share, documents
+from seed_lm.review_texts import ADVERBS, MATTERS, NAMES_FILM, ReviewText, draw_text
+from seed_lm.reviews import LABELS, STOCK_REASONS, Reviews, question, write_line
 
 SHARES = (Share(Reviews(), 1.0),)
 _LINE = re.compile(

@@ -10,11 +10,11 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from buffer.listening import free_port
-from reward.layout import MicroBatch
+from buffer.endpoint import free_port
+from reward.deepspeed_rank import RankLost, Rendezvous, RewardRank
 from reward.lockstep import Edges
 from reward.packed import suffix_log_rewards
-from reward.rank import RankLost, Rendezvous, RewardRank
+from reward.packing import MicroBatch
 from reward.replica import RewardReplica, ScoreFailed
 from tests.reward_toy import CONFIG, assert_same, make_items, make_model, replace_config
 
@@ -71,7 +71,7 @@ def run_rank_zero(
 def two_ranks(scenario: Callable[..., None], architecture: str, timeout_s: float) -> None:
     """Run the scenario in a process that becomes rank 0, beside one that serves as rank 1."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["reward.rank", "reward.replica", "tests.reward_toy"])
+    context.set_forkserver_preload(["reward.deepspeed_rank", "reward.replica", "tests.reward_toy"])
     near, far = context.Pipe()
     mine, verdict = context.Pipe()
     one = context.Process(target=serve_rank_one, args=(far, architecture, timeout_s))

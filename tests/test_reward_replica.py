@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from reward.item import BadItem, ScoreItem
-from reward.layout import MicroBatch, plan
+from reward.deepspeed_rank import RankLost
 from reward.lockstep import Edges, deal
 from reward.packed import suffix_log_rewards
-from reward.rank import RankLost
+from reward.packing import MicroBatch, plan
 from reward.replica import RewardReplica, ScoreFailed, ScoreTimeout
-from reward.whole import WholeRank
+from reward.request import BadItem, ScoreItem
+from reward.unsharded import WholeRank
 from tests.conftest import VOCAB_SIZE
 from tests.reward_toy import CONFIG, assert_same, make_items, make_model, replace_config
 

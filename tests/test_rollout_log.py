@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from buffer.trajectory import Trajectory
-from cluster.rollout_log import LoggedSink, describe, print_line
+from cluster.distributed.rollout_log import LoggedSink, describe, print_line
 from tests.inspector_toy import HOSTILE, TOKENIZER, spelled, sums
 
 decode = TOKENIZER.decode

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.readout import phase
-from cluster.rundir import (
+from cluster.commands.stop import NotStopped, SeveralRuns, stop, the_live_run
+from cluster.run.directory import (
     BadRunName,
     RunAlive,
     RunDirectory,
@@ -24,7 +24,7 @@ from cluster.rundir import (
     new_name,
     write_whole,
 )
-from cluster.stop import NotStopped, SeveralRuns, stop, the_live_run
+from cluster.run.display import phase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DRIVER = """
 import signal, sys, time
 from pathlib import Path
-from cluster.rundir import RunDirectory, first_state
+from cluster.run.directory import RunDirectory, first_state
 
 name, manners = sys.argv[1:]
 stopped = []

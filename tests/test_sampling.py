@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from lm.action_distribution import Chooser, PolicyDiverged
 from lm.actions import ActionSpace
-from lm.choice import Chooser, PolicyDiverged
 from lm.sampling import Request, Sampler
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 from tests.sampling_toy import CALL, MUTE, STOP, Echo, draw, mixed_requests, worst_disagreement

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from cluster.__main__ import main
-from cluster.held_calls import HeldCalls
-from cluster.rundir import RunDirectory, RunState, ScaleAnswer, ScaleOutcome, first_state
-from cluster.scale import NotScaled, ScaleUnderWay, scale
-from cluster.scale_request import BadRequest, ScaleRefused, ScaleRequest, post, take
+from cluster.commands.scale import NotScaled, ScaleUnderWay, scale
+from cluster.distributed.held_calls import HeldCalls
+from cluster.run.directory import RunDirectory, RunState, ScaleAnswer, ScaleOutcome, first_state
+from cluster.run.scale_request import BadRequest, ScaleRefused, ScaleRequest, post, take
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
-from cluster.config_file import PROJECT_ROOT
-from cluster.readout import TRAJECTORIES
-from cluster.rundir import RunDirectory, RunState
+from cluster.config.file import PROJECT_ROOT
+from cluster.run.directory import RunDirectory, RunState
+from cluster.run.display import TRAJECTORIES
 
 GROUP_SIZE = 4
 SETTINGS = [

@@ -10,22 +10,22 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from actors.tools import Calculator
 from lm.config import LMConfig
 from lm.model import LanguageModel, load_base
-from tasks.expression import OPERATORS, Expression, compute, draw_expression, parse_question
-from tasks.seed import train as seed_training
-from tasks.seed.card import stated_loss
-from tasks.seed.corpus import Share, documents
-from tasks.seed.random_integers import HIGH, LOW, RandomIntegers
-from tasks.seed.tokenizer import MAX_VOCAB_SIZE
-from tasks.seed.train import SHARES, Schedule
-from tasks.seed.worked_sums import (
-    CAREFUL_WRITER,
-    SLOPPY_WRITER,
-    WorkedSums,
-    report,
-    work_out,
+from seed_lm import train as seed_training
+from seed_lm.card import stated_loss
+from seed_lm.corpus import Share, documents
+from seed_lm.random_integers import HIGH, LOW, RandomIntegers
+from seed_lm.tokenizer import MAX_VOCAB_SIZE
+from seed_lm.train import SHARES, Schedule
+from seed_lm.worked_sums import CAREFUL_WRITER, SLOPPY_WRITER, WorkedSums, report, work_out
+from tasks.arithmetic.calculator import Calculator
+from tasks.arithmetic.expression import (
+    OPERATORS,
+    Expression,
+    compute,
+    draw_expression,
+    parse_question,
 )
 
 MODEL = Path(seed_training.__file__).parent / "model"

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.measure import measure
-from cluster.measurement import Continuations, Infills
-from cluster.posterior_assessment import assess
-from cluster.rundir import RunDirectory
-from cluster.train import train
+from cluster.commands.train import train
+from cluster.evaluation.measure import measure
+from cluster.evaluation.measurement import Continuations, Infills
+from cluster.evaluation.posterior_assessment import assess
+from cluster.run.directory import RunDirectory
 from tests.sentence_toy import ByHand, sentence_config
 
 both_tasks = pytest.mark.parametrize(

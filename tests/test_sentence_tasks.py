@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cluster.before_after import rows
-from cluster.config_file import load_config
-from cluster.measure import measure
-from cluster.measurement import Continuations, Infills
-from cluster.written import write_sentences
+from cluster.config.file import load_config
+from cluster.evaluation.measure import measure
+from cluster.evaluation.measurement import Continuations, Infills
+from cluster.evaluation.written import write_sentences
+from cluster.reports.score_table import rows
 from lm.model import load_base
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
-from tasks.arithmetic_data import DataError
+from seed_lm.corpus import Share, documents
+from seed_lm.prose_files import write_files
+from seed_lm.scenes import Scenes
+from seed_lm.stories import Exercises, Stories
+from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
+from tasks.arithmetic.data import DataError
 from tasks.config import ContinuationConfig, InfillingConfig
-from tasks.continuation import build_continuation
-from tasks.infilling import build_infilling
-from tasks.prompt_files import load_prompts
-from tasks.prose_files import write_files
-from tasks.seed.corpus import Share, documents
-from tasks.seed.scenes import Scenes
-from tasks.seed.stories import Exercises, Stories
-from tasks.seed.tokenizer import END_OF_TEXT, train_tokenizer
-from tasks.sentence_metrics import bleu4, diversity, gleu4, self_bleu4, word_distance
-from tasks.shots import worked_examples
-from tasks.story_files import KEYS, load_stories
+from tasks.evaluation.few_shot import worked_examples
+from tasks.sentences.continuation import build_continuation
+from tasks.sentences.infilling import build_infilling
+from tasks.sentences.metrics import bleu4, diversity, gleu4, self_bleu4, word_distance
+from tasks.sentences.prompt_files import load_prompts
+from tasks.sentences.story_files import KEYS, load_stories
 from tasks.task import Task
 from tests.sentence_toy import sentence_config
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.config_file import load_config
-from cluster.learned import imitation
-from cluster.preflight import check_model_and_data
-from cluster.roles import load_task
+from cluster.config.file import load_config
+from cluster.run.assembly import load_task
+from cluster.run.imitation import imitation
+from cluster.run.preflight import check_model_and_data
 from learner.demonstrations import DemonstrationDraws, NoDemonstrations
-from learner.sft import MaximumLikelihood
+from learner.objectives.likelihood import MaximumLikelihood
 from tests.learner_toy import STRINGS, make_learner, make_trajectory
 from tests.objective_family import gradients, ragged_batch, rows_of
 from tests.tabular_toy import Toy, loss_of, make_toy, total_variation

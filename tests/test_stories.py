@@ -4,10 +4,10 @@ import random
 from collections import Counter
 from itertools import islice
 
-from tasks.seed.corpus import Share, documents
-from tasks.seed.plots import OBSTACLES
-from tasks.seed.scenes import Scenes
-from tasks.seed.stories import Exercises, Stories, draw_plot, draw_story
+from seed_lm.corpus import Share, documents
+from seed_lm.plots import OBSTACLES
+from seed_lm.scenes import Scenes
+from seed_lm.stories import Exercises, Stories, draw_plot, draw_story
 
 
 def test_a_story_has_five_sentences_and_full_stops_only_at_their_ends() -> None:

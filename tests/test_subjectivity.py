@@ -14,27 +14,27 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cluster.__main__ import main
-from cluster.before_after import rows
-from cluster.config import RunConfig
-from cluster.config_file import load_config
-from cluster.labels import _label, objective_probability
-from cluster.learned import imitation
-from cluster.measure import measure
-from cluster.measurement import Labels
-from cluster.roles import load_task
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
+from cluster.evaluation.labels import _label, objective_probability
+from cluster.evaluation.measure import measure
+from cluster.evaluation.measurement import Labels
+from cluster.reports.score_table import rows
+from cluster.run.assembly import load_task
+from cluster.run.imitation import imitation
 from lm.adapter import adapter_bytes, save_adapter
 from lm.merged import save_merged
 from lm.model import attach_adapter, load_base
-from tasks.arithmetic_data import DataError
+from seed_lm.corpus import Share, documents
+from seed_lm.review_files import write_files
+from seed_lm.review_texts import NAMES_FILM, Label
+from seed_lm.reviews import Reviews
+from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
+from tasks.arithmetic.data import DataError
 from tasks.config import SubjectivityConfig
-from tasks.review_files import write_files
-from tasks.seed.corpus import Share, documents
-from tasks.seed.review_texts import NAMES_FILM, Label
-from tasks.seed.reviews import Reviews
-from tasks.seed.tokenizer import END_OF_TEXT, train_tokenizer
-from tasks.shots import TooFewDemonstrations, answered_examples
-from tasks.subjectivity import Subjectivity, build_subjectivity
-from tasks.subjectivity_data import load_reviews
+from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
+from tasks.subjectivity.data import load_reviews
+from tasks.subjectivity.task import Subjectivity, build_subjectivity
 
 DATA = Path("tasks/data/subjectivity")
 TRAIN, TEST = str(DATA / "train.jsonl"), str(DATA / "test.jsonl")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.arithmetic_data import DataError
-from tasks.subjectivity_data import LabelledReview, load_reviews
+from tasks.arithmetic.data import DataError
+from tasks.subjectivity.data import LabelledReview, load_reviews
 
 GOOD = {"text": "nada .", "label": 1, "label_text": "subjective"}
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.objective import ObjectiveInput
-from learner.potential import estimate_log_z
-from learner.subtb import SubTB, pair_sums
+from learner.objectives.base import ObjectiveInput
+from learner.objectives.potential import estimate_log_z
+from learner.objectives.subtb import SubTB, pair_sums
 from tests.objective_family import Member, between_states, gradients, ragged_batch
 from tests.tabular_toy import loss_of
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.fit import DoesNotFit
-from cluster.scale_request import ScaleRefused
-from learner.exchange import Unrecoverable
+from cluster.run.resources import DoesNotFit
+from cluster.run.scale_request import ScaleRefused
+from learner.broadcast import Unrecoverable
 from tests.light_run import LightRun
 from tests.light_worker import BrokenWorker, DeafWorker, LastWords
 

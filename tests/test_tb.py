@@ -2,8 +2,8 @@
 
 import torch
 
-from learner.subtb import SubTB
-from learner.tb import TrajectoryBalance
+from learner.objectives.subtb import SubTB
+from learner.objectives.tb import TrajectoryBalance
 from tests.objective_family import ragged_batch
 from tests.tabular_toy import loss_of
 

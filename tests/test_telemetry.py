@@ -16,12 +16,12 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
 from actors.actor import ActorStats
 from buffer.stats import Counters, ReplayStats
-from cluster.board_worker import BoardWorker
-from cluster.config_file import PROJECT_ROOT
-from cluster.instruments import INSTRUMENTS, Source
-from cluster.remote import RemoteBoard, RemoteScorer
-from cluster.telemetry import Telemetry
-from reward.ledger import ReplicaStats
+from cluster.config.file import PROJECT_ROOT
+from cluster.distributed.clients import RemoteBoard, RemoteScorer
+from cluster.distributed.metric_definitions import INSTRUMENTS, Source
+from cluster.distributed.telemetry import Telemetry
+from cluster.distributed.weight_store_worker import BoardWorker
+from reward.stats import ReplicaStats
 from tests.scoring_toy import Answering, Failing
 
 ALL = [each for group in INSTRUMENTS.values() for each in group]

@@ -11,17 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.ports import PublishedWeights
+from actors.protocols import PublishedWeights
 from actors.turns import TakingTurns
-from cluster import throughput_experiment
 from cluster.__main__ import main
 from cluster.cli import parse
-from cluster.config import RunConfig
-from cluster.config_file import PROJECT_ROOT, load_config
-from cluster.fit import Node
-from cluster.simulation import load_simulated_task, simulated_policy, simulated_rank
-from cluster.throughput_plot import draw_throughput
-from cluster.throughput_records import (
+from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.config.schema import RunConfig
+from cluster.experiments import throughput_experiment
+from cluster.experiments.simulation import load_simulated_task, simulated_policy, simulated_rank
+from cluster.experiments.throughput_plot import draw_throughput
+from cluster.experiments.throughput_records import (
     Comparison,
     Counts,
     Row,
@@ -33,9 +32,10 @@ from cluster.throughput_records import (
     stages_of,
     window_rates,
 )
-from cluster.throughput_trial import Trial
+from cluster.experiments.throughput_trial import Trial
+from cluster.run.resources import Node
 from lm.sampling import Request
-from reward.layout import MicroBatch
+from reward.packing import MicroBatch
 
 CONFIG = "tasks/arithmetic.toml"
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.tools import Calculator
+from tasks.arithmetic.calculator import Calculator
 
 
 class CharacterCodec:

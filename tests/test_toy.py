@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from cluster.config_file import load_config
+from cluster.config.file import load_config
 from lm.config import LMConfig
 from lm.model import LanguageModel, load_base
+from seed_lm import toy
 from tasks.config import ToyConfig
 from tasks.registry import build_task
 from tasks.task import QuestionTask, TokenizerUnfit
-from tasks.toy import make
 from tasks.toy.letters import LETTERS, LetterSum
 
-MODEL = Path(make.__file__).parent / "model"
+MODEL = Path(toy.__file__).parent.parent / "tasks" / "toy" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_every_character_is_one_token(shipped: LanguageModel) -> None:
 
 
 def test_the_shipped_model_is_the_one_that_the_command_makes(tmp_path: Path) -> None:
-    make.make(tmp_path, seed=0)
+    toy.make(tmp_path, seed=0)
     again, shipped = (
         AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path, MODEL)
     )

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 from ray.exceptions import GetTimeoutError
 
-from cluster import remote, session, supervisor
-from cluster.board import WeightBoard
-from cluster.config_file import load_config
-from cluster.gang import Gang, Phase
-from cluster.remote import RemoteScorer
-from cluster.rundir import RunDirectory
-from cluster.waiting import PeerTimeout
-from cluster.workers import RunContext
+from cluster.config.file import load_config
+from cluster.distributed import clients as remote
+from cluster.distributed import session, supervisor
+from cluster.distributed.clients import RemoteScorer
+from cluster.distributed.waiting import PeerTimeout
+from cluster.distributed.worker import RunContext
+from cluster.distributed.worker_group import Gang, Phase
+from cluster.run.directory import RunDirectory
+from cluster.run.weight_store import WeightBoard
 from tests.light_run import context
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from buffer.browse import ReplayBrowser, Tally
+from buffer.browser import ReplayBrowser, Tally
 from buffer.stats import ReplayStats
 from cluster.inspector.rows import Decode, Row, Texts, row_of, texts_of
 

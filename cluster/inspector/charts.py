@@ -8,7 +8,7 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from cluster.escaping import escaped
+from cluster.reports.escaping import escaped
 
 Mark = Literal["line", "faint", "dots", "bars"]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 6.0, 22.0

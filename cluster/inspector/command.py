@@ -6,13 +6,13 @@ import signal
 import threading
 from types import FrameType
 
-from cluster.config_file import load_config
+from cluster.commands.stop import the_live_run
+from cluster.config.file import load_config
 from cluster.inspector.access import TOKEN_PARAMETER, keep_token
 from cluster.inspector.keeper import BufferKeeper
 from cluster.inspector.serve import served_by_ray, served_here
 from cluster.inspector.sources import Target
-from cluster.rundir import RunDirectory, RunMissing, RunState, all_runs, find_run
-from cluster.stop import the_live_run
+from cluster.run.directory import RunDirectory, RunMissing, RunState, all_runs, find_run
 
 _WATCH_S = 2.0
 

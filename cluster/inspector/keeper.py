@@ -6,8 +6,8 @@ from types import TracebackType
 from buffer.connection import BufferUnreachable, connect
 from buffer.folder import FolderInUse, NeverServed
 from buffer.server import RedisServer, reach
-from cluster.config import RunConfig
-from cluster.rundir import RunDirectory
+from cluster.config.schema import RunConfig
+from cluster.run.directory import RunDirectory
 
 _PROBE_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 30.0

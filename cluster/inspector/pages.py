@@ -10,14 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cluster.escaping import escaped
 from cluster.inspector.catalogue import Listing
 from cluster.inspector.charts import Chart, Series, number
 from cluster.inspector.curves import Curve
 from cluster.inspector.queries import Page, Query
 from cluster.inspector.sources import Detail
-from cluster.readout import TIME_LEFT_S, duration, figures, parts, phase
-from cluster.rundir import RunState
+from cluster.reports.escaping import escaped
+from cluster.run.directory import RunState
+from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
 
 REFRESH_S = 5
 _COLUMNS = (  # heading, order, its explanation

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from buffer.browse import Tally
+from buffer.browser import Tally
 from buffer.trajectory import Trajectory
 
 Decode = Callable[[list[int]], str]

@@ -18,10 +18,10 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
 
+from cluster.distributed.ray_cluster import connect_ray, namespace_of
 from cluster.inspector.access import NO_TOKEN
 from cluster.inspector.app import build_app
 from cluster.inspector.sources import Sources, Target
-from cluster.joining import connect_ray, namespace_of
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from buffer.browse import ReplayBrowser, Tally
+from buffer.browser import ReplayBrowser, Tally
 from buffer.connection import connect
 from buffer.trajectory import Trajectory
-from cluster.config import RunConfig
+from cluster.config.schema import RunConfig
 from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import MetricsTail
 from cluster.inspector.prefixes import Prefix, estimate_log_z, prefixes_of
 from cluster.inspector.rows import Row, row_of, split_text, texts_of, tool_spans
-from cluster.rundir import RunDirectory, RunState
+from cluster.run.directory import RunDirectory, RunState
 from learner.schedule import reward_temperature
-from lm.source import load_tokenizer
+from lm.hub import load_tokenizer
 
 # A person waits for a page, not a run: short.
 _REDIS_TIMEOUT_S = 3.0

@@ -8,9 +8,9 @@ ends with can be held against it.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from actors.seeding import Demonstration
 from lm.actions import ActionSpace
 from tasks.config import ToyConfig
 from tasks.task import Tokenizer, TokenizerUnfit

@@ -1,0 +1,125 @@
+"""Demonstrations into the replay buffer: known rationales, scored like any other trajectory."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.prompts import Prompt
+from actors.protocols import Scorer
+from actors.reward_query import RewardQuery
+from actors.rollout import Verdict
+from buffer.trajectory import Trajectory
+from lm.actions import ActionSpace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A rationale Z that the data file gives for a prompt."""
+
+    prompt: Prompt
+    completion: tuple[int, ...]  # token ids of Z, tool output included
+    from_tool: tuple[bool, ...]  # which of them a tool inserted
+
+
+class SeedSink(Protocol):
+    """The replay buffer as the seeder sees it."""
+
+    def seed(self, trajectories: Sequence[Trajectory]) -> object:
+        """Store for replay; what is stored already stays as it is."""
+        ...
+
+
+def seed_demonstrations(
+    demonstrations: Sequence[Demonstration],
+    *,
+    task: str,
+    actions: ActionSpace,
+    query: RewardQuery,
+    verdict: Verdict,
+    scorer: Scorer,
+    buffer: SeedSink,
+    timeout_s: float,
+) -> int:
+    """Score the demonstrations and put them into replay; how many.
+
+    Doing it again changes nothing: the buffer knows them by content.
+
+    Raises:
+        IllegalCompletion: a demonstration that the policy could never produce.
+        TimeoutError, RuntimeError: the scoring failed; nothing was stored.
+    """
+    stops = [_stops(demonstration, actions) for demonstration in demonstrations]
+    items = [
+        query.item(demonstration.prompt, demonstration.completion, stops_S)
+        for demonstration, stops_S in zip(demonstrations, stops, strict=True)
+    ]
+    if not items:
+        return 0
+    log_rewards = scorer.submit(items).result(timeout_s)
+    buffer.seed(
+        [
+            _trajectory(demonstration, stops_S, log_reward_S, task=task, verdict=verdict)
+            for demonstration, stops_S, log_reward_S in zip(
+                demonstrations, stops, log_rewards, strict=True
+            )
+        ]
+    )
+    return len(items)
+
+
+def unscored_demonstrations(
+    demonstrations: Sequence[Demonstration], *, task: str, actions: ActionSpace, verdict: Verdict
+) -> list[Trajectory]:
+    """The demonstrations as trajectories for a learner that asks for no reward: theirs says 0.
+
+    Raises:
+        IllegalCompletion: a demonstration that the policy could never produce.
+    """
+    return [
+        _trajectory(
+            demonstration,
+            stops_S := _stops(demonstration, actions),
+            np.zeros(len(stops_S), dtype=np.float32),
+            task=task,
+            verdict=verdict,
+        )
+        for demonstration in demonstrations
+    ]
+
+
+def _trajectory(
+    demonstration: Demonstration,
+    stops_S: NDArray[np.int32],
+    log_reward_S: NDArray[np.float32],
+    *,
+    task: str,
+    verdict: Verdict,
+) -> Trajectory:
+    prompt, completion = demonstration.prompt, demonstration.completion
+    return Trajectory(
+        task=task,
+        prompt_key=prompt.key,
+        prompt=np.array(prompt.prompt, dtype=np.int32),
+        answer=np.array(prompt.answer, dtype=np.int32),
+        completion=np.array(completion, dtype=np.int32),
+        from_tool=np.array(demonstration.from_tool, dtype=np.bool_),
+        stops=stops_S,
+        log_reward=log_reward_S,
+        log_q_token=np.zeros(len(completion), dtype=np.float32),
+        log_q_stop=np.zeros(len(stops_S), dtype=np.float32),
+        policy_version=0,
+        behaviour="demonstration",
+        temperature=1.0,
+        actor="data",
+        created_s=time.time(),
+        correct=verdict(prompt, completion),
+    )
+
+
+def _stops(demonstration: Demonstration, actions: ActionSpace) -> NDArray[np.int32]:
+    actions.check(demonstration.completion, demonstration.from_tool)
+    return actions.stop_positions(demonstration.from_tool)

@@ -1,0 +1,77 @@
+"""What an actor needs from the rest of the system, as it sees it.
+
+Each Protocol has at least two implementations: the real one behind Ray and the direct one of a
+run in one process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.trajectory import Trajectory
+from lm.sampling import Completion, Request
+from reward.request import ScoreItem
+
+
+class Policy(Protocol):
+    """The sampler: ours by default; another engine can stand here."""
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in order."""
+        ...
+
+    def load(self, adapter: bytes) -> None:
+        """Take these adapter weights from now on."""
+        ...
+
+
+class PendingScores(Protocol):
+    """A scoring under way."""
+
+    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
+        """Log-rewards [S] in nats for each submitted item.
+
+        Raises:
+            TimeoutError, RuntimeError: no score; never a made-up value.
+        """
+        ...
+
+
+class Scorer(Protocol):
+    """Rewards under the frozen LM."""
+
+    def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
+        """Start to score; returns at once."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """One version of the adapter, as the learner published it."""
+
+    version: int
+    data: bytes
+    checksum: str
+
+
+class WeightSource(Protocol):
+    """Where the learner's weights appear."""
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """The newest weights if they are newer than `version`, else None; never waits for any."""
+        ...
+
+
+class TrajectorySink(Protocol):
+    """The replay buffer as an actor sees it."""
+
+    def add(self, group: Sequence[Trajectory]) -> object:
+        """Store one group; when this returns, the buffer owns it."""
+        ...
+
+    def depth(self) -> int:
+        """Groups stored that the learner has not drawn yet."""
+        ...

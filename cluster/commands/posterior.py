@@ -1,0 +1,46 @@
+"""The verb `posterior`: how far a policy is from the exact posterior."""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from cluster.config.file import load_config
+from cluster.evaluation.posterior_assessment import assess
+from cluster.evaluation.posterior_records import as_json
+from cluster.reports.posterior_plot import draw_posterior
+from cluster.reports.posterior_report import show
+from cluster.run.directory import find_run
+from cluster.run.preflight import check_adapter
+
+_BASE = "base"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print, draw."""
+    config = load_config(arguments.config, arguments.overrides)
+    adapter = None
+    plot = Path.cwd() / f"posterior-{config.task_name}.png"
+    if arguments.run:
+        directory = find_run(arguments.run)
+        adapter, plot = directory.adapter, directory.plots / "posterior.png"
+        check_adapter(adapter)
+    assessment = assess(config, adapter=adapter)
+    policy = arguments.run or _BASE
+    pairs = zip(assessment.prompts, assessment.pictures, strict=True)
+    pictures = [(report.title, picture) for report, picture in pairs if picture is not None]
+    if pictures:
+        draw_posterior(pictures, plot, policy=policy, beside_base=adapter is not None)
+    if arguments.json:
+        print(as_json(assessment, run=arguments.run))
+        return 0
+    console = Console()
+    show(assessment, policy=policy, beside_base=adapter is not None, console=console)
+    if pictures:
+        console.print(f"plot: {plot}", soft_wrap=True, markup=False)
+    else:
+        console.print(
+            f"no prompt could be enumerated within {config.posterior.max_nodes} prefixes "
+            "(posterior.max_nodes): no exact figures and no plot"
+        )
+    return 0

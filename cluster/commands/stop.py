@@ -1,0 +1,89 @@
+"""The verb `stop`: ask a run's driver to checkpoint and end, and wait until it has."""
+
+import argparse
+import contextlib
+import signal
+import socket
+import time
+
+from cluster.run.directory import RunDirectory, RunMissing, RunState, all_runs, find_run
+from cluster.run.display import duration, parts
+
+STOP_TIMEOUT_S = 180.0
+_POLL_S = 0.1
+
+
+class NotStopped(TimeoutError):
+    """A run went on after it was asked to stop."""
+
+
+class SeveralRuns(ValueError):
+    """More than one run goes on, and none was named."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Stop the run that was named, or the only one that goes on."""
+    directory = find_run(arguments.run) if arguments.run else the_live_run()
+    if directory is None:
+        print("no run goes on here")
+        return 0
+    print(stop(directory, timeout_s=STOP_TIMEOUT_S))
+    return 0
+
+
+def the_live_run() -> RunDirectory | None:
+    """The one run whose driver lives on this machine, if any; raises SeveralRuns."""
+    live = [one for one in all_runs() if (state := one.state()) is not None and _goes_on(state)]
+    if len(live) > 1:
+        names = ", ".join(directory.name for directory in live)
+        raise SeveralRuns(f"several runs go on: {names}; name one with --run")
+    return live[0] if live else None
+
+
+def stop(directory: RunDirectory, *, timeout_s: float) -> str:
+    """Stop a run in order; what became of it.
+
+    The request is a file, which a driver on any machine that shares the folder sees; a driver on
+    this machine is sent SIGINT as well, once its process is known to be the one that wrote the
+    state, for a pid may have been given to another program since.
+
+    Raises:
+        NotStopped: it still goes on after `timeout_s`; says who and what.
+    """
+    state = directory.state()
+    if state is None:
+        raise RunMissing(f"run {directory.name!r} has no readable {directory.state_file}")
+    if state.ended:
+        return f"run {directory.name!r} has ended already: {state.phase} at step {state.step}"
+    driver = state.driver()
+    if driver is None and state.host == socket.gethostname():
+        return (
+            f"run {directory.name!r} has no driver any more: it died at step {state.step}; "
+            f"'amortize train ... --run {directory.name} --resume' goes on with it"
+        )
+    directory.stop_request.touch()
+    if driver is not None:
+        with contextlib.suppress(ProcessLookupError):
+            driver.send_signal(signal.SIGINT)
+    return _wait(directory, state, timeout_s)
+
+
+def _wait(directory: RunDirectory, state: RunState, timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        state = directory.state() or state
+        if state.ended:
+            killed = f"; had to be killed: {', '.join(state.killed)}" if state.killed else ""
+            return f"run {directory.name!r}: {state.phase} at step {state.step}{killed}"
+        if state.driver() is None and state.host == socket.gethostname():
+            return f"run {directory.name!r}: its driver ended at step {state.step} without a word"
+        time.sleep(_POLL_S)
+    silence = duration(max(0.0, time.time() - state.heartbeat_s))
+    raise NotStopped(
+        f"run {directory.name!r} did not stop within {timeout_s:.0f} s: driver {state.pid} on "
+        f"{state.host} is {state.phase} with {parts(state) or 'no parts'}, last heard {silence} ago"
+    )
+
+
+def _goes_on(state: RunState) -> bool:
+    return not state.ended and state.driver() is not None

@@ -1,0 +1,41 @@
+"""Reference of the configuration: `python -m cluster.config.reference > docs/configuration.md`."""
+
+from cluster.config.file import Key, keys
+
+_HEAD = """\
+# Configuration
+
+A run is configured by one TOML file. Sections are tables, and every key can be changed on the
+command line as `section.key=value`, with the value as in TOML (a text needs no quotes). Unknown
+keys and wrong types are errors. What a run used, defaults included, is in `runs/NAME/config.toml`.
+
+Written by `python -m cluster.config.reference`; a test keeps it up to date.
+"""
+
+
+def reference() -> str:
+    """All keys with their defaults, a table for each section."""
+    lines = [_HEAD]
+    heading = None
+    for key in keys():
+        if heading != (heading := _heading(key)):
+            lines += [f"\n## {heading}\n", "| key | default | meaning |", "|---|---|---|"]
+        lines.append(f"| `{key.name}` | {_code(key.default)} | {_cell(key.description)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _heading(key: Key) -> str:
+    table = f"[{key.section}]" if key.section else "top level"
+    return f'{table} with name = "{key.kind}"' if key.kind else table
+
+
+def _code(default: str) -> str:
+    return {"required": "required", "null": "none"}.get(default, f"`{default}`")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

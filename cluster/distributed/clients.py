@@ -1,0 +1,193 @@
+"""Ports over Ray: weights from the board, scores from replicas, shares of other ranks."""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+
+from actors.protocols import PublishedWeights
+from cluster.distributed.waiting import PeerDied, PeerTimeout, wait_for
+from reward.replica import ScoreFailed, ScoreTimeout
+from reward.request import ScoreItem
+
+_ROSTER_POLL_S = 0.5
+
+
+class NobodyScores(RuntimeError):
+    """The run is stopped and no reward replica lives: none will come any more."""
+
+
+class RemoteBoard:
+    """The weight board as its clients see it: a `WeightSource` and a `WeightSink`."""
+
+    def __init__(self, board: ActorHandle, *, timeout_s: float) -> None:
+        self._board = board
+        self._timeout_s = timeout_s
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """See `WeightBoard.newer_than`."""
+        return self._call(self._board.newer_than.remote(version), "newer_than")
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None:
+        """See `WeightBoard.publish`."""
+        self._call(self._board.publish.remote(data, version=version, checksum=checksum), "publish")
+
+    def replicas(self) -> tuple[str, ...]:
+        """See `WeightBoard.replicas`."""
+        return self._call(self._board.replicas.remote(), "replicas")
+
+    def announce_replicas(self, names: tuple[str, ...]) -> None:
+        """See `WeightBoard.announce_replicas`."""
+        self._call(self._board.announce_replicas.remote(names), "announce_replicas")
+
+    def remind_of_replicas(self, names: tuple[str, ...]) -> None:
+        """`announce_replicas` without waiting for the answer: the board may just be restarting."""
+        self._board.announce_replicas.remote(names)
+
+    def _call(self, ref: "ray.ObjectRef[Any]", phase: str) -> Any:
+        return wait_for(ref, peer="weight board", phase=phase, timeout_s=self._timeout_s)
+
+
+class RemoteScorer:
+    """Spreads scorings over the live reward replicas; a failed one is tried on another.
+
+    Args:
+        board: says which replicas live.
+        namespace: the run's Ray namespace.
+        attempt_s: seconds after which one replica's answer counts as late.
+        handover_s: seconds within which some replica has to take a scoring; it may have to come up
+            before.
+        stop: whether the caller is to finish, which it cannot without a replica.
+        first: index of the replica to begin with, so that actors do not all start on one.
+
+    `retries` counts scorings that failed or were late, and were handed to a replica again.
+    """
+
+    def __init__(
+        self,
+        board: RemoteBoard,
+        *,
+        namespace: str,
+        attempt_s: float,
+        handover_s: float,
+        stop: Callable[[], bool],
+        first: int = 0,
+    ) -> None:
+        self._board = board
+        self._namespace = namespace
+        self._attempt_s = attempt_s
+        self._handover_s = handover_s
+        self._stop = stop
+        self._turn = itertools.count(first)
+        self._handles: dict[str, ActorHandle] = {}
+        self.retries = 0
+
+    def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
+        """Start to score; returns at once, unless no replica lives yet; raises as `start` does."""
+        return RemoteScores(
+            self, list(items), attempt_s=self._attempt_s, handover_s=self._handover_s
+        )
+
+    def start(
+        self, items: list[ScoreItem], *, avoid: str | None, deadline: float
+    ) -> "tuple[str, ray.ObjectRef[Any]]":
+        """Hand the items to the next live replica, another than `avoid` where there is one.
+
+        Raises:
+            PeerTimeout: none took them by `deadline`.
+            NobodyScores: none lives, and `stop()` holds.
+        """
+        began = time.monotonic()
+        while True:
+            names = self._board.replicas()
+            if others := [name for name in names if name != avoid] or list(names):
+                name = others[next(self._turn) % len(others)]
+                try:
+                    return name, self._handle(name).score.remote(items)
+                except ValueError:  # Ray: no actor of that name, the replica has just died
+                    self._handles.pop(name, None)
+            elif self._stop():
+                raise NobodyScores("no reward replica lives, and the run is being stopped")
+            if (now := time.monotonic()) > deadline:
+                raise PeerTimeout(
+                    f"reward replicas: none of {len(names)} took a scoring within "
+                    f"{now - began:.0f} s"
+                )
+            time.sleep(_ROSTER_POLL_S)
+
+    def forget(self, name: str) -> None:
+        """Look the replica's name up again next time: it may have been replaced."""
+        self._handles.pop(name, None)
+
+    def _handle(self, name: str) -> ActorHandle:
+        if name not in self._handles:
+            self._handles[name] = ray.get_actor(name, namespace=self._namespace)
+        return self._handles[name]
+
+
+class RemoteScores:
+    """One scoring under way; `result` retries it elsewhere until its own deadline."""
+
+    def __init__(
+        self, scorer: RemoteScorer, items: list[ScoreItem], *, attempt_s: float, handover_s: float
+    ) -> None:
+        self._scorer = scorer
+        self._items = items
+        self._attempt_s = attempt_s
+        self._replica, self._ref = scorer.start(
+            items, avoid=None, deadline=time.monotonic() + handover_s
+        )
+
+    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
+        """Log-rewards [S] in nats for each item.
+
+        Raises:
+            PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed: no replica answered in `timeout_s`.
+            NobodyScores: see `RemoteScorer.start`.
+            BadItem: an item cannot be scored; another replica would say the same.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return wait_for(
+                    self._ref,
+                    peer=f"reward replica {self._replica}",
+                    phase=f"scoring {len(self._items)} items",
+                    timeout_s=min(self._attempt_s, max(deadline - time.monotonic(), 0.0)),
+                )
+            except (PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed):
+                self._scorer.forget(self._replica)
+                if time.monotonic() + _ROSTER_POLL_S > deadline:
+                    raise
+                time.sleep(_ROSTER_POLL_S)
+                self._scorer.retries += 1
+                self._replica, self._ref = self._scorer.start(
+                    self._items, avoid=self._replica, deadline=deadline
+                )
+
+
+class RemotePeer:
+    """A rank above 0, as rank 0's replica sees it."""
+
+    def __init__(self, handle: ActorHandle) -> None:
+        self._handle = handle
+
+    def forward(self, share: Sequence[Any]) -> "RemoteShare":
+        """Start the peer's part; returns at once."""
+        return RemoteShare(self._handle.forward.remote(share))
+
+
+class RemoteShare:
+    """A peer's part under way."""
+
+    def __init__(self, ref: "ray.ObjectRef[Any]") -> None:
+        self._ref = ref
+
+    def result(self, timeout: float) -> Any:
+        """What the peer computed; raises as Ray does."""
+        return ray.get(self._ref, timeout=timeout)

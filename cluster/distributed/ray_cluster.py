@@ -1,0 +1,86 @@
+"""Being on a Ray cluster."""
+
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.config.file import PROJECT_ROOT
+from cluster.config.schema import RunConfig
+from cluster.distributed.source_check import PACKAGES
+from cluster.run.directory import RAY_PACKAGE
+from tasks.custom_config import CustomTaskConfig
+
+
+def join_cluster(config: RunConfig, address: str, namespace: str) -> RunConfig:
+    """Join the cluster at `address`; the configuration with Redis where all its nodes reach it."""
+    connect_ray(config, address, namespace)
+    if config.buffer.bind != "auto":
+        return config
+    buffer = config.buffer.model_copy(update={"bind": ray.util.get_node_ip_address()})
+    return config.model_copy(update={"buffer": buffer})
+
+
+def namespace_of(run: str) -> str:
+    """Ray namespace of a run's named actors."""
+    return f"amortize-{run}"
+
+
+def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
+    """Join the cluster at `address`, or start Ray on this machine, on loopback only.
+
+    A process that has joined already stays where it is.
+    """
+    if ray.is_initialized():
+        return
+    if address is not None:
+        ray.init(
+            address=address,
+            namespace=namespace,
+            runtime_env=source_for_workers(config),
+            log_to_driver=False,
+        )
+        return
+    ray.init(
+        runtime_env=source_for_workers(config),
+        namespace=namespace,
+        num_cpus=config.cluster.cpus,
+        include_dashboard=config.cluster.dashboard,
+        _node_ip_address="127.0.0.1",
+        log_to_driver=False,
+        configure_logging=False,
+    )
+
+
+def source_for_workers(config: RunConfig) -> dict[str, Any]:
+    """Runtime environment that gives every worker the source of this process, as it is now.
+
+    Without it workers would import what lies on their node when they start: another checkout, or
+    files that were edited since. A job has brought its code to all nodes already.
+    """
+    if PROJECT_ROOT.name.startswith(RAY_PACKAGE):
+        return {}
+    # Patterns as in .gitignore. The folder itself is '.', which '/*' would exclude as well.
+    excludes = ["/*", "!.", *(f"!/{package}" for package in PACKAGES)]
+    environment = {"working_dir": str(PROJECT_ROOT), "excludes": excludes}
+    if (own := own_source(config)) is None:
+        return environment
+    if own.is_dir():  # Ray applies the patterns to it too
+        excludes += [f"!/{path.name}" for path in own.iterdir() if path.name != "__pycache__"]
+    return environment | {"py_modules": [str(own)]}
+
+
+def own_source(config: RunConfig) -> Path | None:
+    """File of the module, or folder of the package, that a user's own task is from.
+
+    None for a shipped task, and for an installed one, which every node has to have installed.
+    """
+    if not isinstance(config.task, CustomTaskConfig):
+        return None
+    package = sys.modules[type(config.task).__module__.partition(".")[0]]
+    place = package.__path__[0] if hasattr(package, "__path__") else str(package.__file__)
+    path = Path(place).resolve()
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    return None if installed & set(path.parents) else path

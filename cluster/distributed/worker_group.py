@@ -1,0 +1,166 @@
+"""A gang: the ranks of one component, which live and die together.
+
+A rollout actor is a gang of one; a reward replica has W ranks, the learner M. The supervisor owns
+gangs and calls `poll` often; nothing here waits.
+
+    PLACING -> MEETING -> STARTING -> RUNNING -> FINISHED
+        any of the first four -> FAILED, with the cause; what is left of it may be asked, and is
+                                 its owner's to kill
+"""
+
+import time
+from enum import StrEnum
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from cluster.distributed.launcher import Launch
+from cluster.distributed.nodes import room
+from cluster.distributed.waiting import cause_line, cause_of
+from learner.broadcast import Unrecoverable
+
+
+class Phase(StrEnum):
+    """Where a gang is in its life."""
+
+    PLACING = "placing"  # waits for room on the cluster
+    MEETING = "meeting"  # rank 0 says where the ranks meet
+    STARTING = "starting"  # every rank builds what it holds
+    RUNNING = "running"
+    FINISHED = "finished"  # `run` returned on every rank
+    FAILED = "failed"
+
+
+class StartFailed(RuntimeError):
+    """A part of the run did not come up; says which, in which phase and why."""
+
+
+class Gang:
+    """Ranks that live and die together.
+
+    Args:
+        name: for events and errors, e.g. "reward-0".
+        launch: its place, and what creates the Ray actors there.
+        incarnation: how many gangs of this name the run had before.
+        start_timeout_s: seconds that placing may take, and then meeting and starting together.
+        silence_timeout_s: seconds that a running rank may leave `status` unanswered.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        launch: Launch,
+        *,
+        incarnation: int,
+        start_timeout_s: float,
+        silence_timeout_s: float,
+    ) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.phase = Phase.PLACING
+        self.cause = ""
+        self.fatal: Unrecoverable | None = None  # a failure that a new gang would only repeat
+        self.status: dict[str, Any] = {}
+        self.result: dict[str, Any] | None = None
+        self._start_timeout_s = start_timeout_s
+        self._silence_timeout_s = silence_timeout_s
+        self._began = time.monotonic()
+        self._launch = launch
+        self.handles: list[ActorHandle] = []
+        self._refs: list[ray.ObjectRef[Any]] = [launch.place.ready]
+        self._status_ref: ray.ObjectRef[Any] | None = None
+        self._status_asked = 0.0
+
+    @property
+    def wanted(self) -> str:
+        """What it claims of the cluster, for people."""
+        return f"{self.name} ({self._launch.place.wanted})"
+
+    @property
+    def phase_s(self) -> float:
+        """Seconds since it asked for a place, or since it has one."""
+        return time.monotonic() - self._began
+
+    @property
+    def leader(self) -> ActorHandle:
+        """Rank 0."""
+        return self.handles[0]
+
+    def poll(self) -> Phase:
+        """Go on to the next phase if this one is done; the phase now."""
+        if self.phase in (Phase.FINISHED, Phase.FAILED):
+            return self.phase
+        done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
+        try:
+            values = ray.get(done)
+        except Exception as error:  # whatever ended the rank is the gang's cause of death
+            self._fail_with(error)
+            return self.phase
+        if not waiting:
+            self._advance(values)
+        elif self.phase is Phase.RUNNING:
+            self._listen()
+        elif self.phase_s > self._start_timeout_s:
+            limit = f"{self._start_timeout_s:.0f} s (cluster.start_timeout_s)"
+            if self.phase is Phase.PLACING:
+                wanted = self._launch.place.wanted
+                self._fail(f"no place within {limit} for {wanted}: {room()}")
+            else:
+                self._fail(f"{self.phase} took more than {limit}")
+        return self.phase
+
+    def ask_to_stop(self) -> None:
+        """Tell every rank to finish; `poll` shows when they have."""
+        for handle in self.handles:
+            handle.stop.remote()
+
+    def kill(self) -> None:
+        """End every rank at once, and give up the place."""
+        for handle in self.handles:
+            ray.kill(handle)
+        self._launch.place.give_up()
+
+    def _advance(self, values: list[Any]) -> None:
+        if self.phase is Phase.PLACING:
+            self.handles = list(self._launch.create())
+            self._refs = [self.leader.rendezvous.remote()]
+            self._began = time.monotonic()
+            self.phase = Phase.MEETING
+        elif self.phase is Phase.MEETING:
+            self._refs = [handle.start.remote(values[0]) for handle in self.handles]
+            self.phase = Phase.STARTING
+        elif self.phase is Phase.STARTING:
+            self._refs = [handle.run.remote() for handle in self.handles]
+            self.phase = Phase.RUNNING
+        else:
+            self.result = values[0]
+            self.status = values[0]
+            self.phase = Phase.FINISHED
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        if self._status_ref is None:
+            self._status_ref = self.leader.status.remote()
+            self._status_asked = now
+        elif ray.wait([self._status_ref], timeout=0)[0]:
+            try:
+                self.status = ray.get(self._status_ref)
+            except Exception as error:
+                self._fail_with(error)
+            self._status_ref = None
+        elif now - self._status_asked > self._silence_timeout_s:
+            self._fail(
+                f"no answer to status for {self._silence_timeout_s:.0f} s "
+                f"(cluster.silence_timeout_s)"
+            )
+
+    def _fail_with(self, error: Exception) -> None:
+        cause = cause_of(error)
+        if isinstance(cause, Unrecoverable):
+            self.fatal = cause
+        self._fail(cause_line(error))
+
+    def _fail(self, cause: str) -> None:
+        self.cause = f"{self.name}: {cause}"
+        self.phase = Phase.FAILED

@@ -1,0 +1,206 @@
+"""The methods of a comparison: what each changes in a run's configuration, and nothing else.
+
+    base              the LM as it is, behind `compare.shots` worked questions; no step is taken
+    sft               maximum likelihood of the task's demonstrations
+    ppo               reward maximisation with a KL penalty; its own samples, none replayed
+    gflownet          the file's objective, subtb where that is one of the two above
+    gflownet_em       in tasks with EM: gflownet, and M-steps behind it; see em_steps.py
+
+and the LM as it is, decoded otherwise, in tasks whose completions are sentences:
+
+    sample            at temperature 1
+    tempered          at the temperature T of the reward
+    nucleus           at temperature 1 from the likeliest tokens, which hold 0.95 of the mass
+    greedy            one sentence
+    beam              the ends of as many beams as sentences are wanted
+    diverse_beam      the same in groups of one
+
+`gflownet_T0.9`, `ppo_T0.9` and `tempered_T0.9` are their methods at another T than the file's.
+`sample_5x` writes five times as many sentences and keeps the likeliest that differ; so may all
+that decode otherwise but `greedy`. `sft_tokens` and `ppo_tokens` take as many steps as bring them
+to the LM tokens of `gflownet`, where without `_tokens` they take as many steps as it does.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.config.file import load_config
+from cluster.config.schema import RunConfig
+from cluster.experiments.em_steps import EMStep, em_steps
+
+BASE, GFLOWNET, EM = "base", "gflownet", "gflownet_em"
+TRAINED = ("sft", "ppo", GFLOWNET, EM)
+_NOT_GFLOWNET = ("ppo", "sft")
+_NUCLEUS = 0.95
+_DECODED: Mapping[str, Sequence[str]] = {
+    "sample": ["evaluation.temperature=1.0"],
+    "tempered": [],
+    "nucleus": ["evaluation.temperature=1.0", f"evaluation.top_p={_NUCLEUS}"],
+    "greedy": ["evaluation.decoding='beam'", "evaluation.samples=1"],
+    "beam": ["evaluation.decoding='beam'"],
+    "diverse_beam": ["evaluation.decoding='diverse_beam'"],
+}
+METHODS = (BASE, *TRAINED, *_DECODED)
+_AT_TEMPERATURES = ("ppo", "gflownet", "tempered")
+_AT_EQUAL_TOKENS = ("sft", "ppo")
+_TOKENS = "_tokens"
+_NAME = re.compile(
+    r"(?P<name>[a-z_]*?[a-z])(_T(?P<temperature>\d+(\.\d+)?))?(_(?P<times>\d+)x)?"
+    rf"(?P<tokens>{_TOKENS})?"
+)
+
+
+class UnknownMethod(ValueError):
+    """A method that there is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What a method's name says."""
+
+    name: str  # one of METHODS
+    temperature: float | None  # T of the reward; None: the file's
+    times: int  # sentences are written so many times as many
+    equal_tokens: bool = False  # steps until gflownet's LM tokens, instead of its steps
+
+    @property
+    def trained(self) -> bool:
+        """Whether it takes steps, and leaves an adapter."""
+        return self.name in TRAINED
+
+
+def method(title: str) -> Method:
+    """Read a name such as `beam`, `tempered_T0.9` or `diverse_beam_5x`; raises UnknownMethod."""
+    read = _NAME.fullmatch(title)
+    if read is None or read["name"] not in METHODS:
+        raise UnknownMethod(f"no method {title!r}; there are {', '.join(METHODS)}")
+    name, temperature = read["name"], read["temperature"]
+    if temperature is not None and (name not in _AT_TEMPERATURES or not float(temperature)):
+        raise UnknownMethod(
+            f"no method {title!r}: _T with a temperature above 0 is for "
+            f"{', '.join(_AT_TEMPERATURES)}"
+        )
+    times = int(read["times"] or 1)
+    if read["times"] and (name not in _DECODED or name == "greedy" or times < 2):
+        several = [other for other in _DECODED if other != "greedy"]
+        raise UnknownMethod(
+            f"no method {title!r}: _2x and more are for {', '.join(several)}, which write several "
+            "sentences without training"
+        )
+    if read["tokens"] and name not in _AT_EQUAL_TOKENS:
+        raise UnknownMethod(
+            f"no method {title!r}: {_TOKENS} is for {', '.join(_AT_EQUAL_TOKENS)}, which learn "
+            "otherwise than gflownet"
+        )
+    at = None if temperature is None else float(temperature)
+    return Method(name, at, times, equal_tokens=read["tokens"] is not None)
+
+
+def measured_against(title: str) -> tuple[str, str]:
+    """What tells the steps of a method at equal LM tokens: itself at equal steps, and gflownet."""
+    own = title.removesuffix(_TOKENS)
+    return own, GFLOWNET + own.removeprefix(method(title).name)
+
+
+def method_config(
+    path: str, overrides: Sequence[str], *, title: str, seed: int, steps: int | None = None
+) -> RunConfig:
+    """The run of one method, not gflownet_em, and seed; raises ConfigError, UnknownMethod.
+
+    Equal for all: LM, adapter, prompts, legal tokens, tool, and trajectories of each step but where
+    a prompt has too few to replay. Equal for all but those at equal LM tokens, whose `steps` are
+    told: optimizer steps, and with them trajectories. The time limit is off, because steps that it
+    cut would not be equal. What is not trained is measured with draws of its own for each seed.
+    """
+    changes = _overrides(path, overrides, title=title, seed=seed)
+    if steps is not None:
+        changes.append(f"learner.steps={steps}")
+    return _untimed(load_config(path, changes))
+
+
+def em_method_steps(
+    path: str, overrides: Sequence[str], *, seed: int, comparison: str
+) -> tuple[EMStep, ...]:
+    """The runs of gflownet_em and a seed: `em.rounds` rounds, gflownet the first E-step.
+
+    The last of them is named as other methods' runs are. What `compare.overrides` says of
+    gflownet_em is of its M-steps. Raises ConfigError.
+    """
+    shared = load_config(path, overrides)
+    own = f"{comparison}-{EM}-{seed}"
+
+    def name(kind: str, number: int) -> str:
+        if (kind, number) == ("E", 1):
+            return f"{comparison}-{GFLOWNET}-{seed}"
+        last = (kind, number) == ("M", shared.em.rounds)
+        return own if last else f"{own}-{kind.lower()}{number}"
+
+    steps = em_steps(
+        path,
+        _overrides(path, overrides, title=GFLOWNET, seed=seed),
+        rounds=shared.em.rounds,
+        name=name,
+        m_overrides=shared.compare.overrides.get(EM, ()),
+    )
+    return tuple(replace(step, config=_untimed(step.config)) for step in steps)
+
+
+def _overrides(path: str, overrides: Sequence[str], *, title: str, seed: int) -> list[str]:
+    asked, shared = method(title), load_config(path, overrides)
+    steps = shared.compare.steps or shared.learner.steps
+    changes = [f"seed={seed}", f"learner.steps={steps}"]
+    if not asked.trained:
+        changes.append(f"evaluation.seed={shared.evaluation.seed + seed}")
+    if asked.temperature is not None:
+        changes.append(f"learner.reward_temperature.end={asked.temperature}")
+    if asked.times > 1:
+        changes.append(f"evaluation.candidates={asked.times}")
+    temperature = asked.temperature or shared.learner.reward_temperature.end
+    tuned = _tuned(shared.compare.overrides, title, asked.name)
+    own = _own(asked.name, shared, temperature)
+    return [*overrides, *changes, *own, *tuned]
+
+
+def _tuned(known: Mapping[str, Sequence[str]], title: str, name: str) -> Sequence[str]:
+    """What is said of the method as it is titled, else of all of its name.
+
+    Raises:
+        UnknownMethod: something is said of a method that there is not.
+    """
+    for key in known:
+        try:
+            method(key)
+        except UnknownMethod as error:
+            raise UnknownMethod(f"compare.overrides: {error}") from error
+    return known.get(title, known.get(name, ()))
+
+
+def _untimed(config: RunConfig) -> RunConfig:
+    return config.model_copy(
+        update={"cluster": config.cluster.model_copy(update={"time_limit_s": None})}
+    )
+
+
+def _own(name: str, shared: RunConfig, temperature: float) -> Sequence[str]:
+    """What makes a method one."""
+    rows = shared.actors.group_size + shared.learner.replayed_per_group
+    match name:
+        case "base":
+            return [f"evaluation.shots={shared.compare.shots}"]
+        case "sft":
+            return ["learner.objective=sft"]
+        case "ppo":
+            return [
+                "learner.objective=ppo",
+                "learner.replayed_per_group=0",
+                f"actors.group_size={rows}",
+                "actors.on_policy_share=1.0",
+            ]
+        case "gflownet" | "gflownet_em":
+            imitates = shared.learner.objective in _NOT_GFLOWNET
+            return ["learner.objective=subtb"] if imitates else []
+        case "tempered":
+            return [f"evaluation.temperature={temperature}"]
+        case _:
+            return _DECODED[name]

@@ -1,0 +1,164 @@
+"""Model compute replaced by waits: what `amortize throughput --simulate` puts in place of LMs.
+
+Here is all that is simulated: the policy's decode steps, the frozen LM's scoring calls, and the
+learner's forward and backward passes. Everything around them is what a run has: actors, Ray, the
+reward replica's queue and layout, Redis, the weight board, the learner's draws and publications.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.config.schema import RunConfig, SimulationConfig
+from learner.engine import Engine
+from lm.actions import ActionSpace
+from lm.adapter import decode_adapter
+from lm.config import LoRAConfig
+from lm.hub import load_tokenizer
+from lm.model import LanguageModel, fingerprint, freeze
+from lm.new_model import fresh_llama
+from lm.sampling import Completion, Request
+from reward.packing import MicroBatch
+from reward.request import ScoreLimits
+from tasks.registry import build_task
+from tasks.task import Task
+
+# Shape of the model that the simulated adapter sits on; its rank makes up the size.
+_WIDTH, _LAYERS, _MLP_WIDTH, _VOCABULARY = 256, 4, 704, 64
+_VALUES_PER_RANK = _LAYERS * (4 * 2 * _WIDTH + 3 * (_WIDTH + _MLP_WIDTH))
+_BYTES_PER_VALUE = 4
+_LOG_PROBABILITY = -1.0  # nats, of everything that a simulated model says
+
+
+def load_simulated_task(config: RunConfig) -> Task:
+    """The real task in the real tokens of the configured LM, whose weights are never read."""
+    return build_task(config.task, load_tokenizer(config.lm))
+
+
+class SimulatedPolicy:
+    """Waits as long as decoding takes, and returns random legal completions of `max_len` tokens.
+
+    One decode step a token, for all rows of the cache at once. The tool is never called.
+    """
+
+    def __init__(
+        self,
+        actions: ActionSpace,
+        *,
+        triggers: frozenset[int],
+        vocabulary: int,
+        max_rows: int,
+        decode_step_s: float,
+        rng: np.random.Generator,
+    ) -> None:
+        legal = actions.columns(vocabulary)
+        self._tokens = np.setdiff1d(legal, [actions.stop_token, *triggers]).astype(np.int32)
+        self._actions = actions
+        self._max_rows = max_rows
+        self._decode_step_s = decode_step_s
+        self._rng = rng
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request."""
+        waves = -(-len(requests) // self._max_rows)
+        time.sleep(waves * self._actions.max_len * self._decode_step_s)
+        return [self._completion() for _ in requests]
+
+    def load(self, adapter: bytes) -> None:
+        """Read them, as every policy must; there is no model to change."""
+        decode_adapter(adapter)
+
+    def _completion(self) -> Completion:
+        length = self._actions.max_len
+        from_tool = np.zeros(length, dtype=np.bool_)
+        stops = self._actions.stop_positions(from_tool)
+        log_q_stop = np.full(len(stops), _LOG_PROBABILITY, dtype=np.float32)
+        log_q_stop[-1] = 0.0  # forced
+        return Completion(
+            tokens=self._rng.choice(self._tokens, length),
+            from_tool=from_tool,
+            log_q_token=np.full(length, _LOG_PROBABILITY, dtype=np.float32),
+            stops=stops,
+            log_q_stop=log_q_stop,
+        )
+
+
+class SimulatedRank:
+    """A rank of a reward replica that waits once for each scoring call."""
+
+    def __init__(self, vocabulary: int, *, call_s: float) -> None:
+        self.limits = ScoreLimits(vocab_size=vocabulary, max_length=1 << 20)
+        self._call_s = call_s
+
+    def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
+        """Log-probabilities of all edges of each micro-batch: all the same."""
+        time.sleep(self._call_s)
+        return [
+            np.full(sum(row.num_edges for row in batch.rows), _LOG_PROBABILITY, dtype=np.float32)
+            for batch in share
+        ]
+
+
+class SimulatedEngine:
+    """A real engine, its ranks and its collectives, but for the update, which is a wait."""
+
+    def __init__(self, engine: Engine, *, update_s: float) -> None:
+        self._engine = engine
+        self._update_s = update_s
+        self.rank = engine.rank
+        self.num_ranks = engine.num_ranks
+        self.gather = engine.gather
+        self.broadcast = engine.broadcast
+        self.state = engine.state
+        self.load_state = engine.load_state
+        self.close = engine.close
+
+    def update(self, losses: Sequence[Callable[[], Tensor]], *, learning_rate: float) -> float:
+        """Wait; no loss is computed, and the gradient counts as zero."""
+        time.sleep(self._update_s)
+        return 0.0
+
+
+def simulated_base(config: RunConfig) -> LanguageModel:
+    """A small model for the adapter of `simulated_lora` to sit on; no pass is ever made."""
+    model = fresh_llama(
+        vocab_size=_VOCABULARY,
+        width=_WIDTH,
+        layers=_LAYERS,
+        heads=4,
+        mlp_width=_MLP_WIDTH,
+        max_positions=64,
+        end_token=0,
+        seed=config.seed,
+    )
+    freeze(model)
+    return LanguageModel(
+        model=model, tokenizer=load_tokenizer(config.lm), fingerprint=fingerprint(model)
+    )
+
+
+def simulated_lora(config: SimulationConfig) -> LoRAConfig:
+    """An adapter of about `adapter_mb` megabytes on the wire."""
+    values = config.adapter_mb * 1e6 / _BYTES_PER_VALUE
+    return LoRAConfig(rank=max(1, round(values / _VALUES_PER_RANK)), targets="auto")
+
+
+def simulated_policy(config: RunConfig, task: Task) -> Callable[[int], SimulatedPolicy]:
+    """Makes the policy of an actor from a seed."""
+    return lambda seed: SimulatedPolicy(
+        task.actions,
+        triggers=frozenset() if task.tool is None else task.tool.triggers,
+        vocabulary=len(load_tokenizer(config.lm)),
+        max_rows=config.actors.max_rows,
+        decode_step_s=config.throughput.simulation.decode_step_ms / 1e3,
+        rng=np.random.default_rng(seed),
+    )
+
+
+def simulated_rank(config: RunConfig) -> SimulatedRank:
+    """A rank of a reward replica."""
+    vocabulary = len(load_tokenizer(config.lm))
+    return SimulatedRank(vocabulary, call_s=config.throughput.simulation.score_call_ms / 1e3)

@@ -1,0 +1,98 @@
+"""What `amortize throughput` says in a terminal."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.config.schema import RunConfig
+from cluster.experiments.throughput_experiment import sampling_s
+from cluster.experiments.throughput_records import Comparison, Row
+
+_STAGES = ("sampling", "scoring", "storing", "drawing", "learning")
+
+
+def show(
+    config: RunConfig,
+    rows: Sequence[Row],
+    comparison: Comparison,
+    *,
+    simulated: bool,
+    console: Console,
+) -> None:
+    """A table of rates, one of stages, and the two modes."""
+    console.print(f"[bold]{escape(config.task_name)}[/bold]: {_caption(config, simulated)}")
+    console.print(_rates(rows))
+    console.print(_stages(rows))
+    per_step = comparison.trajectories / comparison.steps
+    console.print(
+        f"asynchronous over synchronous: [bold]{comparison.async_over_sync:.2f}[/bold] "
+        f"({comparison.steps} steps of {per_step:g} trajectories with 1 actor: "
+        f"{comparison.asynchronous_s:.2f} s against {comparison.synchronous_s:.2f} s"
+        + (
+            f"; sampling, scoring, learning {config.throughput.simulation.balanced_ms:g} ms each)"
+            if simulated
+            else ")"
+        ),
+        soft_wrap=True,
+    )
+
+
+def _caption(config: RunConfig, simulated: bool) -> str:
+    if not simulated:
+        return "with the configured models"
+    waits = config.throughput.simulation
+    return (
+        f"model compute simulated: {sampling_s(config, waits.decode_step_ms):g} s to sample a "
+        f"batch, {waits.score_call_ms:g} ms to score one, {waits.update_ms:g} ms for a step; "
+        f"adapter of {waits.adapter_mb:g} MB"
+    )
+
+
+def _rates(rows: Sequence[Row]) -> Table:
+    table = Table(
+        "actors",
+        "replicas",
+        "trajectories/s",
+        f"interval ({rows[0].rate.coverage:.0%})",
+        "tokens/s",
+        "efficiency",
+        "bottleneck",
+        "overhead a batch",
+        box=None,
+    )
+    table.title, table.title_justify = "sampled, scored, stored and learned from", "left"
+    for row in rows:
+        over = row.overhead
+        table.add_row(
+            str(row.actors),
+            str(row.reward_replicas),
+            f"{row.rate.median:.2f}",
+            f"{row.rate.low:.2f} – {row.rate.high:.2f}",
+            f"{row.tokens_per_s:.0f}",
+            f"{row.efficiency:.1%}",
+            row.bottleneck,
+            "" if over is None else f"{over.seconds_per_batch * 1e3:.0f} ms, {over.share:.1%}",
+        )
+    return table
+
+
+def _stages(rows: Sequence[Row]) -> Table:
+    table = Table("actors", *_STAGES, box=None)
+    table.title = "what each stage alone could do: trajectories/s, tokens/s (share of time at work)"
+    table.title_justify = "left"
+    for row in rows:
+        table.add_row(str(row.actors), *_cells(row))
+    return table
+
+
+def _cells(row: Row) -> Iterator[str]:
+    stages = {stage.name: stage for stage in row.stages}
+    for name in _STAGES:
+        stage = stages.get(name)
+        yield (
+            "with sampling"
+            if stage is None
+            else f"{stage.trajectories_per_s:.0f}, {stage.tokens_per_s:.0f} ({stage.busy:.0%})"
+        )

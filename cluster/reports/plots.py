@@ -1,0 +1,96 @@
+"""Pictures of a run, as PNG files. Drawn without a display."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cluster.run.display import (
+    CORRECT,
+    ELBO,
+    IWAE_GAP,
+    LOG_REWARD,
+    LOSS,
+    POLICY_AGE,
+    TRAJECTORIES_PER_S,
+)
+from cluster.run.smoothing import smooth
+
+_SIZE_INCHES = (6.4, 3.2)
+_DOTS_PER_INCH = 110
+_RAW, _SMOOTH, _BEFORE, _AFTER = "#b9c9dc", "#1f5a96", "#b8bcc2", "#1f5a96"
+# Long runs are noisy: the drawn average reaches over about this share of the steps.
+_SMOOTHING_SHARE = 0.04
+
+# File name, metric, axis.
+_CURVES = (
+    ("loss", LOSS, "loss, nats²"),
+    ("reward", LOG_REWARD, "log reward, nats"),
+    ("correct", CORRECT, "right on-policy rationales, share"),
+    ("elbo", ELBO, "ELBO of log Z, nats"),
+    ("iwae_gap", IWAE_GAP, "KL(q || p) is at least, nats"),
+    ("policy_age", POLICY_AGE, "policy age, versions"),
+    ("throughput", TRAJECTORIES_PER_S, "trajectories per second"),
+)
+
+
+def draw_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
+    """One PNG for each metric that the rows hold; the files, in order of interest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return list(_curves(rows, folder))
+
+
+def draw_before_after(
+    before: Mapping[str, float], after: Mapping[str, float], path: Path, *, axis: str
+) -> Path:
+    """Bars of two measurements side by side, one pair for each label of `before`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = list(before)
+    figure, axes = _canvas()
+    places = range(len(labels))
+    for shift, values, colour, name in (
+        (-0.2, before, _BEFORE, "before"),
+        (0.2, after, _AFTER, "after"),
+    ):
+        heights = [100 * values.get(label, 0.0) for label in labels]
+        bars = axes.bar([p + shift for p in places], heights, 0.36, color=colour, label=name)
+        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
+    axes.set_xticks(list(places), labels)
+    axes.set_xlabel("operands")
+    axes.set_ylim(0, 109)
+    axes.set_ylabel(axis)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path)
+    return path
+
+
+def _curves(rows: Sequence[Mapping[str, float]], folder: Path) -> Iterator[Path]:
+    for name, key, axis in _CURVES:
+        points = [(row["step"], row[key]) for row in rows if key in row and "step" in row]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        figure, axes = _canvas()
+        span = max(1, round(_SMOOTHING_SHARE * len(values)))
+        axes.plot(steps, values, color=_RAW, linewidth=1)
+        axes.plot(steps, smooth(values, span), color=_SMOOTH, linewidth=1.8)
+        axes.set_xlabel("step")
+        axes.set_ylabel(axis)
+        if key == LOSS and min(values) > 0:
+            axes.set_yscale("log")
+        path = folder / f"{name}.png"
+        figure.savefig(path)
+        yield path
+
+
+def _canvas() -> tuple[Figure, Axes]:
+    # Not pyplot: it keeps every figure alive and looks for a display.
+    figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes

@@ -1,0 +1,218 @@
+"""What each process of a run is made of: from the configuration to wired objects.
+
+A run over Ray and a run in one process build the same parts here; only the ports between them
+differ.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actors.actor import RolloutActor
+from actors.demonstrations import seed_demonstrations
+from actors.direct_scorer import DirectScorer
+from actors.lagging import LaggingWeights
+from actors.policy import SamplingPolicy
+from actors.prompts import PromptStream
+from actors.protocols import Policy, Scorer, TrajectorySink, WeightSource
+from buffer.connection import connect
+from buffer.replay import ReplayBuffer
+from cluster.config.schema import RunConfig
+from cluster.run.directory import merged_folder
+from cluster.run.imitation import Learned, imitation
+from learner.agreement.gate import AgreementGate
+from learner.agreement.policy_history import PastPolicies
+from learner.agreement.quarantine import Quarantine
+from learner.checkpoint import Checkpoints
+from learner.config import LearnerConfig
+from learner.engine import Engine
+from learner.learner import Learner
+from learner.log_z import attach_log_z
+from learner.objectives.base import Objective
+from learner.objectives.db import DetailedBalance
+from learner.objectives.ppo import ClippedPolicyGradient
+from learner.objectives.raptb import RootedPrefixBalance
+from learner.objectives.subtb import SubTB
+from learner.objectives.tb import TrajectoryBalance
+from learner.protocols import Replay, WeightSink
+from lm.adapter import adapter_bytes, save_adapter
+from lm.merged import save_merged
+from lm.model import LanguageModel, attach_adapter, load_base
+from tasks.registry import build_task
+from tasks.task import Task
+
+MakeEngine = Callable[[Any, LearnerConfig], Engine]
+
+
+def build_buffer(config: RunConfig, *, run: str, url: str, password: str | None) -> ReplayBuffer:
+    """A client of the run's replay buffer, once it has been answered."""
+    client = connect(url, password=password, timeout_s=config.buffer.timeout_s)
+    return ReplayBuffer(client, run=run, config=config.buffer)
+
+
+def build_actor(
+    config: RunConfig,
+    *,
+    policy: Callable[[int], Policy],
+    task: Task,
+    name: str,
+    seed: Sequence[int],
+    buffer: TrajectorySink,
+    scorer: Scorer,
+    weights: WeightSource,
+) -> RolloutActor:
+    """A rollout actor that begins with the base's weights and takes up the learner's itself.
+
+    Args:
+        policy: makes one, of the base LM, from the seed of its draws.
+    """
+    prompt_seed, behaviour_seed, sampler_seed = np.random.SeedSequence(seed).spawn(3)
+    return RolloutActor(
+        name=name,
+        task_name=task.name,
+        query=task.reward_query,
+        verdict=task.verdict,
+        prompts=PromptStream(task.prompts, np.random.default_rng(prompt_seed)),
+        policy=policy(int(sampler_seed.generate_state(1)[0])),
+        scorer=scorer_of(task, scorer),
+        buffer=buffer,
+        weights=lagging(config, weights),
+        config=config.actors,
+        rng=np.random.default_rng(behaviour_seed),
+    )
+
+
+def model_policy(config: RunConfig, base: LanguageModel, task: Task) -> Callable[[int], Policy]:
+    """Makes the policy of a base LM, which becomes the policy's own, from a seed."""
+    return lambda seed: SamplingPolicy(
+        base,
+        task.actions,
+        task.tool,
+        lora=config.lora,
+        max_rows=config.actors.max_rows,
+        seed=seed,
+    )
+
+
+def lagging(config: RunConfig, weights: WeightSource) -> WeightSource:
+    """The weights as late as the configuration wants them."""
+    lag = config.actors.lag_versions
+    return LaggingWeights(weights, lag=lag, max_lag=config.max_lag_versions) if lag else weights
+
+
+def scorer_of(task: Task, replicas: Scorer) -> Scorer:
+    """Who scores this task: the reward replicas, or the task itself."""
+    return replicas if task.log_reward is None else DirectScorer(task.log_reward)
+
+
+def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer) -> int:
+    """Put the task's demonstrations into replay; how many. Harmless to repeat."""
+    return seed_demonstrations(
+        task.demonstrations,
+        task=task.name,
+        actions=task.actions,
+        query=task.reward_query,
+        verdict=task.verdict,
+        scorer=scorer_of(task, scorer),
+        buffer=buffer,
+        timeout_s=config.actors.score_timeout_s,
+    )
+
+
+def build_objective(config: LearnerConfig) -> Objective:
+    """The configured objective, one that learns from rewards."""
+    match config.objective:
+        case "subtb":
+            return SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
+        case "db":
+            return DetailedBalance(normalisation=config.normalisation)
+        case "raptb":
+            return RootedPrefixBalance(normalisation=config.normalisation)
+        case "tb":
+            return TrajectoryBalance()
+        case "ppo":
+            return ClippedPolicyGradient(clip=config.ppo_clip, kl=config.ppo_kl)
+        case "sft" | "joint":
+            raise ValueError(f"objective {config.objective!r} imitates: see imitation.py")
+
+
+def _learned(config: RunConfig, base: LanguageModel, task: Task, buffer: Replay) -> Learned:
+    """What the learner draws: from the buffer, unless it imitates."""
+    if config.learner.imitates:
+        return imitation(config, base, task)
+    objective = build_objective(config.learner)
+    return Learned(replay=buffer, actions=task.actions, objective=objective)
+
+
+def build_learner(
+    config: RunConfig,
+    *,
+    base: LanguageModel,
+    task: Task,
+    checkpoints: Path,
+    quarantine: Path,
+    make_engine: MakeEngine,
+    buffer: Replay,
+    weights: WeightSink,
+    warn: Callable[[str], None],
+    gated: bool = True,
+) -> Learner:
+    """One rank of the learner, where an earlier one of the run has left off: `Learner.take_up`.
+
+    Args:
+        quarantine: folder for trajectories that disagree with the learner.
+        warn: takes one line when there are some.
+        gated: whether samplers are held to the learner's own log q.
+    """
+    model = attach_adapter(base, config.lora, config.seed)
+    identity = {
+        "base": base.fingerprint,
+        "lora": config.lora.model_dump_json(),
+        "task": task.name,
+    }
+    log_z = None
+    if config.learner.log_z == "learned":
+        log_z = attach_log_z(model)
+        identity["log_z"] = config.learner.log_z
+    learned, gate = _learned(config, base, task, buffer), None
+    if gated and not config.learner.imitates:
+        gate = AgreementGate(
+            model=model,
+            actions=task.actions,
+            past=PastPolicies(model, max_age=config.buffer.max_age),
+            quarantine=Quarantine(quarantine),
+            config=config.learner,
+            warn=warn,
+        )
+    store = Checkpoints(checkpoints, identity=identity, keep=config.learner.checkpoints_kept)
+    learner = Learner(
+        model=model,
+        actions=learned.actions,
+        replay=learned.replay,
+        engine=make_engine(model, config.learner),
+        objective=learned.objective,
+        config=config.learner,
+        weights=weights,
+        rng=np.random.default_rng([config.seed, 1]),
+        checkpoints=store,
+        log_z=log_z,
+        against_base=config.learner.objective == "ppo",
+        gate=gate,
+    )
+    learner.take_up()
+    return learner
+
+
+def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapter: Path) -> None:
+    """Leave the adapter; of an M-step also the language model that it made: `merged_folder`."""
+    save_adapter(learner.model, adapter, base.fingerprint)
+    if config.learner.objective == "joint":
+        save_merged(config.lm, adapter_bytes(learner.model), merged_folder(adapter))
+
+
+def load_task(config: RunConfig) -> tuple[LanguageModel, Task]:
+    """The base LM and the task in its tokens."""
+    base = load_base(config.lm)
+    return base, build_task(config.task, base.tokenizer)

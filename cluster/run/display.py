@@ -1,0 +1,75 @@
+"""How figures of a run are named and written for people: the same live, in status and in plots."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from cluster.run.directory import RunState
+
+# What the driver adds to the learner's own metrics.
+TRAJECTORIES = "rollouts/trajectories"
+TRAJECTORIES_PER_S = "rollouts/trajectories_per_s"
+BUFFER_SIZE = "buffer/trajectories"
+TIME_LEFT_S = "time/left_s"
+ELAPSED_S = "time/elapsed_s"
+# The learner's.
+LOSS = "loss/value"
+LOG_REWARD = "reward/log_mean_nats"
+CORRECT = "reward/correct_fraction"
+POLICY_AGE = "policy/age_mean_versions"
+ELBO = "posterior/elbo_nats"
+IWAE_GAP = "posterior/iwae_gap_nats"
+
+
+class Figure(NamedTuple):
+    """A metric and how it is shown."""
+
+    key: str
+    label: str
+    write: Callable[[float], str]
+
+
+FIGURES = (
+    Figure(TRAJECTORIES_PER_S, "trajectories/s", lambda value: f"{value:.1f}"),
+    Figure(LOG_REWARD, "log reward", lambda value: f"{value:.2f} nats"),
+    Figure(CORRECT, "correct", lambda value: f"{value:.1%}"),
+    Figure(LOSS, "loss", lambda value: f"{value:.3g}"),
+    Figure(ELBO, "ELBO", lambda value: f"{value:.2f} nats"),
+    Figure(BUFFER_SIZE, "buffer", lambda value: f"{value:.0f}"),
+    Figure(POLICY_AGE, "policy age", lambda value: f"{value:.1f} versions"),
+    Figure(TIME_LEFT_S, "left", lambda value: duration(value)),
+)
+
+
+def figures(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Label and value of every figure that is known yet."""
+    for figure in FIGURES:
+        if figure.key in metrics:
+            yield figure.label, figure.write(metrics[figure.key])
+
+
+def parts(state: RunState) -> str:
+    """Parts that run of those wanted, such as 'actors 1/2, replicas 1/1'."""
+    return ", ".join(
+        f"{kind} {state.actual.get(kind, 0)}/{wanted}" for kind, wanted in state.desired.items()
+    )
+
+
+def phase(state: RunState) -> str:
+    """The phase; says so where the driver is gone without a good-bye."""
+    if state.ended or state.driver() is not None:
+        return state.phase
+    age = duration(max(0.0, time.time() - state.heartbeat_s))
+    return f"{state.phase}? (no driver on this machine; last heard from {state.host} {age} ago)"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 48 s, 3 min 5 s, 2 h 10 min, 3 d 4 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

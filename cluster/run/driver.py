@@ -1,0 +1,236 @@
+"""The driver of one run: steps it, shows it, records it, and ends it, whatever happens."""
+
+import time
+from collections.abc import Callable
+
+from buffer.stats import ReplayStats
+from cluster.config.schema import RunConfig
+from cluster.distributed.session import PendingMeasurement, Run, Session
+from cluster.distributed.waiting import cause_line, first_line
+from cluster.evaluation.measurement import Scores
+from cluster.run.directory import RunDirectory, RunPhase, ScaleAnswer, first_state, write_whole
+from cluster.run.metrics_log import MetricsLog
+from cluster.run.progress import Progress
+from cluster.run.resources import DoesNotFit
+from cluster.run.scale_request import BadRequest, ScaleRefused, ScaleRequest, take
+from cluster.run.terminal import Terminal
+
+_TICK_S = 0.1
+_STATE_EVERY_S = 1.0
+
+
+class Driver:
+    """Drives a run from `open` to the last word in `state.json`.
+
+    Args:
+        revive_buffer: restarts the run's Redis if it died; whether it had to.
+        buffer_stats: what is in the buffer now.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        directory: RunDirectory,
+        session: Session,
+        terminal: Terminal,
+        *,
+        revive_buffer: Callable[[], bool],
+        buffer_stats: Callable[[], ReplayStats],
+    ) -> None:
+        self._config = config
+        self._directory = directory
+        self._session = session
+        self._terminal = terminal
+        self._revive_buffer = revive_buffer
+        self._buffer_stats = buffer_stats
+        self._state = first_state(directory.name, steps=config.learner.steps)
+        self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
+        self._state_written_s = float("-inf")
+        self._stop_requested = False
+        self._recorded = 0
+        self._scores = read_scores(directory)
+
+    def request_stop(self) -> None:
+        """Checkpoint and end as soon as the step under way is done."""
+        self._stop_requested = True
+
+    def drive(self) -> Scores:
+        """Measure the base, train, measure the policy; what was measured.
+
+        A run that was stopped on request is not measured (again): it may be resumed.
+
+        Raises:
+            DoesNotFit, StartFailed, RunFailed, ...: after everything that had come up was stopped,
+                with a checkpoint if the learner could still write one.
+        """
+        try:
+            self._enter("starting")
+            self._session.open()
+            self._train()
+            self._enter("done" if self._measure() else "stopped")
+            return self._scores
+        except BaseException as error:
+            self._enter("failed", message=first_line(error))
+            raise
+        finally:
+            self._session.close()
+
+    def _train(self) -> None:
+        """Bring the run up, step it to its end, stop it in order; meanwhile measure the base."""
+        before = self._session.evaluate(None) if self._scores.before is None else None
+        run = self._session.start(self._event)
+        with MetricsLog(self._directory.metrics_file) as log:
+            try:
+                while not (run.finished or self._should_end()):
+                    self._scale_on_request(run)
+                    run.tick()
+                    if run.running and self._state.phase == "starting":
+                        self._enter("training")
+                        self._progress.begin()
+                    if before is not None and before.done():
+                        self._keep_before(before)
+                        before = None
+                    self._watch(run, log)
+            finally:
+                if not run.finished:
+                    self._enter("stopping")
+                killed = tuple(run.stop(self._config.cluster.stop_timeout_s))
+                self._state = self._state.model_copy(update={"killed": killed})
+                self._state_written_s = float("-inf")  # the last figures must be in the state
+                self._watch(run, log)
+        if before is not None and not self._stop_requested:
+            self._enter("evaluating")
+            if self._waited_for(before):
+                self._keep_before(before)
+
+    def _measure(self) -> bool:
+        """Measure the policy; False where the run was stopped instead."""
+        if self._stop_requested:
+            return False
+        self._enter("evaluating")
+        pending = self._session.evaluate(self._directory.adapter)
+        if not self._waited_for(pending):
+            return False
+        self._keep(self._scores.model_copy(update={"after": pending.result()}))
+        return True
+
+    def _scale_on_request(self, run: Run) -> None:
+        """Take a request to scale, and answer it in the state, which is written next."""
+        try:
+            request = take(self._directory)
+        except BadRequest as error:
+            self._event(str(error))
+            return
+        if request is not None:
+            answer = self._scale(run, request)
+            self._state = self._state.model_copy(update={"scale": answer})
+            self._state_written_s = float("-inf")
+
+    def _scale(self, run: Run, request: ScaleRequest) -> ScaleAnswer:
+        wanted = ", ".join(f"{number} {kind}" for kind, number in request.numbers.items())
+        try:
+            run.scale(**request.numbers)
+        except (ScaleRefused, DoesNotFit) as error:
+            self._event(f"not scaled to {wanted}: {error}")
+            return ScaleAnswer(id=request.id, outcome="refused", error=str(error))
+        self._event(f"scaling to {wanted}")
+        return ScaleAnswer(id=request.id, outcome="under way")
+
+    def _asked_to_stop(self) -> bool:
+        if self._directory.stop_request.exists():
+            self._stop_requested = True
+        return self._stop_requested
+
+    def _should_end(self) -> bool:
+        stopped = self._asked_to_stop()
+        if self._progress.time_is_up:
+            self._event(f"time limit of {self._config.cluster.time_limit_s:g} s reached")
+            return True
+        return stopped
+
+    def _watch(self, run: Run, log: MetricsLog) -> None:
+        """Record new rows, keep the buffer alive, show and write the state."""
+        if self._revive_buffer():
+            self._event("redis-server died; started again on its files")
+        status = run.learner_status
+        step = int(status.get("step", self._state.step))
+        totals = run.actor_totals()
+        self._progress.observe(trajectories=totals.get("trajectories", 0.0), step=step)
+        for row in run.learner_rows[self._recorded :]:
+            log.write(self._progress.row(row, step=int(row["progress/step"])))
+        self._recorded = len(run.learner_rows)
+        self._state = self._state.model_copy(
+            update={
+                "step": step,
+                "version": int(status.get("version", self._state.version)),
+                "address": self._session.address,
+                "scale": self._scale_so_far(run),
+                **run.counts(),
+            }
+        )
+        self._show(run)
+
+    def _scale_so_far(self, run: Run) -> ScaleAnswer | None:
+        """The answer to the last request, with what has become of it."""
+        answer = self._state.scale
+        if answer is None or answer.outcome == "refused":
+            return answer
+        outcome = "given up" if run.given_up else "done" if run.settled else "under way"
+        return answer.model_copy(update={"outcome": outcome, "error": run.given_up})
+
+    def _waited_for(self, pending: PendingMeasurement) -> bool:
+        """Wait until it is done; False if the run was stopped before."""
+        while not pending.done():
+            if self._asked_to_stop():
+                return False
+            self._show()
+            time.sleep(_TICK_S)
+        return True
+
+    def _keep_before(self, pending: PendingMeasurement) -> None:
+        """Keep the base's results; training is worth more than they are, so it goes on without."""
+        try:
+            self._keep(Scores(before=pending.result()))
+        except Exception as error:
+            self._event(f"the base LM could not be measured: {cause_line(error)}")
+
+    def _keep(self, scores: Scores) -> None:
+        self._scores = scores
+        write_whole(self._directory.scores_file, scores.model_dump_json(indent=2))
+
+    def _enter(self, phase: RunPhase, *, message: str = "") -> None:
+        self._state = self._state.model_copy(
+            update={"phase": phase, "message": message or self._state.message}
+        )
+        self._state_written_s = float("-inf")
+        self._show()
+
+    def _event(self, text: str) -> None:
+        self._terminal.event(text)
+        self._state = self._state.model_copy(update={"message": text})
+
+    def _show(self, run: Run | None = None) -> None:
+        """Show the state; write it once a second, or at once when the phase has changed.
+
+        With a run: its figures too, and tell them to who collects them.
+        """
+        now = time.monotonic()
+        if now - self._state_written_s < _STATE_EVERY_S:
+            return
+        self._state_written_s = now
+        update: dict[str, object] = {"heartbeat_s": time.time()}
+        if run is not None:
+            buffer = self._buffer_stats()
+            metrics = self._progress.shown(buffer_size=buffer.replay_size)
+            run.tell(metrics, buffer)
+            update["metrics"] = metrics
+        self._state = self._state.model_copy(update=update)
+        self._directory.write_state(self._state)
+        self._terminal.show(self._state)
+
+
+def read_scores(directory: RunDirectory) -> Scores:
+    """What earlier sittings of the run have measured."""
+    if not directory.scores_file.exists():
+        return Scores()
+    return Scores.model_validate_json(directory.scores_file.read_bytes())

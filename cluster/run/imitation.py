@@ -1,0 +1,129 @@
+"""What a learner imitates that asks no actor for trajectories.
+
+sft    the task's demonstrations Z; of a task that has answers instead, Y behind X as the
+       language model would write it
+joint  Z Y behind X, with Z ~ q(Z | X) of another run's policy: the M-step of EM
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from actors.demonstrations import Demonstration, unscored_demonstrations
+from buffer.replay import Group
+from buffer.trajectory import Trajectory
+from cluster.config.schema import RunConfig
+from cluster.evaluation.evaluated_policy import evaluated_policy
+from learner.demonstrations import DemonstrationDraws
+from learner.objectives.base import Objective
+from learner.objectives.likelihood import MaximumLikelihood
+from learner.objectives.texts import TextLikelihood, text_actions
+from learner.protocols import Replay
+from lm.actions import ActionSpace
+from lm.model import LanguageModel, context_limit, load_base
+from lm.sampling import Request
+from tasks.task import AnsweredTask, Task, TokenizerUnfit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """What is drawn, the actions under which it has its probability, and the loss."""
+
+    replay: Replay
+    actions: ActionSpace
+    objective: Objective
+
+
+def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
+    """Of `learner.objective`, which is one that imitates.
+
+    Raises:
+        NoDemonstrations, IllegalCompletion: sft has nothing that the policy could write.
+        TokenizerUnfit: texts need an end-of-text token, and there is none.
+    """
+    if config.learner.objective == "joint":
+        actions = _any_text(base)
+        later = LaterDraws(lambda: _draws(config, task, list(rationales(config, task)), actions))
+        return Learned(replay=later, actions=actions, objective=TextLikelihood())
+    if isinstance(task, AnsweredTask):
+        actions = _any_text(base)
+        draws = _draws(config, task, task.answered, actions)
+        return Learned(replay=draws, actions=actions, objective=TextLikelihood())
+    draws = _draws(config, task, task.demonstrations, task.actions)
+    return Learned(replay=draws, actions=task.actions, objective=MaximumLikelihood())
+
+
+def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:
+    """Texts Z Y behind X as the frozen LM reads it: `em.rationales` for every prompt of the task.
+
+    Z is drawn at temperature 1 from the policy in `em.policy`, a function of `seed`.
+
+    Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM.
+    """
+    policy = evaluated_policy(
+        config, load_base(config.lm), task, Path(str(config.em.policy)), seed=config.seed
+    )
+    number, context = config.em.rationales, task.reward_query.context
+    asked = [prompt for prompt in task.prompts for _ in range(number)]
+    drawn = policy.sample([Request(prompt=prompt.prompt) for prompt in asked])
+    for prompt, completion in zip(asked, drawn, strict=True):
+        text = (*completion.tokens.tolist(), *prompt.answer)
+        yield Demonstration(
+            prompt=dataclasses.replace(prompt, prompt=(*context, *prompt.scored_prompt)),
+            completion=text,
+            from_tool=(False,) * len(text),  # what a tool says is part of p(Z Y | X)
+        )
+
+
+class LaterDraws:
+    """A `Replay` that is made with the first draw: by rank 0 alone, when the run is up."""
+
+    def __init__(self, make: Callable[[], Replay]) -> None:
+        self._make = make
+        self._made: Replay | None = None
+
+    def draw(
+        self,
+        *,
+        num_groups: int,
+        num_replayed: int,
+        version: int,
+        rng: np.random.Generator,
+        timeout_s: float,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Group]:
+        """See `learner.protocols.Replay`."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made.draw(
+            num_groups=num_groups,
+            num_replayed=num_replayed,
+            version=version,
+            rng=rng,
+            timeout_s=timeout_s,
+            stop=stop,
+        )
+
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """Nothing disagrees with a text: no policy sampled it."""
+
+
+def _any_text(base: LanguageModel) -> ActionSpace:
+    end_token = base.tokenizer.eos_token_id
+    if end_token is None:
+        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
+    return text_actions(end_token=end_token, max_len=context_limit(base.model))
+
+
+def _draws(
+    config: RunConfig, task: Task, shown: Sequence[Demonstration], actions: ActionSpace
+) -> DemonstrationDraws:
+    """As many at a time as another objective has trajectories."""
+    trajectories = unscored_demonstrations(
+        shown, task=task.name, actions=actions, verdict=lambda prompt, completion: None
+    )
+    rows_per_group = config.actors.group_size + config.learner.replayed_per_group
+    return DemonstrationDraws(trajectories, rows=config.learner.groups_per_step * rows_per_group)

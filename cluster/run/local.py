@@ -1,0 +1,192 @@
+"""The same run in one process, without Ray: the same classes, wired directly.
+
+Actor and learner take turns, so the same seed gives the same trajectories and the same weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from actors.actor import RolloutActor
+from buffer.replay import BufferStarved, Group, ReplayBuffer
+from buffer.stats import ReplayStats
+from buffer.trajectory import Trajectory
+from cluster.config.schema import RunConfig
+from cluster.run import assembly as roles
+from cluster.run.scale_request import ScaleRefused
+from cluster.run.weight_store import WeightBoard
+from learner.engine import TorchEngine
+from lm.model import load_base
+from reward.replica import RewardReplica
+from reward.unsharded import WholeRank
+
+
+class RollingReplay:
+    """The buffer of a run in one process: where the learner would wait, somebody rolls out."""
+
+    def __init__(self, buffer: ReplayBuffer, roll_out: Callable[[], None]) -> None:
+        self._buffer = buffer
+        self._roll_out = roll_out
+
+    def draw(
+        self,
+        *,
+        num_groups: int,
+        num_replayed: int,
+        version: int,
+        rng: np.random.Generator,
+        timeout_s: float,
+        stop: Callable[[], bool],
+    ) -> list[Group]:
+        """See `ReplayBuffer.draw`."""
+        deadline_s = monotonic() + timeout_s
+        while True:
+            try:
+                return self._buffer.draw(
+                    num_groups=num_groups,
+                    num_replayed=num_replayed,
+                    version=version,
+                    rng=rng,
+                    timeout_s=0.0,
+                )
+            except BufferStarved:
+                if monotonic() >= deadline_s:
+                    raise
+                self._roll_out()
+
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """See `ReplayBuffer.discard`."""
+        self._buffer.discard(trajectories)
+
+
+class LocalRun:
+    """One actor, one reward rank and one learner rank, stepped by the driver.
+
+    Where the learner imitates, the learner alone.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        run: str,
+        checkpoints: Path,
+        adapter: Path,
+        quarantine: Path,
+        report: Callable[[str], None],
+        buffer_url: str,
+        buffer_password: str | None,
+    ) -> None:
+        self._config = config
+        self._groups_per_step = config.learner.groups_per_step
+        self._adapter = adapter
+        self._base, task = roles.load_task(config)
+        board = WeightBoard()
+        self._buffer = roles.build_buffer(config, run=run, url=buffer_url, password=buffer_password)
+        self._learner = roles.build_learner(
+            config,
+            base=self._base,
+            task=task,
+            checkpoints=checkpoints,
+            quarantine=quarantine,
+            make_engine=TorchEngine,
+            buffer=RollingReplay(self._buffer, self._roll_out),
+            weights=board,
+            warn=report,
+        )
+        self._replica: RewardReplica | None = None
+        self._actor: RolloutActor | None = None
+        if config.rollout_actors:
+            self._replica = RewardReplica(
+                WholeRank(load_base(config.lm).model), [], config.reward, name="reward-0"
+            )
+            self._actor = roles.build_actor(
+                config,
+                policy=roles.model_policy(config, load_base(config.lm), task),
+                task=task,
+                name="actor-0",
+                seed=(config.seed, 0, self._learner.version),
+                buffer=self._buffer,
+                scorer=self._replica,
+                weights=board,
+            )
+            roles.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
+        self._learner.publish()
+        self.learner_rows: list[dict[str, float]] = []
+
+    @property
+    def running(self) -> bool:
+        """Always: the constructor has brought everything up."""
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """Whether the learner has done its steps."""
+        return self._learner.completed_steps >= self._config.learner.steps
+
+    @property
+    def learner_status(self) -> dict[str, Any]:
+        """Step and version of the learner."""
+        return {"step": self._learner.completed_steps, "version": self._learner.version}
+
+    @property
+    def settled(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def given_up(self) -> str:
+        """Nothing: it has never more than it began with."""
+        return ""
+
+    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
+        """Refused: one process has one of each.
+
+        Raises:
+            ScaleRefused: always.
+        """
+        raise ScaleRefused(
+            "this run is one process (--local) with one actor and one replica: stop it, and go on "
+            "over Ray with --resume and without --local"
+        )
+
+    def tick(self) -> None:
+        """Roll out until the learner has its groups, then take one step.
+
+        Groups that are too old or wrong to be drawn are made up for during the step.
+        """
+        while self._actor is not None and self._buffer.depth() < self._groups_per_step:
+            self._roll_out()
+        self.learner_rows.append(self._learner.step())
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """One actor and one replica, wanted and had; none of either for demonstrations."""
+        number = 0 if self._actor is None else 1
+        parts = {"actors": number, "replicas": number}
+        return {"desired": parts, "actual": parts}
+
+    def actor_totals(self) -> dict[str, float]:
+        """The actor's counters."""
+        stats = {} if self._actor is None else asdict(self._actor.stats)
+        return {key: value for key, value in stats.items() if key != "version"}
+
+    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
+        """Without Ray nobody collects metrics."""
+
+    def stop(self, timeout_s: float) -> list[str]:
+        """Store what is in flight and checkpoint; nothing can be left to kill."""
+        if self._actor is not None:
+            self._actor.flush()
+        self._learner.checkpoint()
+        roles.save_result(self._config, self._learner, self._base, self._adapter)
+        if self._replica is not None:
+            self._replica.close(timeout_s)
+        return []
+
+    def _roll_out(self) -> None:
+        if self._actor is not None:
+            self._actor.step()

@@ -1,0 +1,164 @@
+"""What is checked before anything starts, so that a mistake costs a second and not a run.
+
+Each room raises its own errors; this calls them in order of price.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from buffer.config import BufferConfig
+from buffer.connection import connect
+from buffer.endpoint import PortInUse, is_free, port_in_use
+from buffer.executable import find_executable
+from cluster.config.schema import RunConfig
+from cluster.evaluation.evaluated_policy import likeness_of
+from cluster.run.directory import RunDirectory
+from cluster.run.imitation import imitation
+from cluster.run.resources import Node, check_fit
+from learner.log_z import check_log_z
+from lm.adapter import load_adapter
+from lm.model import adapted_layers, context_limit, load_base
+from tasks.config import ContinuationConfig, InfillingConfig
+from tasks.registry import build_task
+from tasks.task import MeasuredTask, QuestionTask, Task
+
+
+class LocalIsOne(ValueError):
+    """`--local` was asked for with more processes than one."""
+
+
+class NoAdapter(FileNotFoundError):
+    """A folder that should hold an adapter does not."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt that leaves no room in the model for what is written behind it."""
+
+
+def check_before_start(
+    config: RunConfig,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    address: str | None,
+    local: bool,
+) -> None:
+    """Everything that can be known of a run before its first process.
+
+    Args:
+        address: of a Ray cluster that exists; None starts one on this machine.
+
+    Raises:
+        RunExists, RunMissing, RunAlive: about the run's name.
+        LocalIsOne, DoesNotFit: more processes than there is room for.
+        WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
+        ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the models and the data.
+        PromptTooLong: about both.
+        LogZUnused, NoDemonstrations: about the objective.
+    """
+    directory.check(resume=resume)
+    if local:
+        check_local(config)
+    elif address is None:
+        # Ray counts this machine's GPUs itself, when it starts.
+        cpus = config.cluster.cpus or os.cpu_count() or 1
+        check_fit(config, [Node(cpus, float("inf"))])
+    check_buffer(config.buffer)
+    here = local or address is None
+    # The cluster's nodes have the GPUs; this machine need not have one.
+    check_model_and_data(config if here else on_cpu(config))
+
+
+def check_local(config: RunConfig) -> None:
+    """Raise LocalIsOne when one process would have to be several."""
+    counts = {
+        "reward.ranks": config.reward.ranks,
+        "learner.ranks": config.learner.ranks,
+    }
+    several = [f"{name} = {count}" for name, count in counts.items() if count > 1]
+    if several:
+        raise LocalIsOne(
+            f"--local is one process, but {' and '.join(several)}: set to 1, or leave --local out"
+        )
+
+
+def check_buffer(config: BufferConfig) -> None:
+    """Raise unless the Redis of `config` answers, or one could be started as it says."""
+    if config.url is not None:
+        password = config.password.get_secret_value() if config.password else None
+        connect(config.url, password=password, timeout_s=config.timeout_s).close()
+        return
+    find_executable()
+    if config.transport == "tcp" and config.port and not is_free(config.address, config.port):
+        raise PortInUse(port_in_use(config.address, config.port))
+
+
+def check_model_and_data(config: RunConfig) -> None:
+    """Raise unless the model loads and every file of the task is such as it can use.
+
+    Reads the weights: files that do not belong together show only then.
+    """
+    base = load_base(config.lm)
+    adapted_layers(base.model, config.lora)
+    task = build_task(config.task, base.tokenizer)
+    check_log_z(config.learner, task.actions)
+    check_lengths(config, task, context_limit(base.model))
+    if config.learner.imitates:
+        imitation(config, base, task)
+    if config.learner.objective == "joint":
+        policy = Path(str(config.em.policy))
+        check_adapter(policy)
+        load_adapter(base, policy)
+    if isinstance(config.task, InfillingConfig | ContinuationConfig) and config.task.tests:
+        likeness_of(config.task.embedder)
+
+
+def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
+    """Raise PromptTooLong where a prompt leaves a model of `limit` positions no room.
+
+    Those to be measured on count too, and are read here; worked examples in front of them
+    (`evaluation.shots`), and what a tool writes behind the last step, are not foreseen.
+    """
+    longest, measured = task.actions.max_len, config.evaluation.max_items
+    questions = _question_lengths(task, config.task.tests, measured)
+    for text, length in (*_prompt_lengths(task, measured), *questions):
+        if (needed := longest + length) > limit:
+            raise PromptTooLong(
+                f"task {task.name!r}: prompt {text[:60]!r} needs {needed} positions with a "
+                f"completion of max_len = {longest} and its answer, the model has {limit}: take "
+                "the prompt out, shorten it, or lower task.max_len"
+            )
+
+
+def _prompt_lengths(task: Task, measured: int | None) -> Iterator[tuple[str, int]]:
+    """Text of each prompt, and tokens of it and its answer as whoever reads most of it does."""
+    context = len(task.reward_query.context)
+    tests = task.test_prompts[:measured] if isinstance(task, MeasuredTask) else ()
+    for prompt in (*task.prompts, *tests):
+        scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
+        yield prompt.text, max(len(prompt.prompt), scored)
+
+
+def _question_lengths(
+    task: Task, tests: Sequence[str], measured: int | None
+) -> Iterator[tuple[str, int]]:
+    """The same of test questions, which the LM answers in its own words."""
+    if isinstance(task, QuestionTask):
+        others = len(task.reward_query.context) + task.answer_actions.max_len
+        for item in (item for path in tests for item in task.test_items(path)[:measured]):
+            yield item.text, others + len(item.prompt)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise NoAdapter unless `folder` looks like one; whose it is, only loading tells."""
+    if not (folder / "adapter_config.json").is_file():
+        raise NoAdapter(
+            f"{folder} holds no adapter (no adapter_config.json): give the 'adapter' folder of a "
+            f"run, or name the run with --run"
+        )
+
+
+def on_cpu(config: RunConfig) -> RunConfig:
+    """The same run with its models on the CPU."""
+    return config.model_copy(update={"lm": config.lm.model_copy(update={"device": "cpu"})})

@@ -1,0 +1,94 @@
+"""What a person sees while a run goes on: a live panel, or a plain line now and then."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from cluster.run.directory import RunState
+from cluster.run.display import ELAPSED_S, duration, figures, parts
+
+PLAIN_EVERY_S = 5.0
+_REFRESH_PER_S = 4.0
+
+
+class Terminal:
+    """Shows states of a run, and events as they come.
+
+    On a terminal the panel is redrawn in place. Anywhere else, a pipe or a log file, a line is
+    written every `plain_every_s` seconds and whenever the phase changes.
+    """
+
+    def __init__(
+        self, *, console: Console | None = None, plain_every_s: float = PLAIN_EVERY_S
+    ) -> None:
+        self._console = console or Console()
+        self._live: Live | None = None
+        self._plain_every_s = plain_every_s
+        self._last_plain_s = float("-inf")
+        self._phase = ""
+
+    def __enter__(self) -> "Terminal":
+        if self._console.is_terminal:
+            self._live = Live(
+                console=self._console, refresh_per_second=_REFRESH_PER_S, transient=True
+            )
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.__exit__(kind, error, traceback)
+            self._live = None
+
+    def event(self, text: str) -> None:
+        """Say something that stays, such as 'actor 2 died, replaced'."""
+        clock = time.strftime("%H:%M:%S")
+        self._console.print(Text(f"{clock} {text}"), soft_wrap=True)
+
+    def show(self, state: RunState) -> None:
+        """Show how far the run is."""
+        if self._live is not None:
+            self._live.update(panel(state))
+            return
+        now = time.monotonic()
+        if state.phase != self._phase or now - self._last_plain_s >= self._plain_every_s:
+            self._phase, self._last_plain_s = state.phase, now
+            self._console.print(Text(plain_line(state)), soft_wrap=True)
+
+
+def plain_line(state: RunState) -> str:
+    """The state in one line."""
+    pieces = [f"{state.phase} step {state.step}/{state.steps} version {state.version}"]
+    pieces += [f"{label} {value}" for label, value in figures(state.metrics)]
+    if state.desired:
+        pieces.append(parts(state))
+    return " | ".join(pieces)
+
+
+def panel(state: RunState) -> Group:
+    """The state as a bar and a grid of figures."""
+    head = Text.assemble(
+        (state.run, "bold"),
+        f"  {state.phase}  step {state.step} of {state.steps}  version {state.version}  ",
+        (parts(state), "green" if state.actual == state.desired else "yellow"),
+    )
+    if ELAPSED_S in state.metrics:
+        head.append(f"  {duration(state.metrics[ELAPSED_S])}")
+    grid = Table.grid(padding=(0, 3))
+    shown = list(figures(state.metrics))
+    for _ in shown:
+        grid.add_column()
+    grid.add_row(*(Text(label, style="dim") for label, _ in shown))
+    grid.add_row(*(Text(value, style="bold") for _, value in shown))
+    bar = ProgressBar(total=max(state.steps, 1), completed=state.step, width=60)
+    return Group(head, bar, grid)

@@ -1,0 +1,281 @@
+"""The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+from torch import nn
+
+from buffer.replay import BufferStarved, Group
+from buffer.trajectory import Trajectory
+from learner.agreement.comparison import Comparison, compare, incomparable, rounding_tolerance
+from learner.agreement.disagreement import Disagreement
+from learner.agreement.policy_history import PastPolicies
+from learner.agreement.quarantine import Quarantine
+from learner.config import LearnerConfig
+from learner.protocols import Replay
+from lm.actions import ActionSpace
+
+Pair = tuple[str, int]  # an actor, and the policy version that it claims
+Compared = dict[Trajectory, Comparison]
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What became of the sampled trajectories of one step; demonstrations are none.
+
+    checked + vouched + unchecked = all of them.
+    """
+
+    checked: int = 0  # compared
+    vouched: int = 0  # not, but another of the same actor and version agreed
+    unchecked: int = 0  # neither
+    quarantined: int = 0
+    admitted_max_nats: float = 0.0  # largest gap of those that were compared and let through
+    seconds: float = 0.0
+
+
+class AgreementGate:
+    """Draws for the learner, and takes out what disagrees with the learner's own log q.
+
+    A trajectory of version v is recomputed with the adapter that was published as v. To do so with
+    all of them would cost one more forward pass of everything. In each draw these are compared:
+
+    - of every actor and version among the fresh trajectories, the one with the most decisions;
+      likewise of those that only replay brings, unless an earlier comparison vouches for them;
+    - everything of an actor of which one of these disagrees;
+    - everything of an actor and version that have ever disagreed;
+    - `agreement_check_share` of the others of these versions, whose weights are in place by then.
+
+    What disagrees by more than the tolerance goes into quarantine. So nothing that was compared
+    and is wrong ever reaches the loss, and an actor whose every completion is wrong is caught at
+    the first group of it that is drawn, before anything of it is let through. Damage that shows in
+    few completions is found when one of them is compared, and not before.
+
+    A version that is not kept (it is too old, or of a run before it was resumed) cannot be
+    recomputed: its trajectories count as unchecked and are let through, unless their actor has
+    disagreed at just that version.
+
+    Only rank 0 of the learner uses it. It leaves the model as it was, bit for bit, and the random
+    numbers of the run alone: while all agree, a run is the same with and without it.
+
+    Args:
+        past: the model's earlier adapters; filled by `keep`.
+        warn: takes one line for people when an actor disagrees at a version for the first time.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        actions: ActionSpace,
+        past: PastPolicies,
+        quarantine: Quarantine,
+        config: LearnerConfig,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._model = model
+        self._actions = actions
+        self._past = past
+        self._quarantine = quarantine
+        self._config = config
+        self._warn = warn
+        self._tolerance_nats = config.agreement_tolerance_nats or rounding_tolerance(model)
+        self._disagreement = Disagreement(
+            max_share=config.agreement_max_share, tolerance_nats=self._tolerance_nats
+        )
+        self._agreed: set[Pair] = set()
+        self._wrong: set[Pair] = set()
+        self._counts = _Counts()
+
+    def keep(self, version: int, adapter: bytes) -> None:
+        """Remember the adapter that is published as `version`."""
+        self._past.keep(version, adapter)
+        self._agreed = {pair for pair in self._agreed if pair[1] in self._past}
+
+    def draw(
+        self,
+        replay: Replay,
+        *,
+        num_groups: int,
+        num_replayed: int,
+        version: int,
+        rng: np.random.Generator,
+        timeout_s: float,
+        stop: Callable[[], bool],
+    ) -> list[Group]:
+        """As `replay.draw`, without what is quarantined; the model holds `version` now.
+
+        A group of which nothing fresh is left is replaced by another. None once `stop()` holds
+        while the replay waits.
+
+        Raises:
+            BufferStarved: too few groups, or too few that agree, in `timeout_s`.
+            SamplersDisagree: too much of the last draws is wrong.
+        """
+        deadline_s = monotonic() + timeout_s
+        self._counts = _Counts()
+        admitted: list[Group] = []
+        while missing := num_groups - len(admitted):
+            left_s = deadline_s - monotonic()
+            if left_s < 0 < self._counts.quarantined:
+                raise BufferStarved(
+                    f"{len(admitted)} of {num_groups} groups agree with the learner on log q after "
+                    f"{timeout_s:.1f} s; {self._counts.quarantined} trajectories were quarantined"
+                )
+            drawn = replay.draw(
+                num_groups=missing,
+                num_replayed=num_replayed,
+                version=version,
+                rng=rng,
+                timeout_s=max(left_s, 0.0),
+                stop=stop,
+            )
+            if not drawn:
+                return []
+            started_s = monotonic()
+            admitted += self._admit(replay, drawn, version)
+            self._counts.seconds += monotonic() - started_s
+        return admitted
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last `draw`."""
+        counts = self._counts
+        metrics = {
+            "agreement/checked": float(counts.checked),
+            "agreement/vouched": float(counts.vouched),
+            "agreement/unchecked": float(counts.unchecked),
+            "agreement/quarantined": float(counts.quarantined),
+            "time/agreement_s": counts.seconds,
+        }
+        if counts.checked > counts.quarantined:
+            metrics["agreement/admitted_max_nats"] = counts.admitted_max_nats
+        return metrics
+
+    def _admit(self, replay: Replay, drawn: Sequence[Group], version: int) -> list[Group]:
+        """The groups without what is wrong, and without those of which nothing fresh is left."""
+        fresh = _sampled(t for group in drawn for t in group.fresh)
+        replayed = _sampled(t for group in drawn for t in group.replayed)
+        wrong = self._find_wrong(fresh, replayed, version)
+        if wrong:
+            evidence = self._shut_away(wrong)
+            replay.discard([t for t in replayed if t in wrong])
+            self._disagreement.check(evidence)
+        groups = [
+            Group(
+                prompt_key=group.prompt_key,
+                fresh=tuple(t for t in group.fresh if t not in wrong),
+                replayed=tuple(t for t in group.replayed if t not in wrong),
+            )
+            for group in drawn
+        ]
+        return [group for group in groups if group.fresh]
+
+    def _find_wrong(
+        self, fresh: Sequence[Trajectory], replayed: Sequence[Trajectory], version: int
+    ) -> Compared:
+        sampled = [*fresh, *replayed]
+        compared = self._compare(self._choose(fresh, replayed, version), version)
+        suspects = {t.actor for t, outcome in compared.items() if self._is_wrong(outcome)}
+        rest = [t for t in sampled if t.actor in suspects and t not in compared]
+        compared |= self._compare(rest, version)
+        wrong = {t: outcome for t, outcome in compared.items() if self._is_wrong(outcome)}
+        wrong_pairs = self._wrong | {_pair(t) for t in wrong}
+        lost = [t for t in sampled if t not in compared and _pair(t) in wrong_pairs]
+        wrong |= {t: incomparable(t, version) for t in lost}
+        self._agreed |= {_pair(t) for t in compared}
+        self._agreed -= wrong_pairs
+        self._count(sampled, compared, wrong)
+        return wrong
+
+    def _choose(
+        self, fresh: Sequence[Trajectory], replayed: Sequence[Trajectory], version: int
+    ) -> list[Trajectory]:
+        """What to compare before anything is known of this draw."""
+        probes = _most_telling(fresh)
+        strangers = [t for t in replayed if _pair(t) not in probes.keys() | self._agreed]
+        chosen = dict.fromkeys([*probes.values(), *_most_telling(strangers).values()])
+        chosen |= dict.fromkeys(t for t in (*fresh, *replayed) if _pair(t) in self._wrong)
+        versions = {t.policy_version for t in chosen}
+        sampled = (*fresh, *replayed)
+        rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
+        # The version is the seed, so that a resumed run chooses as the uninterrupted one.
+        lots = np.random.default_rng(version).random(len(rest))
+        share = self._config.agreement_check_share
+        return [*chosen, *(t for t, lot in zip(rest, lots, strict=True) if lot < share)]
+
+    def _compare(self, trajectories: Sequence[Trajectory], version: int) -> Compared:
+        """A comparison for each whose version the model holds or held."""
+        by_version: dict[int, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            by_version.setdefault(trajectory.policy_version, []).append(trajectory)
+        outcomes: list[Comparison] = []
+        for sampled_at, same in by_version.items():
+            if sampled_at == version:
+                outcomes += self._compare_now(same, version)
+            elif sampled_at in self._past:
+                with self._past.as_of(sampled_at):
+                    outcomes += self._compare_now(same, version)
+        return {outcome.trajectory: outcome for outcome in outcomes}
+
+    def _compare_now(self, same: Sequence[Trajectory], version: int) -> list[Comparison]:
+        return compare(
+            self._model,
+            self._actions,
+            same,
+            learner_version=version,
+            token_budget=self._config.token_budget,
+        )
+
+    def _is_wrong(self, outcome: Comparison) -> bool:
+        return not outcome.gap_nats <= self._tolerance_nats  # NaN is wrong too
+
+    def _count(self, sampled: Sequence[Trajectory], compared: Compared, wrong: Compared) -> None:
+        others = [t for t in sampled if t not in compared]
+        vouched = sum(_pair(t) in self._agreed for t in others)
+        admitted = [outcome.gap_nats for t, outcome in compared.items() if t not in wrong]
+        counts = self._counts
+        counts.checked += len(compared)
+        counts.vouched += vouched
+        counts.unchecked += len(others) - vouched
+        counts.quarantined += len(wrong)
+        counts.admitted_max_nats = max([counts.admitted_max_nats, *admitted])
+        judged = len(compared) + vouched + sum(t in wrong for t in others)
+        self._disagreement.note(judged, list(wrong.values()))
+
+    def _shut_away(self, wrong: Compared) -> Path:
+        """Write what is wrong to disk and warn of whom it is news; the file."""
+        evidence = self._quarantine.keep(list(wrong.values()))
+        by_pair: dict[Pair, list[Comparison]] = {}
+        for trajectory, outcome in wrong.items():
+            by_pair.setdefault(_pair(trajectory), []).append(outcome)
+        for pair in [pair for pair in by_pair if pair not in self._wrong]:
+            self._wrong.add(pair)
+            self._warn(
+                f"{len(by_pair[pair])} trajectories quarantined: log q of "
+                f"{self._disagreement.describe(by_pair[pair])}; kept in {evidence}"
+            )
+        return evidence
+
+
+def _sampled(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
+    """Without demonstrations, which no policy sampled."""
+    return [t for t in trajectories if t.behaviour != "demonstration"]
+
+
+def _pair(trajectory: Trajectory) -> Pair:
+    return trajectory.actor, trajectory.policy_version
+
+
+def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
+    """Of each actor and version, the trajectory with the most decisions to compare."""
+    best: dict[Pair, Trajectory] = {}
+    for trajectory in sorted(trajectories, key=_num_decisions):
+        best[_pair(trajectory)] = trajectory
+    return best
+
+
+def _num_decisions(trajectory: Trajectory) -> int:
+    return int((~trajectory.from_tool).sum()) + trajectory.stops.size

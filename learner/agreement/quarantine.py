@@ -1,0 +1,86 @@
+"""Where trajectories go that the learner does not believe: into files, for people to look at.
+
+quarantine/0001.records     each learner process begins a file of its own, and a new one when full
+
+A record is its length (4 bytes, little-endian) and a msgpack array.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgpack
+import numpy as np
+
+from buffer.trajectory import pack, unpack
+from learner.agreement.comparison import Comparison
+
+_MAX_FILE_BYTES = 64 << 20
+_PATTERN = "[0-9][0-9][0-9][0-9].records"
+
+
+class Quarantine:
+    """Keeps all that it is given, in files of bounded size; none is ever overwritten."""
+
+    def __init__(self, folder: Path, *, max_file_bytes: int = _MAX_FILE_BYTES) -> None:
+        self._folder = folder
+        self._max_file_bytes = max_file_bytes
+        self._path: Path | None = None
+        self._size = 0
+
+    def keep(self, comparisons: Sequence[Comparison]) -> Path:
+        """Append; when this returns they survive a loss of power. The file they are in."""
+        data = b"".join(map(_encode, comparisons))
+        if self._path is None or self._size + len(data) > self._max_file_bytes:
+            self._path, self._size = self._next_path(), 0
+        with self._path.open("ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._size += len(data)
+        return self._path
+
+    def _next_path(self) -> Path:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.stem) for path in self._folder.glob(_PATTERN)]
+        return self._folder / f"{max(taken, default=0) + 1:04d}.records"
+
+
+def read_quarantine(folder: Path) -> Iterator[Comparison]:
+    """Everything kept in a folder, oldest first.
+
+    What a crash cut off at the end of a file is passed over. Raises MalformedTrajectory for a
+    record whose trajectory is none.
+    """
+    for path in sorted(folder.glob(_PATTERN)):
+        data = path.read_bytes()
+        end = 0
+        while (start := end + 4) <= len(data):
+            end = start + int.from_bytes(data[end:start], "little")
+            if end > len(data):
+                break
+            yield _decode(data[start:end])
+
+
+def _encode(comparison: Comparison) -> bytes:
+    record: bytes = msgpack.packb(
+        (
+            pack(comparison.trajectory),
+            comparison.learner_version,
+            comparison.gap_nats,
+            comparison.log_q_token.astype("<f4").tobytes(),
+            comparison.log_q_stop.astype("<f4").tobytes(),
+        )
+    )
+    return len(record).to_bytes(4, "little") + record
+
+
+def _decode(record: bytes) -> Comparison:
+    trajectory, learner_version, gap_nats, log_q_token, log_q_stop = msgpack.unpackb(record)
+    return Comparison(
+        trajectory=unpack(trajectory),
+        learner_version=learner_version,
+        gap_nats=gap_nats,
+        log_q_token=np.frombuffer(log_q_token, "<f4"),
+        log_q_stop=np.frombuffer(log_q_stop, "<f4"),
+    )

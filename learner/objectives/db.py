@@ -1,0 +1,48 @@
+"""Detailed balance (Bengio et al. 2023, "GFlowNet foundations"), modified for stop states.
+
+The form without a learned flow is that of Deleu et al. (2022). The shortest spans of SubTB alone,
+the limit of its lambda -> 0.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.objectives.base import (
+    Normalisation,
+    ObjectiveInput,
+    ObjectiveValue,
+    sum_losses,
+    sum_weights,
+)
+from learner.objectives.potential import count_states, log_z_of, state_potentials, with_root
+
+
+@dataclass(frozen=True)
+class DetailedBalance:
+    """Squared imbalance between neighbouring stop states s, s' of a trajectory.
+
+        (log F(s) + sum of log q(z | ..) from s to s' - log F(s'))^2,   F(s) = R(s ⊤) / q(⊤ | s)
+
+    which is (phi_j+1 - phi_j)^2 of their potentials. Tokens between two stop states, where the
+    policy may not stop, make one step together. The root enters as `with_root` says.
+    """
+
+    normalisation: Normalisation = "batch"
+
+    def weight(self, stop_BS: Tensor) -> Tensor:
+        """Neighbours summed over the rows, or the number of rows that have any."""
+        return sum_weights(count_states(stop_BS) - 1, self.normalisation)
+
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
+        phi_BS = state_potentials(batch)
+        log_z_B = log_z_of(batch, phi_BS)
+        phi_BN, real_BN = with_root(phi_BS, batch.stop_BS, log_z_B)
+        # Real states come first, so a real one that is not the first follows a real one.
+        residual_BN = torch.where(real_BN[:, 1:], phi_BN[:, 1:] - phi_BN[:, :-1], 0.0)
+        loss_B = residual_BN.square().sum(1)
+        return ObjectiveValue(
+            total=sum_losses(loss_B, real_BN.sum(1) - 1, self.normalisation),
+            row_sums={"log_z_nats": log_z_B.detach().sum()},
+        )

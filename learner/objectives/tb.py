@@ -1,0 +1,38 @@
+"""Trajectory balance (Malkin et al. 2022, eq. 14), log Z from the group or learned.
+
+From the group it is VarGrad (Richter et al. 2020; Zhang et al. 2023). The longest span of SubTB
+alone: the limit of its lambda -> infinity.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learner.objectives.base import ObjectiveInput, ObjectiveValue
+from learner.objectives.potential import log_z_of, state_potentials, terminal_potentials
+
+
+@dataclass(frozen=True)
+class TrajectoryBalance:
+    """Squared imbalance of whole trajectories, root to terminal state.
+
+        (log Z(X) + log q(Z ⊤ | X) - log R(Z ⊤) / T)^2
+
+    Estimated from the group, log Z(X) is the mean over the trajectories of the prompt, detached,
+    so that the gradient is that of their variance, and a prompt with a single trajectory teaches
+    nothing. Stop states on the way do not enter: their rewards neither help nor, where they are
+    noise, disturb.
+    """
+
+    def weight(self, stop_BS: Tensor) -> Tensor:
+        """The number of rows."""
+        return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
+
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
+        phi_BS = state_potentials(batch)
+        log_z_B = log_z_of(batch, phi_BS)
+        residual_B = log_z_B + terminal_potentials(phi_BS, batch.stop_BS)
+        return ObjectiveValue(
+            total=residual_B.square().sum(), row_sums={"log_z_nats": log_z_B.detach().sum()}
+        )

@@ -1,0 +1,179 @@
+"""Sums and differences of one-digit operands, worked out in steps with a calculator.
+
+X 'Question: 6 - 0 - 4 = ? Answer:', Z ' 6 - 0 = 6, 6 - 4 = 2' (results inserted by the
+calculator), Y '. The answer is 2.' (Hu et al. 2024, section 4.4). The policy stops by the token
+'.', the first of Y, so an untrained policy stops where the language model would.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from actors.demonstrations import Demonstration
+from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
+from lm.actions import ActionSpace
+from tasks.arithmetic.calculator import Calculator
+from tasks.arithmetic.data import Item, load_demonstrations, load_items
+from tasks.arithmetic.expression import answer_text
+from tasks.config import ArithmeticConfig
+from tasks.task import TestItem, Tokenizer, TokenizerUnfit
+
+STOP_TEXT = "."
+LONGEST_ANSWER = -9999  # no sum of a readable rationale takes more characters
+LEGAL_CHARACTERS = frozenset("0123456789+-=, ")
+_LAST_RESULT = re.compile(r"= (-?[0-9]+)$")
+_ANSWER = re.compile(r"\. The answer is (-?[0-9]+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """The task on loaded data; see tasks.task.Task."""
+
+    tokenizer: Tokenizer
+    actions: ActionSpace
+    answer_actions: ActionSpace
+    tool: Calculator
+    prompts: tuple[Prompt, ...]
+    demonstrations: tuple[Demonstration, ...]
+    reward_query: RewardQuery
+    log_reward: None = None
+    name: str = "arithmetic"
+
+    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
+        """Whether the last step's result is the answer of the prompt."""
+        result = _LAST_RESULT.search(self.tokenizer.decode(list(completion)))
+        answer = self.parse_answer(self.tokenizer.decode(list(prompt.answer)))
+        return result is not None and int(result[1]) == answer
+
+    def valid(self, completion: Sequence[int]) -> bool:
+        """All that can be sampled is a rationale, if a poor one."""
+        return True
+
+    def parse_answer(self, text: str) -> int | None:
+        """The number in '. The answer is -6.'; None for anything else."""
+        match = _ANSWER.match(text)
+        return None if match is None else int(match[1])
+
+    def test_items(self, path: str) -> tuple[TestItem, ...]:
+        """The questions of a file in the task's format; raises DataError."""
+        seen = {prompt.text for prompt in self.prompts}
+        return tuple(
+            TestItem(
+                text=item.expression.question,
+                prompt=encode(self.tokenizer, item.expression.question),
+                operands=len(item.expression.operands),
+                answer=item.answer,
+                unseen=item.expression.question not in seen,
+            )
+            for item in load_items(path)
+        )
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmetic:
+    """Load the data and encode it; raises DataError, TokenizerUnfit."""
+    worked = load_demonstrations(config.demonstrations)
+    if config.reward_demonstrations > len(worked):
+        raise ValueError(
+            f"reward_demonstrations is {config.reward_demonstrations}, but "
+            f"{config.demonstrations} holds {len(worked)}"
+        )
+    tool = Calculator(tokenizer)
+    actions = build_actions(tokenizer, config)
+    questions = [(item, config.demonstration_weight) for item in worked]
+    questions += [(item, config.question_weight) for item in load_items(config.questions)]
+    prompts: dict[str, Prompt] = {}
+    for item, weight in questions:  # a question that comes again counts where it came first
+        prompts.setdefault(item.expression.text, _prompt(item, weight, tokenizer))
+    return Arithmetic(
+        tokenizer=tokenizer,
+        actions=actions,
+        answer_actions=build_answer_actions(tokenizer),
+        tool=tool,
+        prompts=tuple(prompts.values()),
+        demonstrations=tuple(
+            demonstrate(prompts[item.expression.text], item.steps or (), tokenizer, tool)
+            for item in worked
+        ),
+        reward_query=RewardQuery(
+            kind="suffix",
+            stop_token=actions.stop_token,
+            context=_reward_context(worked[: config.reward_demonstrations], tokenizer),
+        ),
+    )
+
+
+def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace:
+    """All tokens that spell digits, signs, commas and spaces; raises TokenizerUnfit."""
+    stop = encode(tokenizer, STOP_TEXT)
+    if len(stop) != 1:
+        raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    legal = tuple(i for i, text in enumerate(texts) if text and LEGAL_CHARACTERS.issuperset(text))
+    return ActionSpace(
+        stop_token=stop[0],
+        legal_tokens=legal,
+        min_len=config.min_len,
+        max_len=config.max_len,
+        stop_after_tool=config.stop_after_tool,
+    )
+
+
+def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:
+    """Any text as long as an answer can be; raises TokenizerUnfit."""
+    if tokenizer.eos_token_id is None:
+        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
+    return ActionSpace(
+        stop_token=tokenizer.eos_token_id,
+        legal_tokens=None,
+        min_len=1,
+        max_len=len(encode(tokenizer, answer_text(LONGEST_ANSWER))),
+    )
+
+
+def demonstrate(
+    prompt: Prompt, steps: Sequence[str], tokenizer: Tokenizer, tool: Calculator
+) -> Demonstration:
+    """The rationale as the policy would sample it: the calculator speaks behind every '='.
+
+    Raises:
+        TokenizerUnfit: the pieces do not split as the whole text does.
+    """
+    tokens: list[int] = []
+    from_tool: list[bool] = []
+    for number, step in enumerate(steps):
+        tokens += encode(tokenizer, f", {step}" if number else f" {step}")
+        output = tool.output(tokens)
+        from_tool += [False] * (len(tokens) - len(from_tool)) + [True] * len(output)
+        tokens += output
+    text = tokenizer.decode(tokens)
+    if tuple(tokens) != encode(tokenizer, text):
+        raise TokenizerUnfit(
+            f"this tokenizer splits {text!r} otherwise than step by step, so the calculator's "
+            "results would not be spelled as the model knows them"
+        )
+    return Demonstration(prompt=prompt, completion=tuple(tokens), from_tool=tuple(from_tool))
+
+
+def _prompt(item: Item, weight: float, tokenizer: Tokenizer) -> Prompt:
+    return Prompt(
+        key=item.expression.text,
+        text=item.expression.question,
+        prompt=encode(tokenizer, item.expression.question),
+        answer=encode(tokenizer, answer_text(item.answer)),
+        weight=weight,
+    )
+
+
+def _reward_context(worked: Sequence[Item], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Worked questions as the corpus writes them, a line each."""
+    lines = [
+        f"{item.expression.question} {', '.join(step.text for step in item.expression.steps)}"
+        f"{answer_text(item.answer)}\n"
+        for item in worked
+    ]
+    return encode(tokenizer, "".join(lines))

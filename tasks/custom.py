@@ -1,0 +1,104 @@
+"""What a user's own task is made from: a class of settings that builds the task."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.demonstrations import Demonstration
+from actors.prompts import Prompt
+from actors.reward_query import RewardKind, RewardQuery
+from lm.actions import ActionSpace
+from lm.sampling import Tool
+from reward.request import ScoreItem
+from tasks.custom_config import CustomTaskConfig
+from tasks.task import QuestionTask, Task, Tokenizer
+
+
+class CustomTask(CustomTaskConfig):
+    """The `[task]` section of a run on a user's own task; a subclass adds fields as keys.
+
+    `reward_kind`, a class variable, is the kind of the task's RewardQuery: "suffix" if not set.
+    """
+
+    @abstractmethod
+    def build(self, tokenizer: Tokenizer) -> Task:
+        """The task in the tokens of `tokenizer`; each process of a run builds it anew.
+
+        It may raise DataError and TokenizerUnfit, which are shown without a traceback.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlainTask:
+    """A task of which only the necessary is said; see tasks.task.Task."""
+
+    name: str
+    actions: ActionSpace
+    prompts: Sequence[Prompt]
+    reward_query: RewardQuery
+    demonstrations: Sequence[Demonstration] = ()
+    tool: Tool | None = None
+    log_reward: Callable[[ScoreItem], NDArray[np.float32]] | None = None
+
+    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
+        """Nothing is right or wrong."""
+        return None
+
+    def valid(self, completion: Sequence[int]) -> bool:
+        """All that can be sampled is meant."""
+        return True
+
+
+class UnfitTask(ValueError):
+    """A user's task that no run could work on."""
+
+
+_MEMBERS = (
+    *("name", "actions", "tool", "prompts", "demonstrations", "reward_query", "log_reward"),
+    *("verdict", "valid"),
+)
+
+
+def build_own(config: CustomTask, tokenizer: Tokenizer) -> Task:
+    """The task, once it has passed for one.
+
+    Raises:
+        UnfitTask: it lacks something, or contradicts its settings.
+    """
+    task = config.build(tokenizer)
+    if fault := _fault(config, task):
+        raise UnfitTask(f"task {config.name}: {fault}")
+    return task
+
+
+def _fault(config: CustomTask, task: Task) -> str:
+    """What is wrong and what to do; empty where nothing is."""
+    if missing := [member for member in _MEMBERS if not hasattr(task, member)]:
+        return f"what build() returns lacks {', '.join(missing)}; tasks.custom.PlainTask has all"
+    kind = task.reward_query.kind
+    if config.reward_kind != kind:
+        return f"its reward_query is of kind {kind!r}: set the class's reward_kind to that"
+    if (kind == "function") != (task.log_reward is not None):
+        return "a log_reward goes with reward_kind 'function', and with no other"
+    if not task.prompts:
+        return "it has no prompts: give one at least"
+    if config.tests and not isinstance(task, QuestionTask):
+        return "it reads no test files (tasks.task.QuestionTask): leave task.tests and --data out"
+    return _prompt_fault(task.prompts, kind)
+
+
+def _prompt_fault(prompts: Sequence[Prompt], kind: RewardKind) -> str:
+    seen: set[str] = set()
+    for prompt in prompts:
+        named = f"prompt {prompt.text!r}"
+        if prompt.key in seen:
+            return f"{named} has the key {prompt.key!r} of another one: keys must differ"
+        seen.add(prompt.key)
+        if not (prompt.prompt and prompt.scored_prompt):
+            return f"{named} has no tokens: give it one at least"
+        if kind == "suffix" and not prompt.answer:
+            return f"{named} has no answer, which the reward 'suffix' scores: give it one"
+    return ""

@@ -1,0 +1,44 @@
+"""One sentence as what a policy may write: its legal tokens, its stop, and its own ids."""
+
+from actors.demonstrations import Demonstration
+from actors.prompts import Prompt
+from lm.actions import ActionSpace, IllegalCompletion
+from tasks.task import Tokenizer, TokenizerUnfit
+
+STOP_TEXT = "."
+# Ends a sentence, a line or a quotation, or stands for bytes that are no text.
+_IMPOSSIBLE = frozenset('.!?:;\n\r\t"“”<>|\ufffd')
+
+
+def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """Token ids of `text` alone."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def sentence_actions(
+    tokenizer: Tokenizer, *, min_len: int, max_len: int, stop_text: str = STOP_TEXT
+) -> ActionSpace:
+    """Every token that can stand inside a sentence, or inside a part of one; `stop_text` is ⊤.
+
+    Raises TokenizerUnfit where the full stop, or what stands for it, is no token of its own.
+    """
+    stop = encode(tokenizer, stop_text)
+    if len(stop) != 1:
+        raise TokenizerUnfit(f"this tokenizer spells {stop_text!r} as {len(stop)} tokens, not one")
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    impossible = _IMPOSSIBLE | set(stop_text)
+    legal = tuple(i for i, text in enumerate(texts) if text and not impossible & set(text))
+    return ActionSpace(stop_token=stop[0], legal_tokens=legal, min_len=min_len, max_len=max_len)
+
+
+def demonstrate(
+    prompt: Prompt, sentence: str, actions: ActionSpace, tokenizer: Tokenizer
+) -> Demonstration | None:
+    """`sentence`, with its full stop, behind `prompt`; None where the policy cannot write it."""
+    tokens = encode(tokenizer, f" {sentence.removesuffix(STOP_TEXT)}")
+    from_tool = (False,) * len(tokens)
+    try:
+        actions.check(tokens, from_tool)
+    except IllegalCompletion:
+        return None
+    return Demonstration(prompt=prompt, completion=tokens, from_tool=from_tool)

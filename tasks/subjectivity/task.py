@@ -1,0 +1,125 @@
+"""Is a sentence of a review objective or subjective, and why (Hu et al. 2024, section 4.3).
+
+    Classify this movie review as objective or subjective: "<review>" This review is about a debt,
+    so it is objective.
+
+X ends with `is`, Z is a short reason, Y a comma and the label. The policy reads X alone, since the
+label of a new review is not known; the reward log p_LM(Z Y | X) has the true one. The comma, the
+first token of Y, is the stop action. Y without a reason, `This review is objective.`, is what
+supervised fine-tuning and worked examples show.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from actors.demonstrations import Demonstration
+from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
+from lm.actions import ActionSpace
+from seed_lm.review_texts import Label
+from seed_lm.reviews import LABELS, answer_text, bare_answer_text, question
+from tasks.arithmetic.data import DataError
+from tasks.config import SubjectivityConfig
+from tasks.sentences.actions import encode, sentence_actions
+from tasks.subjectivity.data import LabelledReview, load_reviews
+from tasks.task import Tokenizer
+
+_STOP = ","
+_SHOWN = 3  # reviews that an error quotes
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewItem:
+    """A review to evaluate on, with its true label."""
+
+    prompt: Prompt
+    review: LabelledReview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subjectivity:
+    """See tasks.task.Task and tasks.task.AnsweredTask."""
+
+    actions: ActionSpace
+    prompts: tuple[Prompt, ...]
+    answered: tuple[Demonstration, ...]
+    tests: tuple[ReviewItem, ...]
+    answers: Mapping[Label, Tokens]  # Y behind a reason
+    bare_answers: Mapping[Label, Tokens]  # ... and without one
+    reward_query: RewardQuery
+    demonstrations: tuple[Demonstration, ...] = ()  # nobody gives reasons
+    tool: None = None
+    log_reward: None = None
+    name: str = "subjectivity"
+
+    @property
+    def test_prompts(self) -> tuple[Prompt, ...]:
+        """See tasks.task.MeasuredTask."""
+        return tuple(item.prompt for item in self.tests)
+
+    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
+        """Many reasons are right."""
+        return None
+
+    def valid(self, completion: Sequence[int]) -> bool:
+        """All that can be sampled is part of a sentence."""
+        return True
+
+
+def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subjectivity:
+    """Load the reviews and encode them; raises DataError, TokenizerUnfit."""
+    actions = sentence_actions(
+        tokenizer, min_len=config.min_len, max_len=config.max_len, stop_text=_STOP
+    )
+    answers = {label: encode(tokenizer, answer_text(label)) for label in LABELS}
+    bare_answers = {label: encode(tokenizer, bare_answer_text(label)) for label in LABELS}
+
+    def prompt_of(review: LabelledReview) -> Prompt:
+        asked = question(review.text)
+        pair = f"{asked} {review.label}"
+        return Prompt(
+            key=hashlib.blake2b(pair.encode(), digest_size=16).hexdigest(),
+            text=asked,
+            prompt=encode(tokenizer, asked),
+            answer=answers[review.label],
+        )
+
+    labelled = _labelled(config)
+    tests = [review for path in config.tests for review in load_reviews(path)]
+    _check_unseen(labelled, tests)
+    prompts = {prompt_of(review): review for review in labelled}
+    return Subjectivity(
+        actions=actions,
+        prompts=tuple(prompts),
+        answered=tuple(
+            Demonstration(prompt=prompt, completion=bare, from_tool=(False,) * len(bare))
+            for prompt, review in prompts.items()
+            if (bare := bare_answers[review.label])
+        ),
+        tests=tuple(ReviewItem(prompt=prompt_of(review), review=review) for review in tests),
+        answers=answers,
+        bare_answers=bare_answers,
+        reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),
+    )
+
+
+def _labelled(config: SubjectivityConfig) -> tuple[LabelledReview, ...]:
+    reviews = load_reviews(config.reviews)
+    if config.labels is not None and config.labels > len(reviews):
+        raise DataError(
+            f"{config.reviews}: holds {len(reviews)} reviews, but task.labels asks for "
+            f"{config.labels}: ask for fewer, or give more"
+        )
+    return reviews[: config.labels]
+
+
+def _check_unseen(labelled: Sequence[LabelledReview], tests: Sequence[LabelledReview]) -> None:
+    """Raise DataError for reviews that would be tested on and trained on."""
+    trained = {review.text for review in labelled}
+    if leaked := sorted({review.text for review in tests} & trained):
+        raise DataError(
+            f"{len(leaked)} reviews of task.tests are among task.reviews too, and would count as "
+            f"learned by heart; take them out of one: {leaked[:_SHOWN]}"
+        )
