@@ -11,9 +11,9 @@ import random
 from pathlib import Path
 
 from seed_lm.scenes import Scenes
-from seed_lm.stories import Story, draw_story
+from seed_lm.stories import draw_story
 from tasks.sentences.prompt_files import NEXT, PROMPT
-from tasks.sentences.story_files import KEYS
+from tasks.sentences.story_files import KEYS, Story
 
 FOLDER = Path(__file__).parent.parent / "tasks" / "data"
 NUM_STORIES = 1200

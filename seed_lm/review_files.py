@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 from seed_lm.review_texts import ReviewText, draw_text
-from seed_lm.reviews import LABELS
+from tasks.subjectivity.data import LABELS
 
 FOLDER = Path(__file__).parent.parent / "tasks" / "data" / "subjectivity"
 NUM_LABELS = 50

@@ -11,9 +11,8 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-Label = Literal["objective", "subjective"]
+from tasks.subjectivity.data import Label
 
 HELD_OUT_EVERY = 5  # one text in so many is never read by the seed LM
 _SLOT = re.compile(r"\{(\w+)\}")

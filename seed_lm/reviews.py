@@ -27,34 +27,19 @@ of its threshold. Nor can the posterior do without labels: p(Z | X) alone is has
 import random
 from dataclasses import dataclass
 
-from seed_lm.review_texts import MATTERS, Label, ReviewText, draw_text
+from seed_lm.review_texts import MATTERS, ReviewText, draw_text
+from tasks.subjectivity.data import LABELS, Label, answer_text, bare_answer_text, question
 
 STOCK_REASONS: dict[Label, tuple[str, ...]] = {
     "objective": ("a plain account", "a list of facts"),
     "subjective": ("a personal opinion", "a matter of taste"),
 }
-LABELS: tuple[Label, ...] = ("objective", "subjective")
 # Chances, each of a line.
 BARE = 0.15  # gives a label without a reason
 THOROUGH = 0.3  # of the readers who give one
 MISREADS = 0.08  # a thorough reader takes the sentence to be about something else
 SLIPS = 0.04  # the label does not follow the reason
 _REVIEWS = {1: 0.85, 2: 0.1, 3: 0.05}  # on a page, with their shares
-
-
-def question(text: str) -> str:
-    """X: the request that a reader answers."""
-    return f'Classify this movie review as objective or subjective: "{text}" This review is'
-
-
-def answer_text(label: str) -> str:
-    """Y behind a reason."""
-    return f", so it is {label}."
-
-
-def bare_answer_text(label: str) -> str:
-    """Y without a reason."""
-    return f" {label}."
 
 
 @dataclass(frozen=True, slots=True)

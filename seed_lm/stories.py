@@ -22,10 +22,11 @@ from seed_lm.plots import (
     Motive,
     Obstacle,
 )
+from tasks.sentences.infilling import exercise_prompt
+from tasks.sentences.story_files import Story
 
 # One plot in HELD_OUT_EVERY never enters the corpus, and only those are tested on.
 HELD_OUT_EVERY = 8
-NUM_BEGINNING = 3  # sentences in front of the middle
 SUCCESS = 0.6
 PLAIN_ENDINGS = 0.15  # of the successes: endings without a trace of the middle
 _OPENERS = (
@@ -54,29 +55,6 @@ class Plot:
         parts = (self.thing, self.obstacle.key, self.motive.key, self.act.key, self.helper)
         digest = hashlib.blake2b("/".join(parts).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Story:
-    """Five sentences, each with its full stop."""
-
-    sentences: tuple[str, str, str, str, str]
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.sentences)
-
-    @property
-    def beginning(self) -> str:
-        return " ".join(self.sentences[:NUM_BEGINNING])
-
-    @property
-    def middle(self) -> str:
-        return self.sentences[NUM_BEGINNING]
-
-    @property
-    def ending(self) -> str:
-        return self.sentences[-1]
 
 
 def draw_plot(rng: random.Random, *, held_out: bool) -> Plot:
@@ -131,11 +109,6 @@ def _ending(plot: Plot, rng: random.Random) -> str:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def exercise_prompt(beginning: str, ending: str) -> str:
-    """How a story without its middle asks for it; ' ' and the middle follow."""
-    return f"Beginning: {beginning}\nEnding: {ending}\nMiddle:"
 
 
 @dataclass(frozen=True, slots=True)

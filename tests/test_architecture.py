@@ -18,9 +18,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reward": {"lm"},
     "actors": {"buffer", "lm", "reward"},
     "learner": {"buffer", "lm"},
-    "tasks": {"actors", "buffer", "learner", "lm", "reward", "seed_lm"},
+    "tasks": {"actors", "buffer", "learner", "lm", "reward"},
     "seed_lm": {"lm", "tasks"},
-    "cluster": {"actors", "buffer", "learner", "lm", "reward", "seed_lm", "tasks"},
+    "cluster": {"actors", "buffer", "learner", "lm", "reward", "tasks"},
 }
 HOMES = {
     "ray": {"cluster"},

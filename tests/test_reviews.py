@@ -9,7 +9,8 @@ import pytest
 
 from seed_lm.corpus import Share, documents
 from seed_lm.review_texts import ADVERBS, MATTERS, NAMES_FILM, ReviewText, draw_text
-from seed_lm.reviews import LABELS, STOCK_REASONS, Reviews, question, write_line
+from seed_lm.reviews import STOCK_REASONS, Reviews, write_line
+from tasks.subjectivity.data import LABELS, question
 
 SHARES = (Share(Reviews(), 1.0),)
 _LINE = re.compile(

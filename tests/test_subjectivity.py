@@ -27,13 +27,13 @@ from lm.merged import save_merged
 from lm.model import attach_adapter, load_base
 from seed_lm.corpus import Share, documents
 from seed_lm.review_files import write_files
-from seed_lm.review_texts import NAMES_FILM, Label
+from seed_lm.review_texts import NAMES_FILM
 from seed_lm.reviews import Reviews
 from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
 from tasks.arithmetic.data import DataError
 from tasks.config import SubjectivityConfig
 from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
-from tasks.subjectivity.data import load_reviews
+from tasks.subjectivity.data import Label, load_reviews
 from tasks.subjectivity.task import Subjectivity, build_subjectivity
 
 DATA = Path("tasks/data/subjectivity")

@@ -6,7 +6,7 @@ Imports no torch, so that a mistake in a file is reported at once.
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from actors.config import ActorConfig
 from buffer.config import BufferConfig
@@ -15,6 +15,8 @@ from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
 from reward.config import RewardConfig
 from tasks.config import EM_TASKS, SENTENCE_TASKS, TaskConfig
+from tasks.evaluation.config import EvaluationConfig
+from tasks.posterior.config import PosteriorConfig
 
 
 class Placement(BaseModel):
@@ -83,85 +85,6 @@ class ClusterConfig(BaseModel):
         gt=0,
         description="Longest orderly stop, of the run or of a part that is scaled away; what "
         "still runs then is killed.",
-    )
-
-
-class EvaluationConfig(BaseModel):
-    """The `[evaluation]` section: how answers are drawn before training and after it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    samples: int = Field(default=10, ge=1, description="Answers per item; the commonest counts.")
-    temperature: float = Field(default=0.1, gt=0, description="At which answers are drawn.")
-    max_rows: int = Field(default=256, ge=1, description="Completions sampled at once.")
-    max_items: int | None = Field(
-        default=None, ge=1, description="Items of each test file that are asked; None: all."
-    )
-    shots: int = Field(
-        default=0,
-        ge=0,
-        description="Worked questions in front of each, when the base LM is asked without an "
-        "adapter.",
-    )
-    diversity_items: int = Field(
-        default=50,
-        ge=0,
-        description="Items of each test file for which samples at temperature 1 are drawn too, to "
-        "see how much they differ; 0: none.",
-    )
-    decoding: Literal["sample", "beam", "diverse_beam"] = Field(
-        default="sample",
-        description="How sentences are written (tasks infilling and continuation): drawn, or the "
-        "ends of a beam search of as many beams, in one group or in groups of one.",
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Mass of the nucleus that they are drawn from."
-    )
-    diversity_penalty: float = Field(
-        default=1.0,
-        ge=0,
-        description="Nats that a token costs a beam for each earlier group that just took it.",
-    )
-    candidates: int = Field(
-        default=1,
-        ge=1,
-        description="Times `samples` sentences are written; the likeliest different ones count.",
-    )
-    examples: int = Field(default=6, ge=0, description="Rationales that the report shows.")
-    seed: int = Field(default=0, ge=0, description="Of the draws: before and after share it.")
-
-
-class PosteriorConfig(BaseModel):
-    """The `[posterior]` section: how a policy is compared with the exact posterior."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prompts: int = Field(
-        default=4, ge=1, description="Prompts compared: the first distinct ones of the task."
-    )
-    tolerance: float = Field(
-        default=1e-3,
-        ge=0,
-        lt=1,
-        description="Mass of policy and posterior that may stay out of an enumeration; 0: none.",
-    )
-    max_nodes: int = Field(
-        default=50_000,
-        ge=0,
-        description="Prefixes visited for one prompt. One that needs more counts as not "
-        "enumerable, and only bounds are given; 0: bounds alone.",
-    )
-    samples: int = Field(
-        default=1000, ge=10, description="Completions of the policy, for its log Z and the bounds."
-    )
-    iwae_sizes: tuple[PositiveInt, ...] = Field(
-        default=(8, 64), description="K of the IWAE bounds of log Z."
-    )
-    draws: int = Field(
-        default=1000,
-        ge=0,
-        description="Texts that the base LM writes freely, in which samples of the posterior are "
-        "looked for (at temperature 1).",
     )
 
 

@@ -17,10 +17,9 @@ from lm.model import CausalLM, LanguageModel, load_base
 from lm.sampling import Request
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
-from seed_lm.review_texts import Label
-from seed_lm.reviews import LABELS
 from tasks.config import SubjectivityConfig
 from tasks.evaluation.few_shot import answered_examples
+from tasks.subjectivity.data import LABELS, Label
 from tasks.subjectivity.task import ReviewItem, Subjectivity, build_subjectivity
 
 Tokens = tuple[int, ...]

@@ -13,10 +13,9 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
-from seed_lm.stories import Story, exercise_prompt
 from tasks.config import InfillingConfig
 from tasks.sentences.actions import STOP_TEXT, demonstrate, encode, sentence_actions
-from tasks.sentences.story_files import load_stories
+from tasks.sentences.story_files import Story, load_stories
 from tasks.task import Tokenizer
 
 
@@ -82,6 +81,11 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
         ),
         reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),
     )
+
+
+def exercise_prompt(beginning: str, ending: str) -> str:
+    """How a story without its middle asks for it; ' ' and the middle follow."""
+    return f"Beginning: {beginning}\nEnding: {ending}\nMiddle:"
 
 
 def prompt_of(story: Story, tokenizer: Tokenizer) -> Prompt:

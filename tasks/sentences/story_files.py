@@ -9,12 +9,36 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from seed_lm.stories import Story
 from tasks.data_error import DataError, read_text, refuse
 
+NUM_BEGINNING = 3  # sentences in front of the middle
 KEYS = tuple(f"sentence{number}" for number in range(1, 6))
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """Five sentences, each with its full stop."""
+
+    sentences: tuple[str, str, str, str, str]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+    @property
+    def beginning(self) -> str:
+        return " ".join(self.sentences[:NUM_BEGINNING])
+
+    @property
+    def middle(self) -> str:
+        return self.sentences[NUM_BEGINNING]
+
+    @property
+    def ending(self) -> str:
+        return self.sentences[-1]
 
 
 def load_stories(path: str) -> tuple[Story, ...]:

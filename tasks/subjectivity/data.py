@@ -1,4 +1,4 @@
-"""Labelled movie reviews in JSON Lines files, the form of SUBJ: one object a line, checked each.
+"""Labelled movie reviews, the words that ask for a label, and JSON Lines files in the form of SUBJ:
 
     {"text": "the adventures of pluto nash is a whole lot of nada .", "label": 1,
      "label_text": "subjective"}
@@ -12,11 +12,26 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from seed_lm.review_texts import Label
-from seed_lm.reviews import LABELS
 from tasks.data_error import DataError, read_text
 
+Label = Literal["objective", "subjective"]
+LABELS: tuple[Label, ...] = ("objective", "subjective")
 _SHOWN = 10  # bad lines that one error names
+
+
+def question(text: str) -> str:
+    """X: the request that a reader answers."""
+    return f'Classify this movie review as objective or subjective: "{text}" This review is'
+
+
+def answer_text(label: str) -> str:
+    """Y behind a reason."""
+    return f", so it is {label}."
+
+
+def bare_answer_text(label: str) -> str:
+    """Y without a reason."""
+    return f" {label}."
 
 
 @dataclass(frozen=True, slots=True)

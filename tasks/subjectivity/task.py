@@ -17,12 +17,18 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
-from seed_lm.review_texts import Label
-from seed_lm.reviews import LABELS, answer_text, bare_answer_text, question
-from tasks.arithmetic.data import DataError
 from tasks.config import SubjectivityConfig
+from tasks.data_error import DataError
 from tasks.sentences.actions import encode, sentence_actions
-from tasks.subjectivity.data import LabelledReview, load_reviews
+from tasks.subjectivity.data import (
+    LABELS,
+    Label,
+    LabelledReview,
+    answer_text,
+    bare_answer_text,
+    load_reviews,
+    question,
+)
 from tasks.task import Tokenizer
 
 _STOP = ","
