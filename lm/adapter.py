@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -25,6 +26,14 @@ from lm.model import LanguageModel
 WEIGHTS_FILE = "adapter_model.safetensors"
 FINGERPRINT_FILE = "base_fingerprint.txt"
 ADAPTER_NAME = "default"
+# Settings of peft that an adapter's matrices and the scale of each layer take account of, or that
+# change nothing in what is computed. With any other the adapter is more than its matrices.
+UNDERSTOOD = {
+    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+    *("revision", "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha"),
+    *("lora_dropout", "fan_in_fan_out", "use_rslora", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size", "runtime_config"),
+}
 
 
 class AdapterMismatch(ValueError):
@@ -42,21 +51,14 @@ class AdapterWeights:
 
 def adapter_bytes(model: PeftModel) -> bytes:
     """The LoRA weights of `model` as safetensors: float32, nothing of the base."""
-    lora = model.peft_config[ADAPTER_NAME]
-    shape = json.dumps({"alpha": float(lora.lora_alpha), "rank": lora.r}, sort_keys=True)
-    tensors = {
-        name: parameter.detach().to("cpu", torch.float32).contiguous()
-        for name, parameter in _lora_parameters(model).items()
-    }
-    return save(tensors, metadata={"lora": shape})
+    return _encode(dict(_lora_parameters(model)), model.peft_config[ADAPTER_NAME])
 
 
 def decode_adapter(data: bytes) -> AdapterWeights:
     """Read what adapter_bytes wrote. Raises AdapterMismatch for anything else."""
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        shape = json.loads(header["__metadata__"]["lora"])
+        shape = json.loads(_metadata(data)["lora"])
         return AdapterWeights(tensors=tensors, rank=int(shape["rank"]), alpha=float(shape["alpha"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise AdapterMismatch(f"{len(data)} bytes that are no adapter blob: {error}") from error
@@ -112,6 +114,28 @@ def save_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
     os.replace(partial, folder / WEIGHTS_FILE)
 
 
+def read_adapter(folder: Path, base_fingerprint: str) -> bytes:
+    """The bytes that adapter_bytes gives of the adapter saved in `folder`, without its base.
+
+    What save_adapter wrote is returned as it lies on disk. Of an adapter that plain peft wrote the
+    scale of each layer (rsLoRA, rank_pattern, alpha_pattern) is folded into its B.
+
+    Raises as load_adapter, but that layers and shapes show only when the bytes are loaded.
+    """
+    lora = _folder_config(folder, base_fingerprint)
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    tensors = _folder_tensors(folder, data)
+    if "lora" not in _metadata(data):
+        return _encode(tensors, lora)
+    adapter = decode_adapter(data)
+    if (adapter.rank, adapter.alpha) != (lora.r, float(lora.lora_alpha)):
+        raise AdapterMismatch(
+            f"adapter {folder}: its weights have rank {adapter.rank}, alpha {adapter.alpha}, its "
+            f"adapter_config.json says rank {lora.r}, alpha {float(lora.lora_alpha)}"
+        )
+    return data
+
+
 def load_adapter(language_model: LanguageModel, folder: Path) -> PeftModel:
     """Wrap the base, in place, with the adapter saved in `folder`; trainable, dropout off.
 
@@ -119,28 +143,98 @@ def load_adapter(language_model: LanguageModel, folder: Path) -> PeftModel:
 
     Raises:
         FileNotFoundError: `folder` holds no adapter.
-        AdapterMismatch: it was trained on another base, or its weights do not fit.
+        AdapterMismatch: it was trained on another base, its weights do not fit, or it is more than
+            low-rank matrices beside linear layers.
     """
+    lora = _folder_config(folder, language_model.fingerprint)
+    lora.inference_mode = False
+    lora.lora_dropout = 0.0
+    tensors = _folder_tensors(folder, (folder / WEIGHTS_FILE).read_bytes())
+    try:
+        model = get_peft_model(language_model.model, lora)
+    except ValueError as error:
+        raise AdapterMismatch(f"adapter {folder} does not fit this base: {error}") from error
+    _copy(tensors, _lora_parameters(model))
+    return model
+
+
+def _folder_config(folder: Path, base_fingerprint: str) -> LoraConfig:
+    """The configuration of the adapter in `folder`, which belongs to the base and is plain LoRA."""
     for name in ("adapter_config.json", WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} holds no adapter: {name} is missing; give a folder written by a run"
             )
     written = folder / FINGERPRINT_FILE
-    if written.is_file() and written.read_text().strip() != language_model.fingerprint:
+    if written.is_file() and (trained_on := written.read_text().strip()) != base_fingerprint:
         raise AdapterMismatch(
-            f"adapter {folder} was trained on base {written.read_text().strip()}, but the loaded "
-            f"base is {language_model.fingerprint}; load the base model the adapter belongs to"
+            f"adapter {folder} was trained on base {trained_on}, but the loaded "
+            f"base is {base_fingerprint}; load the base model the adapter belongs to"
         )
-    lora = LoraConfig.from_pretrained(str(folder))
-    lora.inference_mode = False
-    lora.lora_dropout = 0.0
     try:
-        model = get_peft_model(language_model.model, lora)
-    except ValueError as error:
-        raise AdapterMismatch(f"adapter {folder} does not fit this base: {error}") from error
-    _copy(load((folder / WEIGHTS_FILE).read_bytes()), _lora_parameters(model))
-    return model
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        kind = settings.get("peft_type")
+        if kind != "LORA":
+            raise ValueError(f"peft_type is {kind!r}, and only LORA is read")
+        lora = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(lora.r, int) or not isinstance(lora.lora_alpha, int | float):
+            raise TypeError(f"r = {lora.r!r} and lora_alpha = {lora.lora_alpha!r} must be numbers")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise AdapterMismatch(f"adapter {folder}: adapter_config.json: {error}") from error
+    usual = LoraConfig()
+    for name, value in vars(lora).items():
+        plain = value == getattr(usual, name, value) or not value
+        if name == "init_lora_weights":  # the others change the base
+            plain = isinstance(value, bool) or value in ("gaussian", "orthogonal")
+        if name not in UNDERSTOOD and not plain:
+            raise AdapterMismatch(
+                f"adapter {folder} has {name} = {value!r}, with which it is more than low-rank "
+                "matrices beside linear layers: merge it into its base with peft "
+                "(merge_and_unload) and give the merged folder as lm.model"
+            )
+    return lora
+
+
+def _folder_tensors(folder: Path, data: bytes) -> dict[str, Tensor]:
+    """The matrices in the weights file of `folder`, whose content is `data`."""
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise AdapterMismatch(
+            f"{folder / WEIGHTS_FILE} is damaged or no safetensors file: {error}"
+        ) from error
+    for name, tensor in tensors.items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")) or tensor.dim() != 2:
+            raise AdapterMismatch(
+                f"adapter {folder} holds {name} {tuple(tensor.shape)}, and only low-rank matrices "
+                "beside linear layers are read: merge it into its base with peft "
+                "(merge_and_unload) and give the merged folder as lm.model"
+            )
+    return tensors
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """What the header of safetensors bytes says beside its tensors."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return dict(header.get("__metadata__") or {})
+
+
+def _encode(tensors: dict[str, Tensor], lora: LoraConfig) -> bytes:
+    """One blob whose every layer is scaled by alpha / rank."""
+    shape = json.dumps({"alpha": float(lora.lora_alpha), "rank": lora.r}, sort_keys=True)
+    plain = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in tensors.items()
+    }
+    if lora.use_rslora or lora.rank_pattern or lora.alpha_pattern:
+        for name in (name for name in plain if name.endswith(".lora_B.weight")):
+            rank = plain[name].shape[1]
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            key = get_pattern_key(lora.alpha_pattern.keys(), layer)
+            alpha = lora.alpha_pattern.get(key, lora.lora_alpha)
+            scale = alpha / (rank**0.5 if lora.use_rslora else rank)
+            plain[name] = plain[name] * (scale * lora.r / lora.lora_alpha)
+    return save(plain, metadata={"lora": shape})
 
 
 def _lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:

@@ -1,13 +1,12 @@
-"""Where a model comes from: a folder or the hub, what can be wrong with it, and its tokenizer.
-
-Apart from `lm.model` because it needs no weights, and is imported in a fraction of the time.
+"""Where a model comes from: a folder or the hub, what can be wrong with it, and what of it needs
+no weights, which are its tokenizer and its configuration.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lm.config import LMConfig
@@ -31,6 +30,13 @@ def load_tokenizer(config: LMConfig) -> PreTrainedTokenizerBase:
     require_folder_or_hub_id(config.model)
     with explained(config.model, "the tokenizer"):
         return AutoTokenizer.from_pretrained(config.model)
+
+
+def load_model_config(config: LMConfig) -> PretrainedConfig:
+    """The architecture of `config.model`, without its weights; raises as load_tokenizer."""
+    require_folder_or_hub_id(config.model)
+    with explained(config.model, "config.json"):
+        return AutoConfig.from_pretrained(config.model)
 
 
 def require_folder_or_hub_id(model: str) -> None:

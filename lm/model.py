@@ -9,7 +9,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
@@ -18,7 +17,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from lm.config import LMConfig, LoRAConfig
-from lm.hub import ModelUnusable, explained, load_tokenizer, require_folder_or_hub_id
+from lm.hub import ModelUnusable, explained, load_model_config, load_tokenizer
 
 # What a causal LM is called outside this room, which alone knows the library behind it.
 CausalLM = PreTrainedModel
@@ -48,9 +47,7 @@ def load_base(config: LMConfig) -> LanguageModel:
         ModelUnusable: no causal LM, weights or tokenizer missing or not matching the config.
     """
     device = _device(config)
-    require_folder_or_hub_id(config.model)
-    with explained(config.model, "config.json"):
-        declared = AutoConfig.from_pretrained(config.model)
+    declared = load_model_config(config)
     tokenizer = load_tokenizer(config)
     with explained(config.model, "the weights"):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -151,12 +148,12 @@ def adapted_layers(base: nn.Module, config: LoRAConfig) -> str | list[str]:
     return list(config.targets)
 
 
-def vocab_size(model: nn.Module) -> int:
-    """Width of the logits of `model`, or of the model an engine wraps."""
+def vocab_size(model: nn.Module | PretrainedConfig) -> int:
+    """Width of the logits of `model`, of the model an engine wraps, or of a model to be loaded."""
     return int(_config(model).vocab_size)
 
 
-def context_limit(model: nn.Module) -> int:
+def context_limit(model: nn.Module | PretrainedConfig) -> int:
     """Longest text, in tokens, that `model` attends over in full."""
     config = _config(model)
     named = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
@@ -172,7 +169,9 @@ def require_context(model: nn.Module, num_tokens: int) -> None:
         )
 
 
-def _config(model: nn.Module) -> PretrainedConfig:
+def _config(model: nn.Module | PretrainedConfig) -> PretrainedConfig:
+    if isinstance(model, PretrainedConfig):
+        return model
     config = getattr(model, "module", model).config
     assert isinstance(config, PretrainedConfig), type(config)
     return config

@@ -1,12 +1,14 @@
 """The adapter as bytes, as a PEFT folder, and merged into the base."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file, save
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,6 +19,7 @@ from lm.adapter import (
     checksum,
     load_adapter,
     load_adapter_bytes,
+    read_adapter,
     save_adapter,
 )
 from lm.config import LoRAConfig
@@ -140,6 +143,113 @@ def test_a_foreign_adapter_without_fingerprint_is_compared_by_its_layers(
     load_adapter(base("llama"), tmp_path)
     with pytest.raises(AdapterMismatch, match="does not fit this base"):
         load_adapter(base("gpt2"), tmp_path)
+
+
+def test_bytes_are_read_as_they_lie_on_disk_without_a_base(
+    base: Callable[[str], LanguageModel], tmp_path: Path
+) -> None:
+    language_model = base("llama")
+    save_adapter(trained(language_model, 1), tmp_path, language_model.fingerprint)
+    data = read_adapter(tmp_path, language_model.fingerprint)
+    assert data == (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(AdapterMismatch, match="was trained on base"):
+        read_adapter(tmp_path, "another")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"r": 3', '"r": 4'))
+    with pytest.raises(AdapterMismatch, match=r"weights have rank 3.*says rank 4"):
+        read_adapter(tmp_path, language_model.fingerprint)
+
+
+def foreign(model: PreTrainedModel, folder: Path, **settings: Any) -> None:
+    """An adapter far from the identity, as somebody else's program makes it with plain peft."""
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings)
+    adapted = get_peft_model(model, lora)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    adapted.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": "all-linear", "use_rslora": True},
+        {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2}},
+        {"target_modules": ["q_proj", "v_proj"], "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
+        {
+            "target_modules": ["q_proj", "o_proj"],
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"o_proj": 16},
+            "use_rslora": True,
+            "layers_to_transform": [0],
+        },
+        {"target_modules": r".*\.[qv]_proj", "lora_dropout": 0.5, "init_lora_weights": "gaussian"},
+        {"target_modules": "all-linear", "exclude_modules": ["o_proj"]},
+    ],
+)
+def test_an_adapter_made_elsewhere_gives_the_logits_of_plain_peft(
+    base: Callable[[str], LanguageModel],
+    tiny_lm: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    foreign(tiny_lm("llama"), tmp_path, **settings)
+    plain = PeftModel.from_pretrained(tiny_lm("llama"), tmp_path).eval()
+    assert (logits(plain) - logits(tiny_lm("llama"))).abs().max() > 1e-2
+    beside = load_adapter(base("llama"), tmp_path)
+    torch.testing.assert_close(logits(beside), logits(plain))
+    merged = MergedModel(base("llama"))
+    merged.load(read_adapter(tmp_path, "unknown"))
+    torch.testing.assert_close(logits(merged.model), logits(plain), rtol=1e-4, atol=1e-5)
+    merged.load(adapter_bytes(beside))
+    torch.testing.assert_close(logits(merged.model), logits(plain), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"bias": "lora_only"}, "bias = 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias = True"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head']"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices = [1, 2]"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
+    ],
+)
+def test_an_adapter_that_is_more_than_its_matrices_is_refused_by_the_setting(
+    base: Callable[[str], LanguageModel],
+    tiny_lm: Callable[[str], PreTrainedModel],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    named: str,
+) -> None:
+    foreign(tiny_lm("llama"), tmp_path, **{"target_modules": ["q_proj"]} | settings)
+    with pytest.raises(AdapterMismatch, match=re.escape(named)):
+        read_adapter(tmp_path, "unknown")
+    with pytest.raises(AdapterMismatch, match=re.escape(named)):
+        load_adapter(base("llama"), tmp_path)
+
+
+def test_damaged_and_other_kinds_of_adapters_end_in_one_sentence(
+    tiny_lm: Callable[[str], PreTrainedModel], tmp_path: Path
+) -> None:
+    foreign(tiny_lm("llama"), tmp_path, target_modules=["q_proj"])
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    for damaged in (b"", whole[:-5], b"version https://git-lfs.github.com/spec/v1\n"):
+        weights.write_bytes(damaged)
+        with pytest.raises(AdapterMismatch, match=r"adapter_model\.safetensors is damaged"):
+            read_adapter(tmp_path, "unknown")
+    weights.write_bytes(whole)
+    for broken in ("{", "[]", text.replace("LORA", "IA3"), text.replace('"r": 4', '"r": "four"')):
+        config.write_text(broken)
+        with pytest.raises(AdapterMismatch, match="adapter"):
+            read_adapter(tmp_path, "unknown")
 
 
 def test_a_folder_without_adapter_says_what_is_missing(

@@ -22,8 +22,15 @@ from transformers import (
 )
 
 from lm.config import LMConfig, LoRAConfig
-from lm.hub import ModelNotFound, ModelUnusable, load_tokenizer
-from lm.model import LanguageModel, adapted_layers, attach_adapter, load_base
+from lm.hub import ModelNotFound, ModelUnusable, load_model_config, load_tokenizer
+from lm.model import (
+    LanguageModel,
+    adapted_layers,
+    attach_adapter,
+    context_limit,
+    load_base,
+    vocab_size,
+)
 from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 
 
@@ -80,12 +87,16 @@ def test_the_fingerprint_names_the_weights_not_the_folder_or_the_dtype(
     assert other.fingerprint != first.fingerprint
 
 
-def test_the_tokenizer_alone_is_that_of_the_model(folder: Path) -> None:
+def test_tokenizer_and_architecture_are_read_without_the_weights(folder: Path) -> None:
     config = LMConfig(model=str(folder), device="cpu")
-    whole = load_base(config).tokenizer
+    base = load_base(config)
+    whole = base.tokenizer
     (folder / "model.safetensors").unlink()
     alone = load_tokenizer(config)
     assert alone.get_vocab() == whole.get_vocab()
+    architecture = load_model_config(config)
+    assert vocab_size(architecture) == vocab_size(base.model) == VOCAB_SIZE
+    assert context_limit(architecture) == context_limit(base.model)
     (folder / "tokenizer.json").write_text("no tokenizer")
     with pytest.raises(ModelUnusable, match="cannot load the tokenizer"):
         load_tokenizer(config)

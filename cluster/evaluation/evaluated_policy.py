@@ -5,9 +5,9 @@ from pathlib import Path
 
 from actors.policy import SamplingPolicy
 from cluster.config.schema import RunConfig
-from lm.adapter import adapter_bytes, load_adapter
+from lm.adapter import read_adapter
 from lm.embedding import SentenceEmbedder
-from lm.model import LanguageModel, load_base
+from lm.model import LanguageModel
 from tasks.sentences.metrics import Likeness
 from tasks.task import Task
 
@@ -36,8 +36,7 @@ def evaluated_policy(
         seed=config.evaluation.seed if seed is None else seed,
     )
     if adapter is not None:
-        # Folding it in needs the plain base; peft wraps a second copy, only to read the folder.
-        policy.load(adapter_bytes(load_adapter(load_base(config.lm), adapter)))
+        policy.load(read_adapter(adapter, base.fingerprint))
     return policy
 
 

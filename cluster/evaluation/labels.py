@@ -10,7 +10,7 @@ from cluster.config.schema import RunConfig
 from cluster.evaluation.evaluated_policy import evaluated_policy
 from cluster.evaluation.measurement import Example, Labels
 from cluster.evaluation.sentences import NothingToMeasure
-from lm.adapter import adapter_bytes, load_adapter
+from lm.adapter import read_adapter
 from lm.config import LMConfig
 from lm.merged import MergedModel
 from lm.model import CausalLM, LanguageModel, load_base
@@ -133,7 +133,7 @@ def _bare(
     model = frozen.model
     if adapter is not None:
         tuned = load_base(config.lm)
-        MergedModel(tuned).load(adapter_bytes(load_adapter(load_base(config.lm), adapter)))
+        MergedModel(tuned).load(read_adapter(adapter, tuned.fingerprint))
         model = tuned.model
     texts: list[tuple[Tokens, Tokens]] = [((*shots, *item.prompt.prompt), ()) for item in items]
     return objective_probability(model, texts, task.bare_answers, config.reward.token_budget)

@@ -11,7 +11,7 @@ from cluster.evaluation.evaluated_policy import likeness_of
 from cluster.evaluation.measurement import Continuations, Example, Infills
 from cluster.evaluation.written import Sentence, write_sentences
 from learner.quality import ess_share
-from lm.model import load_base
+from lm.hub import load_tokenizer
 from tasks.config import ContinuationConfig, InfillingConfig
 from tasks.sentences.continuation import Continuation, build_continuation
 from tasks.sentences.infilling import Infilling, build_infilling
@@ -24,7 +24,7 @@ class NothingToMeasure(ValueError):
 
 def measure_infills(config: RunConfig, task: InfillingConfig, *, adapter: Path | None) -> Infills:
     """Middles of the test stories against the true ones. Raises as `measure`."""
-    built = build_infilling(task, load_base(config.lm).tokenizer)
+    built = build_infilling(task, load_tokenizer(config.lm))
     items = built.tests[: config.evaluation.max_items]
     _require(items, built.name)
     prompts = [item.prompt for item in items]
@@ -64,7 +64,7 @@ def measure_continuations(
     config: RunConfig, task: ContinuationConfig, *, adapter: Path | None
 ) -> Continuations:
     """Next sentences of the test prompts: how likely, and how different. Raises as `measure`."""
-    built = build_continuation(task, load_base(config.lm).tokenizer)
+    built = build_continuation(task, load_tokenizer(config.lm))
     prompts = built.tests[: config.evaluation.max_items]
     _require(prompts, built.name)
     written = write_sentences(config, built, prompts, adapter)
