@@ -18,7 +18,7 @@ from cluster.cli import parse
 from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.schema import RunConfig
 from cluster.experiments import throughput_experiment
-from cluster.experiments.simulation import load_simulated_task, simulated_policy, simulated_rank
+from cluster.experiments.simulation import SimulatedParts
 from cluster.experiments.throughput_plot import draw_throughput
 from cluster.experiments.throughput_records import (
     Comparison,
@@ -146,10 +146,10 @@ def test_numbers_of_actors_are_ascending_and_hold_one(capsys: pytest.CaptureFixt
 def test_simulated_completions_are_legal_and_take_their_time() -> None:
     fast = ["throughput.simulation.decode_step_ms=1", "actors.max_rows=4"]
     config = load_config(CONFIG, fast)
-    task = load_simulated_task(config)
+    task, policy, _ = SimulatedParts().rollout(config)
     requests = [Request(prompt=task.prompts[0].prompt, temperature=1.0)] * 6
     began = time.monotonic()
-    completions = simulated_policy(config, task)(7).sample(requests)
+    completions = policy(7).sample(requests)
     assert time.monotonic() - began >= 2 * task.actions.max_len * 1e-3  # two waves of four rows
     assert len(completions) == 6
     assert len({completion.tokens.tobytes() for completion in completions}) == 6
@@ -163,10 +163,9 @@ def test_simulated_completions_are_legal_and_take_their_time() -> None:
 
 def test_a_simulated_rank_waits_once_for_a_call() -> None:
     config = load_config(CONFIG, ["throughput.simulation.score_call_ms=200"])
+    rank = SimulatedParts().reward_rank(config, meet=lambda: None)
     began = time.monotonic()
-    assert simulated_rank(config).forward(
-        [MicroBatch(contexts=(), rows=(), context_of_row=())] * 3
-    )[0].shape == (0,)
+    assert rank.forward([MicroBatch(contexts=(), rows=(), context_of_row=())] * 3)[0].shape == (0,)
     assert 0.2 <= time.monotonic() - began < 0.6  # not once for each micro-batch
 
 

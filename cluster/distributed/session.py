@@ -13,6 +13,7 @@ from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
 from cluster.distributed.launcher import Launcher
 from cluster.distributed.nodes import living_nodes, may_grow, room
+from cluster.distributed.parts import Parts
 from cluster.distributed.patience import with_patience
 from cluster.distributed.ray_cluster import connect_ray, namespace_of
 from cluster.distributed.source_check import SourceMixture, source_fingerprint
@@ -172,10 +173,10 @@ class RaySession:
         buffer: BufferAddress,
         *,
         address: str | None,
-        simulated: bool = False,
+        parts: Parts | None = None,
         synchronous: bool = False,
     ) -> None:
-        self._simulated = simulated
+        self._parts = parts or Parts()
         self._synchronous = synchronous
         self.address = address or "started for this run"
         self._config = config
@@ -206,7 +207,7 @@ class RaySession:
             buffer_password=self._buffer.password,
             source=source_fingerprint(),
             board=self._launcher.board(),
-            simulated=self._simulated,
+            parts=self._parts,
             synchronous=self._synchronous,
         )
         self._check_board()

@@ -9,8 +9,8 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,19 @@ from torch import nn
 
 import learner.deepspeed_engine
 import reward.deepspeed_rank
-from actors.protocols import Policy, TrajectorySink
+from actors.protocols import TrajectorySink
 from actors.turns import TakingTurns
 from cluster.config.schema import RunConfig
 from cluster.distributed.clients import NobodyScores, RemoteBoard, RemotePeer, RemoteScorer
 from cluster.distributed.held_calls import HeldCalls
 from cluster.distributed.network_interface import pin_interface
+from cluster.distributed.parts import Parts
 from cluster.distributed.rollout_log import LoggedSink
 from cluster.distributed.source_check import check_source
-from cluster.experiments import simulation
 from cluster.run import assembly as roles
 from cluster.run.directory import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
-from lm.model import load_base
-from reward.lockstep import Rank
 from reward.replica import RewardReplica
 
 _log = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ class RunContext:
     buffer_password: str | None
     source: str  # fingerprint of what the driver runs
     board: ActorHandle
-    simulated: bool = False  # waits stand for model compute, see cluster.experiments.simulation
+    parts: Parts = field(default_factory=Parts)
     synchronous: bool = False  # actors sample one batch for each published version
 
 
@@ -135,6 +133,8 @@ class RolloutWorker(Worker):
     def _build(self, _: Meeting) -> None:
         """Load LM and task, connect to the buffer."""
         context = self._context
+        parts = context.parts.rollout(context.config)
+        self._task = parts.task
         self._buffer = roles.build_buffer(
             context.config,
             run=context.run,
@@ -142,15 +142,8 @@ class RolloutWorker(Worker):
             password=context.buffer_password,
         )
         sink: TrajectorySink = self._buffer
-        if context.simulated:
-            self._task = simulation.load_simulated_task(context.config)
-            policy: Callable[[int], Policy] = simulation.simulated_policy(
-                context.config, self._task
-            )
-        else:
-            base, self._task = roles.load_task(context.config)
-            policy = roles.model_policy(context.config, base, self._task)
-            sink = LoggedSink(self._buffer, base.tokenizer.decode)
+        if parts.decode is not None:
+            sink = LoggedSink(self._buffer, parts.decode)
         self._scorer = RemoteScorer(
             self._board(),
             namespace=context.namespace,
@@ -161,7 +154,7 @@ class RolloutWorker(Worker):
         )
         self._actor = roles.build_actor(
             context.config,
-            policy=policy,
+            policy=parts.policy,
             task=self._task,
             name=self._name,
             seed=(context.config.seed, self._index, self._incarnation),
@@ -211,28 +204,21 @@ class RewardWorker(Worker):
     def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
         config = self._context.config
-        if self._context.simulated:
-            self._shard: Rank = simulation.simulated_rank(config)
-        else:
-            self._shard = self._model_rank(meeting)
-        if self._rank == 0:
-            peers = [RemotePeer(handle) for handle in self._peers]
-            self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
 
-    def _model_rank(self, meeting: Meeting) -> Rank:
-        config = self._context.config
-        model = load_base(config.lm).model
-        self._release_port()
-        return reward.deepspeed_rank.RewardRank(
-            model,
-            reward.deepspeed_rank.Rendezvous(
+        def meet() -> reward.deepspeed_rank.Rendezvous:
+            self._release_port()
+            return reward.deepspeed_rank.Rendezvous(
                 address=meeting.address,
                 port=meeting.port,
                 rank=self._rank,
                 num_ranks=self._num_ranks,
                 timeout_s=config.reward.deadline_s,
-            ),
-        )
+            )
+
+        self._shard = self._context.parts.reward_rank(config, meet)
+        if self._rank == 0:
+            peers = [RemotePeer(handle) for handle in self._peers]
+            self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
 
     def score(self, items: list[Any]) -> list[Any]:
         """Log-rewards of the items (rank 0 only)."""
@@ -276,11 +262,7 @@ class LearnerWorker(Worker):
         self._rows: list[dict[str, float]] = []
         self._waited_s = 0.0
         self._events: list[str] = []
-        if context.simulated:
-            task = simulation.load_simulated_task(config)
-            self._base = simulation.simulated_base(config)
-        else:
-            self._base, task = roles.load_task(config)
+        self._base, task = context.parts.learner_base(config)
 
         def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
             rendezvous = learner.deepspeed_engine.Rendezvous(
@@ -291,14 +273,8 @@ class LearnerWorker(Worker):
                 timeout_s=settings.collective_timeout_s,
             )
             self._release_port()
-            engine = learner.deepspeed_engine.DeepSpeedEngine(model, settings, rendezvous)
-            update_s = config.throughput.simulation.update_ms / 1e3
-            simulated = context.simulated
-            return simulation.SimulatedEngine(engine, update_s=update_s) if simulated else engine
+            return context.parts.engine(config, model, settings, rendezvous)
 
-        if context.simulated:
-            lora = simulation.simulated_lora(config.throughput.simulation)
-            config = config.model_copy(update={"lora": lora})
         self._buffer = roles.build_buffer(
             config, run=context.run, url=context.buffer_url, password=context.buffer_password
         )
@@ -312,7 +288,7 @@ class LearnerWorker(Worker):
             buffer=self._buffer,
             weights=self._board(),
             warn=self._warn,
-            gated=not context.simulated,
+            gated=context.parts.gated,
         )
 
     def run(self) -> dict[str, Any]:

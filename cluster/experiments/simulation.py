@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from cluster.config.schema import RunConfig, SimulationConfig
+from cluster.distributed.parts import Parts, RolloutParts
+from learner.config import LearnerConfig
+from learner.deepspeed_engine import Rendezvous
 from learner.engine import Engine
 from lm.actions import ActionSpace
 from lm.adapter import decode_adapter
@@ -122,43 +125,59 @@ class SimulatedEngine:
         return 0.0
 
 
-def simulated_base(config: RunConfig) -> LanguageModel:
-    """A small model for the adapter of `simulated_lora` to sit on; no pass is ever made."""
-    model = fresh_llama(
-        vocab_size=_VOCABULARY,
-        width=_WIDTH,
-        layers=_LAYERS,
-        heads=4,
-        mlp_width=_MLP_WIDTH,
-        max_positions=64,
-        end_token=0,
-        seed=config.seed,
-    )
-    freeze(model)
-    return LanguageModel(
-        model=model, tokenizer=load_tokenizer(config.lm), fingerprint=fingerprint(model)
-    )
+class SimulatedParts(Parts):
+    """Waits in place of models; the engine and its collectives are real."""
+
+    gated = False  # log q is made up on both sides
+
+    def rollout(self, config: RunConfig) -> RolloutParts:
+        """A policy that waits; what it writes is random."""
+        task = load_simulated_task(config)
+
+        def policy(seed: int) -> SimulatedPolicy:
+            return SimulatedPolicy(
+                task.actions,
+                triggers=frozenset() if task.tool is None else task.tool.triggers,
+                vocabulary=len(load_tokenizer(config.lm)),
+                max_rows=config.actors.max_rows,
+                decode_step_s=config.throughput.simulation.decode_step_ms / 1e3,
+                rng=np.random.default_rng(seed),
+            )
+
+        return RolloutParts(task, policy, decode=None)
+
+    def reward_rank(self, config: RunConfig, meet: Callable[[], object]) -> SimulatedRank:
+        """A rank that meets nobody."""
+        vocabulary = len(load_tokenizer(config.lm))
+        return SimulatedRank(vocabulary, call_s=config.throughput.simulation.score_call_ms / 1e3)
+
+    def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
+        """A small model for the adapter of `simulated_lora` to sit on; no pass is ever made."""
+        model = fresh_llama(
+            vocab_size=_VOCABULARY,
+            width=_WIDTH,
+            layers=_LAYERS,
+            heads=4,
+            mlp_width=_MLP_WIDTH,
+            max_positions=64,
+            end_token=0,
+            seed=config.seed,
+        )
+        freeze(model)
+        base = LanguageModel(
+            model=model, tokenizer=load_tokenizer(config.lm), fingerprint=fingerprint(model)
+        )
+        return base, load_simulated_task(config)
+
+    def engine(
+        self, config: RunConfig, model: nn.Module, settings: LearnerConfig, rendezvous: Rendezvous
+    ) -> SimulatedEngine:
+        """The real one, whose updates wait."""
+        engine = super().engine(config, model, settings, rendezvous)
+        return SimulatedEngine(engine, update_s=config.throughput.simulation.update_ms / 1e3)
 
 
 def simulated_lora(config: SimulationConfig) -> LoRAConfig:
     """An adapter of about `adapter_mb` megabytes on the wire."""
     values = config.adapter_mb * 1e6 / _BYTES_PER_VALUE
     return LoRAConfig(rank=max(1, round(values / _VALUES_PER_RANK)), targets="auto")
-
-
-def simulated_policy(config: RunConfig, task: Task) -> Callable[[int], SimulatedPolicy]:
-    """Makes the policy of an actor from a seed."""
-    return lambda seed: SimulatedPolicy(
-        task.actions,
-        triggers=frozenset() if task.tool is None else task.tool.triggers,
-        vocabulary=len(load_tokenizer(config.lm)),
-        max_rows=config.actors.max_rows,
-        decode_step_s=config.throughput.simulation.decode_step_ms / 1e3,
-        rng=np.random.default_rng(seed),
-    )
-
-
-def simulated_rank(config: RunConfig) -> SimulatedRank:
-    """A rank of a reward replica."""
-    vocabulary = len(load_tokenizer(config.lm))
-    return SimulatedRank(vocabulary, call_s=config.throughput.simulation.score_call_ms / 1e3)

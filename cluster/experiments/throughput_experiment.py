@@ -10,8 +10,13 @@ import ray
 
 from cluster.config.schema import Placement, RunConfig
 from cluster.distributed.nodes import living_nodes, may_grow
+from cluster.distributed.parts import Parts
 from cluster.distributed.ray_cluster import connect_ray, join_cluster, namespace_of
-from cluster.experiments.simulation import load_simulated_task
+from cluster.experiments.simulation import (
+    SimulatedParts,
+    load_simulated_task,
+    simulated_lora,
+)
 from cluster.experiments.throughput_records import (
     Comparison,
     Row,
@@ -64,6 +69,7 @@ class Experiment:
             )
         self._counts = actors
         self._simulated = simulated
+        self._parts = SimulatedParts() if simulated else Parts()
         self._report = report
         self._root = RUNS / new_name(f"throughput-{config.task_name}")
         self._config = self._prepared(config, replicas, address)
@@ -134,6 +140,8 @@ class Experiment:
                 "learner_placement": _without_gpu(cluster.learner_placement),
             },
         )
+        lora = simulated_lora(config.throughput.simulation)
+        config = config.model_copy(update={"lora": lora})
         if config.cluster.address is not None:
             return config
         needed = math.ceil(sum(part.number * part.claim.cpus for part in demands_of(config)))
@@ -164,7 +172,7 @@ class Experiment:
             trial_directory(self._root, f"actors-{actors}"),
             warm_up=turn * settings.warm_up_batches,
             steps=turn * settings.batches * settings.repeats,
-            simulated=self._simulated,
+            parts=self._parts,
             synchronous=False,
             report=self._report,
         )
@@ -228,7 +236,7 @@ class Experiment:
                 trial_directory(self._root, mode),
                 warm_up=_PIPELINE_STEPS,
                 steps=config.throughput.comparison_steps,
-                simulated=self._simulated,
+                parts=self._parts,
                 synchronous=synchronous,
                 report=self._report,
             )

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.commands.train import buffer_server
 from cluster.config.file import resolved_toml
 from cluster.config.schema import RunConfig
+from cluster.distributed.parts import Parts
 from cluster.distributed.session import RaySession
 from cluster.distributed.supervisor import Supervisor
 from cluster.experiments.throughput_records import Counts
@@ -31,7 +32,7 @@ def measure_run(
     *,
     warm_up: int,
     steps: int,
-    simulated: bool,
+    parts: Parts,
     synchronous: bool,
     report: Callable[[str], None],
 ) -> Trial:
@@ -46,7 +47,7 @@ def measure_run(
     Raises:
         StartFailed, RunFailed: a part did not come up, or died.
     """
-    with _running(config, directory, simulated, synchronous, report) as supervisor:
+    with _running(config, directory, parts, synchronous, report) as supervisor:
         _watch_until(supervisor, warm_up)
         before = _counts(supervisor, config)
         first = len(supervisor.learner_rows)
@@ -59,7 +60,7 @@ def measure_run(
 def _running(
     config: RunConfig,
     directory: RunDirectory,
-    simulated: bool,
+    parts: Parts,
     synchronous: bool,
     report: Callable[[str], None],
 ) -> Iterator[Supervisor]:
@@ -72,7 +73,7 @@ def _running(
                 directory,
                 buffer.address,
                 address=config.cluster.address,
-                simulated=simulated,
+                parts=parts,
                 synchronous=synchronous,
             )
             session.open()

@@ -1,0 +1,64 @@
+"""What the processes of a distributed run are built from: language models, unless an experiment
+puts something in their place."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+import learner.deepspeed_engine
+import reward.deepspeed_rank
+from actors.protocols import Policy
+from cluster.config.schema import RunConfig
+from cluster.distributed.rollout_log import Decode
+from cluster.run import assembly
+from learner.config import LearnerConfig
+from learner.engine import Engine
+from lm.model import LanguageModel, load_base
+from reward.lockstep import Rank
+from tasks.task import Task
+
+
+class RolloutParts(NamedTuple):
+    """What a rollout actor is built from."""
+
+    task: Task
+    policy: Callable[[int], Policy]  # makes one from the seed of its draws
+    decode: Decode | None  # tokens as text, for the log; None: nothing worth reading is written
+
+
+class Parts:
+    """The configured models. An experiment may hand its run a subclass, which travels pickled."""
+
+    gated = True  # whether samplers are held to the learner's own log q
+
+    def rollout(self, config: RunConfig) -> RolloutParts:
+        """Of one rollout actor."""
+        base, task = assembly.load_task(config)
+        policy = assembly.model_policy(config, base, task)
+        return RolloutParts(task, policy, base.tokenizer.decode)
+
+    def reward_rank(
+        self, config: RunConfig, meet: Callable[[], reward.deepspeed_rank.Rendezvous]
+    ) -> Rank:
+        """One rank of a reward replica.
+
+        Args:
+            meet: gives up the port that was kept free, and says where the ranks meet.
+        """
+        model = load_base(config.lm).model
+        return reward.deepspeed_rank.RewardRank(model, meet())
+
+    def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
+        """The language model that the learner's adapter sits on, and the task in its tokens."""
+        return assembly.load_task(config)
+
+    def engine(
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        settings: LearnerConfig,
+        rendezvous: learner.deepspeed_engine.Rendezvous,
+    ) -> Engine:
+        """What takes the optimizer steps of one learner rank."""
+        return learner.deepspeed_engine.DeepSpeedEngine(model, settings, rendezvous)
