@@ -4,13 +4,9 @@ DeepSpeed chooses its accelerator at import: a launcher that wants the CPU on a 
 sets DS_ACCELERATOR=cpu in the environment of the process.
 """
 
-import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from time import monotonic
 from typing import Any
 
 import deepspeed
@@ -35,21 +31,7 @@ from learner.engine import (
     set_learning_rate,
     trainable_parameters,
 )
-
-
-class RankLost(ConnectionError):
-    """Another rank of the learner did not take its part in time, or is gone."""
-
-
-@dataclass(frozen=True)
-class Rendezvous:
-    """Where the ranks of one learner meet. Rank 0 listens on the address."""
-
-    address: str
-    port: int
-    rank: int
-    num_ranks: int
-    timeout_s: float
+from lm.process_group import Rendezvous, join_ranks, waiting_for_ranks
 
 
 class _Trainable(nn.Module):
@@ -79,7 +61,7 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: LearnerConfig, rendezvous: Rendezvous) -> None:
         self.rank = rendezvous.rank
         self.num_ranks = rendezvous.num_ranks
-        self._timeout_s = rendezvous.timeout_s
+        self._rendezvous = rendezvous
         self._parameters = trainable_parameters(model)
         self._device = next(iter(self._parameters.values())).device
         with self._waiting("rendezvous"):
@@ -161,36 +143,16 @@ class DeepSpeedEngine:
         partitions = self._zero.single_partition_of_fp32_groups
         return [self._zero.optimizer.state[partition] for partition in partitions]
 
-    @contextmanager
-    def _waiting(self, phase: str) -> Iterator[None]:
-        """Name the phase and the seconds when a wait for the other ranks fails."""
-        start_s = monotonic()
-        try:
-            yield
-        except (dist.DistError, RuntimeError) as error:
-            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-                raise
-            raise RankLost(
-                f"learner rank {self.rank} of {self.num_ranks} lost its peers in {phase} after "
-                f"{monotonic() - start_s:.1f} s (deadline {self._timeout_s} s): {error}"
-            ) from error
+    def _waiting(self, phase: str) -> AbstractContextManager[None]:
+        return waiting_for_ranks(self._rendezvous, part="learner", phase=phase)
 
 
 def _join(rendezvous: Rendezvous, device: torch.device) -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    join_ranks(rendezvous, device)
     # Else DeepSpeed compiles this extension at start: a minute, and no start without a compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed insists on this variable. A rank sees its own GPU only, which is its number 0.
-    os.environ["LOCAL_RANK"] = "0"
-    timeout = timedelta(seconds=rendezvous.timeout_s)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{rendezvous.address}:{rendezvous.port}",
-        rank=rendezvous.rank,
-        world_size=rendezvous.num_ranks,
-        timeout=timeout,
-    )
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+    timeout = timedelta(seconds=rendezvous.timeout_s)
     # DeepSpeed talks over a copy of the group, made with torch's deadline of half an hour.
     dist.distributed_c10d._set_pg_timeout(timeout, groups._clone_world_group())
 

@@ -4,12 +4,7 @@ DeepSpeed chooses its accelerator at import: a launcher that wants the CPU on a 
 sets DS_ACCELERATOR=cpu in the environment of the process.
 """
 
-import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from time import monotonic
 
 import deepspeed
 import numpy as np
@@ -19,24 +14,10 @@ from deepspeed.utils import set_z3_leaf_modules
 from numpy.typing import NDArray
 
 from lm.model import CausalLM
+from lm.process_group import Rendezvous, join_ranks, waiting_for_ranks
 from reward.packed import edge_log_probs, score_limits
 from reward.packing import MicroBatch
 from reward.request import ScoreLimits
-
-
-class RankLost(ConnectionError):
-    """Another rank of the replica did not take its part in time, or is gone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rendezvous:
-    """Where the ranks of one replica meet. Rank 0 listens on the address."""
-
-    address: str
-    port: int
-    rank: int
-    num_ranks: int
-    timeout_s: float  # of the meeting, and of every later wait for another rank
 
 
 class RewardRank:
@@ -44,7 +25,6 @@ class RewardRank:
 
     Every pass is a collective: all ranks must be given equally many micro-batches, in any sizes.
     A rank that has lost a peer is of no further use and must be replaced, with all of its replica.
-    The process group is the process's default one, so a process holds one rank.
     """
 
     def __init__(self, model: CausalLM, rendezvous: Rendezvous) -> None:
@@ -54,18 +34,20 @@ class RewardRank:
             RankLost: the ranks did not meet within the rendezvous's timeout.
         """
         self.limits: ScoreLimits = score_limits(model)
-        self._meeting = rendezvous
+        self._rendezvous = rendezvous
         self._model = model.eval().requires_grad_(False)
-        start_s = monotonic()
-        try:
-            _join(rendezvous, model.device)
+        with waiting_for_ranks(rendezvous, part="reward", phase="rendezvous"):
+            join_ranks(rendezvous, model.device)
+            # Else DeepSpeed compiles this at start: a minute, and no start without a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            deepspeed.init_distributed(
+                dist_init_required=False, auto_mpi_discovery=False, verbose=False
+            )
             # One gather for a whole layer instead of one for each of its matrices.
             set_z3_leaf_modules(model, list(model._no_split_modules))
             deepspeed.initialize(
                 model=self._model, config=_zero3_config(model), dist_init_required=False
             )
-        except (dist.DistError, RuntimeError) as error:
-            raise self._named("rendezvous", start_s, error) from error
 
     def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
         """Log-probabilities of all edges of each micro-batch.
@@ -73,11 +55,8 @@ class RewardRank:
         Raises:
             RankLost: a peer died or did not come within the timeout.
         """
-        start_s = monotonic()
-        try:
+        with waiting_for_ranks(self._rendezvous, part="reward", phase="forward"):
             return [edge_log_probs(self._model, batch) for batch in share]
-        except (dist.DistError, RuntimeError) as error:
-            raise self._named("forward", start_s, error) from error
 
     @property
     def num_held(self) -> int:
@@ -87,34 +66,6 @@ class RewardRank:
     def close(self) -> None:
         """Leave the process group."""
         dist.destroy_process_group()
-
-    def _named(self, phase: str, start_s: float, error: Exception) -> Exception:
-        """RankLost where the error is one of communication, else the error itself."""
-        # Gloo raises plain RuntimeErrors, which only their text tells from the model's own.
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
-            return error
-        where = self._meeting
-        return RankLost(
-            f"reward rank {where.rank} of {where.num_ranks} at {where.address}:{where.port} lost "
-            f"its peers in {phase} after {monotonic() - start_s:.1f} s "
-            f"(deadline {where.timeout_s} s): {error}"
-        )
-
-
-def _join(rendezvous: Rendezvous, device: torch.device) -> None:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Else DeepSpeed compiles this extension at start: a minute, and no start without a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed insists on this variable. A rank sees its own GPU only, which is its number 0.
-    os.environ["LOCAL_RANK"] = "0"
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{rendezvous.address}:{rendezvous.port}",
-        rank=rendezvous.rank,
-        world_size=rendezvous.num_ranks,
-        timeout=timedelta(seconds=rendezvous.timeout_s),
-    )
-    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
 
 
 def _zero3_config(model: CausalLM) -> dict[str, object]:

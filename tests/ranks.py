@@ -12,6 +12,7 @@ from unittest.mock import patch
 import torch
 
 from buffer.endpoint import free_port
+from lm.process_group import Rendezvous
 
 # DeepSpeed chooses its accelerator at import.
 CPU = {"DS_ACCELERATOR": "cpu"}
@@ -53,14 +54,14 @@ def _rank_main(
     *arguments: Any,
 ) -> None:
     os.environ |= CPU
-    # Imported in ranks alone: it takes seconds and changes global state.
-    from learner.deepspeed_engine import Rendezvous
-
     torch.set_num_threads(1)
     try:
         # The deadline is for ranks that are up, not for the imports of a busy machine.
         port = _meet(folder, rank, num_ranks)
-        work(Rendezvous("127.0.0.1", port, rank, num_ranks, timeout_s), folder, *arguments)
+        place = Rendezvous(
+            address="127.0.0.1", port=port, rank=rank, num_ranks=num_ranks, timeout_s=timeout_s
+        )
+        work(place, folder, *arguments)
     except BaseException:
         (folder / f"error-{rank}").write_text(traceback.format_exc())
     os._exit(0)

@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 import pytest
 
 from buffer.endpoint import free_port
-from reward.deepspeed_rank import RankLost, Rendezvous, RewardRank
+from lm.process_group import RankLost, Rendezvous
+from reward.deepspeed_rank import RewardRank
 from reward.lockstep import Edges
 from reward.packed import suffix_log_rewards
 from reward.packing import MicroBatch

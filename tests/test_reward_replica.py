@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from reward.deepspeed_rank import RankLost
+from lm.process_group import RankLost
 from reward.lockstep import Edges, deal
 from reward.packed import suffix_log_rewards
 from reward.packing import MicroBatch, plan

@@ -6,15 +6,16 @@ from typing import NamedTuple
 
 from torch import nn
 
-import learner.deepspeed_engine
-import reward.deepspeed_rank
 from actors.protocols import Policy
 from cluster.config.schema import RunConfig
 from cluster.distributed.rollout_log import Decode
 from cluster.run import assembly
 from learner.config import LearnerConfig
+from learner.deepspeed_engine import DeepSpeedEngine
 from learner.engine import Engine
 from lm.model import LanguageModel, load_base
+from lm.process_group import Rendezvous
+from reward.deepspeed_rank import RewardRank
 from reward.lockstep import Rank
 from tasks.task import Task
 
@@ -38,16 +39,14 @@ class Parts:
         policy = assembly.model_policy(config, base, task)
         return RolloutParts(task, policy, base.tokenizer.decode)
 
-    def reward_rank(
-        self, config: RunConfig, meet: Callable[[], reward.deepspeed_rank.Rendezvous]
-    ) -> Rank:
+    def reward_rank(self, config: RunConfig, meet: Callable[[], Rendezvous]) -> Rank:
         """One rank of a reward replica.
 
         Args:
             meet: gives up the port that was kept free, and says where the ranks meet.
         """
         model = load_base(config.lm).model
-        return reward.deepspeed_rank.RewardRank(model, meet())
+        return RewardRank(model, meet())
 
     def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
         """The language model that the learner's adapter sits on, and the task in its tokens."""
@@ -58,7 +57,7 @@ class Parts:
         config: RunConfig,
         model: nn.Module,
         settings: LearnerConfig,
-        rendezvous: learner.deepspeed_engine.Rendezvous,
+        rendezvous: Rendezvous,
     ) -> Engine:
         """What takes the optimizer steps of one learner rank."""
-        return learner.deepspeed_engine.DeepSpeedEngine(model, settings, rendezvous)
+        return DeepSpeedEngine(model, settings, rendezvous)

@@ -18,8 +18,6 @@ import ray
 from ray.actor import ActorHandle
 from torch import nn
 
-import learner.deepspeed_engine
-import reward.deepspeed_rank
 from actors.protocols import TrajectorySink
 from actors.turns import TakingTurns
 from cluster.config.schema import RunConfig
@@ -33,6 +31,7 @@ from cluster.run import assembly as roles
 from cluster.run.directory import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
+from lm.process_group import Rendezvous
 from reward.replica import RewardReplica
 
 _log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class Worker:
         return self._name if self._num_ranks == 1 else f"{self._name}.rank{self._rank}"
 
     def rendezvous(self) -> Meeting:
-        """An address of this node and a port on it, which nobody else gets until `_release_port`.
+        """An address of this node and a port on it, which nobody else gets until `_meet`.
 
         Loading a model takes long, and on a busy node a port that is merely free now is soon
         another process's.
@@ -111,10 +110,17 @@ class Worker:
     def _build(self, meeting: Meeting) -> None:
         raise NotImplementedError
 
-    def _release_port(self) -> None:
-        """Give the meeting's port up, to listen on it at once."""
+    def _meet(self, meeting: Meeting, timeout_s: float) -> Rendezvous:
+        """This rank's place among the others; gives the meeting's port up, to listen at once."""
         if self._reserved is not None:
             self._reserved.close()
+        return Rendezvous(
+            address=meeting.address,
+            port=meeting.port,
+            rank=self._rank,
+            num_ranks=self._num_ranks,
+            timeout_s=timeout_s,
+        )
 
     def _board(self) -> RemoteBoard:
         return RemoteBoard(
@@ -205,17 +211,9 @@ class RewardWorker(Worker):
         """Join the other ranks and take this rank's shard of the frozen LM."""
         config = self._context.config
 
-        def meet() -> reward.deepspeed_rank.Rendezvous:
-            self._release_port()
-            return reward.deepspeed_rank.Rendezvous(
-                address=meeting.address,
-                port=meeting.port,
-                rank=self._rank,
-                num_ranks=self._num_ranks,
-                timeout_s=config.reward.deadline_s,
-            )
-
-        self._shard = self._context.parts.reward_rank(config, meet)
+        self._shard = self._context.parts.reward_rank(
+            config, lambda: self._meet(meeting, config.reward.deadline_s)
+        )
         if self._rank == 0:
             peers = [RemotePeer(handle) for handle in self._peers]
             self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
@@ -265,15 +263,8 @@ class LearnerWorker(Worker):
         self._base, task = context.parts.learner_base(config)
 
         def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
-            rendezvous = learner.deepspeed_engine.Rendezvous(
-                address=meeting.address,
-                port=meeting.port,
-                rank=self._rank,
-                num_ranks=self._num_ranks,
-                timeout_s=settings.collective_timeout_s,
-            )
-            self._release_port()
-            return context.parts.engine(config, model, settings, rendezvous)
+            place = self._meet(meeting, settings.collective_timeout_s)
+            return context.parts.engine(config, model, settings, place)
 
         self._buffer = roles.build_buffer(
             config, run=context.run, url=context.buffer_url, password=context.buffer_password

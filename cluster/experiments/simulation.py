@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from cluster.config.schema import RunConfig, SimulationConfig
 from cluster.distributed.parts import Parts, RolloutParts
 from learner.config import LearnerConfig
-from learner.deepspeed_engine import Rendezvous
 from learner.engine import Engine
 from lm.actions import ActionSpace
 from lm.adapter import decode_adapter
@@ -23,6 +22,7 @@ from lm.config import LoRAConfig
 from lm.hub import load_tokenizer
 from lm.model import LanguageModel, fingerprint, freeze
 from lm.new_model import fresh_llama
+from lm.process_group import Rendezvous
 from lm.sampling import Completion, Request
 from reward.packing import MicroBatch
 from reward.request import ScoreLimits
