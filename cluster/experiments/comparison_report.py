@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from cluster.experiments.comparison import Summary, Table
-from cluster.reports.escaping import escaped
-from cluster.reports.html_page import figures, head
+from cluster.reports.html_page import escaped, figures, head
 from cluster.run.directory import write_whole
 
 _COLUMNS = 3  # of panels in the figure

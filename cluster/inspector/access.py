@@ -17,7 +17,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from buffer.folder import write_private
-from cluster.reports.escaping import escaped
+from cluster.reports.html_page import escaped
 
 COOKIE = "amortize-inspector"
 TOKEN_PARAMETER = "token"

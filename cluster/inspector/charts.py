@@ -1,20 +1,30 @@
-"""Charts as inline SVG: a few marks on a frame with round ticks, coloured by the page's style."""
+"""Charts as inline SVG: a few marks on a frame with round ticks, coloured by the page's style.
 
-import itertools
-import math
-from collections.abc import Iterator, Sequence
+Scaling and ticks are matplotlib's; the marks are written here, since its SVG has styles that the
+page's policy forbids and takes too long for a page that refreshes.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal
+from xml.etree.ElementTree import Element, SubElement, tostring
 
+import numpy as np
 from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox, BboxTransform
+from numpy.typing import ArrayLike, NDArray
 
-from cluster.reports.escaping import escaped
+from cluster.reports.html_page import visible
 
 Mark = Literal["line", "faint", "dots", "bars"]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 6.0, 22.0
 _BAR_SHARE = 0.6
 _HEADROOM = 0.06  # share of the height above and below the marks
-_DOT_RADIUS = 3.0
+_DOT_RADIUS = "3"
+
+Place = Callable[[ArrayLike], NDArray[np.float64]]  # points (x, y) -> where they stand
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,125 +56,98 @@ class Chart:
 
     def svg(self) -> Markup:
         """The chart, for the middle of a page."""
-        frame = Frame(self)
-        parts = [
-            *frame.bands(),
-            *frame.grid(),
-            *frame.level(),
-            *(part for series in self.series for part in frame.marks(series)),
-        ]
-        return Markup(
-            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img"'
-            f' aria-label="{escaped(self.title)}">{"".join(parts)}</svg>'
-        )
+        box = self._data_box()
+        right, floor = self.width - _RIGHT, self.height - _BOTTOM
+        # SVG counts y downwards.
+        place = BboxTransform(box, Bbox.from_extents(_LEFT, floor, right, _TOP)).transform
+        size = f"0 0 {self.width:g} {self.height:g}"
+        root = Element("svg", {"viewBox": size, "role": "img", "aria-label": visible(self.title)})
+        for start, end in self.bands:
+            _rectangle(root, "band", *place([(start, box.y0), (end, box.y1)]))
+        for value in ticks(box.y0, box.y1, at_most=5):
+            (_, y) = place((box.x0, value))
+            _line(root, "grid", [(_LEFT, y), (right, y)])
+            _text(root, "end", _LEFT - 6, y + 3.5, value)
+        for value in ticks(box.x0, box.x1, at_most=8, whole=self.counted is not None):
+            _text(root, "middle", place((value, box.y0))[0], self.height - 5, value)
+        if self.level is not None:
+            _line(root, "level", place([(box.x0, self.level), (box.x1, self.level)]))
+        for series in self.series:
+            _draw(root, series, place)
+        return Markup(tostring(root, encoding="unicode"))
 
-
-class Frame:
-    """Where values stand in the picture of a chart."""
-
-    def __init__(self, chart: Chart) -> None:
-        self._chart = chart
-        points = [point for series in chart.series for point in series.points]
+    def _data_box(self) -> Bbox:
+        """The x and y that are shown."""
+        points = [point for series in self.series for point in series.points]
         if not points:
-            raise ValueError(f"chart {chart.title!r} has no points")
-        xs, ys = [x for x, _ in points], [y for _, y in points]
-        if chart.level is not None:
-            ys.append(chart.level)
-        if any(series.kind == "bars" for series in chart.series):
+            raise ValueError(f"chart {self.title!r} has no points")
+        xs, ys = (list(values) for values in zip(*points, strict=True))
+        if self.level is not None:
+            ys.append(self.level)
+        if any(series.kind == "bars" for series in self.series):
             ys.append(0.0)
         # Bars at both ends need half their width.
-        self._x = (
-            (min(xs), max(xs)) if chart.counted is None else (-0.5, max(1, chart.counted) + 0.5)
-        )
-        room = _HEADROOM * (max(ys) - min(ys))
-        self._ticks_y = ticks(min(ys), max(ys), at_most=4)
-        self._y = (min(min(ys) - room, self._ticks_y[0]), max(max(ys) + room, self._ticks_y[-1]))
-
-    def bands(self) -> Iterator[str]:
-        """Shaded stretches."""
-        for start, end in self._chart.bands:
-            left, right = self._at_x(start), self._at_x(end)
-            yield (
-                f'<rect class="band" x="{left:.1f}" y="{_TOP:g}" width="{right - left:.1f}"'
-                f' height="{self._floor() - _TOP:.1f}"/>'
-            )
-
-    def grid(self) -> Iterator[str]:
-        """Horizontal lines with their values, and values of x below."""
-        right = self._chart.width - _RIGHT
-        for value in self._ticks_y:
-            y = self._at_y(value)
-            yield f'<line class="grid" x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            yield f'<text x="{_LEFT - 6:g}" y="{y + 3.5:.1f}" class="end">{number(value)}</text>'
-        low, high = self._x
-        least_step = 0.0 if self._chart.counted is None else 1.0
-        for value in ticks(low, high, at_most=8, least_step=least_step):
-            if low <= value <= high:
-                place = f'x="{self._at_x(value):.1f}" y="{self._chart.height - 5:g}"'
-                yield f'<text {place} class="middle">{number(value)}</text>'
-
-    def level(self) -> Iterator[str]:
-        """The dashed line."""
-        if self._chart.level is not None:
-            y, right = self._at_y(self._chart.level), self._chart.width - _RIGHT
-            yield f'<line class="level" x1="{_LEFT:g}" x2="{right:g}" y1="{y:.1f}" y2="{y:.1f}"/>'
-
-    def marks(self, series: Series) -> Iterator[str]:
-        """The points of a series, as its kind has them."""
-        if series.kind != "bars":
-            places = " ".join(f"{self._at_x(x):.1f},{self._at_y(y):.1f}" for x, y in series.points)
-            yield f'<polyline class="{series.kind}" points="{places}"/>'
-        if series.kind not in ("bars", "dots"):
-            return
-        notes = [*series.notes, *[""] * (len(series.points) - len(series.notes))]
-        for (x, y), note in zip(series.points, notes, strict=True):
-            title = f"<title>{escaped(note)}</title>" if note else ""
-            if series.kind == "dots":
-                place = f'cx="{self._at_x(x):.1f}" cy="{self._at_y(y):.1f}"'
-                yield f'<circle class="dot" {place} r="{_DOT_RADIUS:g}">{title}</circle>'
-            else:
-                yield self._bar(x, y, title)
-
-    def _bar(self, x: float, y: float, title: str) -> str:
-        width = _BAR_SHARE * (self._at_x(1.0) - self._at_x(0.0))
-        top, bottom = sorted((self._at_y(y), self._at_y(0.0)))
-        side = "below" if y < 0 else "above"
-        return (
-            f'<rect class="bar {side}" x="{self._at_x(x) - width / 2:.1f}" y="{top:.1f}"'
-            f' width="{width:.1f}" height="{max(bottom - top, 0.8):.1f}">{title}</rect>'
-        )
-
-    def _floor(self) -> float:
-        return self._chart.height - _BOTTOM
-
-    def _at_x(self, value: float) -> float:
-        low, high = self._x
-        return _LEFT + _share(value, low, high) * (self._chart.width - _LEFT - _RIGHT)
-
-    def _at_y(self, value: float) -> float:
-        low, high = self._y
-        return self._floor() - _share(value, low, high) * (self._floor() - _TOP)
+        ends = (min(xs), max(xs)) if self.counted is None else (-0.5, max(1, self.counted) + 0.5)
+        x0, x1 = _apart(*ends)
+        y0, y1 = _apart(min(ys), max(ys))
+        room = _HEADROOM * (y1 - y0)
+        return Bbox.from_extents(x0, y0 - room, x1, y1 + room)
 
 
-def _share(value: float, low: float, high: float) -> float:
-    """How far a value lies between two others; in the middle where they are one."""
-    return (value - low) / (high - low) if high > low else 0.5
+def _draw(root: Element, series: Series, place: Place) -> None:
+    """The points of a series, as its kind has them."""
+    if series.kind != "bars":
+        _line(root, series.kind, place(series.points))
+    if series.kind == "dots":
+        for (x, y), note in zip_longest(place(series.points), series.notes):
+            middle = {"cx": f"{x:.1f}", "cy": f"{y:.1f}"}
+            _note(SubElement(root, "circle", {"class": "dot", **middle, "r": _DOT_RADIUS}), note)
+    if series.kind == "bars":
+        for (x, y), note in zip_longest(series.points, series.notes):
+            corners = place([(x - _BAR_SHARE / 2, y), (x + _BAR_SHARE / 2, 0.0)])
+            _note(_rectangle(root, "bar below" if y < 0 else "bar above", *corners), note)
 
 
-def ticks(low: float, high: float, *, at_most: int, least_step: float = 0.0) -> list[float]:
-    """Round values from about `low` to about `high`, one at least.
+def _note(mark: Element, note: str | None) -> None:
+    if note:
+        SubElement(mark, "title").text = visible(note)
 
-    Steps are 1, 2 or 5 times a power of ten.
-    """
-    span = high - low
-    if span <= 0:
-        return [low]
-    powers = itertools.count(math.floor(math.log10(span / at_most)))
-    steps = (factor * 10.0**power for power in powers for factor in (1, 2, 5))
-    step = next(step for step in steps if span / step <= at_most and step >= least_step)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    # A span between two round values has none inside: the one below stands for it.
-    return [count * step for count in range(first, last + 1)] or [math.floor(low / step) * step]
+
+def _line(root: Element, kind: str, points: ArrayLike) -> None:
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in np.asarray(points))
+    SubElement(root, "polyline", {"class": kind, "points": places})
+
+
+def _rectangle(
+    root: Element, kind: str, corner: NDArray[np.float64], opposite: NDArray[np.float64]
+) -> Element:
+    (left, top), (width, height) = np.minimum(corner, opposite), np.abs(corner - opposite)
+    size = {"width": f"{width:.1f}", "height": f"{max(height, 0.8):.1f}"}
+    return SubElement(root, "rect", {"class": kind, "x": f"{left:.1f}", "y": f"{top:.1f}", **size})
+
+
+def _text(root: Element, kind: str, x: float, y: float, value: float) -> None:
+    place = {"x": f"{x:.1f}", "y": f"{y:.1f}"}
+    SubElement(root, "text", {"class": kind, **place}).text = number(value)
+
+
+def _apart(low: float, high: float) -> tuple[float, float]:
+    """The two, or values around them where they are one."""
+    room = 0.0 if high > low else 0.1 * abs(low) or 1.0
+    return low - room, high + room
+
+
+def ticks(low: float, high: float, *, at_most: int, whole: bool = False) -> list[float]:
+    """About `at_most` round values between two others: steps are 1, 2 or 5 times a power of ten."""
+    locator = MaxNLocator(at_most, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
+    slack = 1e-9 * (high - low)
+    values = [float(value) for value in locator.tick_values(low, high)]
+    # A sum of steps may miss zero by a rounding error.
+    return [
+        value if abs(value) > slack else 0.0
+        for value in values
+        if low - slack <= value <= high + slack
+    ]
 
 
 def number(value: float) -> str:

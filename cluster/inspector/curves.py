@@ -10,8 +10,8 @@ from pathlib import Path
 from markupsafe import Markup
 
 from cluster.inspector.charts import Chart, Series, number
+from cluster.reports.plots import smooth
 from cluster.run.display import FIGURES
-from cluster.run.smoothing import smooth
 
 _POINTS = 400
 _SMOOTHING_SHARE = 0.04

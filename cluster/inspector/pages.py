@@ -15,7 +15,7 @@ from cluster.inspector.charts import Chart, Series, number
 from cluster.inspector.curves import Curve
 from cluster.inspector.queries import Page, Query
 from cluster.inspector.sources import Detail
-from cluster.reports.escaping import escaped
+from cluster.reports.html_page import escaped
 from cluster.run.directory import RunState
 from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
 

@@ -5,11 +5,12 @@ forbids scripts and loading, in case an escape was forgotten.
 """
 
 import base64
+import html
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cluster.evaluation.measurement import Example, Measurement
-from cluster.reports.escaping import escaped
 from cluster.reports.score_table import rows
 from cluster.run.directory import write_whole
 
@@ -159,3 +160,20 @@ def figures(heading: str, plots: Sequence[Path]) -> str:
             f"<figcaption>{caption}</figcaption></figure>"
         )
     return f'<h2>{escaped(heading)}</h2><div class="plots">{"".join(shown)}</div>'
+
+
+def escaped(text: str) -> str:
+    """`text` for any place in HTML."""
+    return html.escape(visible(text), quote=True)
+
+
+def visible(text: str) -> str:
+    """`text` with the characters that hide or turn text written out, such as \\u{202e}."""
+    return "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    # Control, format (such as right-to-left override), surrogate and unassigned characters.
+    if unicodedata.category(character)[0] == "C" and character not in "\n\t":
+        return f"\\u{{{ord(character):x}}}"
+    return character

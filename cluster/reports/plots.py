@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from cluster.run.display import (
@@ -16,9 +16,8 @@ from cluster.run.display import (
     POLICY_AGE,
     TRAJECTORIES_PER_S,
 )
-from cluster.run.smoothing import smooth
 
-_SIZE_INCHES = (6.4, 3.2)
+_WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 3.2
 _DOTS_PER_INCH = 110
 _RAW, _SMOOTH, _BEFORE, _AFTER = "#b9c9dc", "#1f5a96", "#b8bcc2", "#1f5a96"
 # Long runs are noisy: the drawn average reaches over about this share of the steps.
@@ -48,7 +47,7 @@ def draw_before_after(
     """Bars of two measurements side by side, one pair for each label of `before`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = list(before)
-    figure, axes = _canvas()
+    figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     places = range(len(labels))
     for shift, values, colour, name in (
         (-0.2, before, _BEFORE, "before"),
@@ -72,7 +71,7 @@ def _curves(rows: Sequence[Mapping[str, float]], folder: Path) -> Iterator[Path]
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        figure, axes = _canvas()
+        figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
         span = max(1, round(_SMOOTHING_SHARE * len(values)))
         axes.plot(steps, values, color=_RAW, linewidth=1)
         axes.plot(steps, smooth(values, span), color=_SMOOTH, linewidth=1.8)
@@ -85,12 +84,24 @@ def _curves(rows: Sequence[Mapping[str, float]], folder: Path) -> Iterator[Path]
         yield path
 
 
-def _canvas() -> tuple[Figure, Axes]:
+def new_figure(
+    width_inches: float, height_inches: float, *, panels: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure with panels below one another, in the style of all pictures of a report."""
     # Not pyplot: it keeps every figure alive and looks for a display.
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    return figure, axes
+    size = (width_inches, height_inches)
+    figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
+    column = figure.subplots(panels, 1, squeeze=False)[:, 0].tolist()
+    for axes in column:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, column
+
+
+def smooth(values: Sequence[float], span: int) -> list[float]:
+    """Mean of each value and up to `span` - 1 before it."""
+    sums = np.cumsum([0.0, *values])
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - span, 0)
+    return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from cluster.evaluation.posterior_records import Picture
+from cluster.reports.plots import new_figure
 
 _WIDTH_INCHES, _PANEL_INCHES, _SCATTER_INCHES = 8.0, 2.6, 5.0
-_DOTS_PER_INCH = 110
 _POSTERIOR, _POLICY, _BASE = "#c2410c", "#1f5a96", "#b8bcc2"
 # A panel has bars for the completions that reach this probability under posterior or policy, as
 # long as they are so few and hold most of the posterior.
@@ -45,7 +44,6 @@ def draw_posterior(
         figure = _bars(pictures[:_MOST_PANELS], chosen, names, colours)
     else:
         figure = _scatter(pictures, names, colours)
-    FigureCanvasAgg(figure)
     figure.savefig(path)
 
 
@@ -76,12 +74,8 @@ def _bars(
     colours: Sequence[str],
 ) -> Figure:
     """A panel for each prompt: bars for q of each policy, lines for p."""
-    figure = Figure(
-        figsize=(_WIDTH_INCHES, _PANEL_INCHES * len(pictures)),
-        dpi=_DOTS_PER_INCH,
-        layout="constrained",
-    )
-    panels = figure.subplots(len(pictures), 1, squeeze=False)[:, 0]
+    height = _PANEL_INCHES * len(pictures)
+    figure, panels = new_figure(_WIDTH_INCHES, height, panels=len(pictures))
     for axes, (title, picture), at in zip(panels, pictures, chosen, strict=False):
         places = np.arange(len(at))
         width = 0.84 / len(names)
@@ -93,7 +87,7 @@ def _bars(
         axes.hlines(
             p_N, places - 0.5, places + 0.5, color=_POSTERIOR, linewidth=1.6, label="p, exact"
         )
-        _finish(axes, title)
+        _title(axes, title)
         axes.set_ylabel("probability")
         axes.set_xlim(-0.8, max(len(at), _FEWEST_PLACES) - 0.2)
         _label(axes, [picture.texts[n] for n in at])
@@ -124,10 +118,7 @@ def _scatter(
     pictures: Sequence[tuple[str, Picture]], names: Sequence[str], colours: Sequence[str]
 ) -> Figure:
     """q against p of every completion of all prompts, in powers of ten."""
-    figure = Figure(
-        figsize=(_SCATTER_INCHES, _SCATTER_INCHES), dpi=_DOTS_PER_INCH, layout="constrained"
-    )
-    axes = figure.subplots()
+    figure, [axes] = new_figure(_SCATTER_INCHES, _SCATTER_INCHES)
     p_N = np.concatenate([np.exp(picture.posterior.log_p_N) for _, picture in pictures])
     for number in reversed(range(len(names))):
         q_N = np.concatenate(
@@ -148,16 +139,13 @@ def _scatter(
     axes.set_yscale("log")
     axes.set_xlabel("p, exact posterior")
     axes.set_ylabel("q")
-    _finish(axes, f"{len(pictures)} prompts, {len(p_N)} completions")
+    _title(axes, f"{len(pictures)} prompts, {len(p_N)} completions")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
     return figure
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _title(axes: Axes, title: str) -> None:
     axes.set_title(_unformatted(title), fontsize=9, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-    axes.set_axisbelow(True)
 
 
 def _unformatted(text: str) -> str:
