@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
@@ -45,7 +46,7 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
     metrics = {"posterior/elbo_nats": _mean([log_weight_K.mean() for log_weight_K in known])}
     several = [log_weight_K for log_weight_K in known if len(log_weight_K) > 1]
     if several:
-        iwae = [_log_mean_exp(log_weight_K) for log_weight_K in several]
+        iwae = [logsumexp(log_weight_K) - np.log(len(log_weight_K)) for log_weight_K in several]
         elbo = [log_weight_K.mean() for log_weight_K in several]
         metrics |= {
             "posterior/iwae_nats": _mean(iwae),
@@ -64,11 +65,6 @@ def log_weight(trajectory: Trajectory, reward_temperature: float) -> float:
     """log R / T - log q of one trajectory by its own record, nats."""
     log_q = trajectory.log_q_token.sum(dtype=np.float64) + float(trajectory.log_q_stop[-1])
     return float(trajectory.log_reward[-1]) / reward_temperature - float(log_q)
-
-
-def _log_mean_exp(log_weight_K: Floats) -> float:
-    top = float(log_weight_K.max())
-    return top + float(np.log(np.exp(log_weight_K - top).mean()))
 
 
 def ess_share(log_weight_K: Floats) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from tasks.posterior.bounds import (
     FEWEST,
@@ -13,7 +14,6 @@ from tasks.posterior.bounds import (
     Interval,
     UnusableWeights,
     bound_log_z,
-    student_quantile,
 )
 from tasks.posterior.weights import Completed, draw_log_weights, log_probs, log_rewards, log_weights
 from tests.bounds_toy import LEGAL, OUTSIDE, log_sum, make_toy, normalised
@@ -95,23 +95,12 @@ def test_iwae_of_two_strings_equals_its_expectation_over_all_tuples(k: int) -> N
     log_weight = log_r - np.log(q)
     binomial = sum(
         exact_probability * (log_sum(log_weight[[0] * (k - n) + [1] * n]) - np.log(k))
-        for n, exact_probability in enumerate(binomial_probabilities(k, 0.1))
+        for n, exact_probability in enumerate(binom.pmf(range(k + 1), k, 0.1))
     )
     assert exact_iwae(log_weight, q, k) == pytest.approx(binomial)
     rng = np.random.default_rng(k)
     drawn = log_weight[rng.choice(2, size=8_000, p=q)]
     assert covers(bound_log_z(drawn, sizes=(k,), rng=rng).iwae[k], binomial)
-
-
-def binomial_probabilities(k: int, chance: float) -> list[float]:
-    """Of 0..k successes, built up one trial after the other."""
-    row = [1.0]
-    for _ in range(k):
-        row = [
-            (row[n] if n < len(row) else 0.0) * (1 - chance) + (row[n - 1] * chance if n else 0.0)
-            for n in range(len(row) + 1)
-        ]
-    return row
 
 
 def test_a_perfect_sampler_is_at_distance_zero() -> None:
@@ -208,8 +197,12 @@ def test_a_sample_without_ratio_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("degrees", "quantile"), [(9, 2.2622), (29, 2.0452), (100, 1.9840)])
-def test_students_quantile_is_that_of_the_tables(degrees: int, quantile: float) -> None:
-    assert student_quantile(degrees) == pytest.approx(quantile, rel=1e-3)
+def test_a_mean_has_the_interval_of_students_tables(degrees: int, quantile: float) -> None:
+    log_weight = np.random.default_rng(0).normal(size=degrees + 1)
+    elbo = bound_log_z(log_weight, sizes=(1,), rng=np.random.default_rng(1)).elbo
+    half = quantile * log_weight.std(ddof=1) / np.sqrt(degrees + 1)
+    assert elbo.high - elbo.value == pytest.approx(half, rel=1e-4)
+    assert elbo.value - elbo.low == pytest.approx(half, rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

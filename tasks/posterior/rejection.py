@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
@@ -29,7 +30,6 @@ from tasks.posterior.weights import Completed
 
 # Tokens that are drawn before texts which can no longer fit are given up.
 CHUNK = 16
-_NORMAL_QUANTILE = 1.959964
 
 
 class NoRejectionSampling(ValueError):
@@ -195,6 +195,6 @@ def log_mean(count_D: Sequence[int]) -> Interval | None:
     mean = count.mean() if len(count) else 0.0
     if mean == 0.0:
         return None
-    half = _NORMAL_QUANTILE * float(count.std() / mean) / math.sqrt(len(count))
+    half = float(norm.ppf(0.975)) * float(count.std() / mean) / math.sqrt(len(count))
     value = math.log(mean)
     return Interval(value, value - half, value + half)
