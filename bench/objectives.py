@@ -40,7 +40,9 @@ from buffer.server import RedisServer
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from cluster.run import assembly as roles
+from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
+from cluster.run.session import BufferAddress
 from lm.model import vocab_size
 from lm.next_action import NextLogits
 from tasks.log_reward import log_reward_of
@@ -172,13 +174,9 @@ def measure(case: Case, seed: int) -> Outcome:
         try:
             run = LocalRun(
                 config,
-                run="bench",
-                checkpoints=folder / "checkpoints",
-                adapter=folder / "adapter",
-                quarantine=folder / "quarantine",
+                directory=RunDirectory("bench", root=folder),
+                buffer=BufferAddress(url=server.url, password=server.password),
                 report=print,
-                buffer_url=server.url,
-                buffer_password=server.password,
             )
             # The policy as it is between two steps; adapters are written at the end only.
             policy = run._learner.model

@@ -10,7 +10,8 @@ import torch
 from actors.protocols import Policy, PublishedWeights, WeightSource
 from cluster import __main__
 from cluster.distributed import launcher as launch
-from cluster.distributed.worker import Meeting, RolloutWorker
+from cluster.distributed.rollout_worker import RolloutWorker
+from cluster.distributed.worker import Meeting
 
 DAMAGED = "actor-1"
 # By then the learner has left a checkpoint, whichever actor came first.
@@ -18,15 +19,15 @@ FIRST_DAMAGED_VERSION = 4
 
 
 class Damaging:
-    """The board; who takes weights of it that are not among the first is damaged."""
+    """The weight store; who takes weights of it that are not among the first is damaged."""
 
-    def __init__(self, board: WeightSource, policy: Policy) -> None:
-        self._board = board
+    def __init__(self, store: WeightSource, policy: Policy) -> None:
+        self._weight_store = store
         self._policy = policy
         self._done = False
 
     def newer_than(self, version: int) -> PublishedWeights | None:
-        fresh = self._board.newer_than(version)
+        fresh = self._weight_store.newer_than(version)
         if fresh is not None and fresh.version >= FIRST_DAMAGED_VERSION and not self._done:
             embedding = self._policy._model.get_input_embeddings().weight  # type: ignore[attr-defined]
             with torch.no_grad():

@@ -9,11 +9,11 @@ import ray
 
 from cluster.config.file import load_config
 from cluster.config.schema import Placement, RunConfig
-from cluster.distributed.launcher import Launch, Launcher
-from cluster.distributed.placement import Place
+from cluster.distributed.launcher import GroupLaunch, Launcher, Reservation
+from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.supervisor import Supervisor
-from cluster.distributed.weight_store_worker import BoardWorker
 from cluster.distributed.worker import RunContext
+from cluster.run.directory import RunDirectory
 from tests.light_worker import CountingWorker
 
 CLAIM = Placement(cpus=0.25)
@@ -37,39 +37,41 @@ class LightLauncher(Launcher):
         self.actors: dict[int, type] = {}
         self.learners: type = CountingWorker
 
-    def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
+    def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> GroupLaunch:
         return self._launch(self.actors.get(index, CountingWorker))
 
-    def reward_replica(self, context: RunContext, *, index: int, incarnation: int) -> Launch:
+    def reward_replica(self, context: RunContext, *, index: int, incarnation: int) -> GroupLaunch:
         return self._launch(CountingWorker)
 
-    def learner(self, context: RunContext, *, incarnation: int) -> Launch:
+    def learner(self, context: RunContext, *, incarnation: int) -> GroupLaunch:
         return self._launch(self.learners)
 
-    def _launch(self, worker: type) -> Launch:
-        place = Place(f"light-{next(NUMBERS)}", CLAIM, num_ranks=1, strategy="PACK")
+    def _launch(self, worker: type) -> GroupLaunch:
+        reservation = Reservation(f"light-{next(NUMBERS)}", CLAIM, num_ranks=1, strategy="PACK")
 
         def create() -> list[ray.actor.ActorHandle]:
-            return [ray.remote(worker).options(max_concurrency=4, **place.options(0)).remote()]
+            return [
+                ray.remote(worker).options(max_concurrency=4, **reservation.options(0)).remote()
+            ]
 
-        return Launch(place, create)
+        return GroupLaunch(reservation, create)
 
 
 class LightRun:
-    """A supervisor, what it reported, and what the board knows."""
+    """A supervisor, what it reported, and the registry of its replicas."""
 
     def __init__(self, *overrides: str, learners: type = CountingWorker) -> None:
         config = load_config("tasks/toy.toml", [*OVERRIDES, *overrides])
         self.launcher = LightLauncher(config)
         self.launcher.learners = learners
-        self.board = (
-            ray.remote(BoardWorker)
+        self.registry = (
+            ray.remote(ReplicaRegistry)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=2)
             .remote()
         )
         self.events: list[str] = []
         self.supervisor = Supervisor(
-            config, self.launcher, context(config, self.board), self.events.append
+            config, self.launcher, context(config, self.registry), self.events.append
         )
 
     def until(self, holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
@@ -79,25 +81,28 @@ class LightRun:
             self.supervisor.tick()
 
     def pids(self) -> dict[str, int]:
-        gangs = self.supervisor.gangs
-        return {name: ray.get(gang.leader.pid.remote()) for name, gang in gangs.items()}
+        groups = self.supervisor.groups
+        return {name: ray.get(group.leader.pid.remote()) for name, group in groups.items()}
 
     def roster(self) -> tuple[str, ...]:
-        names: tuple[str, ...] = ray.get(self.board.replicas.remote())
+        names: tuple[str, ...] = ray.get(self.registry.names.remote())
         return names
 
     def kill(self, name: str) -> None:
-        gang = self.supervisor.gangs[name]
-        ray.kill(gang.leader)
-        self.until(lambda: self.supervisor.gangs[name] is not gang)
+        group = self.supervisor.groups[name]
+        ray.kill(group.leader)
+        self.until(lambda: self.supervisor.groups[name] is not group)
         self.until(lambda: self.supervisor.settled)
 
 
-def context(config: RunConfig, board: Any) -> RunContext:
-    return RunContext(config=config, board=board, **dict.fromkeys(UNUSED, ""))  # type: ignore[arg-type]
-
-
-UNUSED = (
-    *("run", "checkpoints", "adapter", "quarantine", "namespace", "buffer_url"),
-    *("buffer_password", "source"),
-)
+def context(config: RunConfig, registry: Any) -> RunContext:
+    unused: Any = None
+    return RunContext(
+        config=config,
+        directory=RunDirectory("light"),
+        namespace="",
+        buffer=unused,
+        source="",
+        weight_store=unused,
+        replica_registry=registry,
+    )

@@ -22,7 +22,8 @@ from buffer.trajectory import Trajectory
 from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.schema import RunConfig
 from cluster.run import assembly as roles
-from cluster.run.weight_store import WeightBoard
+from cluster.run.directory import RunDirectory
+from cluster.run.weight_store import WeightStore
 from learner.agreement.disagreement import SamplersDisagree
 from learner.agreement.quarantine import read_quarantine
 from learner.engine import TorchEngine
@@ -114,7 +115,7 @@ class Cast:
         self, config: RunConfig, folder: Path, server: RedisServer, *, damaged: str | None
     ) -> None:
         base, task = roles.load_task(config)
-        board = WeightBoard()
+        store = WeightStore()
         self._replicas: list[RewardReplica] = []
         self.buffer = roles.build_buffer(
             config, run=folder.name, url=server.url, password=server.password
@@ -124,11 +125,10 @@ class Cast:
             config,
             base=base,
             task=task,
-            checkpoints=folder / "checkpoints",
-            quarantine=folder / "quarantine",
+            directory=RunDirectory(folder.name, root=folder.parent),
             make_engine=TorchEngine,
             buffer=self.buffer,
-            weights=board,
+            weights=store,
             warn=self.warnings.append,
         )
         self.gate = Observed(self.learner._gate)
@@ -147,7 +147,7 @@ class Cast:
                 seed=(config.seed, index),
                 buffer=self.buffer,
                 scorer=scorer,
-                weights=board,
+                weights=store,
             )
 
         self.actors = [actor(0), actor(2)]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import ray
 
-from cluster.distributed.nodes import living_nodes, may_grow
+from cluster.distributed.ray_cluster import living_nodes, may_grow
 from tests.light_run import LightRun
 from tests.test_job_submit import end, free_port
 

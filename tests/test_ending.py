@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 
-from cluster.distributed import clients as remote
-from cluster.distributed import ending
+from cluster.distributed import clients, shutdown
 from cluster.distributed.clients import NobodyScores, RemoteScorer
-from cluster.distributed.ending import end_in_order
+from cluster.distributed.services import ReplicaRegistry
+from cluster.distributed.shutdown import end_in_order
 from cluster.distributed.worker_group import Phase
-from cluster.run.weight_store import WeightBoard
 
 TIMEOUT_S = 0.8
 
@@ -33,11 +32,11 @@ CLOCK = Clock()
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CLOCK, "now_s", 0.0)
-    monkeypatch.setattr(ending, "time", CLOCK)
+    monkeypatch.setattr(shutdown, "time", CLOCK)
 
 
 class Part:
-    """A gang without processes; `takes_s` is how long after a request it has ended."""
+    """A worker group without processes; `takes_s` is how long after a request it has ended."""
 
     def __init__(
         self, name: str, takes_s: float = 0.0, phase: Phase = Phase.RUNNING, dies: bool = False
@@ -116,11 +115,11 @@ def test_one_that_dies_meanwhile_is_told_of() -> None:
 def test_a_scoring_waits_for_a_replica_only_while_the_run_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote, "_ROSTER_POLL_S", 0.01)
-    board: Any = WeightBoard()
+    monkeypatch.setattr(clients, "_POLL_S", 0.01)
+    registry: Any = ReplicaRegistry()
     answers = iter([False, False, True])
     scorer = RemoteScorer(
-        board, namespace="", attempt_s=60, handover_s=60, stop=lambda: next(answers)
+        registry, namespace="", attempt_s=60, handover_s=60, stop=lambda: next(answers)
     )
     with pytest.raises(NobodyScores, match="no reward replica lives"):
         scorer.submit([])

@@ -81,13 +81,14 @@ EDITED_MEANWHILE = """
 import sys
 from pathlib import Path
 import ray
-from cluster.distributed.weight_store_worker import BoardWorker
+from cluster.distributed.services import WeightStoreService
 from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.distributed.source_check import source_fingerprint
 from cluster.distributed.worker_group import StartFailed
 from cluster.distributed.ray_cluster import connect_ray
 from cluster.run.directory import RunDirectory
-from cluster.distributed.session import BufferAddress, RaySession
+from cluster.distributed.session import RaySession
+from cluster.run.session import BufferAddress
 
 assert PROJECT_ROOT == Path(sys.argv[1]), PROJECT_ROOT
 connect_ray(load_config("tasks/arithmetic.toml", ["cluster.cpus=1"]), None, "test")
@@ -96,8 +97,8 @@ with (PROJECT_ROOT / "buffer" / "priority.py").open("a") as file:
     file.write("raise RuntimeError('edited while the run goes on')\\n")
 source_fingerprint.cache_clear()
 assert source_fingerprint() != mine
-board = ray.remote(BoardWorker).options(num_cpus=0).remote()
-ray.get(board.check_source.remote(mine), timeout=200)
+store = ray.remote(WeightStoreService).options(num_cpus=0).remote()
+ray.get(store.check_source.remote(mine), timeout=200)
 
 session = RaySession(  # its source is the edited one
     load_config("tasks/arithmetic.toml", ["cluster.cpus=1"]),
@@ -131,4 +132,4 @@ def test_an_edit_while_a_run_goes_on_reaches_no_worker_and_no_run_mixes_both(
         timeout=240,
     )
     edited = fingerprint(tmp_path)
-    assert re.search(rf"weight board: SourceMixture: .*{edited}", done.stdout), done.stdout
+    assert re.search(rf"weight store: SourceMixture: .*{edited}", done.stdout), done.stdout

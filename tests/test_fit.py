@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.config.file import load_config
-from cluster.config.schema import GangPlacement, Placement, RunConfig
+from cluster.config.schema import GroupPlacement, Placement, RunConfig
 from cluster.run.resources import DoesNotFit, Node, check_fit, describe
 
 
@@ -52,5 +52,5 @@ def test_a_claim_that_ray_cannot_place_is_refused() -> None:
     with pytest.raises(ValidationError, match="both 0"):
         Placement(cpus=0)
     with pytest.raises(ValidationError, match="whole above 1"):
-        GangPlacement(gpus=1.5)
+        GroupPlacement(gpus=1.5)
     assert Placement(cpus=0, gpus=0.5).gpus == 0.5

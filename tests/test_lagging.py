@@ -14,14 +14,16 @@ from buffer.replay import Group, ReplayBuffer
 from buffer.server import RedisServer
 from cluster.config.file import load_config
 from cluster.run import assembly as roles
+from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
-from cluster.run.weight_store import WeightBoard
+from cluster.run.session import BufferAddress
+from cluster.run.weight_store import WeightStore
 
 LAG, MAX_AGE = 5, 6
 
 
-def publish(board: WeightBoard, version: int) -> None:
-    board.publish(b"", version=version, checksum="")
+def publish(store: WeightStore, version: int) -> None:
+    store.publish(b"", version=version, checksum="")
 
 
 def polled(weights: LaggingWeights, held: int) -> int:
@@ -31,33 +33,33 @@ def polled(weights: LaggingWeights, held: int) -> int:
 
 
 def test_an_actor_that_asks_often_is_exactly_the_lag_behind() -> None:
-    board = WeightBoard()
-    weights = LaggingWeights(board, lag=3, max_lag=9)
+    store = WeightStore()
+    weights = LaggingWeights(store, lag=3, max_lag=9)
     held = polled(weights, 0)
     for newest in range(12):
-        publish(board, newest)
+        publish(store, newest)
         held = polled(weights, held)
         assert held == max(newest - 3, 0)
         assert polled(weights, held) == held
 
 
 def test_between_publications_it_is_the_newest_that_is_old_enough() -> None:
-    board = WeightBoard()
-    weights = LaggingWeights(board, lag=4, max_lag=9)
+    store = WeightStore()
+    weights = LaggingWeights(store, lag=4, max_lag=9)
     held = 0
     for newest, expected in [(0, 0), (3, 0), (6, 0), (7, 3), (8, 3), (10, 6), (13, 8)]:
-        publish(board, newest)
+        publish(store, newest)
         held = polled(weights, held)
         assert held == expected
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 7])
 def test_nobody_ever_gets_further_behind_than_the_limit(every: int) -> None:
-    board = WeightBoard()
-    weights = LaggingWeights(board, lag=4, max_lag=6)
+    store = WeightStore()
+    weights = LaggingWeights(store, lag=4, max_lag=6)
     held = 0
     for newest in range(60):
-        publish(board, newest)
+        publish(store, newest)
         if newest % every == 0:
             held = polled(weights, held)
             assert newest - held <= 6
@@ -66,12 +68,12 @@ def test_nobody_ever_gets_further_behind_than_the_limit(every: int) -> None:
 
 
 def test_an_actor_that_joins_late_begins_with_what_there_is() -> None:
-    board = WeightBoard()
-    publish(board, 40)
-    weights = LaggingWeights(board, lag=3, max_lag=9)
+    store = WeightStore()
+    publish(store, 40)
+    weights = LaggingWeights(store, lag=3, max_lag=9)
     held = [polled(weights, 0)]
     for newest in range(41, 47):
-        publish(board, newest)
+        publish(store, newest)
         held.append(polled(weights, held[-1]))
     assert held == [40, 40, 40, 40, 41, 42, 43]
 
@@ -135,13 +137,9 @@ def held_back(folder: Path, server: RedisServer) -> tuple[LocalRun, Watched, Rep
     )
     run = LocalRun(
         config,
-        run="test",
-        checkpoints=folder / "checkpoints",
-        adapter=folder / "adapter",
-        quarantine=folder / "quarantine",
+        directory=RunDirectory("test", root=folder),
+        buffer=BufferAddress(url=server.url, password=server.password),
         report=print,
-        buffer_url=server.url,
-        buffer_password=server.password,
     )
     watched = Watched(run._learner._replay)
     run._learner._replay = watched

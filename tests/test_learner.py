@@ -13,7 +13,7 @@ from buffer.connection import connect
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory, pack
-from cluster.run.weight_store import WeightBoard
+from cluster.run.weight_store import WeightStore
 from learner.batch import collate, merge_prompts, plan_micro_batches
 from learner.broadcast import decode_groups, encode_groups
 from learner.engine import NonFiniteUpdate
@@ -345,20 +345,20 @@ def test_versions_that_were_published_after_the_last_checkpoint_never_come_again
 def test_a_learner_that_died_before_its_first_checkpoint_begins_anew_under_new_versions(
     tmp_path: Path,
 ) -> None:
-    board = WeightBoard()
-    first, _ = make_learner(folder=tmp_path, weights=board)
+    store = WeightStore()
+    first, _ = make_learner(folder=tmp_path, weights=store)
     first.take_up()
     first.publish()
     lost = [first.step()["policy/version"] for _ in range(3)]
-    again, again_model = make_learner(folder=tmp_path, weights=board)
+    again, again_model = make_learner(folder=tmp_path, weights=store)
     again.take_up()
     assert (again.completed_steps, again.version) == (0, 4)
     again.publish()
-    newest = board.newer_than(3)
+    newest = store.newer_than(3)
     assert newest is not None and newest.version == 4
     assert_same_adapter(again_model, make_policy())
     # One that dies at once has used its version up all the same.
-    third, _ = make_learner(folder=tmp_path, weights=board)
+    third, _ = make_learner(folder=tmp_path, weights=store)
     third.take_up()
     seen: list[float] = []
     third.run(2, on_step=lambda metrics: seen.append(metrics["policy/version"]))
@@ -368,12 +368,12 @@ def test_a_learner_that_died_before_its_first_checkpoint_begins_anew_under_new_v
 def test_a_learner_that_died_just_after_a_checkpoint_publishes_what_the_board_has(
     tmp_path: Path,
 ) -> None:
-    board = WeightBoard()
-    first, _ = make_learner(folder=tmp_path, weights=board)
+    store = WeightStore()
+    first, _ = make_learner(folder=tmp_path, weights=store)
     first.run(4)  # ends with a checkpoint
-    again, _ = make_learner(folder=tmp_path, weights=board)
+    again, _ = make_learner(folder=tmp_path, weights=store)
     again.take_up()
     assert (again.completed_steps, again.version) == (4, 4)
     again.run(5)
-    newest = board.newer_than(0)
+    newest = store.newer_than(0)
     assert newest is not None and newest.version == 5

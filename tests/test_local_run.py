@@ -13,9 +13,11 @@ from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
-from cluster.distributed.metric_definitions import INSTRUMENTS, Source
+from cluster.distributed.telemetry import INSTRUMENTS, Source
 from cluster.run import assembly as roles
+from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
+from cluster.run.session import BufferAddress
 from lm.model import load_base
 from lm.scoring import completion_log_probs
 from reward.naive import naive_log_rewards
@@ -36,13 +38,9 @@ SMALL = [
 def start(config: RunConfig, folder: Path, server: RedisServer) -> LocalRun:
     return LocalRun(
         config,
-        run="test",
-        checkpoints=folder / "checkpoints",
-        adapter=folder / "adapter",
-        quarantine=folder / "quarantine",
+        directory=RunDirectory("test", root=folder),
+        buffer=BufferAddress(url=server.url, password=server.password),
         report=print,
-        buffer_url=server.url,
-        buffer_password=server.password,
     )
 
 
@@ -106,7 +104,7 @@ def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished: Finis
     prompt = list(task.prompts[0].prompt)
     completion = list(task.demonstrations[0].completion)
     from_tool = list(task.demonstrations[0].from_tool)
-    adapted = PeftModel.from_pretrained(load_base(config.lm).model, folder / "adapter")
+    adapted = PeftModel.from_pretrained(load_base(config.lm).model, folder / "test" / "adapter")
     with torch.no_grad():
         kept, trained, untrained = (
             completion_log_probs(model, task.actions, [prompt], [completion], [from_tool])

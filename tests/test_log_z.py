@@ -11,8 +11,10 @@ from buffer.server import RedisServer
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from cluster.run import assembly as roles
+from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
 from cluster.run.preflight import check_model_and_data
+from cluster.run.session import BufferAddress
 from learner.checkpoint import CheckpointMismatch
 from learner.engine import StateMismatch, TorchEngine
 from learner.log_z import LogZUnused, attach_log_z, check_log_z
@@ -182,7 +184,7 @@ def test_a_whole_run_learns_it_resumes_it_and_leaves_a_plain_adapter(tmp_path: P
         assert all(torch.equal(wanted[name], got[name]) for name in wanted)
         resumed.stop(timeout_s=30)
         base, _ = roles.load_task(config)
-        assert "log_z.weight" not in adapter_of(load_adapter(base, tmp_path / "adapter"))
+        assert "log_z.weight" not in adapter_of(load_adapter(base, tmp_path / "z" / "adapter"))
         without = config.model_copy(
             update={"learner": config.learner.model_copy(update={"log_z": "group"})}
         )
@@ -195,11 +197,7 @@ def test_a_whole_run_learns_it_resumes_it_and_leaves_a_plain_adapter(tmp_path: P
 def start_run(config: RunConfig, folder: Path, server: RedisServer) -> LocalRun:
     return LocalRun(
         config,
-        run="z",
-        checkpoints=folder / "checkpoints",
-        adapter=folder / "adapter",
-        quarantine=folder / "quarantine",
+        directory=RunDirectory("z", root=folder),
+        buffer=BufferAddress(url=server.url, password=server.password),
         report=print,
-        buffer_url=server.url,
-        buffer_password=server.password,
     )

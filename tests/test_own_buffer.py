@@ -16,7 +16,7 @@ from cluster.commands.train import buffer_server
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from cluster.distributed import ray_cluster as joining
-from cluster.distributed.network_interface import interface_of, pin_interface
+from cluster.distributed.worker import interface_of, pin_interface
 from cluster.run.directory import RunDirectory, RunNotShared, RunsGoWithJob, check_shared
 
 TIMEOUT_S = 30.0

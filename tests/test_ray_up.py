@@ -193,7 +193,7 @@ def test_a_cluster_of_ones_own_machines_runs_a_job_and_outlives_the_loss_of_a_ho
     parts, nodes = machines.parts(), machines.nodes()
     roles = ("RolloutWorker", "RewardWorker", "LearnerWorker")
     assert len({parts[role] for role in roles}) == 3, f"not on three hosts: {parts}"
-    assert nodes[parts["BoardWorker"]] == "head", "the board would go with a host"
+    assert nodes[parts["WeightStoreService"]] == "head", "the weight store would go with a host"
     assert "learner is up" in machines.type(command(PAGE, "ray job logs"))
 
     holder = {nodes[node]: role for role, node in parts.items() if role in roles}

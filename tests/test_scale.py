@@ -9,9 +9,19 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.commands.scale import NotScaled, ScaleUnderWay, scale
-from cluster.distributed.held_calls import HeldCalls
-from cluster.run.directory import RunDirectory, RunState, ScaleAnswer, ScaleOutcome, first_state
-from cluster.run.scale_request import BadRequest, ScaleRefused, ScaleRequest, post, take
+from cluster.distributed.reward_worker import CallCounter
+from cluster.run.directory import (
+    BadRequest,
+    RunDirectory,
+    RunState,
+    ScaleAnswer,
+    ScaleOutcome,
+    ScaleRefused,
+    ScaleRequest,
+    first_state,
+    post_scale_request,
+    take_scale_request,
+)
 
 
 @pytest.fixture
@@ -41,7 +51,7 @@ def answering(
     """A driver that takes the request and says `answers` one after the other."""
 
     def drive() -> None:
-        while (request := take(directory)) is None:
+        while (request := take_scale_request(directory)) is None:
             time.sleep(0.01)
         for outcome, error in answers:
             answer = ScaleAnswer(id=request.id, outcome=outcome, error=error)
@@ -62,12 +72,12 @@ def ask(directory: RunDirectory, *, answer_timeout_s: float = 5.0) -> str:
 
 
 def test_a_request_is_taken_once_and_the_last_one_counts(directory: RunDirectory) -> None:
-    assert take(directory) is None
-    post(directory, ScaleRequest(actors=3))
+    assert take_scale_request(directory) is None
+    post_scale_request(directory, ScaleRequest(actors=3))
     last = ScaleRequest(actors=2, replicas=5)
-    post(directory, last)
-    assert take(directory) == last
-    assert take(directory) is None
+    post_scale_request(directory, last)
+    assert take_scale_request(directory) == last
+    assert take_scale_request(directory) is None
     assert last.numbers == {"actors": 2, "replicas": 5}
     assert ScaleRequest(replicas=1).numbers == {"replicas": 1}
 
@@ -86,18 +96,18 @@ def test_a_file_that_is_no_request_is_refused_and_gone(
 ) -> None:
     directory.scale_request.write_text(text)
     with pytest.raises(BadRequest, match=named):
-        take(directory)
-    assert take(directory) is None
+        take_scale_request(directory)
+    assert take_scale_request(directory) is None
 
 
 def test_a_request_of_an_earlier_driver_is_forgotten(tmp_path: Path) -> None:
     run = RunDirectory("old", root=tmp_path)
     run.begin(resume=False)
     run.config_file.write_text("")
-    post(run, ScaleRequest(actors=3))
+    post_scale_request(run, ScaleRequest(actors=3))
     run.end()
     run.begin(resume=True)
-    assert take(run) is None
+    assert take_scale_request(run) is None
     run.end()
 
 
@@ -148,7 +158,7 @@ def test_a_run_that_ends_meanwhile_is_not_waited_for(directory: RunDirectory) ->
 def test_a_request_that_no_driver_takes_is_withdrawn(directory: RunDirectory) -> None:
     with pytest.raises(NotScaled, match=r"no answer .* within 0 s, so it was withdrawn"):
         ask(directory, answer_timeout_s=0.2)
-    assert take(directory) is None
+    assert take_scale_request(directory) is None
 
 
 def test_a_request_that_was_taken_and_not_answered_is_not_called_withdrawn(
@@ -165,7 +175,7 @@ def test_two_do_not_scale_one_run_at_once(directory: RunDirectory) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ScaleUnderWay, match="another 'amortize scale'"):
             ask(directory)
-    assert take(directory) is None
+    assert take_scale_request(directory) is None
 
 
 @pytest.mark.parametrize(
@@ -196,12 +206,12 @@ def test_a_request_for_nothing_is_refused(
 
 
 def test_calls_are_held_until_the_last_has_ended() -> None:
-    calls = HeldCalls()
+    calls = CallCounter()
     assert calls.quiet_s() == float("inf")
-    with calls.one(), calls.one():
+    with calls.count(), calls.count():
         assert calls.quiet_s() == 0.0
     time.sleep(0.02)
     assert 0.02 <= calls.quiet_s() < 5.0
-    with pytest.raises(KeyError), calls.one():
+    with pytest.raises(KeyError), calls.count():
         raise KeyError
     assert calls.quiet_s() < 5.0

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from cluster.run.directory import ScaleRefused
 from cluster.run.resources import DoesNotFit
-from cluster.run.scale_request import ScaleRefused
 from learner.broadcast import Unrecoverable
 from tests.light_run import LightRun
 from tests.light_worker import BrokenWorker, DeafWorker, LastWords
@@ -51,8 +51,8 @@ def test_a_run_grows_and_shrinks_around_the_parts_that_stay() -> None:
     light.kill("reward-1")
     assert light.roster() == ("reward-0.0", "reward-1.4")
 
-    # A board that Ray has started again knows nothing until it is told.
-    ray.kill(light.board, no_restart=False)
+    # A registry that Ray has started again knows nothing until it is told.
+    ray.kill(light.registry, no_restart=False)
     light.until(lambda: light.roster() == ("reward-0.0", "reward-1.4"))
 
     with pytest.raises(DoesNotFit, match=r"the run needs 16\.5 CPU"):

@@ -17,10 +17,9 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 from actors.actor import ActorStats
 from buffer.stats import Counters, ReplayStats
 from cluster.config.file import PROJECT_ROOT
-from cluster.distributed.clients import RemoteBoard, RemoteScorer
-from cluster.distributed.metric_definitions import INSTRUMENTS, Source
-from cluster.distributed.telemetry import Telemetry
-from cluster.distributed.weight_store_worker import BoardWorker
+from cluster.distributed.clients import RemoteRegistry, RemoteScorer
+from cluster.distributed.services import ReplicaRegistry
+from cluster.distributed.telemetry import INSTRUMENTS, Source, Telemetry
 from reward.stats import ReplicaStats
 from tests.scoring_toy import Answering, Failing
 
@@ -113,7 +112,7 @@ def scraped(node: dict[str, Any], run: str) -> Samples:
 def test_a_node_offers_what_was_told(node: dict[str, Any]) -> None:
     telemetry = Telemetry("first")
     expected: Samples = {
-        ("ray_amortize_actor_tokens_total", "actor-0"): 70.0,  # 50, and 20 of its next life
+        ("ray_amortize_actor_tokens_total", "actor-0"): 70.0,  # 50, and 20 of its next incarnation
         ("ray_amortize_actor_tokens_total", "actor-1"): 5.0,
         ("ray_amortize_actor_policy_version", "actor-0"): 3.0,
         ("ray_amortize_learner_log_reward_nats", "learner"): -2.5,
@@ -121,11 +120,11 @@ def test_a_node_offers_what_was_told(node: dict[str, Any]) -> None:
     seen: Samples = {}
     deadline = time.monotonic() + 60
     while seen != expected and time.monotonic() < deadline:
-        telemetry.tell(Source.ACTOR, {"tokens": 30, "version": 1}, part="actor-0")
-        telemetry.tell(Source.ACTOR, {"tokens": 50, "version": 2}, part="actor-0")
-        telemetry.tell(Source.ACTOR, {"tokens": 20, "version": 3}, part="actor-0", life=1)
-        telemetry.tell(Source.ACTOR, {"tokens": 5}, part="actor-1")
-        telemetry.tell(Source.LEARNER, {"reward/log_mean_nats": -2.5, "?": 1.0}, part="learner")
+        telemetry.record(Source.ACTOR, {"tokens": 30, "version": 1}, part="actor-0")
+        telemetry.record(Source.ACTOR, {"tokens": 50, "version": 2}, part="actor-0")
+        telemetry.record(Source.ACTOR, {"tokens": 20, "version": 3}, part="actor-0", incarnation=1)
+        telemetry.record(Source.ACTOR, {"tokens": 5}, part="actor-1")
+        telemetry.record(Source.LEARNER, {"reward/log_mean_nats": -2.5, "?": 1.0}, part="learner")
         time.sleep(0.5)
         seen = scraped(node, "first")
     assert seen == expected
@@ -141,14 +140,14 @@ def test_a_node_offers_what_was_told(node: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_scorings_that_are_asked_for_again_are_counted(node: dict[str, Any]) -> None:
     light = {"num_cpus": 0}
-    board = RemoteBoard(ray.remote(BoardWorker).options(**light).remote(), timeout_s=60)
+    registry = RemoteRegistry(ray.remote(ReplicaRegistry).options(**light).remote(), timeout_s=60)
     kept = [
         ray.remote(kind).options(name=name, **light).remote()
         for name, kind in (("fails", Failing), ("answers", Answering))
     ]
-    board.announce_replicas(("fails", "answers"))
+    registry.announce(("fails", "answers"))
     scorer = RemoteScorer(
-        board, namespace="telemetry", attempt_s=60, handover_s=60, stop=lambda: False
+        registry, namespace="telemetry", attempt_s=60, handover_s=60, stop=lambda: False
     )
     assert scorer.submit([]).result(60) == ["scores"] and scorer.retries == 1
     assert scorer.submit([]).result(60) == ["scores"] and scorer.retries == 2

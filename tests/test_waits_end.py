@@ -9,14 +9,13 @@ import pytest
 from ray.exceptions import GetTimeoutError
 
 from cluster.config.file import load_config
-from cluster.distributed import clients as remote
-from cluster.distributed import session, supervisor
+from cluster.distributed import clients, session, supervisor
 from cluster.distributed.clients import RemoteScorer
+from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.waiting import PeerTimeout
 from cluster.distributed.worker import RunContext
-from cluster.distributed.worker_group import Gang, Phase
+from cluster.distributed.worker_group import Phase, WorkerGroup
 from cluster.run.directory import RunDirectory
-from cluster.run.weight_store import WeightBoard
 from tests.light_run import context
 
 
@@ -39,32 +38,29 @@ def test_an_evaluation_that_never_answers_is_given_up(monkeypatch: pytest.Monkey
     assert killed == ["worker"]
 
 
-class LostBoard:
+class LostRegistry:
     """Answers no notice."""
 
-    def __init__(self, board: object, *, timeout_s: float) -> None:
+    def __init__(self, registry: object, *, timeout_s: float) -> None:
         pass
 
-    def announce_replicas(self, names: tuple[str, ...]) -> None:
-        raise PeerTimeout("weight board: no answer")
-
-    def remind_of_replicas(self, names: tuple[str, ...]) -> None:
-        """Nobody waits."""
+    def announce(self, names: tuple[str, ...], *, wait: bool = True) -> None:
+        raise PeerTimeout("replica registry: no answer")
 
 
-class SilentBoard(LostBoard):
+class SilentRegistry(LostRegistry):
     """Hears every notice."""
 
-    def announce_replicas(self, names: tuple[str, ...]) -> None:
+    def announce(self, names: tuple[str, ...], *, wait: bool = True) -> None:
         """Nobody asks for them."""
 
 
 class NoLauncher:
-    """Gangs without processes."""
+    """Worker groups without processes."""
 
     def _launch(self, run: RunContext, **_: int) -> object:
-        place = SimpleNamespace(ready=None, give_up=lambda: None)
-        return SimpleNamespace(place=place, create=list)
+        reservation = SimpleNamespace(ready=None, give_up=lambda: None)
+        return SimpleNamespace(reservation=reservation, create=list)
 
     rollout_actor = reward_replica = learner = _launch
 
@@ -72,83 +68,83 @@ class NoLauncher:
 def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "RemoteBoard", LostBoard)
+    monkeypatch.setattr(supervisor, "RemoteRegistry", LostRegistry)
     monkeypatch.setattr(supervisor, "may_grow", lambda: True)
     config = load_config("tasks/toy.toml", ["cluster.actors=3"])
     launcher: Any = NoLauncher()
     run = supervisor.Supervisor(config, launcher, context(config, None), print)
-    for gang in run.gangs.values():
-        gang.phase = Phase.RUNNING
+    for group in run.groups.values():
+        group.phase = Phase.RUNNING
     with pytest.raises(PeerTimeout):
         run.scale(actors=1)
     assert run.counts()["desired"]["actors"] == run.counts()["actual"]["actors"] == 3
 
 
 class Told:
-    """Keeps what Prometheus would be told of parts: name, life, counters."""
+    """Keeps what Prometheus would be told of parts: name, incarnation, counters."""
 
     def __init__(self, run: str) -> None:
         self.parts: list[tuple[str, int, dict[str, float]]] = []
 
-    def tell_part(self, name: str, status: dict[str, float], *, life: int) -> None:
-        self.parts.append((name, life, dict(status)))
+    def record_part(self, name: str, status: dict[str, float], *, incarnation: int) -> None:
+        self.parts.append((name, incarnation, dict(status)))
 
-    def tell_run(self, *_: object) -> None:
+    def record_run(self, *_: object) -> None:
         """Not of a part."""
 
     def of(self, name: str) -> list[tuple[int, dict[str, float]]]:
-        return [(life, status) for part, life, status in self.parts if part == name]
+        return [(incarnation, status) for part, incarnation, status in self.parts if part == name]
 
 
 def test_what_a_part_has_counted_at_last_is_told_when_it_has_left_or_died(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "RemoteBoard", SilentBoard)
+    monkeypatch.setattr(supervisor, "RemoteRegistry", SilentRegistry)
     monkeypatch.setattr(supervisor, "Telemetry", Told)
     monkeypatch.setattr(supervisor, "may_grow", lambda: True)
-    monkeypatch.setattr(Gang, "poll", lambda gang: gang.phase)
+    monkeypatch.setattr(WorkerGroup, "poll", lambda group: group.phase)
     launcher: Any = NoLauncher()
     config = load_config("tasks/toy.toml", ["cluster.actors=2"])
     run = supervisor.Supervisor(config, launcher, context(config, None), print)
     told: Any = run._telemetry
     stats: Any = None
-    for gang in run.gangs.values():
-        gang.phase = Phase.RUNNING
-    old = run.gangs["actor-1"]
+    for group in run.groups.values():
+        group.phase = Phase.RUNNING
+    old = run.groups["actor-1"]
     run.scale(actors=1)
     run.scale(actors=2)  # the name comes again while the first still leaves
     old.status = {"tokens": 5.0}
-    run.gangs["actor-1"].status = {"tokens": 1.0}
-    run.tell({}, stats)
+    run.groups["actor-1"].status = {"tokens": 1.0}
+    run.record_metrics({}, stats)
     # The living one has the last word, where a value of the moment is asked for.
     assert told.of("actor-1") == [(0, {"tokens": 5.0}), (1, {"tokens": 1.0})]
 
     told.parts.clear()
     old.status, old.phase = {"tokens": 7.0}, Phase.FINISHED
-    died = run.gangs["actor-0"]
+    died = run.groups["actor-0"]
     died.status, died.phase = {"tokens": 9.0}, Phase.FAILED
     run._clear_up("actor-0", died, ever_ran=True)
-    run._see_off()
+    run._let_go()
     assert told.of("actor-1") == [(0, {"tokens": 7.0})]
     assert told.of("actor-0") == [(0, {"tokens": 9.0})]
     assert run.actor_totals()["tokens"] == 7 + 1 + 9
 
 
 def test_parts_that_do_not_run_leave_before_those_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "RemoteBoard", SilentBoard)
+    monkeypatch.setattr(supervisor, "RemoteRegistry", SilentRegistry)
     monkeypatch.setattr(supervisor, "may_grow", lambda: True)
     settings = ["cluster.actors=4", "reward.replicas=3"]
     launcher: Any = NoLauncher()
     config = load_config("tasks/toy.toml", settings)
     run = supervisor.Supervisor(config, launcher, context(config, None), print)
-    for name, gang in run.gangs.items():
+    for name, group in run.groups.items():
         down = name in ("reward-0", "actor-0", "actor-1")
-        gang.phase = Phase.STARTING if down else Phase.RUNNING
+        group.phase = Phase.STARTING if down else Phase.RUNNING
     run.scale(actors=2, replicas=1)
     # The first actor seeds the buffer: it stays.
-    assert sorted(run.gangs) == ["actor-0", "actor-2", "learner", "reward-1"]
+    assert sorted(run.groups) == ["actor-0", "actor-2", "learner", "reward-1"]
     run.scale(replicas=2)
-    assert "reward-0" in run.gangs and run.counts()["actual"]["replicas"] == 2
+    assert "reward-0" in run.groups and run.counts()["actual"]["replicas"] == 2
 
 
 class Clock:
@@ -166,29 +162,29 @@ class Clock:
         self._happens(self.now_s)
 
 
-def scorer_of(board: Any, handover_s: float) -> RemoteScorer:
+def scorer_of(registry: Any, handover_s: float) -> RemoteScorer:
     return RemoteScorer(
-        board, namespace="", attempt_s=60, handover_s=handover_s, stop=lambda: False
+        registry, namespace="", attempt_s=60, handover_s=handover_s, stop=lambda: False
     )
 
 
 def test_a_scoring_waits_for_a_replica_that_comes_up_and_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    board = WeightBoard()
+    registry: Any = ReplicaRegistry()
 
     def come_up(now_s: float) -> None:
         if now_s > 1000:
-            board.announce_replicas(("reward-0.1",))
+            registry.announce(("reward-0.1",))
 
     score = SimpleNamespace(remote=lambda items: "scores")
     monkeypatch.setattr("ray.get_actor", lambda name, namespace: SimpleNamespace(score=score))
-    monkeypatch.setattr(remote, "time", Clock(come_up))
-    assert scorer_of(board, 1200).submit([])._ref == "scores"
+    monkeypatch.setattr(clients, "time", Clock(come_up))
+    assert scorer_of(registry, 1200).submit([])._ref == "scores"
 
-    monkeypatch.setattr(remote, "time", Clock(lambda now_s: None))
+    monkeypatch.setattr(clients, "time", Clock(lambda now_s: None))
     with pytest.raises(PeerTimeout, match="none of 0 took a scoring within 1200 s"):
-        scorer_of(WeightBoard(), 1200).submit([])
+        scorer_of(ReplicaRegistry(), 1200).submit([])
 
 
 def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up(
@@ -196,8 +192,8 @@ def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up(
 ) -> None:
     monkeypatch.setattr(session, "connect_ray", lambda *_: None)
     monkeypatch.setattr(session, "may_grow", lambda: True)
-    monkeypatch.setattr(session.Launcher, "board", lambda self: None)
-    monkeypatch.setattr(session.RaySession, "_check_board", lambda self: None)
+    monkeypatch.setattr(session.Launcher, "_service", lambda self, *_: None)
+    monkeypatch.setattr(session.RaySession, "_check_service", lambda self, *_: None)
     config = load_config("tasks/toy.toml", ["cluster.start_timeout_s=900", "learner.ranks=2"])
     buffer = session.BufferAddress(url="", password=None)
     directory = RunDirectory("test", root=tmp_path)

@@ -7,9 +7,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.run.directory import RunDirectory, RunMissing, RunState, find_run
+from cluster.run.directory import (
+    RunDirectory,
+    RunMissing,
+    RunState,
+    ScaleRefused,
+    ScaleRequest,
+    find_run,
+    post_scale_request,
+)
 from cluster.run.display import duration, parts
-from cluster.run.scale_request import ScaleRefused, ScaleRequest, post
 
 ANSWER_TIMEOUT_S = 60.0
 # A part that does not come up is given up by the driver, after `cluster.start_timeout_s` for its
@@ -64,7 +71,7 @@ def scale(
         )
     with _alone(directory):
         began = time.monotonic()
-        post(directory, request)
+        post_scale_request(directory, request)
         try:
             _wait_for_answer(directory, request, timeout_s=answer_timeout_s)
         finally:

@@ -15,13 +15,15 @@ from buffer.stats import ReplayStats
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
 from cluster.distributed.ray_cluster import join_cluster, namespace_of
-from cluster.distributed.session import BufferAddress, LocalSession, RaySession, Session
+from cluster.distributed.session import RaySession
 from cluster.evaluation.measurement import Measurement, Scores
 from cluster.reports.run_report import conclude, show_conclusion
 from cluster.run.assembly import build_buffer
 from cluster.run.directory import RunDirectory, new_name, write_whole
 from cluster.run.driver import Driver
+from cluster.run.local import LocalSession
 from cluster.run.preflight import check_before_start
+from cluster.run.session import BufferAddress, Session
 from cluster.run.terminal import Terminal
 
 _BUFFER_STOP_S = 30.0

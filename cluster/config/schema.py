@@ -37,13 +37,13 @@ class Placement(BaseModel):
         return self
 
 
-class GangPlacement(Placement):
-    """What one rank claims, and how the ranks of one gang lie among the nodes."""
+class GroupPlacement(Placement):
+    """What one rank claims, and how the ranks of one worker group lie among the nodes."""
 
     strategy: Literal["PACK", "STRICT_PACK", "SPREAD"] = Field(
         default="PACK",
-        description="Ranks of one gang: on as few nodes as there is room on, on one node or not "
-        "at all, or on as many as there are.",
+        description="Ranks of one worker group: on as few nodes as there is room on, on one node "
+        "or not at all, or on as many as there are.",
     )
 
 
@@ -62,8 +62,8 @@ class ClusterConfig(BaseModel):
     dashboard: bool = Field(default=False, description="Start Ray's dashboard, on loopback.")
     actors: int = Field(default=2, ge=1, description="Rollout actors.")
     actor_placement: Placement = Placement()
-    reward_placement: GangPlacement = GangPlacement()
-    learner_placement: GangPlacement = GangPlacement()
+    reward_placement: GroupPlacement = GroupPlacement()
+    learner_placement: GroupPlacement = GroupPlacement()
     time_limit_s: float | None = Field(
         default=None, gt=0, description="Training ends after this time even if steps are left."
     )
@@ -79,7 +79,9 @@ class ClusterConfig(BaseModel):
     silence_timeout_s: float = Field(
         default=120.0, gt=0, description="Longest that a running part may leave a call unanswered."
     )
-    answer_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for the board.")
+    answer_timeout_s: float = Field(
+        default=30.0, gt=0, description="Longest wait for the weight store or replica registry."
+    )
     stop_timeout_s: float = Field(
         default=60.0,
         gt=0,

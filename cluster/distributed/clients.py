@@ -1,4 +1,4 @@
-"""Ports over Ray: weights from the board, scores from replicas, shares of other ranks."""
+"""Clients of a run's other processes: weight store, replica registry, replicas, other ranks."""
 
 import itertools
 import time
@@ -15,49 +15,81 @@ from cluster.distributed.waiting import PeerDied, PeerTimeout, wait_for
 from reward.replica import ScoreFailed, ScoreTimeout
 from reward.request import ScoreItem
 
-_ROSTER_POLL_S = 0.5
+_POLL_S = 0.5
+_REMIND_S = 2.0
 
 
 class NobodyScores(RuntimeError):
     """The run is stopped and no reward replica lives: none will come any more."""
 
 
-class RemoteBoard:
-    """The weight board as its clients see it: a `WeightSource` and a `WeightSink`."""
+class _RemoteService:
+    """Waits for the answers of a small process, with a deadline."""
 
-    def __init__(self, board: ActorHandle, *, timeout_s: float) -> None:
-        self._board = board
+    peer: str
+
+    def __init__(self, handle: ActorHandle, *, timeout_s: float) -> None:
+        self._handle = handle
         self._timeout_s = timeout_s
 
+    def _answer(self, ref: "ray.ObjectRef[Any]", phase: str) -> Any:
+        return wait_for(ref, peer=self.peer, phase=phase, timeout_s=self._timeout_s)
+
+
+class RemoteWeightStore(_RemoteService):
+    """The weight store as its clients see it: a `WeightSource` and a `WeightSink`."""
+
+    peer = "weight store"
+
     def newer_than(self, version: int) -> PublishedWeights | None:
-        """See `WeightBoard.newer_than`."""
-        return self._call(self._board.newer_than.remote(version), "newer_than")
+        """See `WeightStore.newer_than`."""
+        return self._answer(self._handle.newer_than.remote(version), "newer_than")
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
-        """See `WeightBoard.publish`."""
-        self._call(self._board.publish.remote(data, version=version, checksum=checksum), "publish")
+        """See `WeightStore.publish`."""
+        ref = self._handle.publish.remote(data, version=version, checksum=checksum)
+        self._answer(ref, "publish")
 
-    def replicas(self) -> tuple[str, ...]:
-        """See `WeightBoard.replicas`."""
-        return self._call(self._board.replicas.remote(), "replicas")
 
-    def announce_replicas(self, names: tuple[str, ...]) -> None:
-        """See `WeightBoard.announce_replicas`."""
-        self._call(self._board.announce_replicas.remote(names), "announce_replicas")
+class RemoteRegistry(_RemoteService):
+    """The registry of reward replicas: scorers ask it, the supervisor keeps it up to date."""
 
-    def remind_of_replicas(self, names: tuple[str, ...]) -> None:
-        """`announce_replicas` without waiting for the answer: the board may just be restarting."""
-        self._board.announce_replicas.remote(names)
+    peer = "replica registry"
 
-    def _call(self, ref: "ray.ObjectRef[Any]", phase: str) -> Any:
-        return wait_for(ref, peer="weight board", phase=phase, timeout_s=self._timeout_s)
+    def __init__(self, handle: ActorHandle, *, timeout_s: float) -> None:
+        super().__init__(handle, timeout_s=timeout_s)
+        self._announced: tuple[str, ...] = ()
+        self._announced_s = time.monotonic()
+
+    def names(self) -> tuple[str, ...]:
+        """See `ReplicaRegistry.names`."""
+        return self._answer(self._handle.names.remote(), "names")
+
+    def announce(self, names: tuple[str, ...], *, wait: bool = True) -> None:
+        """Announce the names where they have changed, or were announced a while ago.
+
+        A registry that was restarted has forgotten them, and nobody hears of its restart.
+
+        Args:
+            wait: until changed names are known there; else they are on their way.
+
+        Raises:
+            PeerTimeout, PeerDied: the registry did not answer.
+        """
+        changed = names != self._announced
+        if not changed and time.monotonic() - self._announced_s < _REMIND_S:
+            return
+        ref = self._handle.announce.remote(names)
+        if changed and wait:
+            self._answer(ref, "announce")
+        self._announced, self._announced_s = names, time.monotonic()
 
 
 class RemoteScorer:
     """Spreads scorings over the live reward replicas; a failed one is tried on another.
 
     Args:
-        board: says which replicas live.
+        registry: knows which replicas live.
         namespace: the run's Ray namespace.
         attempt_s: seconds after which one replica's answer counts as late.
         handover_s: seconds within which some replica has to take a scoring; it may have to come up
@@ -70,7 +102,7 @@ class RemoteScorer:
 
     def __init__(
         self,
-        board: RemoteBoard,
+        registry: RemoteRegistry,
         *,
         namespace: str,
         attempt_s: float,
@@ -78,7 +110,7 @@ class RemoteScorer:
         stop: Callable[[], bool],
         first: int = 0,
     ) -> None:
-        self._board = board
+        self._registry = registry
         self._namespace = namespace
         self._attempt_s = attempt_s
         self._handover_s = handover_s
@@ -104,7 +136,7 @@ class RemoteScorer:
         """
         began = time.monotonic()
         while True:
-            names = self._board.replicas()
+            names = self._registry.names()
             if others := [name for name in names if name != avoid] or list(names):
                 name = others[next(self._turn) % len(others)]
                 try:
@@ -118,7 +150,7 @@ class RemoteScorer:
                     f"reward replicas: none of {len(names)} took a scoring within "
                     f"{now - began:.0f} s"
                 )
-            time.sleep(_ROSTER_POLL_S)
+            time.sleep(_POLL_S)
 
     def forget(self, name: str) -> None:
         """Look the replica's name up again next time: it may have been replaced."""
@@ -162,9 +194,9 @@ class RemoteScores:
                 )
             except (PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed):
                 self._scorer.forget(self._replica)
-                if time.monotonic() + _ROSTER_POLL_S > deadline:
+                if time.monotonic() + _POLL_S > deadline:
                     raise
-                time.sleep(_ROSTER_POLL_S)
+                time.sleep(_POLL_S)
                 self._scorer.retries += 1
                 self._replica, self._ref = self._scorer.start(
                     self._items, avoid=self._replica, deadline=deadline

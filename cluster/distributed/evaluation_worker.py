@@ -1,4 +1,4 @@
-"""The process that evaluates, as a plain class; `launch` makes a Ray actor of it."""
+"""The process that evaluates."""
 
 from pathlib import Path
 

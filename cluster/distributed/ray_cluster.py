@@ -1,4 +1,4 @@
-"""Being on a Ray cluster."""
+"""The Ray cluster of a run: joining it, and what its nodes have."""
 
 import sys
 import sysconfig
@@ -11,7 +11,11 @@ from cluster.config.file import PROJECT_ROOT
 from cluster.config.schema import RunConfig
 from cluster.distributed.source_check import PACKAGES
 from cluster.run.directory import RAY_PACKAGE
+from cluster.run.resources import Node, describe
 from tasks.custom_config import CustomTaskConfig
+
+# Ray labels a node with its type where a launcher or an operator (`ray up`, KubeRay) started it.
+_NODE_TYPE = "ray.io/node-group"
 
 
 def join_cluster(config: RunConfig, address: str, namespace: str) -> RunConfig:
@@ -84,3 +88,23 @@ def own_source(config: RunConfig) -> Path | None:
     path = Path(place).resolve()
     installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
     return None if installed & set(path.parents) else path
+
+
+def living_nodes() -> list[Node]:
+    """CPUs and GPUs that each living node has in all."""
+    totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(total.get("CPU", 0.0), total.get("GPU", 0.0)) for total in totals]
+
+
+def may_grow() -> bool:
+    """Whether an autoscaler keeps the cluster, so that nodes which are missing may come."""
+    return any(node["Labels"].get(_NODE_TYPE) for node in ray.nodes() if node["Alive"])
+
+
+def room() -> str:
+    """What the nodes have and what of it is free, for people."""
+    free = ray.available_resources()
+    return (
+        f"the cluster has {describe(living_nodes())}; free in all: "
+        f"{free.get('CPU', 0.0):g} CPU, {free.get('GPU', 0.0):g} GPU"
+    )

@@ -1,166 +1,34 @@
-"""What a driver steps and asks to evaluate: a run over Ray, or one in this process."""
+"""A run on a Ray cluster, as its driver sees it."""
 
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
-from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
 from cluster.distributed.launcher import Launcher
-from cluster.distributed.nodes import living_nodes, may_grow, room
 from cluster.distributed.parts import Parts
-from cluster.distributed.patience import with_patience
-from cluster.distributed.ray_cluster import connect_ray, namespace_of
+from cluster.distributed.ray_cluster import (
+    connect_ray,
+    living_nodes,
+    may_grow,
+    namespace_of,
+    room,
+)
 from cluster.distributed.source_check import SourceMixture, source_fingerprint
 from cluster.distributed.supervisor import Supervisor
-from cluster.distributed.waiting import PeerTimeout, cause_line, wait_for
+from cluster.distributed.waiting import PeerTimeout, error_line, wait_for
 from cluster.distributed.worker import RunContext
 from cluster.distributed.worker_group import StartFailed
-from cluster.evaluation.measure import measure
 from cluster.evaluation.measurement import Measurement
 from cluster.run.directory import RunDirectory
-from cluster.run.local import LocalRun
 from cluster.run.resources import check_fit
+from cluster.run.session import BufferAddress, PendingMeasurement
 
 EVALUATION_TIMEOUT_S = 3600.0
-
-
-class Run(Protocol):
-    """A run as its driver sees it: over Ray (`Supervisor`) or in one process (`LocalRun`)."""
-
-    learner_rows: list[dict[str, float]]
-
-    @property
-    def running(self) -> bool:
-        """Whether every part has come up."""
-        ...
-
-    @property
-    def finished(self) -> bool:
-        """Whether the learner has done its steps."""
-        ...
-
-    @property
-    def learner_status(self) -> Mapping[str, Any]:
-        """Step and version."""
-        ...
-
-    @property
-    def settled(self) -> bool:
-        """Whether all parts that are wanted run, and no others."""
-        ...
-
-    @property
-    def given_up(self) -> str:
-        """Why parts that the last `scale` added were given up; empty if none were."""
-        ...
-
-    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
-        """Have these numbers from now on; raises ScaleRefused or DoesNotFit."""
-        ...
-
-    def tick(self) -> None:
-        """Do or watch a little."""
-        ...
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Desired and actual numbers of actors and replicas."""
-        ...
-
-    def actor_totals(self) -> dict[str, float]:
-        """Counters summed over all actors."""
-        ...
-
-    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
-        """Hand metrics to whoever collects them."""
-        ...
-
-    def stop(self, timeout_s: float) -> list[str]:
-        """Stop in order; names of what had to be killed."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BufferAddress:
-    """Where the run's Redis is."""
-
-    url: str
-    password: str | None
-
-
-class PendingMeasurement(Protocol):
-    """An evaluation under way."""
-
-    def done(self) -> bool:
-        """Whether `result` would return at once."""
-        ...
-
-    def result(self) -> Measurement:
-        """Wait for it, at most EVALUATION_TIMEOUT_S."""
-        ...
-
-
-class Session(Protocol):
-    """Brings a run up and takes it down."""
-
-    address: str  # of the Ray cluster; empty without Ray
-
-    def open(self) -> None:
-        """Get what every run needs, before any part of it starts."""
-        ...
-
-    def start(self, report: Callable[[str], None]) -> Run:
-        """Start every part of the run."""
-        ...
-
-    def evaluate(self, adapter: Path | None) -> PendingMeasurement:
-        """Begin to measure the base (None) or an adapter."""
-        ...
-
-    def close(self) -> None:
-        """Leave nothing behind."""
-        ...
-
-
-class LocalSession:
-    """Everything in this process."""
-
-    address = ""
-
-    def __init__(self, config: RunConfig, directory: RunDirectory, buffer: BufferAddress) -> None:
-        self._config = config
-        self._directory = directory
-        self._buffer = buffer
-
-    def open(self) -> None:
-        """Nothing is needed."""
-
-    def start(self, report: Callable[[str], None]) -> LocalRun:
-        """Build actor, replica and learner."""
-        return LocalRun(
-            self._config,
-            run=self._directory.name,
-            checkpoints=self._directory.checkpoints,
-            adapter=self._directory.adapter,
-            quarantine=self._directory.quarantine,
-            report=report,
-            buffer_url=self._buffer.url,
-            buffer_password=self._buffer.password,
-        )
-
-    def evaluate(self, adapter: Path | None) -> "Future[Measurement]":
-        """Measure now."""
-        pending: Future[Measurement] = Future()
-        pending.set_result(measure(self._config, adapter=adapter))
-        return pending
-
-    def close(self) -> None:
-        """Nothing is left."""
 
 
 class RaySession:
@@ -198,46 +66,45 @@ class RaySession:
             check_fit(self._config, living_nodes())
         self._context = RunContext(
             config=with_patience(self._config),
-            run=self._directory.name,
-            checkpoints=self._directory.checkpoints,
-            adapter=self._directory.adapter,
-            quarantine=self._directory.quarantine,
+            directory=self._directory,
             namespace=namespace,
-            buffer_url=self._buffer.url,
-            buffer_password=self._buffer.password,
+            buffer=self._buffer,
             source=source_fingerprint(),
-            board=self._launcher.board(),
+            weight_store=self._launcher.weight_store(),
+            replica_registry=self._launcher.replica_registry(),
             parts=self._parts,
             synchronous=self._synchronous,
         )
-        self._check_board()
+        self._check_service(self._context.weight_store, "weight store")
+        self._check_service(self._context.replica_registry, "replica registry")
 
-    def _check_board(self) -> None:
-        """Raise StartFailed unless the weight board has come up, from this process's source."""
+    def _check_service(self, service: ActorHandle, name: str) -> None:
+        """Raise StartFailed unless it has come up, from this process's source."""
         try:
             wait_for(
-                self._context.board.check_source.remote(self._context.source),
-                peer="weight board",
+                service.check_source.remote(self._context.source),
+                peer=name,
                 phase="start",
                 timeout_s=self._config.cluster.start_timeout_s,
             )
         except SourceMixture as error:
-            raise StartFailed(f"could not start the weight board: {cause_line(error)}") from None
+            raise StartFailed(f"could not start the {name}: {error_line(error)}") from None
 
     def start(self, report: Callable[[str], None]) -> Supervisor:
-        """Launch every gang."""
+        """Launch every worker group."""
         return Supervisor(self._config, self._launcher, self._context, report)
 
-    def evaluate(self, adapter: Path | None) -> "RemoteMeasurement":
+    def evaluate(self, adapter: Path | None) -> PendingMeasurement:
         """Measure in a process of its own, which ends with the answer."""
         self._evaluations += 1
         name = f"evaluator-{self._evaluations}"
         worker = self._launcher.evaluator(self._context, name=name)
         return RemoteMeasurement(worker, worker.evaluate.remote(adapter), name)
 
-    def end_board(self) -> None:
+    def end_services(self) -> None:
         """End what `open` started, of a session whose cluster goes on without it."""
-        ray.kill(self._context.board)
+        ray.kill(self._context.weight_store)
+        ray.kill(self._context.replica_registry)
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends with all its processes."""
@@ -276,3 +143,28 @@ class RemoteMeasurement:
             ) from error
         finally:
             ray.kill(self._worker)
+
+
+def with_patience(config: RunConfig) -> RunConfig:
+    """The same run whose parts wait for one another to be placed and started, once.
+
+    Each of the two may take `start_timeout_s`. A part that comes up only at a later try is waited
+    for by the supervisor; a part that needs it meanwhile ends in an error that says so, and is
+    replaced.
+    """
+    start_s = 2 * config.cluster.start_timeout_s
+    actors, learner = config.actors, config.learner
+    actors_wait = {
+        "score_timeout_s": actors.score_timeout_s + start_s,
+        "pace_timeout_s": actors.pace_timeout_s + start_s,
+    }
+    learner_waits = {
+        "starvation_timeout_s": learner.starvation_timeout_s + start_s,
+        "collective_timeout_s": learner.collective_timeout_s + start_s,
+    }
+    return config.model_copy(
+        update={
+            "actors": actors.model_copy(update=actors_wait),
+            "learner": learner.model_copy(update=learner_waits),
+        }
+    )

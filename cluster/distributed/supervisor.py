@@ -10,21 +10,19 @@ from typing import Any
 
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
-from cluster.distributed.clients import RemoteBoard
-from cluster.distributed.ending import end_in_order
-from cluster.distributed.launcher import Launch, Launcher
-from cluster.distributed.learner_reports import LearnerReports
-from cluster.distributed.leaving import Leaving
-from cluster.distributed.nodes import living_nodes, may_grow, room
-from cluster.distributed.roster import Roster
+from cluster.distributed.clients import RemoteRegistry
+from cluster.distributed.launcher import Launcher
+from cluster.distributed.ray_cluster import living_nodes, may_grow, room
+from cluster.distributed.shutdown import Leaving, end_in_order
 from cluster.distributed.telemetry import Telemetry
 from cluster.distributed.worker import RunContext
-from cluster.distributed.worker_group import Gang, Phase, StartFailed
+from cluster.distributed.worker_group import LearnerGroup, Phase, StartFailed, WorkerGroup
+from cluster.run.directory import ScaleRefused
 from cluster.run.resources import check_fit
-from cluster.run.scale_request import ScaleRefused
 
 _TICK_S = 0.2
-_PATIENCE_S = 5.0  # a place that there is room for is had within a moment
+_PLACEMENT_NOTICE_S = 5.0  # Ray grants a placement within a moment if there is room for it
+_LAST_WORDS_S = 5.0  # for a process whose work has failed to answer all the same
 _PREFIXES = {"actors": "actor-", "replicas": "reward-"}
 
 
@@ -33,7 +31,7 @@ class RunFailed(RuntimeError):
 
 
 class Supervisor:
-    """Owns the gangs of a run.
+    """Owns the worker groups of a run.
 
     Args:
         report: takes one line for people each time something happens.
@@ -50,29 +48,29 @@ class Supervisor:
         self._launcher = launcher
         self._context = context
         self._report = report
-        board = RemoteBoard(context.board, timeout_s=config.cluster.answer_timeout_s)
-        self._roster = Roster(board)
-        self._telemetry = Telemetry(context.run)
+        self._registry = RemoteRegistry(
+            context.replica_registry, timeout_s=config.cluster.answer_timeout_s
+        )
+        self._telemetry = Telemetry(context.directory.name)
         self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
         self._deaths: dict[str, int] = {}
         self._added: set[str] = set()  # by `scale`, and did not run yet
         self._leaving: list[Leaving] = []
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died or left
+        self._waited: list[WorkerGroup] = []  # for a placement, and it was reported
         self.given_up = ""
-        self._reports = LearnerReports(report, timeout_s=config.cluster.answer_timeout_s)
-        self.learner_rows = self._reports.rows
-        self._waited: list[Gang] = []  # for a place, and people have been told
-        self.gangs: dict[str, Gang] = {}
+        self.learner_rows: list[dict[str, float]] = []
+        self.groups: dict[str, WorkerGroup] = {}
         for index in range(config.reward_replicas):
-            self._launch_replica(index)
-        self._launch_learner()
+            self._launch(f"reward-{index}")
+        self._learner = self._launch_learner()
         for index in range(config.rollout_actors):
-            self._launch_actor(index)
+            self._launch(f"actor-{index}")
 
     @property
     def running(self) -> bool:
         """Whether every part has come up."""
-        return all(gang.phase is Phase.RUNNING for gang in self.gangs.values())
+        return all(group.phase is Phase.RUNNING for group in self.groups.values())
 
     @property
     def settled(self) -> bool:
@@ -82,15 +80,15 @@ class Supervisor:
     @property
     def finished(self) -> bool:
         """Whether the learner has done its steps."""
-        return self.gangs["learner"].phase is Phase.FINISHED
+        return self._learner.phase is Phase.FINISHED
 
     @property
     def learner_status(self) -> dict[str, Any]:
         """Step and version of the learner, as last heard."""
-        return self.gangs["learner"].status
+        return self._learner.status
 
     def tick(self) -> None:
-        """Look at every gang once, replace the dead, pass on what changed; then rest a little.
+        """Look at every group once, replace the dead, pass on what changed; then rest a little.
 
         The rest is what keeps the driver from taking a core that the workers need.
 
@@ -99,48 +97,48 @@ class Supervisor:
             RunFailed: a part died more than `cluster.max_restarts` times.
             Unrecoverable: a part failed in a way that its replacement would only repeat.
         """
-        for name, gang in list(self.gangs.items()):
-            before = gang.phase
-            after = gang.poll()
+        for name, group in list(self.groups.items()):
+            before = group.phase
+            after = group.poll()
             if after is Phase.RUNNING and before is not Phase.RUNNING:
                 self._added.discard(name)
                 self._report(f"{name} is up")
             if after is Phase.FAILED:
-                self._clear_up(name, gang, ever_ran=before is Phase.RUNNING)
-        self._see_off()
-        self._tell_who_waits()
+                self._clear_up(name, group, ever_ran=before is Phase.RUNNING)
+        self._let_go()
+        self._report_waiting()
         self._announce()
-        self._reports.collect(self.gangs["learner"])
+        self._collect_reports()
         time.sleep(_TICK_S)
 
     def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
         """Have these numbers from now on; None leaves one as it is. Nothing else is touched.
 
         New parts start as the first ones did, and one that does not come up is given up. Those
-        that do not run leave first, then those with the highest numbers, withdrawn from the board
-        before. The first actor always stays: it seeds the buffer.
+        that do not run leave first, then those with the highest numbers, withdrawn from the
+        registry before. The first actor always stays: it seeds the buffer.
 
         Raises:
             ScaleRefused: the run has no parts of that kind.
             DoesNotFit: there is no room, and no autoscaler that could make some.
         """
-        asked = {"actors": actors, "replicas": replicas}
-        for kind, number in asked.items():
+        requested = {"actors": actors, "replicas": replicas}
+        for kind, number in requested.items():
             if number is not None and not self._names(kind):
                 raise ScaleRefused(f"this run has no {kind}: its objective or task asks for none")
         wanted = {
             kind: len(self._names(kind)) if number is None else number
-            for kind, number in asked.items()
+            for kind, number in requested.items()
         }
         if not may_grow():
             check_fit(self._config.with_parts(**wanted), living_nodes())
         self.given_up = ""
-        gone = [name for kind in wanted for name in self._by_worth(kind)[wanted[kind] :]]
-        self._announce(without=gone)  # where the board fails, all are still the run's to stop
-        gangs = [self.gangs.pop(name) for name in gone]
+        gone = [name for kind in wanted for name in self._in_order_of_need(kind)[wanted[kind] :]]
+        self._announce(without=gone)  # where the registry fails, all are still the run's to stop
+        groups = [self.groups.pop(name) for name in gone]
         self._added.difference_update(gone)
         timeout_s = self._config.cluster.stop_timeout_s
-        self._leaving.extend(Leaving(gang, timeout_s=timeout_s) for gang in gangs)
+        self._leaving.extend(Leaving(group, timeout_s=timeout_s) for group in groups)
         for kind, number in wanted.items():
             for _ in range(number - len(self._names(kind))):
                 self._add(kind)
@@ -155,18 +153,18 @@ class Supervisor:
     def actor_totals(self) -> dict[str, float]:
         """Counters over all actors, those that died or left included; times in seconds."""
         totals: dict[str, float] = {}
-        living = [gang.status for gang in self._parts("actor-")]
+        living = [group.status for group in self._parts("actor-")]
         for status in [*living, *self._retired]:
             for key, value in status.items():
                 totals[key] = totals.get(key, 0.0) + value
         totals.pop("version", None)
         return totals
 
-    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
-        """Hand metrics of every part to Ray."""
-        for gang in reversed(self._parts()):  # whoever has the name of one that leaves comes last
-            self._tell_of(gang)
-        self._telemetry.tell_run(learner, buffer, self.counts())
+    def record_metrics(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
+        """Hand metrics of every part to Prometheus, by way of Ray."""
+        for group in reversed(self._parts()):  # after one of the same name that leaves
+            self._record(group)
+        self._telemetry.record_run(learner, buffer, self.counts())
 
     def stop(self, timeout_s: float) -> list[str]:
         """Have every part end in order: see `end_in_order`.
@@ -180,149 +178,151 @@ class Supervisor:
             report=self._report,
             watch=lambda: self._announce(wait=False),
         )
-        self._reports.collect(self.gangs["learner"])
-        for gang in parts:
-            gang.kill()
+        self._collect_reports()
+        for group in parts:
+            group.kill()
         return killed
 
-    def _tell_who_waits(self) -> None:
-        """Say once of each gang that it has waited for a place, and what there is."""
+    def _report_waiting(self) -> None:
+        """Report once of each group that it waits for its placement, and what room there is."""
         waiting = [
-            gang
-            for gang in self.gangs.values()
-            if gang.phase is Phase.PLACING
-            and gang.phase_s > _PATIENCE_S
-            and gang not in self._waited
+            group
+            for group in self.groups.values()
+            if group.phase is Phase.PLACING
+            and group.phase_s > _PLACEMENT_NOTICE_S
+            and group not in self._waited
         ]
         if waiting:
             self._waited.extend(waiting)
             self._report(
                 f"waiting up to {self._config.cluster.start_timeout_s:.0f} s for a place for "
-                f"{', '.join(gang.wanted for gang in waiting)}: {room()}"
+                f"{', '.join(group.wanted for group in waiting)}: {room()}"
             )
 
-    def _parts(self, prefix: str = "") -> list[Gang]:
+    def _parts(self, prefix: str = "") -> list[WorkerGroup]:
         """Gangs of one kind or of all, those that leave included."""
-        gangs = [*self.gangs.values(), *(leaving.gang for leaving in self._leaving)]
-        return [gang for gang in gangs if gang.name.startswith(prefix)]
+        groups = [*self.groups.values(), *(leaving.group for leaving in self._leaving)]
+        return [group for group in groups if group.name.startswith(prefix)]
 
     def _running(self, prefix: str) -> int:
-        return sum(gang.phase is Phase.RUNNING for gang in self._parts(prefix))
+        return sum(group.phase is Phase.RUNNING for group in self._parts(prefix))
 
     def _names(self, kind: str) -> list[str]:
-        """Of the gangs that the run wants, by number."""
+        """Names of the groups of a kind that the run wants, by number."""
         prefix = _PREFIXES[kind]
-        names = [name for name in self.gangs if name.startswith(prefix)]
+        names = [name for name in self.groups if name.startswith(prefix)]
         return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
 
-    def _by_worth(self, kind: str) -> list[str]:
-        """Of the gangs that the run wants, those that it could do without last."""
+    def _in_order_of_need(self, kind: str) -> list[str]:
+        """Names of a kind, in the order in which they stay when there are to be fewer."""
 
         def key(name: str) -> tuple[bool, bool]:
-            return name != "actor-0", self.gangs[name].phase is not Phase.RUNNING
+            return name != "actor-0", self.groups[name].phase is not Phase.RUNNING
 
         return sorted(self._names(kind), key=key)
 
     def _add(self, kind: str) -> None:
         """Launch one more, under the lowest number that is free."""
         prefix = _PREFIXES[kind]
-        index = next(i for i in itertools.count() if f"{prefix}{i}" not in self.gangs)
+        index = next(i for i in itertools.count() if f"{prefix}{i}" not in self.groups)
         self._deaths.pop(f"{prefix}{index}", None)
         self._added.add(f"{prefix}{index}")
-        if kind == "actors":
-            self._launch_actor(index)
-        else:
-            self._launch_replica(index)
+        self._launch(f"{prefix}{index}")
 
-    def _clear_up(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
-        """Let a part that failed say its last words, end what is left of it, and go on."""
+    def _clear_up(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
+        """Collect the last reports of a part that failed, end what is left of it, and go on."""
         if name == "learner":
-            self._reports.collect(gang)
-        gang.kill()
+            self._collect_reports()
+        group.kill()
         if name in self._added:
-            self._give_up(name, gang)
+            self._give_up(name, group)
         else:
-            self._replace(name, gang, ever_ran=ever_ran)
+            self._replace(name, group, ever_ran=ever_ran)
 
-    def _give_up(self, name: str, gang: Gang) -> None:
-        """Do without a part that was added and did not come up; the run goes on as it was."""
+    def _give_up(self, name: str, group: WorkerGroup) -> None:
+        """Drop a part that was added and did not come up; the run goes on as it was."""
         self._added.discard(name)
-        del self.gangs[name]
-        text = f"{gang.cause}; given up"
+        del self.groups[name]
+        text = f"{group.cause}; given up"
         self.given_up = f"{self.given_up}; {text}" if self.given_up else text
         self._report(text)
 
-    def _see_off(self) -> None:
-        """Let go of those that have left, and keep what they counted."""
+    def _let_go(self) -> None:
+        """Drop the groups that have left, and keep what they counted."""
         for leaving in list(self._leaving):
             if (end := leaving.poll()) is not None:
                 self._leaving.remove(leaving)
-                self._retire(leaving.gang)
+                self._retire(leaving.group)
                 self._report(end)
 
-    def _retire(self, gang: Gang) -> None:
-        """Keep what a part that is gone has counted, and tell it: nobody asks for it again."""
-        self._tell_of(gang)
-        if gang.name.startswith("actor-"):
-            self._retired.append(gang.status)
+    def _retire(self, group: WorkerGroup) -> None:
+        """Keep and record the last counters of a part that is gone."""
+        self._record(group)
+        if group.name.startswith("actor-"):
+            self._retired.append(group.status)
 
-    def _tell_of(self, gang: Gang) -> None:
-        self._telemetry.tell_part(gang.name, gang.status, life=gang.incarnation)
+    def _record(self, group: WorkerGroup) -> None:
+        self._telemetry.record_part(group.name, group.status, incarnation=group.incarnation)
 
-    def _replace(self, name: str, gang: Gang, *, ever_ran: bool) -> None:
-        if gang.fatal is not None:
-            raise gang.fatal
+    def _replace(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
+        if group.fatal is not None:
+            raise group.fatal
         deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
         if not ever_ran and deaths == 1:
-            raise StartFailed(f"could not start {gang.cause}")
-        self._report(f"{gang.cause}; replacing it")
+            raise StartFailed(f"could not start {group.cause}")
+        self._report(f"{group.cause}; replacing it")
         if deaths > self._config.cluster.max_restarts:
             raise RunFailed(
                 f"{name} died {deaths} times "
-                f"(cluster.max_restarts = {self._config.cluster.max_restarts}); last: {gang.cause}"
+                f"(cluster.max_restarts = {self._config.cluster.max_restarts}); last: {group.cause}"
             )
-        self._retire(gang)
-        kind, _, index = name.partition("-")
-        if kind == "actor":
-            self._launch_actor(int(index))
-        elif kind == "reward":
-            self._launch_replica(int(index))
+        self._retire(group)
+        if name == "learner":
+            self._learner = self._launch_learner()
         else:
-            self._launch_learner()
+            self._launch(name)
 
-    def _launch_actor(self, index: int) -> None:
-        incarnation = self._next_incarnation(name := f"actor-{index}")
-        launch = self._launcher.rollout_actor(self._context, index=index, incarnation=incarnation)
-        self._launch(name, launch, incarnation)
+    def _launch(self, name: str) -> None:
+        """Launch a rollout actor or a reward replica."""
+        kind, _, index = name.partition("-")
+        launch = self._launcher.rollout_actor if kind == "actor" else self._launcher.reward_replica
+        incarnation = self._next_incarnation(name)
+        self.groups[name] = WorkerGroup(
+            name,
+            launch(self._context, index=int(index), incarnation=incarnation),
+            incarnation=incarnation,
+            config=self._config.cluster,
+        )
 
-    def _launch_replica(self, index: int) -> None:
-        incarnation = self._next_incarnation(name := f"reward-{index}")
-        launch = self._launcher.reward_replica(self._context, index=index, incarnation=incarnation)
-        self._launch(name, launch, incarnation)
-
-    def _launch_learner(self) -> None:
+    def _launch_learner(self) -> LearnerGroup:
         incarnation = self._next_incarnation("learner")
-        self._reports.begin()
         launch = self._launcher.learner(self._context, incarnation=incarnation)
-        self._launch("learner", launch, incarnation)
+        learner = LearnerGroup(
+            "learner", launch, incarnation=incarnation, config=self._config.cluster
+        )
+        self.groups["learner"] = learner
+        return learner
 
     def _next_incarnation(self, name: str) -> int:
         self._incarnations[name] = self._incarnations.get(name, -1) + 1
         return self._incarnations[name]
 
-    def _launch(self, name: str, launch: Launch, incarnation: int) -> None:
-        self.gangs[name] = Gang(
-            name,
-            launch,
-            incarnation=incarnation,
-            start_timeout_s=self._config.cluster.start_timeout_s,
-            silence_timeout_s=self._config.cluster.silence_timeout_s,
-        )
+    def _collect_reports(self) -> None:
+        """Take over the learner's rows of metrics, and report its messages."""
+        failed = self._learner.phase is Phase.FAILED
+        timeout_s = _LAST_WORDS_S if failed else self._config.cluster.answer_timeout_s
+        try:
+            self.learner_rows.extend(self._learner.new_rows(timeout_s=timeout_s))
+            for message in self._learner.new_messages(timeout_s=timeout_s):
+                self._report(f"learner: {message}")
+        except Exception as error:  # the learner's death is for its group to find
+            if not failed:
+                self._report(f"learner metrics not read: {type(error).__name__}")
 
     def _announce(self, *, without: Sequence[str] = (), wait: bool = True) -> None:
         names = tuple(
-            f"{name}.{gang.incarnation}"
-            for name, gang in self.gangs.items()
-            if name.startswith("reward-") and gang.phase is Phase.RUNNING and name not in without
+            f"{name}.{group.incarnation}"
+            for name, group in self.groups.items()
+            if name.startswith("reward-") and group.phase is Phase.RUNNING and name not in without
         )
-        self._roster.tell(names, wait=wait)
+        self._registry.announce(names, wait=wait)

@@ -5,6 +5,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from cluster.run.display import first_line
+
 
 class PeerTimeout(TimeoutError):
     """A process did not answer in time."""
@@ -31,13 +33,7 @@ def wait_for(ref: "ray.ObjectRef[Any]", *, peer: str, phase: str, timeout_s: flo
         raise error.as_instanceof_cause() from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text: enough for an event, the rest is in the log."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
-def cause_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """Class and first line of what a remote process raised, without the remote traceback."""
     cause = cause_of(error)
     return f"{type(cause).__name__}: {first_line(cause)}"

@@ -1,11 +1,11 @@
-"""A gang: the ranks of one component, which live and die together.
+"""A worker group: the ranks of one component, which live and die together.
 
-A rollout actor is a gang of one; a reward replica has W ranks, the learner M. The supervisor owns
-gangs and calls `poll` often; nothing here waits.
+A rollout actor is a worker group of one; a reward replica has W ranks, the learner M. The
+supervisor owns worker groups and calls `poll` often; nothing here waits.
 
     PLACING -> MEETING -> STARTING -> RUNNING -> FINISHED
-        any of the first four -> FAILED, with the cause; what is left of it may be asked, and is
-                                 its owner's to kill
+        any of the first four -> FAILED, with the cause; ranks that still live may be asked, and
+                                 are the supervisor's to kill
 """
 
 import time
@@ -15,14 +15,15 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.distributed.launcher import Launch
-from cluster.distributed.nodes import room
-from cluster.distributed.waiting import cause_line, cause_of
+from cluster.config.schema import ClusterConfig
+from cluster.distributed.launcher import GroupLaunch
+from cluster.distributed.ray_cluster import room
+from cluster.distributed.waiting import cause_of, error_line
 from learner.broadcast import Unrecoverable
 
 
 class Phase(StrEnum):
-    """Where a gang is in its life."""
+    """Where a worker group is in its life."""
 
     PLACING = "placing"  # waits for room on the cluster
     MEETING = "meeting"  # rank 0 says where the ranks meet
@@ -36,46 +37,45 @@ class StartFailed(RuntimeError):
     """A part of the run did not come up; says which, in which phase and why."""
 
 
-class Gang:
+class WorkerGroup:
     """Ranks that live and die together.
 
     Args:
         name: for events and errors, e.g. "reward-0".
-        launch: its place, and what creates the Ray actors there.
-        incarnation: how many gangs of this name the run had before.
-        start_timeout_s: seconds that placing may take, and then meeting and starting together.
-        silence_timeout_s: seconds that a running rank may leave `status` unanswered.
+        launch: its reservation, and what creates the Ray actors there.
+        incarnation: how many groups of this name the run had before.
+        config: `start_timeout_s` for placing, and again for meeting and starting together;
+            `silence_timeout_s` for a running leader to answer `status`.
     """
 
     def __init__(
         self,
         name: str,
-        launch: Launch,
+        launch: GroupLaunch,
         *,
         incarnation: int,
-        start_timeout_s: float,
-        silence_timeout_s: float,
+        config: ClusterConfig,
     ) -> None:
         self.name = name
         self.incarnation = incarnation
         self.phase = Phase.PLACING
         self.cause = ""
-        self.fatal: Unrecoverable | None = None  # a failure that a new gang would only repeat
+        self.fatal: Unrecoverable | None = None  # a failure that a new group would only repeat
         self.status: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
-        self._start_timeout_s = start_timeout_s
-        self._silence_timeout_s = silence_timeout_s
+        self._start_timeout_s = config.start_timeout_s
+        self._silence_timeout_s = config.silence_timeout_s
         self._began = time.monotonic()
         self._launch = launch
         self.handles: list[ActorHandle] = []
-        self._refs: list[ray.ObjectRef[Any]] = [launch.place.ready]
+        self._refs: list[ray.ObjectRef[Any]] = [launch.reservation.ready]
         self._status_ref: ray.ObjectRef[Any] | None = None
-        self._status_asked = 0.0
+        self._status_requested = 0.0
 
     @property
     def wanted(self) -> str:
         """What it claims of the cluster, for people."""
-        return f"{self.name} ({self._launch.place.wanted})"
+        return f"{self.name} ({self._launch.reservation.wanted})"
 
     @property
     def phase_s(self) -> float:
@@ -94,7 +94,7 @@ class Gang:
         done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
         try:
             values = ray.get(done)
-        except Exception as error:  # whatever ended the rank is the gang's cause of death
+        except Exception as error:  # whatever ended the rank is the group's cause of death
             self._fail_with(error)
             return self.phase
         if not waiting:
@@ -104,7 +104,7 @@ class Gang:
         elif self.phase_s > self._start_timeout_s:
             limit = f"{self._start_timeout_s:.0f} s (cluster.start_timeout_s)"
             if self.phase is Phase.PLACING:
-                wanted = self._launch.place.wanted
+                wanted = self._launch.reservation.wanted
                 self._fail(f"no place within {limit} for {wanted}: {room()}")
             else:
                 self._fail(f"{self.phase} took more than {limit}")
@@ -119,7 +119,7 @@ class Gang:
         """End every rank at once, and give up the place."""
         for handle in self.handles:
             ray.kill(handle)
-        self._launch.place.give_up()
+        self._launch.reservation.give_up()
 
     def _advance(self, values: list[Any]) -> None:
         if self.phase is Phase.PLACING:
@@ -142,14 +142,14 @@ class Gang:
         now = time.monotonic()
         if self._status_ref is None:
             self._status_ref = self.leader.status.remote()
-            self._status_asked = now
+            self._status_requested = now
         elif ray.wait([self._status_ref], timeout=0)[0]:
             try:
                 self.status = ray.get(self._status_ref)
             except Exception as error:
                 self._fail_with(error)
             self._status_ref = None
-        elif now - self._status_asked > self._silence_timeout_s:
+        elif now - self._status_requested > self._silence_timeout_s:
             self._fail(
                 f"no answer to status for {self._silence_timeout_s:.0f} s "
                 f"(cluster.silence_timeout_s)"
@@ -159,8 +159,39 @@ class Gang:
         cause = cause_of(error)
         if isinstance(cause, Unrecoverable):
             self.fatal = cause
-        self._fail(cause_line(error))
+        self._fail(error_line(error))
 
     def _fail(self, cause: str) -> None:
         self.cause = f"{self.name}: {cause}"
         self.phase = Phase.FAILED
+
+
+class LearnerGroup(WorkerGroup):
+    """The learner's ranks; rank 0 also hands over metrics of its steps and messages for people."""
+
+    _rows_taken = 0
+    _messages_taken = 0
+
+    def new_rows(self, *, timeout_s: float) -> list[dict[str, float]]:
+        """Metrics of the steps since the last call.
+
+        Raises:
+            Exception: the learner did not answer; its death is for `poll` to find.
+        """
+        if not self._may_have("rows", self._rows_taken):
+            return []
+        rows = ray.get(self.leader.rows_since.remote(self._rows_taken), timeout=timeout_s)
+        self._rows_taken += len(rows)
+        return list(rows)
+
+    def new_messages(self, *, timeout_s: float) -> list[str]:
+        """Messages since the last call; raises as `new_rows` does."""
+        if not self._may_have("events", self._messages_taken):
+            return []
+        messages = ray.get(self.leader.events_since.remote(self._messages_taken), timeout=timeout_s)
+        self._messages_taken += len(messages)
+        return list(messages)
+
+    def _may_have(self, key: str, taken: int) -> bool:
+        """One that failed may have more than its status said; often its process still lives."""
+        return self.phase is Phase.FAILED or self.status.get(key, 0) > taken

@@ -2,7 +2,7 @@
 
 Here is all that is simulated: the policy's decode steps, the frozen LM's scoring calls, and the
 learner's forward and backward passes. Everything around them is what a run has: actors, Ray, the
-reward replica's queue and layout, Redis, the weight board, the learner's draws and publications.
+reward replica's queue and layout, Redis, the weight store, the learner's draws and publications.
 """
 
 import time

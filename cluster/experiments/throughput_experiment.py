@@ -9,9 +9,14 @@ from typing import Any
 import ray
 
 from cluster.config.schema import Placement, RunConfig
-from cluster.distributed.nodes import living_nodes, may_grow
 from cluster.distributed.parts import Parts
-from cluster.distributed.ray_cluster import connect_ray, join_cluster, namespace_of
+from cluster.distributed.ray_cluster import (
+    connect_ray,
+    join_cluster,
+    living_nodes,
+    may_grow,
+    namespace_of,
+)
 from cluster.experiments.simulation import (
     SimulatedParts,
     load_simulated_task,

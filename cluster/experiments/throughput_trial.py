@@ -84,7 +84,7 @@ def _running(
                 finally:
                     supervisor.stop(config.cluster.stop_timeout_s)
             finally:
-                session.end_board()
+                session.end_services()
     finally:
         directory.end()
         shutil.rmtree(directory.path, ignore_errors=True)
@@ -101,7 +101,7 @@ def _counts(supervisor: Supervisor, config: RunConfig) -> Counts:
 
     def total(prefix: str, key: str) -> float:
         statuses: list[Mapping[str, Any]] = [
-            gang.status for name, gang in supervisor.gangs.items() if name.startswith(prefix)
+            group.status for name, group in supervisor.groups.items() if name.startswith(prefix)
         ]
         return float(sum(status.get(key, 0.0) for status in statuses))
 

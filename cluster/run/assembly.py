@@ -1,7 +1,7 @@
-"""What each process of a run is made of: from the configuration to wired objects.
+"""Builds the parts of a run from its configuration.
 
-A run over Ray and a run in one process build the same parts here; only the ports between them
-differ.
+A run over Ray and a run in one process build the same parts here; only the connections between
+them differ.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from actors.protocols import Policy, Scorer, TrajectorySink, WeightSource
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from cluster.config.schema import RunConfig
-from cluster.run.directory import merged_folder
+from cluster.run.directory import RunDirectory, merged_folder
 from cluster.run.imitation import Learned, imitation
 from learner.agreement.gate import AgreementGate
 from learner.agreement.policy_history import PastPolicies
@@ -151,8 +151,7 @@ def build_learner(
     *,
     base: LanguageModel,
     task: Task,
-    checkpoints: Path,
-    quarantine: Path,
+    directory: RunDirectory,
     make_engine: MakeEngine,
     buffer: Replay,
     weights: WeightSink,
@@ -162,8 +161,8 @@ def build_learner(
     """One rank of the learner, where an earlier one of the run has left off: `Learner.take_up`.
 
     Args:
-        quarantine: folder for trajectories that disagree with the learner.
-        warn: takes one line when there are some.
+        directory: of the run, for checkpoints and quarantined trajectories.
+        warn: takes one line when there are some of the latter.
         gated: whether samplers are held to the learner's own log q.
     """
     model = attach_adapter(base, config.lora, config.seed)
@@ -182,11 +181,13 @@ def build_learner(
             model=model,
             actions=task.actions,
             past=PastPolicies(model, max_age=config.buffer.max_age),
-            quarantine=Quarantine(quarantine),
+            quarantine=Quarantine(directory.quarantine),
             config=config.learner,
             warn=warn,
         )
-    store = Checkpoints(checkpoints, identity=identity, keep=config.learner.checkpoints_kept)
+    store = Checkpoints(
+        directory.checkpoints, identity=identity, keep=config.learner.checkpoints_kept
+    )
     learner = Learner(
         model=model,
         actions=learned.actions,

@@ -1,16 +1,17 @@
-"""The folder of a run: where everything it writes goes, who drives it, how far it is."""
+"""The folder of a run: its files, the claim of its driver, its state, and requests to scale it."""
 
 import fcntl
 import os
 import re
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 # On a cluster: a folder outside of the job's copy of the code, which every node sees.
 RUNS = Path(os.environ.get("AMORTIZE_RUNS", "runs")).expanduser()
@@ -47,6 +48,30 @@ class RunNotShared(FileNotFoundError):
 
 class BadRunName(ValueError):
     """A name that cannot be a folder's."""
+
+
+class ScaleRefused(ValueError):
+    """A run cannot be given the numbers that were asked for; nothing was changed."""
+
+
+class BadRequest(ValueError):
+    """A file that should hold a request to scale does not."""
+
+
+class ScaleRequest(BaseModel):
+    """Numbers that a run shall have from now on; None leaves one as it is."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(default_factory=lambda: uuid.uuid4().hex, min_length=1)
+    actors: PositiveInt | None = None
+    replicas: PositiveInt | None = None
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """What is asked for, under the names that `RunState.desired` uses."""
+        asked = {"actors": self.actors, "replicas": self.replicas}
+        return {kind: number for kind, number in asked.items() if number is not None}
 
 
 class ScaleAnswer(BaseModel):
@@ -86,7 +111,7 @@ class RunState(BaseModel):
 
     @property
     def ended(self) -> bool:
-        """Whether the driver said good-bye."""
+        """Whether the driver ended the run, rather than died."""
         return self.phase in ENDED
 
     def driver(self) -> psutil.Process | None:
@@ -212,6 +237,35 @@ class RunDirectory:
         return (
             f"run {self.name!r} is driven by {who}: stop it with 'amortize stop --run {self.name}'"
         )
+
+
+def post_scale_request(directory: RunDirectory, request: ScaleRequest) -> None:
+    """Lay a request before the run's driver; an earlier one that it has not taken is replaced."""
+    write_whole(directory.scale_request, request.model_dump_json())
+
+
+def take_scale_request(directory: RunDirectory) -> ScaleRequest | None:
+    """Take the request that lies there, if any; nobody else will get it.
+
+    Raises:
+        BadRequest: it cannot be read; it is gone all the same.
+    """
+    taken = directory.scale_request.with_name(".scale-request.taken")
+    try:
+        os.replace(directory.scale_request, taken)
+    except FileNotFoundError:
+        return None
+    text = taken.read_bytes()
+    taken.unlink()
+    try:
+        return ScaleRequest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BadRequest(
+            f"{directory.scale_request} held no request to scale ({where}: {first['msg']}); "
+            f"use 'amortize scale'"
+        ) from None
 
 
 def merged_folder(adapter: Path) -> Path:

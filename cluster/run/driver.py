@@ -5,14 +5,23 @@ from collections.abc import Callable
 
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
-from cluster.distributed.session import PendingMeasurement, Run, Session
-from cluster.distributed.waiting import cause_line, first_line
 from cluster.evaluation.measurement import Scores
-from cluster.run.directory import RunDirectory, RunPhase, ScaleAnswer, first_state, write_whole
+from cluster.run.directory import (
+    BadRequest,
+    RunDirectory,
+    RunPhase,
+    ScaleAnswer,
+    ScaleRefused,
+    ScaleRequest,
+    first_state,
+    take_scale_request,
+    write_whole,
+)
+from cluster.run.display import first_line
 from cluster.run.metrics_log import MetricsLog
 from cluster.run.progress import Progress
 from cluster.run.resources import DoesNotFit
-from cluster.run.scale_request import BadRequest, ScaleRefused, ScaleRequest, take
+from cluster.run.session import DistributedRun, PendingMeasurement, Run, Session
 from cluster.run.terminal import Terminal
 
 _TICK_S = 0.1
@@ -84,7 +93,7 @@ class Driver:
                 while not (run.finished or self._should_end()):
                     self._scale_on_request(run)
                     run.tick()
-                    if run.running and self._state.phase == "starting":
+                    if self._state.phase == "starting" and _is_up(run):
                         self._enter("training")
                         self._progress.begin()
                     if before is not None and before.done():
@@ -117,7 +126,7 @@ class Driver:
     def _scale_on_request(self, run: Run) -> None:
         """Take a request to scale, and answer it in the state, which is written next."""
         try:
-            request = take(self._directory)
+            request = take_scale_request(self._directory)
         except BadRequest as error:
             self._event(str(error))
             return
@@ -129,6 +138,11 @@ class Driver:
     def _scale(self, run: Run, request: ScaleRequest) -> ScaleAnswer:
         wanted = ", ".join(f"{number} {kind}" for kind, number in request.numbers.items())
         try:
+            if not isinstance(run, DistributedRun):
+                raise ScaleRefused(
+                    "this run is one process (--local) with one actor and one replica: stop it, "
+                    "and go on over Ray with --resume and without --local"
+                )
             run.scale(**request.numbers)
         except (ScaleRefused, DoesNotFit) as error:
             self._event(f"not scaled to {wanted}: {error}")
@@ -173,7 +187,7 @@ class Driver:
     def _scale_so_far(self, run: Run) -> ScaleAnswer | None:
         """The answer to the last request, with what has become of it."""
         answer = self._state.scale
-        if answer is None or answer.outcome == "refused":
+        if not isinstance(run, DistributedRun) or answer is None or answer.outcome == "refused":
             return answer
         outcome = "given up" if run.given_up else "done" if run.settled else "under way"
         return answer.model_copy(update={"outcome": outcome, "error": run.given_up})
@@ -192,7 +206,9 @@ class Driver:
         try:
             self._keep(Scores(before=pending.result()))
         except Exception as error:
-            self._event(f"the base LM could not be measured: {cause_line(error)}")
+            self._event(
+                f"the base LM could not be measured: {type(error).__name__}: {first_line(error)}"
+            )
 
     def _keep(self, scores: Scores) -> None:
         self._scores = scores
@@ -212,7 +228,7 @@ class Driver:
     def _show(self, run: Run | None = None) -> None:
         """Show the state; write it once a second, or at once when the phase has changed.
 
-        With a run: its figures too, and tell them to who collects them.
+        With a run: its figures too, and hand them to Prometheus.
         """
         now = time.monotonic()
         if now - self._state_written_s < _STATE_EVERY_S:
@@ -222,11 +238,18 @@ class Driver:
         if run is not None:
             buffer = self._buffer_stats()
             metrics = self._progress.shown(buffer_size=buffer.replay_size)
-            run.tell(metrics, buffer)
+            if isinstance(run, DistributedRun):
+                run.record_metrics(metrics, buffer)
             update["metrics"] = metrics
         self._state = self._state.model_copy(update=update)
         self._directory.write_state(self._state)
         self._terminal.show(self._state)
+
+
+def _is_up(run: Run) -> bool:
+    """Whether every part has come up."""
+    counts = run.counts()
+    return counts["actual"] == counts["desired"] and bool(run.learner_status)
 
 
 def read_scores(directory: RunDirectory) -> Scores:

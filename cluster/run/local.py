@@ -3,7 +3,8 @@
 Actor and learner take turns, so the same seed gives the same trajectories and the same weights.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -13,12 +14,14 @@ import numpy as np
 
 from actors.actor import RolloutActor
 from buffer.replay import BufferStarved, Group, ReplayBuffer
-from buffer.stats import ReplayStats
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
-from cluster.run import assembly as roles
-from cluster.run.scale_request import ScaleRefused
-from cluster.run.weight_store import WeightBoard
+from cluster.evaluation.measure import measure
+from cluster.evaluation.measurement import Measurement
+from cluster.run import assembly
+from cluster.run.directory import RunDirectory
+from cluster.run.session import BufferAddress
+from cluster.run.weight_store import WeightStore
 from learner.engine import TorchEngine
 from lm.model import load_base
 from reward.replica import RewardReplica
@@ -73,29 +76,26 @@ class LocalRun:
         self,
         config: RunConfig,
         *,
-        run: str,
-        checkpoints: Path,
-        adapter: Path,
-        quarantine: Path,
+        directory: RunDirectory,
+        buffer: BufferAddress,
         report: Callable[[str], None],
-        buffer_url: str,
-        buffer_password: str | None,
     ) -> None:
         self._config = config
         self._groups_per_step = config.learner.groups_per_step
-        self._adapter = adapter
-        self._base, task = roles.load_task(config)
-        board = WeightBoard()
-        self._buffer = roles.build_buffer(config, run=run, url=buffer_url, password=buffer_password)
-        self._learner = roles.build_learner(
+        self._adapter = directory.adapter
+        self._base, task = assembly.load_task(config)
+        store = WeightStore()
+        self._buffer = assembly.build_buffer(
+            config, run=directory.name, url=buffer.url, password=buffer.password
+        )
+        self._learner = assembly.build_learner(
             config,
             base=self._base,
             task=task,
-            checkpoints=checkpoints,
-            quarantine=quarantine,
+            directory=directory,
             make_engine=TorchEngine,
             buffer=RollingReplay(self._buffer, self._roll_out),
-            weights=board,
+            weights=store,
             warn=report,
         )
         self._replica: RewardReplica | None = None
@@ -104,24 +104,19 @@ class LocalRun:
             self._replica = RewardReplica(
                 WholeRank(load_base(config.lm).model), [], config.reward, name="reward-0"
             )
-            self._actor = roles.build_actor(
+            self._actor = assembly.build_actor(
                 config,
-                policy=roles.model_policy(config, load_base(config.lm), task),
+                policy=assembly.model_policy(config, load_base(config.lm), task),
                 task=task,
                 name="actor-0",
                 seed=(config.seed, 0, self._learner.version),
                 buffer=self._buffer,
                 scorer=self._replica,
-                weights=board,
+                weights=store,
             )
-            roles.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
+            assembly.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
         self._learner.publish()
         self.learner_rows: list[dict[str, float]] = []
-
-    @property
-    def running(self) -> bool:
-        """Always: the constructor has brought everything up."""
-        return True
 
     @property
     def finished(self) -> bool:
@@ -132,27 +127,6 @@ class LocalRun:
     def learner_status(self) -> dict[str, Any]:
         """Step and version of the learner."""
         return {"step": self._learner.completed_steps, "version": self._learner.version}
-
-    @property
-    def settled(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def given_up(self) -> str:
-        """Nothing: it has never more than it began with."""
-        return ""
-
-    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
-        """Refused: one process has one of each.
-
-        Raises:
-            ScaleRefused: always.
-        """
-        raise ScaleRefused(
-            "this run is one process (--local) with one actor and one replica: stop it, and go on "
-            "over Ray with --resume and without --local"
-        )
 
     def tick(self) -> None:
         """Roll out until the learner has its groups, then take one step.
@@ -174,15 +148,12 @@ class LocalRun:
         stats = {} if self._actor is None else asdict(self._actor.stats)
         return {key: value for key, value in stats.items() if key != "version"}
 
-    def tell(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
-        """Without Ray nobody collects metrics."""
-
     def stop(self, timeout_s: float) -> list[str]:
         """Store what is in flight and checkpoint; nothing can be left to kill."""
         if self._actor is not None:
             self._actor.flush()
         self._learner.checkpoint()
-        roles.save_result(self._config, self._learner, self._base, self._adapter)
+        assembly.save_result(self._config, self._learner, self._base, self._adapter)
         if self._replica is not None:
             self._replica.close(timeout_s)
         return []
@@ -190,3 +161,35 @@ class LocalRun:
     def _roll_out(self) -> None:
         if self._actor is not None:
             self._actor.step()
+
+
+class LocalSession:
+    """Everything in this process."""
+
+    address = ""
+
+    def __init__(self, config: RunConfig, directory: RunDirectory, buffer: BufferAddress) -> None:
+        self._config = config
+        self._directory = directory
+        self._buffer = buffer
+
+    def open(self) -> None:
+        """Nothing is needed."""
+
+    def start(self, report: Callable[[str], None]) -> LocalRun:
+        """Build actor, replica and learner."""
+        return LocalRun(
+            self._config,
+            directory=self._directory,
+            buffer=self._buffer,
+            report=report,
+        )
+
+    def evaluate(self, adapter: Path | None) -> "Future[Measurement]":
+        """Measure now."""
+        pending: Future[Measurement] = Future()
+        pending.set_result(measure(self._config, adapter=adapter))
+        return pending
+
+    def close(self) -> None:
+        """Nothing is left."""

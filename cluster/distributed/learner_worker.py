@@ -1,0 +1,79 @@
+"""The process of one rank of the learner."""
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from cluster.distributed.worker import Meeting, Worker
+from cluster.run import assembly
+from cluster.run.directory import check_shared
+from learner.config import LearnerConfig
+from learner.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+
+class LearnerWorker(Worker):
+    """One rank of the learner; rank 0 draws, publishes, checkpoints and reports."""
+
+    def _build(self, meeting: Meeting) -> None:
+        """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
+        context, config = self._context, self._context.config
+        check_shared(context.directory.path, node=self._node)
+        self._rows: list[dict[str, float]] = []
+        self._waited_s = 0.0
+        self._events: list[str] = []
+        self._base, task = context.parts.learner_base(config)
+
+        def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
+            rendezvous = self._meet(meeting, settings.collective_timeout_s)
+            return context.parts.engine(config, model, settings, rendezvous)
+
+        self._buffer = self._connect_buffer()
+        self._learner = assembly.build_learner(
+            config,
+            base=self._base,
+            task=task,
+            directory=context.directory,
+            make_engine=make_engine,
+            buffer=self._buffer,
+            weights=self._weight_store(),
+            warn=self._warn,
+            gated=context.parts.gated,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Learn until the configured steps are done or until stopped; then leave the adapter."""
+        self._learner.run(self._context.config.learner.steps, self._stopping.is_set, self._keep_row)
+        if self._rank == 0:
+            assembly.save_result(
+                self._context.config, self._learner, self._base, self._context.directory.adapter
+            )
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """Steps taken, version published, and the numbers of rows and events that can be read."""
+        return {
+            "step": self._learner.completed_steps,
+            "version": self._learner.version,
+            "rows": len(self._rows),
+            "events": len(self._events),
+        }
+
+    def rows_since(self, count: int) -> list[dict[str, float]]:
+        """Metrics of the steps after the first `count` of this process."""
+        return self._rows[count:]
+
+    def events_since(self, count: int) -> list[str]:
+        """Messages for people, after the first `count` of this process."""
+        return self._events[count:]
+
+    def _keep_row(self, row: dict[str, float]) -> None:
+        waited_s = self._buffer.waited_s
+        self._rows.append(row | {"time/draw_wait_s": waited_s - self._waited_s})
+        self._waited_s = waited_s
+
+    def _warn(self, text: str) -> None:
+        _log.warning(text)
+        self._events.append(text)

@@ -1,0 +1,71 @@
+"""The process of one rollout actor."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from actors.protocols import TrajectorySink
+from actors.turns import TakingTurns
+from cluster.distributed.clients import NobodyScores, RemoteRegistry, RemoteScorer
+from cluster.distributed.rollout_log import LoggedSink
+from cluster.distributed.worker import Meeting, RunContext, Worker
+from cluster.run import assembly
+
+_log = logging.getLogger(__name__)
+
+
+class RolloutWorker(Worker):
+    """One rollout actor."""
+
+    def __init__(self, context: RunContext, *, name: str, index: int, incarnation: int) -> None:
+        super().__init__(context, name=name, rank=0, num_ranks=1)
+        self._index = index
+        self._incarnation = incarnation
+
+    def _build(self, _: Meeting) -> None:
+        """Load LM and task, connect to the buffer."""
+        context = self._context
+        parts = context.parts.rollout(context.config)
+        self._task = parts.task
+        self._buffer = self._connect_buffer()
+        sink: TrajectorySink = self._buffer
+        if parts.decode is not None:
+            sink = LoggedSink(self._buffer, parts.decode)
+        self._scorer = RemoteScorer(
+            RemoteRegistry(context.replica_registry, timeout_s=self._answer_timeout_s),
+            namespace=context.namespace,
+            attempt_s=context.config.reward.deadline_s,
+            handover_s=context.config.actors.score_timeout_s,
+            stop=self._stopping.is_set,
+            first=self._index,
+        )
+        store = self._weight_store()
+        self._actor = assembly.build_actor(
+            context.config,
+            policy=parts.policy,
+            task=self._task,
+            name=self._name,
+            seed=(context.config.seed, self._index, self._incarnation),
+            buffer=sink,
+            scorer=self._scorer,
+            weights=TakingTurns(store, self._stopping.is_set) if context.synchronous else store,
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Roll out until stopped; the final counters. The first actor seeds the buffer before.
+
+        Rollouts that no replica scores any more are dropped: they were never acknowledged.
+        """
+        try:
+            if self._index == 0:
+                assembly.seed_buffer(
+                    self._context.config, task=self._task, scorer=self._scorer, buffer=self._buffer
+                )
+            self._actor.run(self._stopping.is_set)
+        except NobodyScores as error:
+            _log.warning("%s: rollouts in flight were not stored: %s", self._name, error)
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """The actor's counters."""
+        return asdict(self._actor.stats) | {"scoring_retries": self._scorer.retries}

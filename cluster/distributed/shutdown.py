@@ -1,0 +1,95 @@
+"""The orderly end of worker groups: asked to stop, given time, and killed only if they run on."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from cluster.distributed.worker_group import Phase, WorkerGroup
+
+# Of the time for all: left to replicas however long those that they score for have taken.
+REPLICAS_SHARE = 0.25
+_POLL_S = 0.05
+
+
+class Leaving:
+    """A worker group that the run needs no longer: ends in order, or is killed at its deadline.
+
+    An actor stores what it has in flight, a replica answers the calls that it holds. A group that
+    does not run yet holds nothing and is ended at once.
+    """
+
+    def __init__(self, group: WorkerGroup, *, timeout_s: float) -> None:
+        self.group = group
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._runs = group.phase is Phase.RUNNING
+        if self._runs:
+            group.ask_to_stop()
+        else:
+            group.kill()
+
+    def poll(self) -> str | None:
+        """How it ended, for people, once it has ended; None until then."""
+        group = self.group
+        if self._runs and group.poll() is Phase.RUNNING:
+            if time.monotonic() < self._deadline:
+                return None
+            group.kill()
+            return (
+                f"{group.name} did not stop within {self._timeout_s:.0f} s "
+                f"(cluster.stop_timeout_s) and was killed"
+            )
+        if self._runs:
+            group.kill()
+        if group.phase is Phase.FAILED:
+            return f"{group.cause}; it was leaving"
+        return f"{group.name} has left"
+
+
+def end_in_order(
+    groups: Sequence[WorkerGroup],
+    *,
+    timeout_s: float,
+    report: Callable[[str], None],
+    watch: Callable[[], None],
+) -> list[str]:
+    """Have all worker groups of a run end; the names of those that ran on and are to be killed.
+
+    Learner and actors are asked at once: the learner leaves a checkpoint, an actor stores what is
+    being scored. Replicas are asked when no actor runs any more, or when three quarters of the
+    time are over. The learner has all of it, whatever others need. A group that does not run yet
+    holds nothing, and is killed at once.
+
+    Args:
+        report: takes one line for each group that dies meanwhile.
+        watch: called after every look at the groups.
+    """
+    deadline = time.monotonic() + timeout_s
+    running = [group for group in groups if group.phase is Phase.RUNNING]
+    for group in groups:
+        if group.phase not in (Phase.RUNNING, Phase.FINISHED, Phase.FAILED):
+            group.kill()
+
+    def wait(waited_for: Sequence[WorkerGroup], until: float) -> None:
+        while any(group.phase is Phase.RUNNING for group in waited_for):
+            for group in running:
+                if group.phase is Phase.RUNNING and group.poll() is Phase.FAILED:
+                    report(f"{group.cause}; it was stopping")
+            watch()
+            if time.monotonic() >= until:
+                return
+            time.sleep(_POLL_S)
+
+    replicas = [group for group in running if group.name.startswith("reward-")]
+    first = [group for group in running if group not in replicas]
+    _ask(first)
+    actors = [group for group in first if group.name.startswith("actor-")]
+    wait(actors, until=deadline - REPLICAS_SHARE * timeout_s)
+    _ask(replicas)
+    wait(running, until=deadline)
+    return [group.name for group in running if group.phase is Phase.RUNNING]
+
+
+def _ask(groups: Sequence[WorkerGroup]) -> None:
+    for group in groups:
+        if group.phase is Phase.RUNNING:
+            group.ask_to_stop()

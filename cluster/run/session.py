@@ -1,0 +1,106 @@
+"""The protocols between a driver and what it drives: a run over Ray, or one in this process."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from buffer.stats import ReplayStats
+from cluster.evaluation.measurement import Measurement
+
+
+class Run(Protocol):
+    """A run as its driver sees it."""
+
+    learner_rows: list[dict[str, float]]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the learner has done its steps."""
+        ...
+
+    @property
+    def learner_status(self) -> Mapping[str, Any]:
+        """Step and version; empty before the learner has come up."""
+        ...
+
+    def tick(self) -> None:
+        """Do or watch a little."""
+        ...
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Desired and actual numbers of actors and replicas."""
+        ...
+
+    def actor_totals(self) -> dict[str, float]:
+        """Counters summed over all actors."""
+        ...
+
+    def stop(self, timeout_s: float) -> list[str]:
+        """Stop in order; names of the parts that had to be killed."""
+        ...
+
+
+@runtime_checkable
+class DistributedRun(Run, Protocol):
+    """A run of several processes: it can be scaled, and its metrics are collected."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether all parts that are wanted run, and no others."""
+        ...
+
+    @property
+    def given_up(self) -> str:
+        """Why parts that the last `scale` added were given up; empty if none were."""
+        ...
+
+    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
+        """Have these numbers from now on; raises ScaleRefused or DoesNotFit."""
+        ...
+
+    def record_metrics(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
+        """Hand metrics to Prometheus."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferAddress:
+    """Where the run's Redis is."""
+
+    url: str
+    password: str | None
+
+
+class PendingMeasurement(Protocol):
+    """An evaluation under way."""
+
+    def done(self) -> bool:
+        """Whether `result` would return at once."""
+        ...
+
+    def result(self) -> Measurement:
+        """Wait for it, until its deadline; raises whatever the evaluation raised."""
+        ...
+
+
+class Session(Protocol):
+    """Brings a run up and takes it down."""
+
+    address: str  # of the Ray cluster; empty without Ray
+
+    def open(self) -> None:
+        """Get what every run needs, before any part of it starts."""
+        ...
+
+    def start(self, report: Callable[[str], None]) -> Run:
+        """Start every part of the run."""
+        ...
+
+    def evaluate(self, adapter: Path | None) -> PendingMeasurement:
+        """Begin to measure the base (None) or an adapter."""
+        ...
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
