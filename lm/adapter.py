@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from lm.model import LanguageModel
 
@@ -85,7 +85,7 @@ def checksum(data: bytes) -> str:
 
 
 @contextmanager
-def adapter_off(model: PeftModel) -> Iterator[None]:
+def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, `model` computes what its base does; its parameters are left as they are.
 
     peft's own switch also turns `requires_grad` off and on, which an engine may watch.

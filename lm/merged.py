@@ -47,6 +47,12 @@ class MergedModel:
                 else:
                     weight.copy_(pristine)
 
+    def restore(self) -> None:
+        """Take the adapter off: the weights are those of the base again, bit for bit."""
+        with torch.no_grad():
+            for layer, pristine in self._pristine.items():
+                self._weight(layer).copy_(pristine)
+
     def _untie(self, layer: str) -> None:
         """Give a layer that shares its weight a copy of its own.
 

@@ -14,6 +14,10 @@ from lm.actions import ActionSpace
 from lm.sampling import Tool
 from reward.request import ScoreItem
 from tasks.custom_config import CustomTaskConfig
+from tasks.evaluation.accuracy import evaluate_answers
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
+from tasks.posterior.assessment import evaluate_posterior
 from tasks.task import QuestionTask, Task, Tokenizer
 
 
@@ -31,7 +35,7 @@ class CustomTask(CustomTaskConfig):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class PlainTask:
     """A task of which only the necessary is said; see tasks.task.Task."""
 
@@ -42,6 +46,7 @@ class PlainTask:
     demonstrations: Sequence[Demonstration] = ()
     tool: Tool | None = None
     log_reward: Callable[[ScoreItem], NDArray[np.float32]] | None = None
+    test_prompts: Sequence[Prompt] = ()
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
         """Nothing is right or wrong."""
@@ -51,6 +56,18 @@ class PlainTask:
         """All that can be sampled is meant."""
         return True
 
+    def check_evaluation(self) -> None:
+        """Nothing is needed."""
+
+    def evaluate(self, context: EvaluationContext) -> Evaluation:
+        """On the test files where there are some, else by the distance to the posterior."""
+        return self.evaluate_tests(context) if context.tests else evaluate_posterior(self, context)
+
+    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
+        """Answers to test questions are counted; a task without questions measures otherwise."""
+        assert isinstance(self, QuestionTask), f"{type(self).__name__} cannot measure test files"
+        return evaluate_answers(self, context)
+
 
 class UnfitTask(ValueError):
     """A user's task that no run could work on."""
@@ -58,7 +75,7 @@ class UnfitTask(ValueError):
 
 _MEMBERS = (
     *("name", "actions", "tool", "prompts", "demonstrations", "reward_query", "log_reward"),
-    *("verdict", "valid"),
+    *("verdict", "valid", "test_prompts", "check_evaluation", "evaluate"),
 )
 
 
@@ -85,7 +102,7 @@ def _fault(config: CustomTask, task: Task) -> str:
         return "a log_reward goes with reward_kind 'function', and with no other"
     if not task.prompts:
         return "it has no prompts: give one at least"
-    if config.tests and not isinstance(task, QuestionTask):
+    if config.tests and not (isinstance(task, QuestionTask) or task.test_prompts):
         return "it reads no test files (tasks.task.QuestionTask): leave task.tests and --data out"
     return _prompt_fault(task.prompts, kind)
 

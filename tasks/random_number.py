@@ -6,35 +6,31 @@ less by a factor for each token of anything else, such as '007', '101' or '3 7'.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from reward.request import ScoreItem
 from tasks.config import RandomNumberConfig
+from tasks.custom import PlainTask
 from tasks.task import Tokenizer, TokenizerUnfit
 
 _DIGITS = re.compile(r" ?[0-9]+")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RandomNumber:
-    """See tasks.task.Task."""
+@dataclass(frozen=True, kw_only=True)
+class RandomNumber(PlainTask):
+    """See tasks.task.Task and tasks.posterior.ceiling.BoundedReward."""
 
-    actions: ActionSpace
-    prompts: tuple[Prompt, ...]
     numbers: dict[tuple[int, ...], int]  # token ids of each valid Z -> the integer it spells
     penalty_nats: float
-    reward_query: RewardQuery
-    tool: None = None
-    demonstrations: tuple[Demonstration, ...] = field(default=())
-    name: str = "random_number"
+    log_reward: Callable[[ScoreItem], NDArray[np.float32]]
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
         """Whether it is an integer of the range."""
@@ -44,23 +40,25 @@ class RandomNumber:
         """Whether it is an integer of the range, in plain digits and nothing else."""
         return tuple(completion) in self.numbers
 
-    def log_reward(self, item: ScoreItem) -> NDArray[np.float32]:
-        """[S] nats: 0 for a valid integer, else -penalty for each token (and one for none).
-
-        The price grows with the length because the number of texts does, by a factor for each
-        token.
-        """
-        prefixes = (tuple(item.completion[:stop].tolist()) for stop in item.stops)
-        return np.array(
-            [0.0 if z in self.numbers else -self.penalty_nats * max(len(z), 1) for z in prefixes],
-            dtype=np.float32,
-        )
-
     def log_reward_ceiling(self, prefix: Sequence[int], length: int) -> float:
         """Largest log R in nats of a Z of `length` tokens that begins with `prefix`."""
         start = tuple(prefix)
         reachable = any(len(z) == length and z[: len(start)] == start for z in self.numbers)
         return 0.0 if reachable else -self.penalty_nats * max(length, 1)
+
+
+def log_reward(
+    item: ScoreItem, *, numbers: Container[tuple[int, ...]], penalty_nats: float
+) -> NDArray[np.float32]:
+    """[S] nats: 0 for a valid integer, else -penalty for each token (and one for none).
+
+    The price grows with the length because the number of texts does, by a factor for each token.
+    """
+    prefixes = (tuple(item.completion[:stop].tolist()) for stop in item.stops)
+    return np.array(
+        [0.0 if z in numbers else -penalty_nats * max(len(z), 1) for z in prefixes],
+        dtype=np.float32,
+    )
 
 
 def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> RandomNumber:
@@ -74,6 +72,7 @@ def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> Ran
     }
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
     return RandomNumber(
+        name="random_number",
         actions=ActionSpace(
             stop_token=stop,
             legal_tokens=tuple(i for i, text in enumerate(texts) if _DIGITS.fullmatch(text)),
@@ -91,5 +90,6 @@ def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> Ran
         ),
         numbers=numbers,
         penalty_nats=config.penalty_nats,
+        log_reward=partial(log_reward, numbers=numbers, penalty_nats=config.penalty_nats),
         reward_query=RewardQuery(kind="function", stop_token=stop),
     )

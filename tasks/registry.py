@@ -1,5 +1,8 @@
 """From a task's configuration to the task."""
 
+from collections.abc import Callable
+from typing import Any
+
 from tasks.arithmetic.task import build_arithmetic
 from tasks.config import (
     ArithmeticConfig,
@@ -18,6 +21,15 @@ from tasks.subjectivity.task import build_subjectivity
 from tasks.task import Task, Tokenizer
 from tasks.toy.task import build_toy
 
+_BUILDERS: dict[type[Any], Callable[[Any, Tokenizer], Task]] = {
+    ArithmeticConfig: build_arithmetic,
+    ContinuationConfig: build_continuation,
+    InfillingConfig: build_infilling,
+    RandomNumberConfig: build_random_number,
+    SubjectivityConfig: build_subjectivity,
+    ToyConfig: build_toy,
+}
+
 
 def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
     """The configured task, with its data loaded and its texts encoded.
@@ -27,17 +39,6 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
         TokenizerUnfit: this tokenizer cannot spell what the task needs.
         UnfitTask: a user's task that no run could work on.
     """
-    if isinstance(config, ArithmeticConfig):
-        return build_arithmetic(config, tokenizer)
-    if isinstance(config, ContinuationConfig):
-        return build_continuation(config, tokenizer)
-    if isinstance(config, InfillingConfig):
-        return build_infilling(config, tokenizer)
-    if isinstance(config, RandomNumberConfig):
-        return build_random_number(config, tokenizer)
-    if isinstance(config, SubjectivityConfig):
-        return build_subjectivity(config, tokenizer)
-    if isinstance(config, ToyConfig):
-        return build_toy(config, tokenizer)
-    assert isinstance(config, CustomTask), type(config)
-    return build_own(config, tokenizer)
+    if isinstance(config, CustomTask):
+        return build_own(config, tokenizer)
+    return _BUILDERS[type(config)](config, tokenizer)

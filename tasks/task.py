@@ -13,6 +13,8 @@ from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.sampling import Tool
 from reward.request import ScoreItem
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
 
 
 class Tokenizer(Protocol):
@@ -40,13 +42,13 @@ class TestItem:
 
     text: str  # X
     prompt: tuple[int, ...]  # token ids of X
-    operands: int
     answer: int
+    group: str = ""  # that it is counted in, such as a number of operands
     unseen: bool  # not in the training data, word for word
 
 
 class Task(Protocol):
-    """Prompts, legal actions, tool, reward and verdict of one task."""
+    """Prompts, legal actions, tool, reward, verdict and measuring of one task."""
 
     @property
     def name(self) -> str: ...
@@ -79,6 +81,19 @@ class Task(Protocol):
         """Whether the completion is one that the task means at all."""
         ...
 
+    @property
+    def test_prompts(self) -> Sequence[Prompt]:
+        """What it is measured on, where that is of the kind that is trained on."""
+        ...
+
+    def check_evaluation(self) -> None:
+        """Raise, before a run starts, where something that `evaluate` needs is not there."""
+        ...
+
+    def evaluate(self, context: EvaluationContext) -> Evaluation:
+        """Measure a policy: on test files where there are some, else against the posterior."""
+        ...
+
 
 @runtime_checkable
 class AnsweredTask(Task, Protocol):
@@ -88,14 +103,6 @@ class AnsweredTask(Task, Protocol):
     def answered(self) -> Sequence[Demonstration]:
         """X with Y as it stands without a rationale, each; what supervised fine-tuning learns."""
         ...
-
-
-@runtime_checkable
-class MeasuredTask(Task, Protocol):
-    """A task that is measured on prompts of the kind that is trained on."""
-
-    @property
-    def test_prompts(self) -> Sequence[Prompt]: ...
 
 
 @runtime_checkable

@@ -20,7 +20,13 @@ from tasks.arithmetic.data import DataError, load_demonstrations, load_items
 from tasks.arithmetic.expression import OPERATORS, Expression, Operator, answer_text, parse_question
 from tasks.arithmetic.task import Arithmetic, build_arithmetic, encode
 from tasks.config import ArithmeticConfig
-from tasks.evaluation.votes import scores, vote
+from tasks.evaluation.accuracy import (
+    Voted,
+    draw_rationales,
+    spread_metrics,
+    vote,
+    vote_metrics,
+)
 from tasks.task import TestItem, Tokenizer
 
 DATA = arithmetic_files.FOLDER
@@ -265,8 +271,8 @@ def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestItem:
     return TestItem(
         text=text,
         prompt=encode(task.tokenizer, text),
-        operands=len(expression.operands),
         answer=expression.value,
+        group=str(len(expression.operands)),
         unseen=unseen,
     )
 
@@ -274,13 +280,10 @@ def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestItem:
 def ask(task: Arithmetic, items: list[TestItem], policy: Script, answerer: Script, n: int) -> Any:
     return vote(
         items,
-        policy=policy,
-        answerer=answerer,
+        draw_rationales(items, policy.sample, n, 0.1),
+        answer=answerer.sample,
         decode=task.tokenizer.decode,
         parse=task.parse_answer,
-        answer_context=(),
-        samples=n,
-        temperature=0.1,
     )
 
 
@@ -297,8 +300,20 @@ def test_the_commonest_answer_counts_and_unparsable_text_is_a_vote_for_none(
     [voted] = ask(task, [question], policy, Script(task.tokenizer, answer), 5)
     assert voted.answers == (-1, -1, None, None, None)
     assert voted.answer is None and not voted.right and voted.distinct_right == 2
-    score = scores([voted])[3]
-    assert (score.accuracy, score.unparsable, score.distinct_right) == (0.0, 0.6, 2.0)
+    metrics = vote_metrics([voted], samples=5)
+    values = [metrics[name].value for name in ("3", "3 unparsable", "3 distinct_right")]
+    assert values == [0.0, 0.6, 2.0]
+
+
+def test_what_the_policy_draws_is_counted_too(task: Arithmetic) -> None:
+    question = item(task, "Question: 1 + 1 - 3 = ? Answer:")
+    voted = Voted(item=question, rationales=("abcd", "abcd", "abxy"), answers=(-1, -1, 5))
+    values = {name: metric.value for name, metric in spread_metrics([voted], samples=3).items()}
+    assert values == {
+        "3 spread right": pytest.approx(2 / 3),
+        "3 spread distinct_right": 1.0,
+        "3 spread edit_distance": pytest.approx((0 + 0.5 + 0.5) / 3),
+    }
 
 
 @pytest.mark.parametrize("text", ["", ".", ". The answer is .", ". The answer is -1", " -1", "-1."])
@@ -324,11 +339,11 @@ def test_scores_are_apart_for_operands_and_for_unseen_questions(task: Arithmetic
     ]
     policy = Script(task.tokenizer, lambda text, _: " 1 + 1 = 2")
     answerer = Script(task.tokenizer, lambda text, _: ". The answer is 2.")
-    by_operands = scores(ask(task, questions, policy, answerer, 2))
-    assert list(by_operands) == [3, 4]
-    assert (by_operands[3].items, by_operands[3].accuracy) == (2, 0.5)
-    assert (by_operands[3].unseen_items, by_operands[3].unseen) == (1, 0.0)
-    assert (by_operands[4].unseen_items, by_operands[4].unseen) == (0, None)
+    metrics = vote_metrics(ask(task, questions, policy, answerer, 2), samples=2)
+    assert list(dict.fromkeys(metric.group for metric in metrics.values())) == ["3", "4"]
+    assert (metrics["3"].items, metrics["3"].value) == (2, 0.5)
+    assert (metrics["3 unseen"].items, metrics["3 unseen"].value) == (1, 0.0)
+    assert (metrics["4 unseen"].items, metrics["4 unseen"].value) == (0, None)
 
 
 def test_a_test_question_of_the_training_data_is_not_unseen(

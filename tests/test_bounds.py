@@ -219,7 +219,7 @@ def test_bounds_of_a_language_model_agree_with_enumeration(
     sampled = rng.choice(len(strings), size=2000, p=p)
     bounds = bound_log_z(
         draw_log_weights(
-            toy.policy(seed=11),
+            toy.policy(seed=11).sample,
             toy.prompt,
             count=2000,
             query=toy.query,

@@ -11,13 +11,13 @@ import pytest
 from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
-from cluster.evaluation.measurement import Continuations, Distance, Scores, Spread, Votes
 from cluster.experiments import compare
 from cluster.experiments.comparison import Result, compute_of, figures, summarise
 from cluster.experiments.methods import method_config
 from cluster.run.assembly import load_task
 from cluster.run.directory import RunDirectory
-from tasks.evaluation.diversity import mean_edit_distance
+from tasks.evaluation.accuracy import mean_edit_distance
+from tasks.evaluation.evaluation import Evaluation, Metric, Scores
 from tasks.evaluation.few_shot import TooFewDemonstrations, worked_examples
 from tasks.posterior.divergence import coverage
 
@@ -39,41 +39,18 @@ def test_methods_share_everything_but_what_makes_them_one() -> None:
     assert method_config(path, tuned, title="base", seed=0).evaluation.shots == 4
 
 
-def test_every_number_of_a_measurement_becomes_a_figure() -> None:
-    votes = Votes(
-        accuracy={"3": 0.5},
-        unseen={"3": None},
-        items={"3": 9},
-        unseen_items={"3": 0},
-        unparsable={"3": 0.25},
-        distinct_right={"3": 2.0},
-        spread={"3": Spread(items=5, right=0.5, distinct_right=1.5, edit_distance=0.125)},
-    )
-    assert dict(figures(votes, 1.0)) == {
-        "3": 0.5,
-        "3 unparsable": 0.25,
-        "3 distinct_right": 2.0,
-        "3 spread right": 0.5,
-        "3 spread distinct_right": 1.5,
-        "3 spread edit_distance": 0.125,
+def measured(**values: float | None) -> Evaluation:
+    metrics = {
+        name: Metric(label=name, value=value, better="higher", items=3)
+        for name, value in values.items()
     }
+    return Evaluation(task="toy", temperature=0.5, metrics=metrics)
 
 
-def test_an_elbo_is_a_figure_of_its_t() -> None:
-    written = Continuations(
-        prompts=3,
-        samples=8,
-        seen=1,
-        max_log_likelihood=-9.0,
-        mean_log_likelihood=-15.0,
-        diversity=0.7,
-        diversity_by="words",
-        elbo=-6.0,
-        ess_share=0.5,
-    )
-    told = dict(figures(written, 0.5))
-    assert (told["elbo_T0.5"], told["ess_share"]) == (-6.0, 0.5)
-    assert not told.keys() & {"elbo", "seen", "prompts", "self_bleu4"}
+def test_every_metric_that_tells_good_from_bad_becomes_a_figure() -> None:
+    seen = Metric(label="trained on too", value=2, better=None, items=3)
+    found = measured(accuracy=0.5, unseen=None, elbo=-6.0).with_metrics({"seen": seen})
+    assert figures(found) == {"accuracy": 0.5, "elbo": -6.0}
 
 
 def test_means_and_deviations_are_over_the_seeds() -> None:
@@ -98,10 +75,7 @@ def finished_member(folder: Path, bind: str) -> compare._Member:
     run = RunDirectory("c-gflownet-0", root=folder)
     run.path.mkdir(parents=True)
     run.config_file.write_text(resolved_toml(config.model_copy(update={"buffer": buffer})))
-    votes: dict[str, dict[str, float]] = {
-        name: {} for name in Votes.model_fields if name not in ("kind", "examples")
-    }
-    run.scores_file.write_text(Scores(after=Votes.model_validate(votes)).model_dump_json())
+    run.scores_file.write_text(Scores(after=measured()).model_dump_json())
     return compare._Member(
         comparison="c", method="gflownet", seed=0, run="c-gflownet-0", config=config
     )
@@ -187,11 +161,11 @@ def test_the_base_is_measured_once_for_all_runs_that_would_find_the_same(
     given: list[float | None] = []
 
     def train(
-        config: RunConfig, directory: RunDirectory, *, before: Distance | None, **_: object
+        config: RunConfig, directory: RunDirectory, *, before: Evaluation | None, **_: object
     ) -> Scores:
-        measured = Distance(**dict.fromkeys(FIGURES, len(given)), prompts=1, enumerated=1)
-        given.append(None if before is None else before.tv)
-        scores = Scores(before=before or measured, after=measured)
+        found = measured(tv=len(given))
+        given.append(None if before is None else before.value("tv"))
+        scores = Scores(before=before or found, after=found)
         directory.path.mkdir(parents=True)
         directory.scores_file.write_text(scores.model_dump_json())
         return scores
@@ -232,7 +206,6 @@ def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
     assert "ppo_tokens takes its number of steps from gflownet" in capsys.readouterr().err
 
 
-FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
 SMALL = [
     "compare.steps=2",
     "actors.groups_per_batch=4",

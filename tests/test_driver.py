@@ -8,12 +8,12 @@ import pytest
 
 from buffer.stats import Counters, ReplayStats
 from cluster.config.file import load_config
-from cluster.evaluation.measurement import Distance, Scores
 from cluster.run.directory import RunDirectory, RunState
-from cluster.run.driver import Driver
+from cluster.run.driver import Driver, read_scores
+from tasks.evaluation.evaluation import Evaluation, Metric, Scores
 
-FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid")
-BASE = Distance(**dict.fromkeys(FIGURES, 0.5), prompts=1, enumerated=1)
+TV = Metric(label="total variation", value=0.5, better="lower", items=1)
+BASE = Evaluation(task="toy", temperature=1.0, step=0, metrics={"tv": TV})
 NOTHING = ReplayStats(
     **dict.fromkeys(
         (
@@ -80,7 +80,7 @@ class EndlessSession:
 
 @pytest.mark.parametrize("before", [None, BASE])
 def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
-    before: Distance | None, tmp_path: Path
+    before: Evaluation | None, tmp_path: Path
 ) -> None:
     directory = RunDirectory("r", root=tmp_path)
     directory.path.mkdir()
@@ -107,3 +107,17 @@ def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
     state = directory.state()
     assert state is not None and (state.phase, state.step) == ("stopped", 3)
     assert phases[-2:] == ["evaluating", "stopped"] and session.closed
+
+
+def test_scores_of_another_version_are_told_and_count_for_nothing(tmp_path: Path) -> None:
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    old = (
+        '{"before": {"kind": "distance", "prompts": 1, "enumerated": 1, "tv": 0.5}, "after": null}'
+    )
+    directory.scores_file.write_text(old)
+    told: list[str] = []
+    assert read_scores(directory, told.append) == Scores()
+    assert len(told) == 1 and str(directory.scores_file) in told[0] and "measured again" in told[0]
+    directory.scores_file.write_text(Scores(before=BASE).model_dump_json())
+    assert read_scores(directory, told.append) == Scores(before=BASE) and len(told) == 1

@@ -4,18 +4,20 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from cluster.evaluation.measurement import Example, Votes
 from cluster.reports.html_page import escaped, write_report
 from cluster.reports.plots import draw_before_after, draw_curves, smooth
+from cluster.reports.run_report import facts
 from cluster.reports.score_table import rows
 from cluster.run.directory import first_state
 from cluster.run.display import duration
 from cluster.run.metrics_log import MetricsLog, read_metrics
 from cluster.run.terminal import Terminal
+from tasks.evaluation.evaluation import Evaluation, Example, Metric, Scores
 
 PNG = b"\x89PNG\r\n\x1a\n"
 HOSTILE = [
@@ -34,17 +36,22 @@ HOSTILE = [
 ]
 
 
-def measurement(*, right: bool, text: str = "1 + 2 = 3", unseen: float | None = 0.5) -> Votes:
-    return Votes(
-        accuracy={"3": 0.9 if right else 0.3},
-        unseen={"3": unseen},
-        items={"3": 40},
-        unseen_items={"3": 20 if unseen is not None else 0},
-        unparsable={"3": 0.05},
-        distinct_right={"3": 1.5},
-        examples=(
-            Example(group="3", question=text, rationale=text, answer=text, truth=text, right=right),
-        ),
+def measurement(*, right: bool, text: str = "1 + 2 = 3", unseen: float | None = 0.5) -> Evaluation:
+    def metric(label: str, value: float | None, items: int = 40, **changes: Any) -> Metric:
+        fields = {"format": ".1%", "better": "higher", "group": "3"} | changes
+        return Metric(label=label, value=value, items=items, **fields)
+
+    return Evaluation(
+        task=text,
+        temperature=1.0,
+        groups="operands",
+        metrics={
+            "3": metric("all items", 0.9 if right else 0.3, shown="chart"),
+            "3 unseen": metric("unseen items only", unseen, 20 if unseen is not None else 0),
+            "3 unparsable": metric("answers unparsable", 0.05, better="lower"),
+            "3 distinct_right": metric("different right ones", 1.5, shown="comparison"),
+        },
+        examples=(Example(question=text, rationale=text, answer=text, truth=text, right=right),),
     )
 
 
@@ -113,6 +120,31 @@ def test_the_table_leaves_out_what_was_not_measured() -> None:
         ("40", "", "5.0%"),
     ]
     assert rows(None, None) == []
+    assert [row.label for row in table] == [
+        *(
+            "3 operands, all items",
+            "3 operands, unseen items only",
+            "3 operands, answers unparsable",
+        )
+    ]
+
+
+def test_a_gain_is_what_the_metric_calls_better() -> None:
+    gains = rows(measurement(right=False), measurement(right=True))
+    assert [row.gained for row in gains] == [True, False, False]
+    worse = measurement(right=False)
+    less = worse.metrics["3 unparsable"].model_copy(update={"value": 0.01})
+    assert [row.gained for row in rows(worse, worse.with_metrics({"3 unparsable": less}))] == [
+        *(False, False, True)
+    ]
+
+
+def test_the_report_says_the_share_of_time_that_evaluation_took() -> None:
+    recorded = [{"step": 3.0, "time/elapsed_s": 90.0, "policy/version": 3.0,
+                 "batch/trajectories": 8.0}]  # fmt: skip
+    timed = measurement(right=True).model_copy(update={"seconds": 15.0})
+    assert facts(recorded, Scores(before=timed, after=timed))["evaluation"] == "30 s, 25% of all"
+    assert "evaluation" not in facts(recorded, Scores(before=measurement(right=True)))
 
 
 def test_curves_are_drawn_for_the_metrics_there_are(tmp_path: Path) -> None:
@@ -127,7 +159,8 @@ def test_curves_are_drawn_for_the_metrics_there_are(tmp_path: Path) -> None:
 
 
 def test_bars_are_drawn_before_and_after(tmp_path: Path) -> None:
-    file = draw_before_after({"3": 0.3}, {"3": 0.9}, tmp_path / "p" / "bars.png", axis="right, %")
+    path = tmp_path / "p" / "bars.png"
+    file = draw_before_after({"3": 0.3}, {"3": 0.9}, path, axis="right, %", groups="operands")
     assert file.read_bytes().startswith(PNG)
 
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from cluster.commands.train import train
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Continuations, Infills
-from cluster.evaluation.posterior_assessment import assess
+from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory
+from cluster.run.evaluation import evaluate, evaluation_context
+from tasks.posterior.assessment import assess
+from tasks.posterior.records import PromptReport
+from tasks.registry import build_task
 from tests.sentence_toy import ByHand, sentence_config
 
 both_tasks = pytest.mark.parametrize(
@@ -17,12 +19,18 @@ both_tasks = pytest.mark.parametrize(
 )
 
 
+def assessed(config: RunConfig, adapter: Path | None) -> PromptReport:
+    context = evaluation_context(config, adapter)
+    [found] = assess(build_task(config.task, context.language_model.tokenizer), context).prompts
+    return found
+
+
 @both_tasks
 def test_the_posterior_is_that_of_the_text_as_it_is_read(
     kind: str, temperature: float, tmp_path: Path
 ) -> None:
     config = sentence_config(kind, tmp_path, f"learner.reward_temperature.end={temperature}")
-    [found] = assess(config, adapter=None).prompts
+    found = assessed(config, None)
     by_hand = ByHand(config, kind)
     assert by_hand.q_N.sum() == pytest.approx(1.0, abs=1e-6)
     assert found.enumerable and found.completions == len(by_hand.completions) == 399
@@ -43,7 +51,7 @@ def test_a_trained_policy_samples_sentences_in_proportion_to_their_rewards(
     )
     directory = RunDirectory("run", root=tmp_path)
     train(config, directory, resume=False, address=None, local=True)
-    [found] = assess(config, adapter=directory.adapter).prompts
+    found = assessed(config, directory.adapter)
     assert found.base.tv is not None and found.tv is not None
     assert found.base.tv > 0.6 and found.tv < 0.2  # 0.10 and 0.08
 
@@ -63,13 +71,13 @@ def test_test_prompts_tell_how_near_the_policy_is_whatever_they_are_measured_at(
     )
     data = next(tmp_path.glob("stories.jsonl" if kind == "infilling" else "prompts.txt"))
     tested = config.task.model_copy(update={"tests": (str(data),)})
-    found = measure(config.model_copy(update={"task": tested}), adapter=None)
-    assert isinstance(found, Infills | Continuations)
-    assert found.seen == 1 and found.elbo is not None and found.ess_share is not None
+    found = evaluate(config.model_copy(update={"task": tested}), adapter=None)
+    measured, ess_share = found.value(f"elbo_T{temperature:g}"), found.value("ess_share")
+    assert found.value("seen") == 1 and measured is not None and ess_share is not None
     by_hand = ByHand(config, kind)
     log_w_N = np.log(by_hand.p_N) + by_hand.log_z - np.log(by_hand.q_N)
     elbo = float(by_hand.q_N @ log_w_N)
     error = float(np.sqrt(by_hand.q_N @ (log_w_N - elbo) ** 2 / 300))
-    assert found.elbo == pytest.approx(elbo, abs=5 * error)
+    assert measured == pytest.approx(elbo, abs=5 * error)
     assert elbo + 10 * error < by_hand.log_z  # the gap, KL(q || p), is far more than noise
-    assert 1 / 300 < found.ess_share < 1
+    assert 1 / 300 < ess_share < 1

@@ -15,10 +15,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cluster.config.file import load_config
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Continuations, Infills
-from cluster.evaluation.written import write_sentences
 from cluster.reports.score_table import rows
+from cluster.run.evaluation import evaluate, evaluation_context
 from lm.model import load_base
 from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
@@ -31,6 +29,7 @@ from tasks.arithmetic.data import DataError
 from tasks.config import ContinuationConfig, InfillingConfig
 from tasks.evaluation.few_shot import worked_examples
 from tasks.sentences.continuation import build_continuation
+from tasks.sentences.evaluation import write_sentences
 from tasks.sentences.infilling import build_infilling
 from tasks.sentences.metrics import bleu4, diversity, gleu4, self_bleu4, word_distance
 from tasks.sentences.prompt_files import load_prompts
@@ -254,52 +253,43 @@ def test_bleu_gleu_and_distance_by_hand() -> None:
     assert self_bleu4(["he ran"]) is None
 
 
-def test_measurements_are_told_before_and_after() -> None:
-    old = Infills(
-        stories=2,
-        samples=4,
-        bleu4=0.1,
-        gleu4=0.2,
-        exact=0.0,
-        similarity=None,
-        log_reward=-30.0,
-        distinct=3.0,
-    )
-    new = old.model_copy(update={"bleu4": 0.3, "log_reward": -31.0})
-    by_label = {row.label: row for row in rows(old, new)}
-    assert by_label["BLEU-4 against the true sentence"].after == "30.0%"
-    assert by_label["BLEU-4 against the true sentence"].gained
-    assert not by_label["log reward, nats"].gained
-    assert "cosine to the true sentence" not in by_label
-    one = Continuations(
-        prompts=3,
-        samples=8,
-        max_log_likelihood=-9.0,
-        mean_log_likelihood=-15.0,
-        diversity=0.7,
-        diversity_by="words",
-        self_bleu4=0.25,
-        elbo=-6.0,
-    )
-    assert [row.after for row in rows(None, one)] == [
-        *("-9.00", "-15.00", "0.700", "0.250", "-6.00", "0")
-    ]
-
-
 @pytest.mark.parametrize("name", ["infilling", "continuation"])
 def test_the_shipped_configurations_are_measured(name: str) -> None:
     config = load_config(f"tasks/{name}.toml", ["evaluation.max_items=2", "evaluation.samples=3"])
-    found = measure(config, adapter=None)
+    found = evaluate(config, adapter=None)
+    values = {key: metric.value for key, metric in found.metrics.items()}
+    numbers = {key: value for key, value in values.items() if value is not None}
+    shared = ["diversity", "self_bleu4", f"elbo_T{found.temperature:g}", "ess_share", "seen"]
+    assert {metric.items for metric in found.metrics.values()} == {2}
+    assert found.metrics["diversity"].sample_size == "2 x 3"
     if name == "infilling":
-        assert isinstance(found, Infills)
-        assert (found.stories, found.samples, len(found.examples)) == (2, 3, 2)
-        assert 1 <= found.distinct <= 3 and 0 <= found.bleu4 <= 1 and found.log_reward < 0
+        assert list(numbers) == [*("bleu4", "gleu4", "exact", "log_reward", "distinct"), *shared]
+        assert len(found.examples) == 2
+        assert 1 <= numbers["distinct"] <= 3 and 0 <= numbers["bleu4"] <= 1
+        assert numbers["log_reward"] < 0
     else:
-        assert isinstance(found, Continuations)
-        assert (found.prompts, found.samples) == (2, 3)
-        assert found.mean_log_likelihood <= found.max_log_likelihood < 0
-        assert 0 <= found.diversity <= 1
-    assert measure(config, adapter=None) == found
+        assert list(numbers) == ["max_log_likelihood", "mean_log_likelihood", *shared]
+        assert numbers["mean_log_likelihood"] <= numbers["max_log_likelihood"] < 0
+        assert 0 <= numbers["diversity"] <= 1
+    again = evaluate(config, adapter=None)
+    assert (again.metrics, again.examples) == (found.metrics, found.examples)
+    assert found.task == name and found.seconds is not None and found.seconds > 0
+
+
+def test_sentences_are_told_before_and_after() -> None:
+    config = load_config("tasks/infilling.toml", ["evaluation.max_items=2", "evaluation.samples=2"])
+    old = evaluate(config, adapter=None)
+    changes = {"bleu4": 2.0, "log_reward": -1e3, "self_bleu4": 1.0}
+    new = old.with_metrics(
+        {key: old.metrics[key].model_copy(update={"value": v}) for key, v in changes.items()}
+    )
+    by_label = {row.label: row for row in rows(old, new)}
+    assert by_label["BLEU-4 against the true sentence"].after == "200.0%"
+    assert by_label["BLEU-4 against the true sentence"].gained
+    assert not by_label["log reward, nats"].gained and not by_label["self-BLEU-4"].gained
+    assert by_label["log reward, nats"].after == "-1000.00"
+    assert "cosine to the true sentence" not in by_label
+    assert by_label["of the prompts, trained on too"].after == "0"
 
 
 @pytest.mark.parametrize("decoding", ["sample", "beam", "diverse_beam"])
@@ -312,7 +302,8 @@ def test_of_more_candidates_the_likeliest_that_differ_count(decoding: str, tmp_p
         asked = {"decoding": decoding, "samples": samples, "candidates": candidates}
         evaluation = config.evaluation.model_copy(update=asked)
         changed = config.model_copy(update={"evaluation": evaluation})
-        [group] = write_sentences(changed, task, task.prompts, None)
+        context = evaluation_context(changed, adapter=None)
+        [group] = write_sentences(task, context, task.prompts)
         return [(one.text, one.log_reward) for one in group]
 
     everything, kept = written(12, 1), written(3, 4)

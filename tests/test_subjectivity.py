@@ -16,11 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from cluster.__main__ import main
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
-from cluster.evaluation.labels import _label, objective_probability
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Labels
 from cluster.reports.score_table import rows
 from cluster.run.assembly import load_task
+from cluster.run.evaluation import evaluate
 from cluster.run.imitation import imitation
 from lm.adapter import adapter_bytes, save_adapter
 from lm.merged import save_merged
@@ -34,6 +32,7 @@ from tasks.arithmetic.data import DataError
 from tasks.config import SubjectivityConfig
 from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
 from tasks.subjectivity.data import Label, load_reviews
+from tasks.subjectivity.evaluation import likelier_label, objective_probability
 from tasks.subjectivity.task import Subjectivity, build_subjectivity
 
 DATA = Path("tasks/data/subjectivity")
@@ -123,7 +122,7 @@ def test_a_label_counts_by_its_probability_behind_the_reason(
     model = tiny_lm("llama").requires_grad_(False)
     texts = [((5, 6, 7), (1, 2)), ((5, 6), ()), ((5, 6, 7), (1, 2))]
     answers: dict[Label, tuple[int, ...]] = {"objective": (9, 3, 4), "subjective": (9, 8)}
-    found = objective_probability(model, texts, answers, 4096)
+    found = objective_probability(model, texts, answers)
     for (x, z), probability in zip(texts, found, strict=True):
         log_p = []
         for y in answers.values():
@@ -133,7 +132,7 @@ def test_a_label_counts_by_its_probability_behind_the_reason(
             log_p.append(sum(log_next[at - 1, text[at]].item() for at in places))
         share = math.exp(log_p[0]) / (math.exp(log_p[0]) + math.exp(log_p[1]))
         assert probability == pytest.approx(share, abs=1e-4)
-    assert [_label(p) for p in (0.6, 0.4, 0.5, math.nan)] == [
+    assert [likelier_label(p) for p in (0.6, 0.4, 0.5, math.nan)] == [
         "objective", "subjective", None, None
     ]  # fmt: skip
 
@@ -159,17 +158,19 @@ def test_supervised_fine_tuning_learns_the_texts_of_the_labels() -> None:
 def test_the_shipped_configuration_is_measured() -> None:
     small = ["evaluation.max_items=3", "evaluation.samples=4"]
     config = load_config("tasks/subjectivity.toml", small)
-    found = measure(config, adapter=None)
-    assert isinstance(found, Labels)
-    assert (found.items, found.samples, found.answered_by) == (3, 4, "reasons")
-    assert found.distinct is not None and 1 <= found.distinct <= 4 and len(found.examples) == 3
-    assert found == measure(config, adapter=None)
-    shown = measure(load_config("tasks/subjectivity.toml", [*small, "evaluation.shots=2"]),
-                    adapter=None)  # fmt: skip
-    assert isinstance(shown, Labels)
-    assert (shown.answered_by, shown.samples, shown.single) == ("label", 1, None)
-    assert shown.accuracy == shown.bare
-    told = {row.label: row for row in rows(found, found.model_copy(update={"accuracy": 2.0}))}
+    found = evaluate(config, adapter=None)
+    accuracy, distinct = found.metrics["accuracy"], found.value("distinct")
+    assert (accuracy.items, accuracy.samples, accuracy.label) == (3, 4, "reviews labelled right")
+    assert distinct is not None and 1 <= distinct <= 4 and len(found.examples) == 3
+    again = evaluate(config, adapter=None)
+    assert (again.metrics, again.examples) == (found.metrics, found.examples)
+    config = load_config("tasks/subjectivity.toml", [*small, "evaluation.shots=2"])
+    shown = evaluate(config, adapter=None)
+    assert shown.metrics["accuracy"].label == "reviews labelled right, without a reason"
+    assert (shown.metrics["accuracy"].samples, shown.value("single")) == (1, None)
+    assert shown.value("accuracy") == shown.value("bare")
+    better = {"accuracy": accuracy.model_copy(update={"value": 2.0})}
+    told = {row.label: row for row in rows(found, found.with_metrics(better))}
     assert told["reviews labelled right"].gained
     assert told["reviews labelled right"].items == "3 x 4"
 
@@ -197,16 +198,15 @@ def test_behind_an_m_step_the_policy_reasons_and_the_new_lm_answers(tmp_path: Pa
         "tasks/subjectivity.toml",
         [*small, "learner.objective=joint", f"em.policy={tmp_path / 'e' / 'adapter'}"],
     )
-    found = measure(m_step, adapter=tmp_path / "m" / "adapter")
-    by_policy = measure(config, adapter=tmp_path / "e" / "adapter")
-    alone = measure(config.with_model(tmp_path / "m" / "model"), adapter=None)
-    assert isinstance(found, Labels) and isinstance(alone, Labels)
+    found = evaluate(m_step, adapter=tmp_path / "m" / "adapter")
+    by_policy = evaluate(config, adapter=tmp_path / "e" / "adapter")
+    alone = evaluate(config.with_model(tmp_path / "m" / "model"), adapter=None)
     reasons = [example.rationale for example in found.examples]
     assert reasons == [example.rationale for example in by_policy.examples]
     assert reasons != [example.rationale for example in alone.examples]
     answers = [example.answer for example in found.examples]
     assert answers != [example.answer for example in by_policy.examples]
-    assert found.bare == alone.bare
+    assert found.value("bare") == alone.value("bare")
 
 
 def test_a_run_is_evaluated_as_what_it_learned(
@@ -222,7 +222,9 @@ def test_a_run_is_evaluated_as_what_it_learned(
     capsys.readouterr()
     assert main([*evaluate, "--run", "told", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["answered_by"] == "label"
-    assert found == {key: value for key, value in after.items() if key != "examples"}
+    assert found["metrics"]["accuracy"]["label"] == "reviews labelled right, without a reason"
+    assert found["step"] == after["step"] == 1
+    told = {key: value for key, value in after.items() if key not in ("examples", "seconds")}
+    assert told == {key: value for key, value in found.items() if key != "seconds"}
     assert main([*evaluate, "learner.objective=tb", "--run", "told"]) == 1
     assert "how run 'told' learned is read from" in capsys.readouterr().err

@@ -1,20 +1,18 @@
 """The verb `evaluate`: a model, with or without an adapter, on test data."""
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
 
 from cluster.config.file import load_config, locate
 from cluster.config.schema import RunConfig
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Measurement, Votes
-from cluster.reports.score_table import rows
+from cluster.reports.score_table import table
 from cluster.run.directory import RunDirectory, find_run
+from cluster.run.evaluation import evaluate
 from cluster.run.preflight import check_adapter
 
 
@@ -30,26 +28,36 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
     config = load_config(arguments.config, arguments.overrides)
     adapter: Path | None = None
+    step: int | None = 0
     if arguments.run:
-        found = find_run(arguments.run)
-        if found.model.is_dir():  # an M-step's own
-            config = config.with_model(found.model)
+        run = find_run(arguments.run)
+        if run.model.is_dir():  # an M-step's own
+            config = config.with_model(run.model)
         else:
-            adapter = found.adapter
+            adapter = run.adapter
             check_adapter(adapter)
-        config = as_learned(config, arguments.overrides, found)
+        config = as_learned(config, arguments.overrides, run)
+        state = run.state()
+        step = None if state is None else state.step
     elif arguments.adapter:
-        adapter = Path(arguments.adapter)
+        adapter, step = Path(arguments.adapter), None
         check_adapter(adapter)
     if arguments.data:
         config = on_files(config, arguments.data)
-    measurement = measure(config, adapter=adapter)
+    errors = Console(stderr=True)
+    with errors.status("") as status:
+        found = evaluate(
+            config,
+            adapter=adapter,
+            step=step,
+            progress=lambda stage: status.update(escape(stage)),
+        )
     if arguments.json:
-        print(json.dumps(measurement.model_dump(mode="json", exclude={"examples"})))
-    elif isinstance(measurement, Votes):
-        show(measurement, title="base" if adapter is None else str(adapter))
-    else:
-        show_rows(measurement, title="base" if adapter is None else str(adapter))
+        print(found.model_dump_json(exclude={"examples"}))
+        return 0
+    console = Console()
+    console.print(f"[bold]{escape('base' if adapter is None else str(adapter))}[/bold]")
+    console.print(table(None, found))
     return 0
 
 
@@ -77,31 +85,3 @@ def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:
         )
     tests = tuple(str(locate(path)) for path in paths)
     return config.model_copy(update={"task": config.task.model_copy(update={"tests": tests})})
-
-
-def show(measurement: Votes, *, title: str) -> None:
-    """The counts as a table."""
-    table = Table("operands", "items", "right", "unseen items", "right", "unparsable", box=None)
-    for group, accuracy in measurement.accuracy.items():
-        unseen = measurement.unseen[group]
-        table.add_row(
-            group,
-            str(measurement.items[group]),
-            f"{accuracy:.1%}",
-            str(measurement.unseen_items[group]),
-            "" if unseen is None else f"{unseen:.1%}",
-            f"{measurement.unparsable[group]:.1%}",
-        )
-    console = Console()
-    console.print(f"[bold]{title}[/bold]")
-    console.print(table)
-
-
-def show_rows(measurement: Measurement, *, title: str) -> None:
-    """A measurement of any other kind as a table."""
-    table = Table("", "items", "", box=None)
-    for row in rows(None, measurement):
-        table.add_row(row.label, row.items, row.after)
-    console = Console()
-    console.print(f"[bold]{title}[/bold]")
-    console.print(table)

@@ -6,12 +6,14 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.config.file import load_config
-from cluster.evaluation.posterior_assessment import assess
-from cluster.evaluation.posterior_records import as_json
 from cluster.reports.posterior_plot import draw_posterior
 from cluster.reports.posterior_report import show
 from cluster.run.directory import find_run
+from cluster.run.evaluation import evaluation_context
 from cluster.run.preflight import check_adapter
+from tasks.posterior.assessment import assess
+from tasks.posterior.records import as_json
+from tasks.registry import build_task
 
 _BASE = "base"
 
@@ -25,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         directory = find_run(arguments.run)
         adapter, plot = directory.adapter, directory.plots / "posterior.png"
         check_adapter(adapter)
-    assessment = assess(config, adapter=adapter)
+    context = evaluation_context(config, adapter)
+    assessment = assess(build_task(config.task, context.language_model.tokenizer), context)
     policy = arguments.run or _BASE
     pairs = zip(assessment.prompts, assessment.pictures, strict=True)
     pictures = [(report.title, picture) for report, picture in pairs if picture is not None]

@@ -16,7 +16,6 @@ from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
 from cluster.distributed.ray_cluster import join_cluster, namespace_of
 from cluster.distributed.session import RaySession
-from cluster.evaluation.measurement import Measurement, Scores
 from cluster.reports.run_report import conclude, show_conclusion
 from cluster.run.assembly import build_buffer
 from cluster.run.directory import RunDirectory, new_name, write_whole
@@ -25,6 +24,7 @@ from cluster.run.local import LocalSession
 from cluster.run.preflight import check_before_start
 from cluster.run.session import BufferAddress, Session
 from cluster.run.terminal import Terminal
+from tasks.evaluation.evaluation import Evaluation, Scores
 
 _BUFFER_STOP_S = 30.0
 _BUFFER_POLL_S = 0.2
@@ -53,7 +53,7 @@ def train(
     resume: bool,
     address: str | None,
     local: bool,
-    before: Measurement | None = None,
+    before: Evaluation | None = None,
     console: Console | None = None,
 ) -> Scores:
     """Train and measure one run, and leave its plots and report; what was measured.

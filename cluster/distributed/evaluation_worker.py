@@ -6,9 +6,9 @@ import ray
 
 from cluster.distributed.source_check import check_source
 from cluster.distributed.worker import RunContext, Worker
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Measurement
 from cluster.run.directory import check_shared
+from cluster.run.evaluation import evaluate
+from tasks.evaluation.evaluation import Evaluation
 
 
 class EvaluationWorker(Worker):
@@ -17,7 +17,7 @@ class EvaluationWorker(Worker):
     def __init__(self, context: RunContext, *, name: str) -> None:
         super().__init__(context, name=name, rank=0, num_ranks=1)
 
-    def evaluate(self, adapter: Path | None) -> Measurement:
+    def evaluate(self, adapter: Path | None) -> Evaluation:
         """Results of the base (None) or of the adapter in a folder.
 
         Raises:
@@ -28,4 +28,4 @@ class EvaluationWorker(Worker):
         check_source(self._context.source, node=node)
         if adapter is not None:
             check_shared(adapter.parent, node=node)
-        return measure(self._context.config, adapter=adapter)
+        return evaluate(self._context.config, adapter=adapter)

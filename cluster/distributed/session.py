@@ -23,10 +23,10 @@ from cluster.distributed.supervisor import Supervisor
 from cluster.distributed.waiting import PeerTimeout, error_line, wait_for
 from cluster.distributed.worker import RunContext
 from cluster.distributed.worker_group import StartFailed
-from cluster.evaluation.measurement import Measurement
 from cluster.run.directory import RunDirectory
 from cluster.run.resources import check_fit
 from cluster.run.session import BufferAddress, PendingMeasurement
+from tasks.evaluation.evaluation import Evaluation
 
 EVALUATION_TIMEOUT_S = 3600.0
 
@@ -124,7 +124,7 @@ class RemoteMeasurement:
         """Whether the answer, or an error, is there, or the time for it is up."""
         return bool(ray.wait([self._ref], timeout=0)[0]) or time.monotonic() >= self._deadline
 
-    def result(self) -> Measurement:
+    def result(self) -> Evaluation:
         """Wait for the answer and end the process.
 
         Raises:
@@ -132,7 +132,7 @@ class RemoteMeasurement:
         """
         remaining_s = max(0.0, self._deadline - time.monotonic())
         try:
-            answer: Measurement = wait_for(
+            answer: Evaluation = wait_for(
                 self._ref, peer=self._name, phase="evaluation", timeout_s=remaining_s
             )
             return answer

@@ -16,8 +16,6 @@ from cluster.commands.train import train
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
 from cluster.distributed.source_check import PACKAGES
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Measurement
 from cluster.experiments.comparison import Result, Table, result_of, summarise
 from cluster.experiments.comparison_report import draw, shown_table, write_page
 from cluster.experiments.em import take_steps
@@ -27,7 +25,9 @@ from cluster.experiments.methods import EM, em_method_steps, measured_against, m
 from cluster.experiments.results import made_with
 from cluster.run.directory import RunDirectory, RunExists, find_run, new_name, write_whole
 from cluster.run.driver import read_scores
+from cluster.run.evaluation import evaluate
 from learner.demonstrations import NoDemonstrations
+from tasks.evaluation.evaluation import Evaluation
 
 
 class ComparisonFailed(RuntimeError):
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
     results: list[Result] = []
-    before: dict[str, Measurement | None] = {}  # the base LM, by what its measurement depends on
+    before: dict[str, Evaluation | None] = {}  # the base LM, by what its measurement depends on
     for number, member in enumerate(members, start=1):
         console.rule(f"{number} of {len(members)}: {member.title}")
         if method(member.method).equal_tokens:
@@ -148,8 +148,8 @@ def _steps_at_equal_tokens(member: _Member, results: Sequence[Result]) -> int:
 
 
 def _finish(
-    member: _Member, arguments: argparse.Namespace, before: Measurement | None, console: Console
-) -> tuple[Result, Measurement | None]:
+    member: _Member, arguments: argparse.Namespace, before: Evaluation | None, console: Console
+) -> tuple[Result, Evaluation | None]:
     """The member's result, from its run or from its files; and the base as measured by it."""
     if member.steps:
         return _finish_em(member, arguments, before, console)
@@ -184,8 +184,8 @@ def _finish(
 
 
 def _finish_em(
-    member: _Member, arguments: argparse.Namespace, before: Measurement | None, console: Console
-) -> tuple[Result, Measurement | None]:
+    member: _Member, arguments: argparse.Namespace, before: Evaluation | None, console: Console
+) -> tuple[Result, Evaluation | None]:
     """The same of gflownet_em: measured after the last step, at the cost of all."""
     results = take_steps(
         member.steps,
@@ -211,7 +211,7 @@ def _again(member: _Member) -> str:
     return f"the same command with --run {member.comparison} --resume"
 
 
-def _finished(member: _Member, directory: RunDirectory) -> Measurement | None:
+def _finished(member: _Member, directory: RunDirectory) -> Evaluation | None:
     """What a run that is done has measured; None where it is to be run."""
     scores = read_scores(directory)
     measured = scores.after if method(member.method).trained else scores.before
@@ -225,12 +225,12 @@ def _finished(member: _Member, directory: RunDirectory) -> Measurement | None:
     return measured
 
 
-def _measure_base(directory: RunDirectory, config: RunConfig) -> Measurement:
+def _measure_base(directory: RunDirectory, config: RunConfig) -> Evaluation:
     """Measure the LM without an adapter, in this process."""
     directory.begin(resume=directory.config_file.exists())
     try:
         write_whole(directory.config_file, resolved_toml(config))
-        measured = measure(config, adapter=None)
+        measured = evaluate(config, adapter=None, step=0)
         scores = read_scores(directory).model_copy(update={"before": measured})
         write_whole(directory.scores_file, scores.model_dump_json(indent=2))
         return measured

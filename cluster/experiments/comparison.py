@@ -1,23 +1,17 @@
 """What a comparison of methods found: one result for each run, and their means over seeds."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from cluster.config.schema import RunConfig
-from cluster.evaluation.measurement import Measurement
 from cluster.run.directory import RunDirectory
 from cluster.run.display import ELAPSED_S
 from cluster.run.metrics_log import read_metrics
+from tasks.evaluation.evaluation import Evaluation
 
-# Of a measurement: how many items it is of, and nothing of how well they went.
-_COUNTS = (
-    *("items", "unseen_items", "prompts", "stories", "seen", "enumerated", "samples"),
-    *("answered_by", "examples", "kind"),
-)
 TOKENS = ("sampled", "scored", "learned", "base")
 
 
@@ -46,42 +40,25 @@ Table = dict[str, dict[str, Summary]]  # method -> figure -> summary
 
 
 def result_of(
-    directory: RunDirectory, measured: Measurement, config: RunConfig, *, method: str, seed: int
+    directory: RunDirectory, measured: Evaluation, config: RunConfig, *, method: str, seed: int
 ) -> Result:
     """The result of a finished run, from what it left."""
     return Result(
         method=method,
         seed=seed,
         run=directory.name,
-        metrics=dict(figures(measured, config.learner.reward_temperature.end)),
+        metrics=figures(measured),
         compute=compute_of(directory, scored_by_lm=config.task.reward_kind != "function"),
     )
 
 
-def figures(measured: Measurement, temperature: float) -> Iterator[tuple[str, float]]:
-    """Every number of a measurement by name: `tv`; of a group, `3 unseen`; accuracy is `3`.
-
-    The ELBO, which cannot be compared between posteriors of different T, has T in its name:
-    `elbo_T0.5`.
-    """
-    for name, value in measured.model_dump(exclude=set(_COUNTS)).items():
-        if name == "elbo":
-            name = f"elbo_T{temperature:g}"
-        if not isinstance(value, Mapping):
-            yield from _numbers(name, value)
-            continue
-        for group, one in value.items():
-            if isinstance(one, Mapping):
-                for field, inner in one.items():
-                    if field not in _COUNTS:
-                        yield from _numbers(f"{group} {name} {field}", inner)
-            else:
-                yield from _numbers(group if name == "accuracy" else f"{group} {name}", one)
-
-
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, float(value)
+def figures(measured: Evaluation) -> dict[str, float]:
+    """Every metric that says how good a policy is, by name."""
+    return {
+        name: metric.value
+        for name, metric in measured.metrics.items()
+        if metric.value is not None and metric.better is not None
+    }
 
 
 def compute_of(directory: RunDirectory, *, scored_by_lm: bool) -> dict[str, float]:

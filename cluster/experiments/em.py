@@ -11,12 +11,12 @@ from rich.console import Console
 
 from cluster.commands.train import train
 from cluster.config.file import load_config
-from cluster.evaluation.measurement import Measurement
 from cluster.experiments.comparison import Result, Table, result_of, summarise
 from cluster.experiments.comparison_report import draw, shown_table, write_page
 from cluster.experiments.em_steps import EMStep, em_steps
 from cluster.experiments.results import finished, made_with
 from cluster.run.directory import RunDirectory, RunExists, find_run, new_name, write_whole
+from tasks.evaluation.evaluation import Evaluation
 
 
 class EMStopped(RuntimeError):
@@ -72,7 +72,7 @@ def take_steps(
     local: bool,
     again: str,
     console: Console,
-    before: Measurement | None = None,
+    before: Evaluation | None = None,
 ) -> list[Result]:
     """Run the steps that are not done yet, in order; one result for each.
 

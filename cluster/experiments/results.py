@@ -5,9 +5,9 @@ from typing import Any
 
 from cluster.config.file import resolved_toml
 from cluster.config.schema import RunConfig
-from cluster.evaluation.measurement import Scores
 from cluster.run.directory import RunDirectory
 from cluster.run.driver import read_scores
+from tasks.evaluation.evaluation import Scores
 
 
 def made_with(directory: RunDirectory, config: RunConfig) -> bool:

@@ -10,9 +10,9 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cluster.evaluation.measurement import Example, Measurement
 from cluster.reports.score_table import rows
 from cluster.run.directory import write_whole
+from tasks.evaluation.evaluation import Evaluation, Example
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -59,8 +59,8 @@ def write_report(
     run: str,
     facts: Mapping[str, str],
     config: str,
-    before: Measurement | None,
-    after: Measurement | None,
+    before: Evaluation | None,
+    after: Evaluation | None,
     plots: Sequence[Path],
 ) -> None:
     """Write the page.
@@ -103,7 +103,7 @@ def _facts(facts: Mapping[str, str]) -> str:
     return f'<dl class="facts">{"".join(cells)}</dl>'
 
 
-def _table(before: Measurement | None, after: Measurement | None) -> str:
+def _table(before: Evaluation | None, after: Evaluation | None) -> str:
     lines = [
         f"<tr><td>{escaped(row.label)}</td>"
         f'<td class="number">{escaped(row.items)}</td>'
@@ -120,7 +120,7 @@ def _table(before: Measurement | None, after: Measurement | None) -> str:
     )
 
 
-def _examples(before: Measurement | None, after: Measurement | None) -> str:
+def _examples(before: Evaluation | None, after: Evaluation | None) -> str:
     old = {example.question: example for example in before.examples} if before else {}
     new = {example.question: example for example in after.examples} if after else {}
     lines = list(_example_lines(old, new))

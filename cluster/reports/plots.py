@@ -42,9 +42,14 @@ def draw_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]
 
 
 def draw_before_after(
-    before: Mapping[str, float], after: Mapping[str, float], path: Path, *, axis: str
+    before: Mapping[str, float], after: Mapping[str, float], path: Path, *, axis: str, groups: str
 ) -> Path:
-    """Bars of two measurements side by side, one pair for each label of `before`."""
+    """Bars of two evaluations side by side, one pair of shares for each group in `before`.
+
+    Args:
+        axis: what the shares are of.
+        groups: what the groups are.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     labels = list(before)
     figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
@@ -57,7 +62,7 @@ def draw_before_after(
         bars = axes.bar([p + shift for p in places], heights, 0.36, color=colour, label=name)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     axes.set_xticks(list(places), labels)
-    axes.set_xlabel("operands")
+    axes.set_xlabel(groups)
     axes.set_ylim(0, 109)
     axes.set_ylabel(axis)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

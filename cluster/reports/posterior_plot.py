@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from cluster.evaluation.posterior_records import Picture
 from cluster.reports.plots import new_figure
+from tasks.posterior.records import Picture
 
 _WIDTH_INCHES, _PANEL_INCHES, _SCATTER_INCHES = 8.0, 2.6, 5.0
 _POSTERIOR, _POLICY, _BASE = "#c2410c", "#1f5a96", "#b8bcc2"

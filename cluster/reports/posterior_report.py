@@ -1,14 +1,13 @@
 """What `amortize posterior` says in a terminal."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.evaluation.measurement import Distance
-from cluster.evaluation.posterior_records import Assessment, PolicyReport, PromptReport, StringShare
 from tasks.posterior.bounds import Bounds, Interval
+from tasks.posterior.records import FIGURES, Assessment, PolicyReport, PromptReport, StringShare
 
 _EXACT = ("left out", "TV", "KL(q‖p)", "KL(p‖q)", "JSD", "log Z error", "valid")
 
@@ -38,21 +37,25 @@ def _exact(assessment: Assessment, policy: str, beside_base: bool) -> Table:
         ]
         for name, report in _policies(prompt, policy, beside_base):
             left_out = max(report.left_out_q, prompt.left_out_p)
-            table.add_row(*head, name, f"{left_out:.1e}", *_figures(report))
+            table.add_row(*head, name, f"{left_out:.1e}", *_figures(_named(report)))
             head = [""] * len(head)
     overall = [("mean", assessment.policy, policy)]
     if beside_base:
         overall.append(("", assessment.base, "base"))
-    for label, distance, name in overall:
-        shares = f"{distance.enumerated} of {distance.prompts}" if label else ""
-        table.add_row(label, shares, "", "", escape(name), "", *_figures(distance), style="bold")
+    for label, means, name in overall:
+        shares = f"{assessment.enumerated} of {len(assessment.prompts)}" if label else ""
+        table.add_row(label, shares, "", "", escape(name), "", *_figures(means), style="bold")
     return table
 
 
-def _figures(one: PolicyReport | Distance) -> Iterator[str]:
-    yield from (_number(value, ".4f") for value in (one.tv, one.kl_q_p, one.kl_p_q, one.jsd))
-    yield _number(one.log_z_error, ".4f")
-    yield _number(one.valid, ".3%")
+def _named(report: PolicyReport) -> dict[str, float | None]:
+    return {name: getattr(report, name) for name in FIGURES}
+
+
+def _figures(figures: Mapping[str, float | None]) -> Iterator[str]:
+    for name in ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error"):
+        yield _number(figures[name], ".4f")
+    yield _number(figures["valid"], ".3%")
 
 
 def _bounds(assessment: Assessment, policy: str, beside_base: bool) -> Table:

@@ -1,11 +1,13 @@
 """The driver of one run: steps it, shows it, records it, and ends it, whatever happens."""
 
+import sys
 import time
 from collections.abc import Callable
 
+from pydantic import ValidationError
+
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
-from cluster.evaluation.measurement import Scores
 from cluster.run.directory import (
     BadRequest,
     RunDirectory,
@@ -23,6 +25,7 @@ from cluster.run.progress import Progress
 from cluster.run.resources import DoesNotFit
 from cluster.run.session import DistributedRun, PendingMeasurement, Run, Session
 from cluster.run.terminal import Terminal
+from tasks.evaluation.evaluation import Scores
 
 _TICK_S = 0.1
 _STATE_EVERY_S = 1.0
@@ -57,7 +60,7 @@ class Driver:
         self._state_written_s = float("-inf")
         self._stop_requested = False
         self._recorded = 0
-        self._scores = read_scores(directory)
+        self._scores = read_scores(directory, terminal.event)
 
     def request_stop(self) -> None:
         """Checkpoint and end as soon as the step under way is done."""
@@ -120,7 +123,8 @@ class Driver:
         pending = self._session.evaluate(self._directory.adapter)
         if not self._waited_for(pending):
             return False
-        self._keep(self._scores.model_copy(update={"after": pending.result()}))
+        after = pending.result().model_copy(update={"step": self._state.step})
+        self._keep(self._scores.model_copy(update={"after": after}))
         return True
 
     def _scale_on_request(self, run: Run) -> None:
@@ -204,7 +208,7 @@ class Driver:
     def _keep_before(self, pending: PendingMeasurement) -> None:
         """Keep the base's results; training is worth more than they are, so it goes on without."""
         try:
-            self._keep(Scores(before=pending.result()))
+            self._keep(Scores(before=pending.result().model_copy(update={"step": 0})))
         except Exception as error:
             self._event(
                 f"the base LM could not be measured: {type(error).__name__}: {first_line(error)}"
@@ -252,8 +256,17 @@ def _is_up(run: Run) -> bool:
     return counts["actual"] == counts["desired"] and bool(run.learner_status)
 
 
-def read_scores(directory: RunDirectory) -> Scores:
-    """What earlier sittings of the run have measured."""
+def read_scores(
+    directory: RunDirectory, warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> Scores:
+    """What earlier sittings of the run have measured; `warn` is told of a file that is no such."""
     if not directory.scores_file.exists():
         return Scores()
-    return Scores.model_validate_json(directory.scores_file.read_bytes())
+    try:
+        return Scores.model_validate_json(directory.scores_file.read_bytes())
+    except ValidationError:
+        warn(
+            f"{directory.scores_file} is of another version of amortize and counts for nothing: "
+            "what it held is measured again"
+        )
+        return Scores()

@@ -16,14 +16,14 @@ from actors.demonstrations import Demonstration, unscored_demonstrations
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
-from cluster.evaluation.evaluated_policy import evaluated_policy
+from cluster.run.evaluation import evaluation_context
 from learner.demonstrations import DemonstrationDraws
 from learner.objectives.base import Objective
 from learner.objectives.likelihood import MaximumLikelihood
 from learner.objectives.texts import TextLikelihood, text_actions
 from learner.protocols import Replay
 from lm.actions import ActionSpace
-from lm.model import LanguageModel, context_limit, load_base
+from lm.model import LanguageModel, context_limit
 from lm.sampling import Request
 from tasks.task import AnsweredTask, Task, TokenizerUnfit
 
@@ -63,12 +63,12 @@ def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:
 
     Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM.
     """
-    policy = evaluated_policy(
-        config, load_base(config.lm), task, Path(str(config.em.policy)), seed=config.seed
-    )
     number, context = config.em.rationales, task.reward_query.context
     asked = [prompt for prompt in task.prompts for _ in range(number)]
-    drawn = policy.sample([Request(prompt=prompt.prompt) for prompt in asked])
+    policy = evaluation_context(config, Path(str(config.em.policy)))
+    with policy.language_model.with_adapter(policy.adapter) as model:
+        draw = policy.drawing(model, task.actions, task.tool, seed=config.seed)
+        drawn = draw([Request(prompt=prompt.prompt) for prompt in asked])
     for prompt, completion in zip(asked, drawn, strict=True):
         text = (*completion.tokens.tolist(), *prompt.answer)
         yield Demonstration(

@@ -16,16 +16,16 @@ from actors.actor import RolloutActor
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
-from cluster.evaluation.measure import measure
-from cluster.evaluation.measurement import Measurement
 from cluster.run import assembly
 from cluster.run.directory import RunDirectory
+from cluster.run.evaluation import evaluate
 from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
 from learner.engine import TorchEngine
 from lm.model import load_base
 from reward.replica import RewardReplica
 from reward.unsharded import WholeRank
+from tasks.evaluation.evaluation import Evaluation
 
 
 class RollingReplay:
@@ -185,10 +185,10 @@ class LocalSession:
             report=report,
         )
 
-    def evaluate(self, adapter: Path | None) -> "Future[Measurement]":
+    def evaluate(self, adapter: Path | None) -> "Future[Evaluation]":
         """Measure now."""
-        pending: Future[Measurement] = Future()
-        pending.set_result(measure(self._config, adapter=adapter))
+        pending: Future[Evaluation] = Future()
+        pending.set_result(evaluate(self._config, adapter=adapter))
         return pending
 
     def close(self) -> None:

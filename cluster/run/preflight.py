@@ -12,16 +12,14 @@ from buffer.connection import connect
 from buffer.endpoint import PortInUse, is_free, port_in_use
 from buffer.executable import find_executable
 from cluster.config.schema import RunConfig
-from cluster.evaluation.evaluated_policy import likeness_of
 from cluster.run.directory import RunDirectory
 from cluster.run.imitation import imitation
 from cluster.run.resources import Node, check_fit
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
 from lm.model import adapted_layers, context_limit, load_base
-from tasks.config import ContinuationConfig, InfillingConfig
 from tasks.registry import build_task
-from tasks.task import MeasuredTask, QuestionTask, Task
+from tasks.task import QuestionTask, Task
 
 
 class LocalIsOne(ValueError):
@@ -110,8 +108,7 @@ def check_model_and_data(config: RunConfig) -> None:
         policy = Path(str(config.em.policy))
         check_adapter(policy)
         load_adapter(base, policy)
-    if isinstance(config.task, InfillingConfig | ContinuationConfig) and config.task.tests:
-        likeness_of(config.task.embedder)
+    task.check_evaluation()
 
 
 def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
@@ -134,8 +131,7 @@ def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
 def _prompt_lengths(task: Task, measured: int | None) -> Iterator[tuple[str, int]]:
     """Text of each prompt, and tokens of it and its answer as whoever reads most of it does."""
     context = len(task.reward_query.context)
-    tests = task.test_prompts[:measured] if isinstance(task, MeasuredTask) else ()
-    for prompt in (*task.prompts, *tests):
+    for prompt in (*task.prompts, *task.test_prompts[:measured]):
         scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
         yield prompt.text, max(len(prompt.prompt), scored)
 

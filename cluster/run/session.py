@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from buffer.stats import ReplayStats
-from cluster.evaluation.measurement import Measurement
+from tasks.evaluation.evaluation import Evaluation
 
 
 class Run(Protocol):
@@ -79,7 +79,7 @@ class PendingMeasurement(Protocol):
         """Whether `result` would return at once."""
         ...
 
-    def result(self) -> Measurement:
+    def result(self) -> Evaluation:
         """Wait for it, until its deadline; raises whatever the evaluation raised."""
         ...
 

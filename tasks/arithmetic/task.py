@@ -17,6 +17,10 @@ from tasks.arithmetic.calculator import Calculator
 from tasks.arithmetic.data import Item, load_demonstrations, load_items
 from tasks.arithmetic.expression import answer_text
 from tasks.config import ArithmeticConfig
+from tasks.custom import PlainTask
+from tasks.evaluation.accuracy import evaluate_answers
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
 from tasks.task import TestItem, Tokenizer, TokenizerUnfit
 
 STOP_TEXT = "."
@@ -26,29 +30,19 @@ _LAST_RESULT = re.compile(r"= (-?[0-9]+)$")
 _ANSWER = re.compile(r"\. The answer is (-?[0-9]+)\.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arithmetic:
-    """The task on loaded data; see tasks.task.Task."""
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic(PlainTask):
+    """The task on loaded data; see tasks.task.QuestionTask."""
 
     tokenizer: Tokenizer
-    actions: ActionSpace
-    answer_actions: ActionSpace
     tool: Calculator
-    prompts: tuple[Prompt, ...]
-    demonstrations: tuple[Demonstration, ...]
-    reward_query: RewardQuery
-    log_reward: None = None
-    name: str = "arithmetic"
+    answer_actions: ActionSpace
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
         """Whether the last step's result is the answer of the prompt."""
         result = _LAST_RESULT.search(self.tokenizer.decode(list(completion)))
         answer = self.parse_answer(self.tokenizer.decode(list(prompt.answer)))
         return result is not None and int(result[1]) == answer
-
-    def valid(self, completion: Sequence[int]) -> bool:
-        """All that can be sampled is a rationale, if a poor one."""
-        return True
 
     def parse_answer(self, text: str) -> int | None:
         """The number in '. The answer is -6.'; None for anything else."""
@@ -62,12 +56,16 @@ class Arithmetic:
             TestItem(
                 text=item.expression.question,
                 prompt=encode(self.tokenizer, item.expression.question),
-                operands=len(item.expression.operands),
                 answer=item.answer,
+                group=str(len(item.expression.operands)),
                 unseen=item.expression.question not in seen,
             )
             for item in load_items(path)
         )
+
+    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
+        """Answers to test questions, by number of operands."""
+        return evaluate_answers(self, context, groups="operands")
 
 
 def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
@@ -90,6 +88,7 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
     for item, weight in questions:  # a question that comes again counts where it came first
         prompts.setdefault(item.expression.text, _prompt(item, weight, tokenizer))
     return Arithmetic(
+        name="arithmetic",
         tokenizer=tokenizer,
         actions=actions,
         answer_actions=build_answer_actions(tokenizer),

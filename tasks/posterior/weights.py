@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,8 +11,9 @@ from torch import nn
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
-from lm.sampling import Completion, Request
+from lm.sampling import Request
 from lm.scoring import completion_log_probs
+from tasks.evaluation.context import Draw
 from tasks.log_reward import LogReward
 
 Floats = NDArray[np.float64]
@@ -30,16 +30,8 @@ class Completed:
     from_tool: tuple[bool, ...]
 
 
-class Draws(Protocol):
-    """A policy that completions are drawn from."""
-
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in order."""
-        ...
-
-
 def draw_log_weights(
-    policy: Draws,
+    draw: Draw,
     prompt: Prompt,
     *,
     count: int,
@@ -47,14 +39,14 @@ def draw_log_weights(
     log_reward: LogReward,
     temperature: float,
 ) -> Floats:
-    """log w of `count` independent completions of the policy, in the order drawn: [N].
+    """log w of `count` independent completions of a policy, in the order drawn: [N].
 
     Sampled at temperature 1; log q is what the sampler recorded.
 
     Args:
         temperature: T, that R enters as R^(1/T).
     """
-    drawn = policy.sample([Request(prompt=prompt.prompt)] * count)
+    drawn = draw([Request(prompt=prompt.prompt)] * count)
     log_q_N = np.array([completion.log_q for completion in drawn])
     completions = [tuple(completion.tokens.tolist()) for completion in drawn]
     return log_rewards(completions, prompt, query, log_reward) / temperature - log_q_N
@@ -108,18 +100,27 @@ def log_probs(
 
 def log_rewards(
     completions: Sequence[tuple[int, ...]],
-    prompt: Prompt,
+    prompts: Prompt | Sequence[Prompt],
     query: RewardQuery,
     log_reward: LogReward,
 ) -> Floats:
-    """log R(Z ⊤) of each whole completion, untempered: [M]. Equal ones are scored once."""
-    distinct = list(dict.fromkeys(completions))
+    """log R(Z ⊤) of each whole completion, untempered: [M].
+
+    Equal ones of one prompt are scored once, and all together, so that they share prompts.
+
+    Args:
+        prompts: of each completion, or the one of all.
+    """
+    if isinstance(prompts, Prompt):
+        prompts = [prompts] * len(completions)
+    pairs = list(zip(prompts, completions, strict=True))
+    distinct = list(dict.fromkeys(pairs))
     items = [
         query.item(
             prompt, np.array(tokens, dtype=np.int32), np.array([len(tokens)], dtype=np.int32)
         )
-        for tokens in distinct
+        for prompt, tokens in distinct
     ]
     scores = [float(score[-1]) for score in log_reward(items)]
     known = dict(zip(distinct, scores, strict=True))
-    return np.array([known[completion] for completion in completions])
+    return np.array([known[pair] for pair in pairs])

@@ -7,43 +7,59 @@ is 0 there, while the reward still asks the LM how likely the full stop is.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from actors.demonstrations import Demonstration
+import numpy as np
+
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from lm.actions import ActionSpace
 from tasks.config import ContinuationConfig
+from tasks.custom import PlainTask
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation, Metric
 from tasks.sentences.actions import demonstrate, encode, sentence_actions
+from tasks.sentences.evaluation import likeness_of, sentence_metrics, write_sentences
 from tasks.sentences.prompt_files import load_continued, load_prompts
 from tasks.task import Tokenizer
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Continuation:
-    """See tasks.task.Task."""
+@dataclass(frozen=True, kw_only=True)
+class Continuation(PlainTask):
+    """See tasks.task.Task. No continuation is right or wrong."""
 
-    actions: ActionSpace
-    prompts: tuple[Prompt, ...]
-    tests: tuple[Prompt, ...]
-    reward_query: RewardQuery
-    tool: None = None
-    log_reward: None = None
-    demonstrations: tuple[Demonstration, ...] = field(default=())
-    name: str = "continuation"
+    embedder: str | None = None  # of sentences that are compared; None: by words
 
-    @property
-    def test_prompts(self) -> tuple[Prompt, ...]:
-        """See tasks.task.MeasuredTask."""
-        return self.tests
+    def check_evaluation(self) -> None:
+        """Raises ModelNotFound where the encoder of sentences is not there."""
+        if self.test_prompts:
+            likeness_of(self.embedder)
 
-    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
-        """No continuation is right or wrong."""
-        return None
+    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
+        """Next sentences of the test prompts: how likely, and how different."""
+        prompts = self.test_prompts[: context.settings.max_items]
+        context.require(prompts, self.name)
+        written = write_sentences(self, context, prompts)
+        log_r = [[sentence.log_reward for sentence in group] for group in written]
 
-    def valid(self, completion: Sequence[int]) -> bool:
-        """All that can be sampled is one sentence."""
-        return True
+        def log_likelihood(label: str, values: Sequence[float]) -> Metric:
+            return Metric(
+                label=f"log-likelihood of {label}, nats",
+                value=float(np.mean(values)),
+                format=".2f",
+                better="higher",
+                items=len(prompts),
+                samples=context.settings.samples,
+            )
+
+        own = {
+            "max_log_likelihood": log_likelihood("the likeliest", [max(group) for group in log_r]),
+            "mean_log_likelihood": log_likelihood("all", [v for group in log_r for v in group]),
+        }
+        likeness = likeness_of(self.embedder)
+        shared = sentence_metrics(self, context, prompts, written, likeness)
+        return Evaluation(
+            task=self.name, temperature=context.temperature, metrics={**own, **shared}
+        )
 
 
 def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Continuation:
@@ -51,9 +67,13 @@ def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Cont
     actions = sentence_actions(tokenizer, min_len=config.min_len, max_len=config.max_len)
     pairs = () if config.demonstrations is None else load_continued(config.demonstrations)
     return Continuation(
+        name="continuation",
+        embedder=config.embedder,
         actions=actions,
         prompts=_distinct(load_prompts(config.data), tokenizer),
-        tests=_distinct([text for path in config.tests for text in load_prompts(path)], tokenizer),
+        test_prompts=_distinct(
+            [text for path in config.tests for text in load_prompts(path)], tokenizer
+        ),
         demonstrations=tuple(
             demonstration
             for text, sentence in dict.fromkeys(pairs)

@@ -9,12 +9,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.demonstrations import Demonstration
+import numpy as np
+
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from lm.actions import ActionSpace
 from tasks.config import InfillingConfig
+from tasks.custom import PlainTask
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.sentences.actions import STOP_TEXT, demonstrate, encode, sentence_actions
+from tasks.sentences.evaluation import (
+    Sentence,
+    likeness_of,
+    sentence_metrics,
+    write_sentences,
+)
+from tasks.sentences.metrics import Likeness, bleu4, gleu4
 from tasks.sentences.story_files import Story, load_stories
 from tasks.task import Tokenizer
 
@@ -28,31 +38,77 @@ class StoryItem:
     ending: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Infilling:
-    """See tasks.task.Task."""
+@dataclass(frozen=True, kw_only=True)
+class Infilling(PlainTask):
+    """See tasks.task.Task. Many middles are right; those of test stories are known."""
 
-    actions: ActionSpace
-    prompts: tuple[Prompt, ...]
-    demonstrations: tuple[Demonstration, ...]
-    tests: tuple[StoryItem, ...]
-    reward_query: RewardQuery
-    tool: None = None
-    log_reward: None = None
-    name: str = "infilling"
+    tests: tuple[StoryItem, ...] = ()
+    embedder: str | None = None  # of sentences that are compared; None: by words
 
-    @property
-    def test_prompts(self) -> tuple[Prompt, ...]:
-        """See tasks.task.MeasuredTask."""
-        return tuple(item.prompt for item in self.tests)
+    def check_evaluation(self) -> None:
+        """Raises ModelNotFound where the encoder of sentences is not there."""
+        if self.tests:
+            likeness_of(self.embedder)
 
-    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
-        """Many middles are right."""
-        return None
+    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
+        """Middles of the test stories against the true ones."""
+        items = self.tests[: context.settings.max_items]
+        context.require(items, self.name)
+        prompts = [item.prompt for item in items]
+        written = write_sentences(self, context, prompts)
+        likeness = likeness_of(self.embedder)
+        shared = sentence_metrics(self, context, prompts, written, likeness)
+        return Evaluation(
+            task=self.name,
+            temperature=context.temperature,
+            metrics={**_truth_metrics(items, written, likeness), **shared},
+            examples=tuple(
+                Example(
+                    question=item.prompt.text,
+                    rationale=group[0].text,
+                    answer=item.ending,
+                    truth=item.middle,
+                    right=group[0].text == item.middle,
+                )
+                for item, group in zip(items[: context.settings.examples], written, strict=False)
+            ),
+        )
 
-    def valid(self, completion: Sequence[int]) -> bool:
-        """All that can be sampled is one sentence."""
-        return True
+
+def _truth_metrics(
+    items: Sequence[StoryItem], written: Sequence[Sequence[Sentence]], likeness: Likeness | None
+) -> dict[str, Metric]:
+    """How near the sentences are to the true ones, how likely, and how many they are."""
+    pairs = [
+        (sentence.text, item.middle)
+        for item, group in zip(items, written, strict=True)
+        for sentence in group
+    ]
+
+    def metric(label: str, values: Sequence[float], form: str) -> Metric:
+        return Metric(
+            label=label,
+            value=float(np.mean(values)),
+            format=form,
+            better="higher",
+            items=len(items),
+            samples=max(len(group) for group in written),
+        )
+
+    bleu, gleu = [bleu4(*pair) for pair in pairs], [gleu4(*pair) for pair in pairs]
+    metrics = {
+        "bleu4": metric("BLEU-4 against the true sentence", bleu, ".1%"),
+        "gleu4": metric("GLEU-4 against the true sentence", gleu, ".1%"),
+        "exact": metric("the true sentence itself", [z == true for z, true in pairs], ".1%"),
+    }
+    if likeness is not None:
+        alike = likeness(*map(list, zip(*pairs, strict=True)))
+        metrics["similarity"] = metric("cosine to the true sentence", alike, ".3f")
+    log_r = [sentence.log_reward for group in written for sentence in group]
+    distinct = [len({sentence.text for sentence in group}) for group in written]
+    metrics["log_reward"] = metric("log reward, nats", log_r, ".2f")
+    metrics["distinct"] = metric("different sentences of a story", distinct, ".2f")
+    return metrics
 
 
 def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
@@ -62,7 +118,18 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
     for story in load_stories(config.stories):
         prompt = prompt_of(story, tokenizer)
         told.setdefault(prompt.key, (prompt, story))
+    tests = tuple(
+        StoryItem(
+            prompt=prompt_of(story, tokenizer),
+            middle=story.middle.removesuffix(STOP_TEXT),
+            ending=story.ending,
+        )
+        for path in config.tests
+        for story in load_stories(path)
+    )
     return Infilling(
+        name="infilling",
+        embedder=config.embedder,
         actions=actions,
         prompts=tuple(prompt for prompt, _ in told.values()),
         demonstrations=tuple(
@@ -70,15 +137,8 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
             for prompt, story in list(told.values())[: config.demonstrations]
             if (demonstration := demonstrate(prompt, story.middle, actions, tokenizer)) is not None
         ),
-        tests=tuple(
-            StoryItem(
-                prompt=prompt_of(story, tokenizer),
-                middle=story.middle.removesuffix(STOP_TEXT),
-                ending=story.ending,
-            )
-            for path in config.tests
-            for story in load_stories(path)
-        ),
+        tests=tests,
+        test_prompts=tuple(item.prompt for item in tests),
         reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),
     )
 

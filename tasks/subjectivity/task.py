@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from lm.actions import ActionSpace
 from tasks.config import SubjectivityConfig
+from tasks.custom import PlainTask
 from tasks.data_error import DataError
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
 from tasks.sentences.actions import encode, sentence_actions
 from tasks.subjectivity.data import (
     LABELS,
@@ -29,49 +31,27 @@ from tasks.subjectivity.data import (
     load_reviews,
     question,
 )
+from tasks.subjectivity.evaluation import ReviewItem, Tokens, evaluate_labels
 from tasks.task import Tokenizer
 
 _STOP = ","
 _SHOWN = 3  # reviews that an error quotes
-Tokens = tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReviewItem:
-    """A review to evaluate on, with its true label."""
+@dataclass(frozen=True, kw_only=True)
+class Subjectivity(PlainTask):
+    """See tasks.task.Task and tasks.task.AnsweredTask. Nobody gives reasons, and many are right."""
 
-    prompt: Prompt
-    review: LabelledReview
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Subjectivity:
-    """See tasks.task.Task and tasks.task.AnsweredTask."""
-
-    actions: ActionSpace
-    prompts: tuple[Prompt, ...]
     answered: tuple[Demonstration, ...]
     tests: tuple[ReviewItem, ...]
     answers: Mapping[Label, Tokens]  # Y behind a reason
     bare_answers: Mapping[Label, Tokens]  # ... and without one
-    reward_query: RewardQuery
-    demonstrations: tuple[Demonstration, ...] = ()  # nobody gives reasons
-    tool: None = None
-    log_reward: None = None
-    name: str = "subjectivity"
 
-    @property
-    def test_prompts(self) -> tuple[Prompt, ...]:
-        """See tasks.task.MeasuredTask."""
-        return tuple(item.prompt for item in self.tests)
-
-    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
-        """Many reasons are right."""
-        return None
-
-    def valid(self, completion: Sequence[int]) -> bool:
-        """All that can be sampled is part of a sentence."""
-        return True
+    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
+        """Labels of the test reviews."""
+        return evaluate_labels(
+            self, context, self.tests, answers=self.answers, bare_answers=self.bare_answers
+        )
 
 
 def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subjectivity:
@@ -95,8 +75,10 @@ def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subj
     labelled = _labelled(config)
     tests = [review for path in config.tests for review in load_reviews(path)]
     _check_unseen(labelled, tests)
+    items = tuple(ReviewItem(prompt=prompt_of(review), review=review) for review in tests)
     prompts = {prompt_of(review): review for review in labelled}
     return Subjectivity(
+        name="subjectivity",
         actions=actions,
         prompts=tuple(prompts),
         answered=tuple(
@@ -104,7 +86,8 @@ def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subj
             for prompt, review in prompts.items()
             if (bare := bare_answers[review.label])
         ),
-        tests=tuple(ReviewItem(prompt=prompt_of(review), review=review) for review in tests),
+        tests=items,
+        test_prompts=tuple(item.prompt for item in items),
         answers=answers,
         bare_answers=bare_answers,
         reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),

@@ -5,14 +5,11 @@ every Z can be enumerated, so that the posterior p(Z | X, Y) is known exactly an
 ends with can be held against it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from tasks.config import ToyConfig
+from tasks.custom import PlainTask
 from tasks.task import Tokenizer, TokenizerUnfit
 from tasks.toy.letters import LETTERS, LetterSum
 
@@ -22,34 +19,15 @@ from tasks.toy.letters import LETTERS, LetterSum
 QUESTIONS = (("a?", "-b"), ("b?", "-ca"), ("ab?", "-d"), ("da?", "-cb"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Toy:
-    """See tasks.task.Task."""
-
-    actions: ActionSpace
-    tool: LetterSum | None
-    prompts: tuple[Prompt, ...]
-    reward_query: RewardQuery
-    demonstrations: tuple[Demonstration, ...] = ()
-    log_reward: None = None
-    name: str = "toy"
-
-    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> None:
-        """No completion is right or wrong."""
-
-    def valid(self, completion: Sequence[int]) -> bool:
-        """All that can be sampled is meant."""
-        return True
-
-
-def build_toy(config: ToyConfig, tokenizer: Tokenizer) -> Toy:
+def build_toy(config: ToyConfig, tokenizer: Tokenizer) -> PlainTask:
     """The toy in the tokens of `tokenizer`; raises TokenizerUnfit unless it spells letters so."""
     letters = [_single(letter, tokenizer) for letter in LETTERS]
     stop = tokenizer.eos_token_id
     if stop is None:
         raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
     tool = LetterSum(letters, trigger=_single("=", tokenizer)) if config.tool else None
-    return Toy(
+    return PlainTask(
+        name="toy",
         actions=ActionSpace(
             stop_token=stop,
             legal_tokens=(*letters, *(tool.triggers if tool is not None else ())),

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from cluster.evaluation.measurement import Distance
+from tasks.evaluation.evaluation import Evaluation, Metric
 from tasks.posterior.bounds import Bounds, Interval
 from tasks.posterior.exact import ExactPosterior
 
@@ -87,33 +88,63 @@ class Assessment:
     pictures: tuple[Picture | None, ...]  # None where a prompt cannot be enumerated
 
     @property
-    def policy(self) -> Distance:
-        """Means over the prompts that were enumerated; the ELBO's is over all."""
-        return self._overall(self.prompts)
+    def enumerated(self) -> int:
+        """Prompts for which there are exact figures."""
+        return sum(prompt.enumerable for prompt in self.prompts)
 
     @property
-    def base(self) -> Distance:
+    def policy(self) -> dict[str, float | None]:
+        """Means of FIGURES over the prompts that were enumerated, and of the ELBO over all."""
+        return self._means(self.prompts)
+
+    @property
+    def base(self) -> dict[str, float | None]:
         """The same of the base LM."""
-        return self._overall([prompt.base for prompt in self.prompts])
+        return self._means([prompt.base for prompt in self.prompts])
 
     @property
     def left_out(self) -> float:
         """Largest share of the policy or of a posterior that was not enumerated."""
         return max(max(prompt.left_out_q, prompt.left_out_p) for prompt in self.prompts)
 
-    def _overall(self, reports: Sequence[PolicyReport]) -> Distance:
+    def evaluation(self) -> Evaluation:
+        """The policy's means as metrics; none of what could not be measured."""
+        exact, means = self.enumerated, self.policy
+        metrics = {}
+        for name, (label, read_as, better) in _METRICS.items():
+            if (value := means[name]) is None:
+                continue
+            overall = name == "elbo"
+            metrics[f"elbo_T{self.temperature:g}" if overall else name] = Metric(
+                label=label,
+                value=value,
+                format=read_as,
+                better=better,
+                items=len(self.prompts) if overall else exact,
+                looked_at=None if overall else len(self.prompts),
+            )
+        return Evaluation(task=self.task, temperature=self.temperature, metrics=metrics)
+
+    def _means(self, reports: Sequence[PolicyReport]) -> dict[str, float | None]:
         pairs = zip(self.prompts, reports, strict=True)
         enumerated = [report for prompt, report in pairs if prompt.enumerable]
         means = {name: mean(getattr(one, name) for one in enumerated) for name in FIGURES}
-        return Distance(
-            prompts=len(self.prompts),
-            enumerated=len(enumerated),
-            elbo=mean(one.bounds.elbo.value for one in reports if one.bounds is not None),
-            **means,
-        )
+        known = (report.bounds for report in reports if report.bounds is not None)
+        return {**means, "elbo": mean(bounds.elbo.value for bounds in known)}
 
 
 FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid", "coverage")
+# Name -> label, format, direction; in the order of tables.
+_METRICS: dict[str, tuple[str, str, Literal["higher", "lower"]]] = {
+    "tv": ("total variation to the posterior", ".4f", "lower"),
+    "kl_q_p": ("KL(policy || posterior), nats", ".5f", "lower"),
+    "kl_p_q": ("KL(posterior || policy), nats", ".5f", "lower"),
+    "jsd": ("Jensen-Shannon divergence, nats", ".5f", "lower"),
+    "log_z_error": ("error of the policy's log Z, nats", ".4f", "lower"),
+    "valid": ("valid completions", ".3%", "higher"),
+    "coverage": ("posterior mass that the policy covers", ".3%", "higher"),
+    "elbo": ("ELBO of log Z, all prompts, nats", ".3f", "higher"),
+}
 
 
 def mean(values: Iterator[float | None]) -> float | None:
@@ -145,14 +176,17 @@ def _value(interval: Interval | None) -> float | None:
 
 def as_json(assessment: Assessment, *, run: str | None) -> str:
     """One JSON object; what is not a finite number is null."""
-    figures = {"prompts", "enumerated", *FIGURES}
     content = {
         "task": assessment.task,
         "run": run,
         "temperature": assessment.temperature,
-        **assessment.policy.model_dump(include=set(FIGURES)),
+        **{name: assessment.policy[name] for name in FIGURES},
         "left_out": assessment.left_out,
-        "base": assessment.base.model_dump(include=figures),
+        "base": {
+            "prompts": len(assessment.prompts),
+            "enumerated": assessment.enumerated,
+            **{name: assessment.base[name] for name in FIGURES},
+        },
         "bounds": mean_bounds([prompt.bounds for prompt in assessment.prompts]),
         "prompts": assessment.prompts,
     }

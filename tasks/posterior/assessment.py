@@ -4,80 +4,100 @@ of log Z where it cannot."""
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from actors.prompts import Prompt
-from cluster.config.schema import RunConfig
-from cluster.evaluation.posterior_records import (
-    Assessment,
-    Picture,
-    PolicyReport,
-    PromptReport,
-    StringShare,
-)
-from lm.adapter import load_adapter
-from lm.model import CausalLM, load_base, vocab_size
+from lm.actions import ActionSpace
+from lm.adapter import adapter_off
+from lm.model import CausalLM, vocab_size
 from lm.next_action import NextLogits, Prefix
-from lm.sampling import Completion, Request, Sampler
+from lm.sampling import Completion, Request
+from reward.request import ScoreItem
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
 from tasks.log_reward import log_reward_of
 from tasks.posterior.bounds import Bounds, UnusableWeights, bound_log_z
 from tasks.posterior.ceiling import ceiling_of
 from tasks.posterior.divergence import coverage, divergence
 from tasks.posterior.enumeration import PrefixTree
 from tasks.posterior.exact import ExactPosterior, exact_posterior
+from tasks.posterior.records import Assessment, Picture, PolicyReport, PromptReport, StringShare
 from tasks.posterior.rejection import PosteriorSamples, posterior_samples
 from tasks.posterior.weights import draw_log_weights, log_rewards, log_weights
-from tasks.registry import build_task
 from tasks.task import Task
 
 # Completions told of a prompt, of those sampled too often and of those sampled too rarely.
 _TOLD = 5
 
 
-def assess(config: RunConfig, *, adapter: Path | None) -> Assessment:
-    """Compare the base LM (None), or an adapter with the base beside it, with the posterior.
+def evaluate_posterior(task: Task, context: EvaluationContext) -> Evaluation:
+    """The policy's distance to the posterior; of an M-step that of the LM that it left."""
+    if context.answering is not None:
+        context = replace(context, language_model=context.answering, adapter=None, answering=None)
+    return assess(task, context).evaluation()
 
-    T is that of the end of training. See `tasks.posterior.divergence` for what the figures mean
-    where something is left out.
+
+def assess(task: Task, context: EvaluationContext) -> Assessment:
+    """Compare the policy, with the base LM beside it, with the posterior of `context.temperature`.
+
+    See `tasks.posterior.divergence` for what the figures mean where something is left out.
 
     Raises:
         FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
-        DataError: a data file of the task is missing or malformed.
     """
-    base = load_base(config.lm)
-    task = build_task(config.task, base.tokenizer)
-    models: list[CausalLM] = [base.model]
-    if adapter is not None:
-        models.insert(0, load_adapter(load_base(config.lm), adapter))
+    shared, adapter = context.language_model, context.adapter
     distinct: dict[tuple[Prefix, Prefix], Prompt] = {}
     for prompt in task.prompts:
         distinct.setdefault((prompt.prompt, prompt.answer), prompt)
-    assessor = _Assessor(config, task, models, base.tokenizer.decode)
-    chosen = itertools.islice(distinct.values(), config.posterior.prompts)
-    found = [assessor.assess(prompt) for prompt in chosen]
+    chosen = list(itertools.islice(distinct.values(), context.posterior.prompts))
+    found = []
+    with nullcontext(shared.base.model) if adapter is None else shared.beside(adapter) as model:
+        policies = [_Policy(model, nullcontext)]
+        if adapter is not None:
+            policies.append(_Policy(model, partial(adapter_off, model)))
+        assessor = _Assessor(task, context, policies, shared.tokenizer.decode)
+        for number, prompt in enumerate(chosen, start=1):
+            context.progress(f"prompt {number} of {len(chosen)} against the posterior")
+            found.append(assessor.assess(prompt))
     return Assessment(
         task=task.name,
-        temperature=config.learner.reward_temperature.end,
+        temperature=context.temperature,
         prompts=tuple(report for report, _ in found),
         pictures=tuple(picture for _, picture in found),
     )
 
 
-class _Drawer:
-    """Draws from a model that does not change."""
+class _Policy(NextLogits):
+    """A model as one of the policies that it can be.
 
-    def __init__(self, sampler: Sampler, generator: torch.Generator) -> None:
-        self._sampler = sampler
-        self._generator = generator
+    Args:
+        active: inside, the model computes what this policy does.
+    """
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        return self._sampler.sample(requests, self._generator)
+    def __init__(self, model: CausalLM, active: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__(model)
+        self.model = model
+        self.active = active
+
+    def action_log_probs(
+        self, actions: ActionSpace, prefixes: Sequence[Prefix], may_stop: Sequence[bool]
+    ) -> Tensor:
+        """See NextLogits."""
+        with self.active():
+            return super().action_log_probs(actions, prefixes, may_stop)
+
+    def token_log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
+        """See NextLogits."""
+        with self.active():
+            return super().token_log_probs(prefixes)
 
 
 class _Assessor:
@@ -85,20 +105,23 @@ class _Assessor:
 
     def __init__(
         self,
-        config: RunConfig,
         task: Task,
-        models: Sequence[CausalLM],
+        context: EvaluationContext,
+        policies: Sequence[_Policy],
         decode: Callable[[list[int]], str],
     ) -> None:
-        self._config = config
-        self._settings = config.posterior
-        self._temperature = config.learner.reward_temperature.end
         self._task = task
-        self._models = models
-        self._base = models[-1]
-        self._next = [NextLogits(model) for model in models]
+        self._context = context
+        self._settings = context.posterior
+        self._temperature = context.temperature
+        self._policies = policies
+        self._base = policies[-1]
         self._decode = decode
-        self._log_reward = log_reward_of(task, self._base, config.reward.token_budget)
+        self._score = log_reward_of(task, self._base.model, context.token_budget)
+
+    def _log_reward(self, items: Sequence[ScoreItem]) -> list[NDArray[np.float32]]:
+        with self._base.active():
+            return self._score(items)
 
     def assess(self, prompt: Prompt) -> tuple[PromptReport, Picture | None]:
         """Everything about one prompt; a picture only where it can be enumerated."""
@@ -107,7 +130,7 @@ class _Assessor:
         samples = self._posterior_samples(prompt)
         reports = [
             self._report(number, prompt, posterior, enumerable, samples)
-            for number in range(len(self._models))
+            for number in range(len(self._policies))
         ]
         report = PromptReport(
             **dict(reports[0]),
@@ -125,14 +148,14 @@ class _Assessor:
         return report, self._picture(posterior) if enumerable else None
 
     def _enumerate(self, prompt: Prompt) -> ExactPosterior:
-        size = vocab_size(self._base)
+        size = vocab_size(self._base.model)
         task, temperature = self._task, self._temperature
-        ceiling = ceiling_of(task, prompt, self._next[-1], vocab_size=size, temperature=temperature)
+        ceiling = ceiling_of(task, prompt, self._base, vocab_size=size, temperature=temperature)
         tree = PrefixTree(
             prompt.prompt,
             task.actions,
             task.tool,
-            self._next,
+            self._policies,
             ceiling,
             vocab_size=size,
             max_nodes=self._settings.max_nodes,
@@ -149,16 +172,18 @@ class _Assessor:
         query, draws = self._task.reward_query, self._settings.draws
         if query.kind == "function" or self._temperature != 1 or not draws:
             return None
-        return posterior_samples(
-            self._base,
-            prompt,
-            actions=self._task.actions,
-            tool=self._task.tool,
-            query=query,
-            draws=draws,
-            max_rows=self._config.evaluation.max_rows,
-            generator=self._generator(),
-        )
+        model = self._base.model
+        with self._base.active():
+            return posterior_samples(
+                model,
+                prompt,
+                actions=self._task.actions,
+                tool=self._task.tool,
+                query=query,
+                draws=draws,
+                max_rows=self._context.settings.max_rows,
+                generator=torch.Generator(device=model.device).manual_seed(self._context.seed),
+            )
 
     def _report(
         self,
@@ -217,15 +242,15 @@ class _Assessor:
         )
 
     def _draw_log_weights(self, number: int, prompt: Prompt) -> NDArray[np.float64]:
-        task = self._task
-        sampler = Sampler(
-            self._models[number],
-            task.actions,
-            task.tool,
-            max_rows=self._config.evaluation.max_rows,
-        )
+        task, policy = self._task, self._policies[number]
+        draw = self._context.drawing(policy.model, task.actions, task.tool, seed=self._context.seed)
+
+        def policy_draw(requests: Sequence[Request]) -> list[Completion]:
+            with policy.active():
+                return draw(requests)
+
         return draw_log_weights(
-            _Drawer(sampler, self._generator()),
+            policy_draw,
             prompt,
             count=self._settings.samples,
             query=task.reward_query,
@@ -244,16 +269,18 @@ class _Assessor:
         found: dict[str, Any] = {}
         if samples is not None and samples.completions:
             found["posterior_draw_M"] = samples.draw_M
-            found["log_posterior_weight_M"] = log_weights(
-                self._models[number],
-                self._task.actions,
-                prompt,
-                samples.completions,
-                query=self._task.reward_query,
-                log_reward=self._log_reward,
-                temperature=self._temperature,
-            )
-        rng = np.random.default_rng([self._config.seed, number])
+            policy = self._policies[number]
+            with policy.active():
+                found["log_posterior_weight_M"] = log_weights(
+                    policy.model,
+                    self._task.actions,
+                    prompt,
+                    samples.completions,
+                    query=self._task.reward_query,
+                    log_reward=self._log_reward,
+                    temperature=self._temperature,
+                )
+        rng = np.random.default_rng([self._context.seed, number])
         try:
             return bound_log_z(log_weight_N, sizes=self._settings.iwae_sizes, rng=rng, **found)
         except UnusableWeights:
@@ -266,7 +293,3 @@ class _Assessor:
     def _valid(self, posterior: ExactPosterior) -> NDArray[np.bool_]:
         valid = (self._task.valid(z) for z in posterior.support.completions)
         return np.fromiter(valid, dtype=np.bool_)
-
-    def _generator(self) -> torch.Generator:
-        generator = torch.Generator(device=self._base.device)
-        return generator.manual_seed(self._config.seed)

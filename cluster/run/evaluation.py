@@ -1,0 +1,66 @@
+"""Measuring the policy of a run: what its configuration says to its task."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.config.schema import RunConfig
+from cluster.run.directory import merged_folder
+from lm.shared import SharedModel
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
+from tasks.registry import build_task
+
+
+def evaluate(
+    config: RunConfig,
+    *,
+    adapter: Path | None,
+    step: int | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Evaluation:
+    """Measure the base LM (None) or an adapter on it; of an M-step the LM that it left.
+
+    Where labels are given, an M-step's policy goes on to give the reasons, and the LM that the step
+    left answers behind them.
+
+    Args:
+        step: optimizer steps that the policy has taken.
+        progress: is told what is being done.
+
+    Raises:
+        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+        DataError: a test file is missing or malformed.
+        NothingToMeasure: test files hold nothing.
+    """
+    started_s = time.monotonic()
+    progress("loading the language model")
+    context = evaluation_context(config, adapter, progress=progress)
+    if adapter is not None and config.learner.objective == "joint":
+        context = replace(
+            context,
+            adapter=Path(str(config.em.policy)),
+            answering=SharedModel(config.with_model(merged_folder(adapter)).lm),
+        )
+    found = build_task(config.task, context.language_model.tokenizer).evaluate(context)
+    seconds = time.monotonic() - started_s
+    return found.model_copy(update={"step": step, "seconds": seconds})
+
+
+def evaluation_context(
+    config: RunConfig, adapter: Path | None, *, progress: Callable[[str], None] = lambda stage: None
+) -> EvaluationContext:
+    """What the task of a run is given to measure the base LM (None) or an adapter with."""
+    return EvaluationContext(
+        language_model=SharedModel(config.lm),
+        adapter=adapter,
+        imitates=adapter is not None and config.learner.objective == "sft",
+        settings=config.evaluation,
+        posterior=config.posterior,
+        temperature=config.learner.reward_temperature.end,
+        seed=config.seed,
+        token_budget=config.reward.token_budget,
+        tests=config.task.tests,
+        progress=progress,
+    )

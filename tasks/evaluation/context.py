@@ -1,0 +1,70 @@
+"""What a task is given to measure a policy with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from lm.actions import ActionSpace
+from lm.model import CausalLM
+from lm.sampling import Completion, Request, Sampler, Tool
+from lm.shared import SharedModel
+from tasks.evaluation.config import EvaluationConfig
+from tasks.posterior.config import PosteriorConfig
+
+# One completion for each request, in order.
+Draw = Callable[[Sequence[Request]], list[Completion]]
+
+
+class NothingToMeasure(ValueError):
+    """Test files that leave nothing to measure on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationContext:
+    """A policy, the frozen LM that it comes from, and how it is measured."""
+
+    language_model: SharedModel  # of the policy, and the frozen LM
+    adapter: Path | None  # that makes the policy of the LM; None: the LM is the policy
+    answering: SharedModel | None = None  # the LM that an M-step left, which answers for the other
+    imitates: bool = False  # the adapter was fine-tuned on demonstrations or answers
+    settings: EvaluationConfig
+    posterior: PosteriorConfig
+    temperature: float  # T: the posterior is proportional to R^(1/T)
+    seed: int  # of worked examples, and of draws that are compared with the posterior
+    token_budget: int  # of a padded micro-batch that the frozen LM scores
+    tests: Sequence[str]  # files to measure on; none: by the distance to the posterior
+    progress: Callable[[str], None] = lambda stage: None  # is told what is being done
+
+    @property
+    def shots(self) -> int:
+        """Worked examples that stand in front of a question: for the LM by itself alone."""
+        return self.settings.shots if self.adapter is None else 0
+
+    def drawing(
+        self,
+        model: CausalLM,
+        actions: ActionSpace,
+        tool: Tool | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Draw:
+        """Draws from `model`; what is drawn is a function of the seed.
+
+        Args:
+            seed: None: that of the settings.
+        """
+        generator = torch.Generator(device=model.device)
+        generator.manual_seed(self.settings.seed if seed is None else seed)
+        sampler = Sampler(model, actions, tool, max_rows=self.settings.max_rows)
+        return partial(sampler.sample, generator=generator)
+
+    def require(self, items: Sequence[object], task: str) -> None:
+        """Raise NothingToMeasure for no items."""
+        if not items:
+            raise NothingToMeasure(
+                f"task {task!r}: the test files {', '.join(self.tests)} hold nothing to measure "
+                "on: give others as task.tests"
+            )

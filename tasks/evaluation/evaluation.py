@@ -1,0 +1,91 @@
+"""What a measurement of a policy found, in one form for all tasks.
+
+Each figure says itself how it is called, written and compared, so that a table, a chart or a
+comparison of methods needs to know nothing of the task.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Metric(BaseModel):
+    """One figure, with all that is needed to show it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str = Field(description="For people, with its unit.")
+    value: float | None = Field(description="None: none of these items could be measured.")
+    format: str = Field(default=".3f", description="Python's format specification of the value.")
+    better: Literal["higher", "lower"] | None = Field(
+        description="None: it says nothing of how good the policy is, and is not compared."
+    )
+    items: int = Field(description="Questions, prompts, ... that the value is the mean over.")
+    samples: int | None = Field(default=None, description="Completions drawn for each of them.")
+    looked_at: int | None = Field(
+        default=None, description="Items, where not each of them could be measured."
+    )
+    group: str = Field(default="", description="Of the items, such as a number of operands.")
+    shown: Literal["chart", "table", "comparison"] = Field(
+        default="table", description="In chart and table of a run, its table, or comparisons alone."
+    )
+
+    @property
+    def sample_size(self) -> str:
+        """Such as '40', '3 of 4' or '300 x 10'."""
+        looked_at = "" if self.looked_at is None else f" of {self.looked_at}"
+        samples = "" if self.samples is None else f" x {self.samples}"
+        return f"{self.items}{looked_at}{samples}"
+
+
+class Example(BaseModel):
+    """One question with a rationale that was sampled for it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    question: str
+    rationale: str
+    answer: str
+    truth: str
+    right: bool
+
+
+class Evaluation(BaseModel):
+    """Everything that was measured of one policy."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    temperature: float = Field(description="T of the posterior that the policy is held against.")
+    step: int | None = Field(
+        default=None, description="Optimizer steps of the policy; 0: the base LM; None: unknown."
+    )
+    seconds: float | None = Field(default=None, description="That measuring took.")
+    groups: str = Field(default="", description="What groups are numbers of, such as 'operands'.")
+    metrics: dict[str, Metric] = Field(description="By a short name that scripts can use.")
+    examples: tuple[Example, ...] = ()
+
+    def value(self, name: str) -> float | None:
+        """Of a metric; None where it was not measured."""
+        metric = self.metrics.get(name)
+        return None if metric is None else metric.value
+
+    def label(self, name: str) -> str:
+        """Of a metric, with its group: '3 operands, all items'."""
+        metric = self.metrics[name]
+        group = " ".join(part for part in (metric.group, self.groups) if part)
+        return f"{group}, {metric.label}" if metric.group else metric.label
+
+    def with_metrics(self, more: Mapping[str, Metric]) -> "Evaluation":
+        """The same, with further metrics behind those there are."""
+        return self.model_copy(update={"metrics": {**self.metrics, **more}})
+
+
+class Scores(BaseModel):
+    """`scores.json`: what was measured of a run before training and after it, as far as it was."""
+
+    model_config = ConfigDict(frozen=True)
+
+    before: Evaluation | None = None
+    after: Evaluation | None = None

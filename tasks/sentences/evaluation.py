@@ -1,0 +1,214 @@
+"""Measuring sentences that a policy writes, whatever they are for: how likely, how different."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from actors.prompts import Prompt
+from learner.quality import ess_share
+from lm.decoding import BeamSearch
+from lm.embedding import SentenceEmbedder
+from lm.model import CausalLM
+from lm.sampling import Request
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Metric
+from tasks.evaluation.few_shot import worked_examples
+from tasks.log_reward import log_reward_of
+from tasks.posterior.weights import log_rewards
+from tasks.sentences.metrics import Likeness, diversity, self_bleu4
+from tasks.task import Task
+
+_Tokens = tuple[int, ...]
+
+
+class Sentence(NamedTuple):
+    """One that was written for a prompt; nats."""
+
+    text: str
+    log_reward: float  # under the frozen LM, untempered
+    log_q: float  # under the policy at temperature 1, stop included, however it was decoded
+
+
+class _Draft(NamedTuple):
+    tokens: _Tokens  # stop token excluded
+    log_q: float
+
+
+def likeness_of(embedder: str | None) -> Likeness | None:
+    """Cosine of sentence vectors; None where no encoder is named. Raises ModelNotFound."""
+    if embedder is None:
+        return None
+    encoder = SentenceEmbedder(embedder)
+
+    def likeness(ones: Sequence[str], others: Sequence[str]) -> list[float]:
+        cosine_N = (encoder.embed(ones) * encoder.embed(others)).sum(dim=-1)
+        return [float(cosine) for cosine in cosine_N]
+
+    return likeness
+
+
+def write_sentences(
+    task: Task,
+    context: EvaluationContext,
+    prompts: Sequence[Prompt],
+    *,
+    temperature: float | None = None,
+) -> list[list[Sentence]]:
+    """For each prompt `evaluation.samples` sentences, fewer where beams find no more.
+
+    Of more `candidates`, the likeliest that differ. The base LM (no adapter) reads
+    `evaluation.shots` worked examples first.
+
+    Args:
+        temperature: at which they are drawn; None: that of the settings.
+
+    Raises:
+        TooFewDemonstrations: more worked examples than the task has.
+        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+    """
+    settings, shared = context.settings, context.language_model
+    shots: _Tokens = ()
+    if context.shots:
+        shots = worked_examples(task, shared.tokenizer, count=context.shots, seed=context.seed)
+    shown = [(*shots, *prompt.prompt) for prompt in prompts]
+    context.progress(f"writing {settings.samples} sentences for each of {len(prompts)} prompts")
+    with shared.with_adapter(context.adapter) as model:
+        groups = _decode(model, task, context, shown, temperature or settings.temperature)
+    several = settings.candidates > 1
+    if several:
+        groups = [list({draft.tokens: draft for draft in group}.values()) for group in groups]
+    context.progress(f"scoring {sum(map(len, groups))} sentences")
+    log_r = log_rewards(
+        [draft.tokens for group in groups for draft in group],
+        [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group],
+        task.reward_query,
+        log_reward_of(task, shared.base.model, context.token_budget),
+    )
+    scored = iter(log_r.tolist())
+    written = [
+        [
+            Sentence(shared.tokenizer.decode(list(draft.tokens)).strip(), next(scored), draft.log_q)
+            for draft in group
+        ]
+        for group in groups
+    ]
+    if several:
+        written = [sorted(group, key=lambda sentence: -sentence.log_reward) for group in written]
+    return [group[: settings.samples] for group in written]
+
+
+def _decode(
+    model: CausalLM,
+    task: Task,
+    context: EvaluationContext,
+    prompts: Sequence[_Tokens],
+    temperature: float,
+) -> list[list[_Draft]]:
+    """`samples` x `candidates` completions for each prompt."""
+    settings = context.settings
+    number = settings.samples * settings.candidates
+    if settings.decoding != "sample":
+        search = BeamSearch(
+            model,
+            task.actions,
+            beams=number,
+            groups=number if settings.decoding == "diverse_beam" else 1,
+            penalty=settings.diversity_penalty,
+            max_rows=settings.max_rows,
+        )
+        return [
+            [_Draft(beam.tokens, beam.log_q) for beam in found] for found in search.search(prompts)
+        ]
+    drawn = context.drawing(model, task.actions, task.tool)(
+        [
+            Request(prompt=prompt, temperature=temperature, top_p=settings.top_p)
+            for prompt in prompts
+            for _ in range(number)
+        ]
+    )
+    drafts = [_Draft(tuple(z.tokens.tolist()), z.log_q) for z in drawn]
+    return [drafts[at : at + number] for at in range(0, len(drafts), number)]
+
+
+def sentence_metrics(
+    task: Task,
+    context: EvaluationContext,
+    prompts: Sequence[Prompt],
+    written: Sequence[Sequence[Sentence]],
+    likeness: Likeness | None,
+) -> dict[str, Metric]:
+    """Diversity, nearness to the posterior, and how many of the prompts were trained on."""
+    texts = [[sentence.text for sentence in group] for group in written]
+    items, samples = len(prompts), context.settings.samples
+    unlike = "words" if likeness is None else "embeddings"
+    metrics = {
+        "diversity": Metric(
+            label=f"diversity, by {unlike}",
+            value=float(np.mean([diversity(group, likeness) for group in texts])),
+            better="higher",
+            items=items,
+            samples=samples,
+        )
+    }
+    repeated = [value for group in texts if (value := self_bleu4(group)) is not None]
+    if repeated:
+        metrics["self_bleu4"] = Metric(
+            label="self-BLEU-4",
+            value=float(np.mean(repeated)),
+            better="lower",
+            items=items,
+            samples=samples,
+        )
+    trained = {prompt.key for prompt in task.prompts}
+    seen = sum(prompt.key in trained for prompt in prompts)
+    return {
+        **metrics,
+        **_posterior_metrics(task, context, prompts, written),
+        "seen": Metric(
+            label="of the prompts, trained on too",
+            value=seen,
+            format=".0f",
+            better=None,
+            items=items,
+        ),
+    }
+
+
+def _posterior_metrics(
+    task: Task,
+    context: EvaluationContext,
+    prompts: Sequence[Prompt],
+    written: Sequence[Sequence[Sentence]],
+) -> dict[str, Metric]:
+    """ELBO and effective share of samples, of the policy itself: drawn anew where `written` was
+    not drawn at temperature 1, and nothing where it is no draw at all."""
+    settings, temperature = context.settings, context.temperature
+    if settings.decoding != "sample" or settings.top_p != 1 or settings.candidates != 1:
+        return {}
+    if settings.temperature != 1:
+        written = write_sentences(task, context, prompts, temperature=1.0)
+    log_weight_PK = np.array(
+        [[one.log_reward / temperature - one.log_q for one in group] for group in written]
+    )
+    items, samples = log_weight_PK.shape
+    metrics = {
+        f"elbo_T{temperature:g}": Metric(
+            label="ELBO of log Z, nats",
+            value=float(log_weight_PK.mean()),
+            format=".2f",
+            better="higher",
+            items=items,
+            samples=samples,
+        )
+    }
+    if samples > 1:
+        metrics["ess_share"] = Metric(
+            label="effective share of samples",
+            value=float(np.mean([ess_share(row_K) for row_K in log_weight_PK])),
+            format=".1%",
+            better="higher",
+            items=items,
+            samples=samples,
+        )
+    return metrics

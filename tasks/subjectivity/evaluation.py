@@ -1,0 +1,198 @@
+"""Measuring policies that give reasons for labels, and language models that give labels alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from actors.prompts import Prompt
+from lm.model import CausalLM
+from lm.next_action import next_logits
+from lm.sampling import Request
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation, Example, Metric
+from tasks.evaluation.few_shot import answered_examples
+from tasks.subjectivity.data import LABELS, Label, LabelledReview
+from tasks.task import AnsweredTask
+
+Tokens = tuple[int, ...]
+# Texts whose answers are scored together: bounds memory, as each has logits of the vocabulary.
+_TEXTS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReviewItem:
+    """A review to evaluate on, with its true label."""
+
+    prompt: Prompt
+    review: LabelledReview
+
+
+def evaluate_labels(
+    task: AnsweredTask,
+    context: EvaluationContext,
+    items: Sequence[ReviewItem],
+    *,
+    answers: Mapping[Label, Tokens],
+    bare_answers: Mapping[Label, Tokens],
+) -> Evaluation:
+    """Labels of test reviews, against the true ones.
+
+    For each review `evaluation.samples` reasons Z are drawn of the policy; the frozen LM, or the
+    one that an M-step left, says how likely either label is behind each, and the label of the
+    greater mean counts (Bayesian model average). Behind worked examples (`evaluation.shots`), and
+    of an adapter that supervised fine-tuning made, the label without a reason counts.
+
+    Args:
+        answers: Y behind a reason.
+        bare_answers: ... and without one.
+
+    Raises FileNotFoundError, AdapterMismatch, NothingToMeasure, TooFewDemonstrations.
+    """
+    items = items[: context.settings.max_items]
+    context.require(items, task.name)
+    answering = context.answering or context.language_model
+    shots: Tokens = ()
+    if context.shots:
+        tokenizer = answering.tokenizer
+        shots = answered_examples(task, tokenizer, count=context.shots, seed=context.seed)
+    context.progress(f"labelling {len(items)} reviews without a reason")
+    texts: list[tuple[Tokens, Tokens]] = [((*shots, *item.prompt.prompt), ()) for item in items]
+    with answering.with_adapter(context.adapter if context.imitates else None) as model:
+        bare_N = objective_probability(model, texts, bare_answers)
+    if shots or context.imitates:
+        reasons, probability_NK = None, bare_N[:, None]
+    else:
+        reasons, probability_NK = _reasoned(task, context, items, answers)
+    return Evaluation(
+        task=task.name,
+        temperature=context.temperature,
+        metrics=_metrics(items, bare_N, probability_NK, reasons),
+        examples=tuple(
+            Example(
+                question=item.review.text,
+                rationale="" if reasons is None else reasons[number][0],
+                answer=likelier_label(probability) or "",
+                truth=item.review.label,
+                right=likelier_label(probability) == item.review.label,
+            )
+            for number, (item, probability) in enumerate(
+                zip(items, probability_NK.mean(axis=1), strict=True)
+            )
+            if number < context.settings.examples
+        ),
+    )
+
+
+def _metrics(
+    items: Sequence[ReviewItem],
+    bare_N: NDArray[np.float64],
+    probability_NK: NDArray[np.float64],
+    reasons: Sequence[Sequence[str]] | None,
+) -> dict[str, Metric]:
+    """Shares of right labels, and how different the reasons are."""
+
+    def metric(label: str, value: float, form: str = ".1%") -> Metric:
+        samples = probability_NK.shape[1]
+        return Metric(
+            label=label,
+            value=value,
+            format=form,
+            better="higher",
+            items=len(items),
+            samples=samples,
+        )
+
+    by = "" if reasons is not None else ", without a reason"
+    right = _share_right(items, probability_NK.mean(axis=1))
+    metrics = {"accuracy": metric(f"reviews labelled right{by}", right)}
+    if reasons is not None:
+        single = np.mean([_share_right(items, one_N) for one_N in probability_NK.T])
+        metrics["single"] = metric("... by one reason alone", float(single))
+    metrics["bare"] = metric("... without a reason", _share_right(items, bare_N))
+    if reasons is not None:
+        distinct = float(np.mean([len(set(same)) for same in reasons]))
+        metrics["distinct"] = metric("different reasons of a review", distinct, ".2f")
+    return metrics
+
+
+def _reasoned(
+    task: AnsweredTask,
+    context: EvaluationContext,
+    items: Sequence[ReviewItem],
+    answers: Mapping[Label, Tokens],
+) -> tuple[list[list[str]], NDArray[np.float64]]:
+    """Reasons of each review, and p(objective) behind each of them: [N, K]."""
+    shared, number = context.language_model, context.settings.samples
+    context.progress(f"drawing {number} reasons for each of {len(items)} reviews")
+    requests = [
+        Request(prompt=item.prompt.prompt, temperature=context.settings.temperature)
+        for item in items
+        for _ in range(number)
+    ]
+    with shared.with_adapter(context.adapter) as model:
+        completions = context.drawing(model, task.actions, task.tool)(requests)
+    drawn = [tuple(completion.tokens.tolist()) for completion in completions]
+    texts = [(request.prompt, z) for request, z in zip(requests, drawn, strict=True)]
+    context.progress(f"labelling behind {len(set(texts))} different reasons")
+    answering = context.answering or shared
+    objective_M = objective_probability(answering.base.model, texts, answers)
+    written = [shared.tokenizer.decode(list(z)).strip() for z in drawn]
+    groups = [written[at : at + number] for at in range(0, len(written), number)]
+    return groups, objective_M.reshape(len(items), number)
+
+
+def objective_probability(
+    model: CausalLM, texts: Sequence[tuple[Tokens, Tokens]], answers: Mapping[Label, Tokens]
+) -> NDArray[np.float64]:
+    """p(objective) among the two labels behind each text X, Z: [N].
+
+    Texts run through the model together with all that begins as they do, and only the tokens from
+    which the two answers differ are scored.
+    """
+    distinct = sorted({(*x, *z) for x, z in texts})
+    known: dict[Tokens, float] = {}
+    for at in range(0, len(distinct), _TEXTS):
+        chunk = distinct[at : at + _TEXTS]
+        edges = {
+            (text, label): list(_edges(text, label, answers)) for text in chunk for label in LABELS
+        }
+        prefixes = list(dict.fromkeys(prefix for row in edges.values() for prefix, _ in row))
+        place = {prefix: number for number, prefix in enumerate(prefixes)}
+        log_p_PV = next_logits(model, prefixes).log_softmax(dim=-1)
+        log_p = {
+            key: sum(float(log_p_PV[place[prefix], token]) for prefix, token in row)
+            for key, row in edges.items()
+        }
+        for text in chunk:
+            odds = log_p[text, "subjective"] - log_p[text, "objective"]
+            known[text] = float(1 / (1 + np.exp(odds)))
+    return np.array([known[(*x, *z)] for x, z in texts])
+
+
+def _edges(
+    text: Tokens, label: Label, answers: Mapping[Label, Tokens]
+) -> Iterator[tuple[Tokens, int]]:
+    """Each token of an answer from where the answers differ, with all that stands before it."""
+    first, second = (answers[each] for each in LABELS)
+    shared = 0
+    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+        shared += 1
+    answer = answers[label]
+    for at in range(shared, len(answer)):
+        yield (*text, *answer[:at]), answer[at]
+
+
+def _share_right(items: Sequence[ReviewItem], objective_N: NDArray[np.float64]) -> float:
+    truths = [item.review.label for item in items]
+    return float(
+        np.mean([likelier_label(p) == truth for p, truth in zip(objective_N, truths, strict=True)])
+    )
+
+
+def likelier_label(objective: float) -> Label | None:
+    """The likelier label; None, which is never right, where neither is."""
+    if objective == 0.5 or np.isnan(objective):
+        return None
+    return "objective" if objective > 0.5 else "subjective"
