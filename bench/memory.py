@@ -1,0 +1,254 @@
+"""Peak memory of learner, scorer and sampler, over that of the loaded model, on CPU.
+
+Every row is a process of its own: it loads the model, makes one tiny pass, notes its resident
+memory, does the row's work once and reports by how much the peak exceeds the note. `planned_mb`
+is what `amortize plan` would say, `before_mb` what was measured before memory was bounded.
+
+    learner   one step over `groups` groups of `group` completions of `length` tokens
+    scorer    log-rewards of `group` rationales of `length` tokens, |Y| = `answer`, all prefixes
+    sampler   `group` completions of `length` tokens
+
+    python bench/memory.py [--json] [--model FOLDER] [--only PART]
+
+FOLDER holds a causal LM in Hugging Face format; without one only random models are measured.
+Linux only: the peak is read from /proc.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from buffer.replay import Group
+from buffer.trajectory import Trajectory
+from learner.config import LearnerConfig
+from learner.engine import TorchEngine
+from learner.learner import Learner
+from learner.objectives.subtb import SubTB
+from lm.actions import ActionSpace
+from lm.config import LoRAConfig
+from lm.model import LanguageModel, attach_adapter, freeze, vocab_size
+from lm.sampling import Request, Sampler
+from reward.packed import suffix_log_rewards
+from reward.request import ScoreItem
+
+STOP = 0
+REAL = "folder"  # the model that `--model` names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    part: str
+    model: str = REAL
+    vocab: int = 49_152  # of a random model
+    groups: int = 1
+    group: int
+    prompt: int = 60
+    length: int
+    answer: int = 6
+    token_budget: int
+    before_mb: float | None = None
+
+
+def learner_cases() -> list[Case]:
+    def case(**sizes: Any) -> Case:
+        return Case(part="learner", token_budget=2048, **sizes)
+
+    real = [
+        case(groups=8, group=10, length=56, before_mb=0),
+        case(group=20, length=28, before_mb=0),
+        case(group=40, length=28, before_mb=0),
+        case(group=20, length=56, before_mb=0),
+        case(group=160, length=28),
+        case(group=20, length=224),
+    ]
+    random = [
+        case(model="random", vocab=vocab, group=10, length=40, before_mb=0)
+        for vocab in (49_152, 128_256, 262_144)
+    ]
+    return [*real, *random]
+
+
+def scorer_cases() -> list[Case]:
+    def case(**sizes: Any) -> Case:
+        return Case(part="scorer", token_budget=2048, **sizes)
+
+    real = [case(group=4, length=length, answer=20, before_mb=0) for length in (20, 50, 100, 200)]
+    random = [
+        case(model="random", vocab=vocab, group=4, length=50, answer=6, before_mb=0)
+        for vocab in (49_152, 128_256, 262_144)
+    ]
+    return [*real, *random]
+
+
+def sampler_cases() -> list[Case]:
+    return [Case(part="sampler", group=48, length=40, token_budget=0, before_mb=0)]
+
+
+CASES = (*learner_cases(), *scorer_cases(), *sampler_cases())
+
+
+def load(case: Case, folder: Path | None) -> LanguageModel:
+    torch.manual_seed(0)
+    if case.model == REAL:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                vocab_size=case.vocab,
+                hidden_size=256,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=512,
+                tie_word_embeddings=True,
+            )
+        )
+    freeze(model)
+    return LanguageModel(model=model, tokenizer=None, fingerprint="")
+
+
+def learn(language_model: LanguageModel, case: Case) -> None:
+    rng, size = np.random.default_rng(0), vocab_size(language_model.model)
+    actions = ActionSpace(stop_token=STOP, legal_tokens=None, min_len=0, max_len=case.length)
+    groups = [random_group(case, key, rng, size) for key in range(case.groups)]
+    model = attach_adapter(language_model, LoRAConfig(), seed=0)
+    config = LearnerConfig(
+        steps=1, groups_per_step=case.groups, learning_rate=1e-4, token_budget=case.token_budget
+    )
+    learner = Learner(
+        model=model,
+        actions=actions,
+        replay=SimpleNamespace(draw=lambda **asked: groups),
+        engine=TorchEngine(model, config),
+        objective=SubTB(),
+        config=config,
+        weights=SimpleNamespace(publish=lambda data, **about: None),
+        rng=rng,
+    )
+    learner.step()
+
+
+def random_group(case: Case, key: int, rng: np.random.Generator, size: int) -> Group:
+    states, nothing = case.length + 1, np.zeros(0, dtype=np.int32)
+    prompt = rng.integers(1, size, case.prompt, dtype=np.int32)
+    fresh = tuple(
+        Trajectory(
+            task="memory",
+            prompt_key=f"prompt {key}",
+            prompt=prompt,
+            answer=nothing,
+            completion=rng.integers(1, size, case.length, dtype=np.int32),
+            from_tool=np.zeros(case.length, dtype=np.bool_),
+            stops=np.arange(states, dtype=np.int32),
+            log_reward=rng.normal(-50, 5, states).astype(np.float32),
+            log_q_token=np.zeros(case.length, dtype=np.float32),
+            log_q_stop=np.zeros(states, dtype=np.float32),
+            policy_version=0,
+            behaviour="on_policy",
+            temperature=1.0,
+            actor="actor",
+            created_s=1.0,
+            correct=None,
+        )
+        for _ in range(case.group)
+    )
+    return Group(prompt_key=f"prompt {key}", fresh=fresh, replayed=())
+
+
+def score(language_model: LanguageModel, case: Case) -> None:
+    rng, size = np.random.default_rng(0), vocab_size(language_model.model)
+    context, answer = (
+        rng.integers(1, size, length, dtype=np.int32) for length in (case.prompt, case.answer)
+    )
+    items = [
+        ScoreItem(
+            context=context,
+            completion=rng.integers(1, size, case.length, dtype=np.int32),
+            stops=np.arange(case.length + 1, dtype=np.int32),
+            answer=answer,
+        )
+        for _ in range(case.group)
+    ]
+    suffix_log_rewards(language_model.model, items, case.token_budget)
+
+
+def sample(language_model: LanguageModel, case: Case) -> None:
+    size = vocab_size(language_model.model)
+    actions = ActionSpace(
+        stop_token=STOP, legal_tokens=None, min_len=case.length, max_len=case.length
+    )
+    prompt = tuple(np.random.default_rng(0).integers(1, size, case.prompt).tolist())
+    sampler = Sampler(language_model.model, actions, None, max_rows=case.group)
+    sampler.sample([Request(prompt=prompt)] * case.group, torch.Generator().manual_seed(0))
+
+
+WORK = {"learner": learn, "scorer": score, "sampler": sample}
+
+
+def measure_here(case: Case, folder: Path | None) -> float:
+    """MB by which the work of this process exceeds what it held before."""
+    language_model = load(case, folder)
+    tiny_pass(language_model.model)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before_kb = memory_kb("VmRSS")
+    WORK[case.part](language_model, case)
+    return (memory_kb("VmHWM") - before_kb) / 1024
+
+
+def tiny_pass(model: PreTrainedModel) -> None:
+    """Forward and backward, for what libraries load or allocate but once."""
+    weight = next(model.parameters()).requires_grad_(True)
+    model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+    weight.requires_grad_(False).grad = None
+
+
+def memory_kb(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(name))
+
+
+def measure(case: Case, folder: Path | None) -> dict[str, object]:
+    """The row of a case, out of a process of its own."""
+    command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
+    command += [] if folder is None else ["--model", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{case} failed:\n{done.stderr}")
+    row = dataclasses.asdict(case) | {"peak_mb": round(float(done.stdout), 1)}
+    return row if case.model != REAL else row | {"model": str(folder), "vocab": None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--model", type=Path, help="folder of a causal LM")
+    parser.add_argument("--only", choices=WORK, help="measure one part")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.case is not None:
+        print(measure_here(Case(**json.loads(arguments.case)), arguments.model))
+        return
+    rows = []
+    for case in CASES:
+        if arguments.only in (None, case.part) and (arguments.model or case.model != REAL):
+            rows.append(measure(case, arguments.model))
+            if not arguments.json:
+                print(
+                    *(f"{name}={value}" for name, value in rows[-1].items()), sep="  ", flush=True
+                )
+    if arguments.json:
+        print(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
