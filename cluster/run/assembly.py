@@ -166,15 +166,7 @@ def build_learner(
         gated: whether samplers are held to the learner's own log q.
     """
     model = attach_adapter(base, config.lora, config.seed)
-    identity = {
-        "base": base.fingerprint,
-        "lora": config.lora.model_dump_json(),
-        "task": task.name,
-    }
-    log_z = None
-    if config.learner.log_z == "learned":
-        log_z = attach_log_z(model)
-        identity["log_z"] = config.learner.log_z
+    log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
     learned, gate = _learned(config, base, task, buffer), None
     if gated and not config.learner.imitates:
         gate = AgreementGate(
@@ -186,7 +178,9 @@ def build_learner(
             warn=warn,
         )
     store = Checkpoints(
-        directory.checkpoints, identity=identity, keep=config.learner.checkpoints_kept
+        directory.checkpoints,
+        identity=identity_of(config, base, task),
+        keep=config.learner.checkpoints_kept,
     )
     learner = Learner(
         model=model,
@@ -204,6 +198,20 @@ def build_learner(
     )
     learner.take_up()
     return learner
+
+
+def identity_of(config: RunConfig, base: LanguageModel, task: Task) -> dict[str, str]:
+    """What a run must share with a checkpoint to go on from it.
+
+    The base is known by its weights, wherever they lie.
+    """
+    identity = {
+        "base": base.fingerprint,
+        "lora": config.lora.model_dump_json(),
+        "task": task.name,
+    }
+    learned_log_z = {"log_z": "learned"} if config.learner.log_z == "learned" else {}
+    return identity | learned_log_z
 
 
 def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapter: Path) -> None:

@@ -1,0 +1,57 @@
+"""A run directory from when the shipped LM lay in tasks/seed/model goes on."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.config.file import load_config
+from cluster.run.assembly import identity_of, load_task
+from cluster.run.directory import RunDirectory
+from cluster.run.driver import read_scores
+from learner.checkpoint import CheckpointMismatch, Checkpoints, Snapshot
+
+WRITTEN = Path(__file__).parent / "run_before_move"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    shutil.copytree(WRITTEN, tmp_path / "before_move")
+    directory = RunDirectory("before_move", root=tmp_path)
+    meta = json.loads((WRITTEN / "meta.json").read_text())
+    snapshot = Snapshot(meta["version"], {"weight": torch.zeros(1)}, meta["facts"])
+    Checkpoints(directory.checkpoints, identity=meta["identity"], keep=1).save(snapshot)
+    return directory
+
+
+def test_its_state_and_configuration_are_read(directory: RunDirectory) -> None:
+    state = directory.state()
+    assert state is not None and (state.phase, state.step) == ("done", 300)
+    directory.check(resume=True)
+    assert load_config(str(directory.config_file)).lm.model == "/srv/amortize/tasks/seed/model"
+    moved = load_config(str(directory.config_file), ["lm.model=seed_lm/model"])
+    assert Path(moved.lm.model).is_dir()
+
+
+def test_its_checkpoint_belongs_to_a_run_on_the_same_weights_wherever_they_lie(
+    directory: RunDirectory,
+) -> None:
+    config = load_config("tasks/arithmetic.toml")
+    assert "tasks/seed" not in config.lm.model
+    base, task = load_task(config)
+    found = Checkpoints(directory.checkpoints, identity=identity_of(config, base, task), keep=1)
+    assert Snapshot.decode(found.read()).version == 300
+
+    other = load_config("tasks/arithmetic.toml", ["lora.rank=16"])
+    refused = Checkpoints(directory.checkpoints, identity=identity_of(other, base, task), keep=1)
+    with pytest.raises(CheckpointMismatch, match="lora"):
+        refused.read()
+
+
+def test_its_measurements_are_taken_again(
+    directory: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_scores(directory).before is None
+    assert "another version" in capsys.readouterr().err
