@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 from redis.client import Pipeline
@@ -9,10 +10,11 @@ from redis.client import Pipeline
 from buffer.connection import naming_errors
 from buffer.stats import ReplayStats, read_stats
 from buffer.store import Store
-from buffer.trajectory import MalformedTrajectory, Trajectory, unpack
+from buffer.trajectory import MalformedTrajectory, Trajectory, read_array, unpack
 
 # Entries that one command reads: the server answers others in between.
 PORTION = 500
+_SUMMARIES_AT_ONCE = 100  # the server opens each payload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +24,36 @@ class Tally:
     draws: int = 0  # from replay, by the learner
     duplicates: int = 0  # times it came again
     near_replaced: int = 0  # near-duplicates that made way for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The small fields of one stored trajectory."""
+
+    id: str
+    task: str
+    prompt_key: str
+    num_tokens: int  # of the completion, the tool's included
+    used_tool: bool  # a tool inserted some of them
+    log_reward: float  # nats, untempered, of the whole completion
+    version: int
+    created_s: float  # unix seconds
+    correct: bool | None
+
+    @classmethod
+    def of(cls, trajectory: Trajectory) -> "Summary":
+        """Read from the whole record."""
+        return cls(
+            id=trajectory.id,
+            task=trajectory.task,
+            prompt_key=trajectory.prompt_key,
+            num_tokens=trajectory.completion.size,
+            used_tool=bool(trajectory.from_tool.any()),
+            log_reward=trajectory.terminal_log_reward,
+            version=trajectory.policy_version,
+            created_s=trajectory.created_s,
+            correct=trajectory.correct,
+        )
 
 
 class ReplayBrowser:
@@ -84,6 +116,17 @@ class ReplayBrowser:
 
         return [[id.decode() for id in ids] for ids in self._store.pipeline(ask)]
 
+    def summaries(self, ids: Sequence[str]) -> Iterator[Summary]:
+        """Small fields of what is stored, read where it lies; without what is gone or damaged."""
+        for start in range(0, len(ids), _SUMMARIES_AT_ONCE):
+            portion = ids[start : start + _SUMMARIES_AT_ONCE]
+            for id, data in zip(portion, self._store.call("summary", *portion), strict=True):
+                try:
+                    if data is not None:
+                        yield _summary(id, data)
+                except MalformedTrajectory:
+                    continue
+
     def trajectories(self, ids: Sequence[str]) -> Iterator[Trajectory]:
         """What is stored under the ids; without those that are gone or cannot be read."""
         for start in range(0, len(ids), PORTION):
@@ -101,3 +144,25 @@ class ReplayBrowser:
         """Fields of a hash, portion by portion."""
         with naming_errors(self._store.place, phase="reading"):
             yield from self._store.client.hscan_iter(self._store.key(name), count=PORTION)
+
+
+def _summary(id: str, data: bytes) -> Summary:
+    """Read what summary.lua wrote; raises MalformedTrajectory for fields that cannot be."""
+    fields = read_array(data, max_len=8)
+    kinds: tuple[Any, ...] = (str, str, int, bool, (int, float), int, (int, float), (bool, str))
+    if len(fields) != len(kinds) or not all(
+        isinstance(field, kind) for field, kind in zip(fields, kinds, strict=True)
+    ):
+        raise MalformedTrajectory(f"no summary of a trajectory: {data!r:.80}")
+    task, prompt_key, num_tokens, used_tool, log_reward, version, created_s, correct = fields
+    return Summary(
+        id=id,
+        task=task,
+        prompt_key=prompt_key,
+        num_tokens=num_tokens,
+        used_tool=used_tool,
+        log_reward=float(log_reward),
+        version=version,
+        created_s=float(created_s),
+        correct=correct if isinstance(correct, bool) else None,
+    )

@@ -10,7 +10,7 @@ from redis.client import Pipeline
 from buffer.connection import naming_errors
 
 FORMAT = b"1"
-SCRIPTS = ("read", "commit", "draw", "fetch", "quarantine", "snapshot")
+SCRIPTS = ("read", "commit", "draw", "fetch", "quarantine", "snapshot", "summary")
 
 
 class ForeignKeys(ValueError):

@@ -78,6 +78,12 @@ class Trajectory:
         return digest.hexdigest()
 
     @property
+    def log_q(self) -> float:
+        """log q(Z ⊤) of the whole completion under the policy that sampled it, nats."""
+        path = float(self.log_q_token.sum(dtype=np.float64))
+        return path + float(self.log_q_stop[-1])
+
+    @property
     def terminal_log_reward(self) -> float:
         """Log-reward of the whole completion, nats: the priority in replay."""
         return float(self.log_reward[-1])

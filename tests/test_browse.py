@@ -1,6 +1,7 @@
 """Looking at the replay buffer: the right figures, and nothing changed by it."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 from uuid import uuid4
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import redis
 
-from buffer.browser import PORTION, ReplayBrowser, Tally
+from buffer.browser import PORTION, ReplayBrowser, Summary, Tally
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.folder import NeverServed
@@ -103,6 +104,31 @@ def test_more_than_one_portion_is_read_whole(client: redis.Redis) -> None:
     assert browser.stats().replay_size == len(ids)
 
 
+@pytest.mark.parametrize("length", [0, 5, 60, 255, 2000, 20_000])  # blocks of bytes of all widths
+def test_a_summary_says_what_the_whole_record_does(client: redis.Redis, length: int) -> None:
+    buffer, browser, _ = opened(client, near_duplicate_tolerance=0.0)
+    rng = np.random.default_rng(length)
+    plain = toy_trajectory(rng.integers(0, 256, length).tolist(), log_reward=-1.25, correct=True)
+    from_tool = np.arange(length + 1) == length // 2
+    stops = np.flatnonzero(~np.append(from_tool, False)).astype(np.int32)
+    by_tool = replace(
+        toy_trajectory(np.arange(length + 1).tolist(), actor="ä" * 100, prompt="frage " * 9),
+        from_tool=from_tool,
+        stops=stops,
+        log_reward=-rng.random(stops.size, dtype=np.float32),
+        log_q_token=np.where(from_tool, 0, -1).astype(np.float32),
+        log_q_stop=np.zeros(stops.size, np.float32),
+        policy_version=2**40,
+        created_s=1_700_000_000.123456,
+        correct=None,
+    )
+    buffer.seed([plain])
+    buffer.seed([by_tool])
+    found = list(browser.summaries([by_tool.id, "0" * 32, plain.id]))
+    assert found == [Summary.of(by_tool), Summary.of(plain)]
+    assert [summary.used_tool for summary in found] == [True, False]
+
+
 def test_a_revision_moves_exactly_when_the_prompt_changes(client: redis.Redis) -> None:
     buffer, browser, _ = opened(client)
     buffer.seed([toy_trajectory(prompt="p"), toy_trajectory(prompt="q")])
@@ -119,6 +145,7 @@ def test_looking_changes_nothing_not_even_what_is_damaged(client: redis.Redis) -
     client.hset(f"{{amortize:{run}}}:payload", bad, b"no trajectory")
     before = dumps(client, run)
     assert [t.id for t in browser.trajectories([good, bad, "0" * 32])] == [good]
+    assert [summary.id for summary in browser.summaries([good, bad, "0" * 32])] == [good]
     browser.stats(), browser.revisions(), browser.tallies(), browser.ids(["p", "unknown"])
     assert dumps(client, run) == before and len(before) > 3
 

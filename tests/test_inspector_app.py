@@ -26,6 +26,7 @@ from cluster.inspector.access import COOKIE, is_loopback, keep_token
 from cluster.inspector.app import build_app
 from cluster.inspector.catalogue import Catalogue, Listing
 from cluster.inspector.pages import POLICY
+from cluster.inspector.queries import Query
 from cluster.inspector.rows import Row
 from cluster.inspector.serve import (
     HOST,
@@ -389,7 +390,9 @@ def test_the_table_follows_the_buffer(tmp_path: Path) -> None:
 
         def listed() -> dict[str, Row]:
             clock.now += 100.0
-            return {row.id: row for row in catalogue.listing().rows}
+            page = catalogue.page(catalogue.listing(), Query())
+            assert [row.id for row in page.rows] == [entry.id for entry in page.entries]
+            return {row.id: row for row in page.rows}
 
         assert listed().keys() == {t.id for t in some[:6]}
         buffer.seed(some[6:])
@@ -410,7 +413,7 @@ def test_the_buffer_is_left_in_peace_between_refreshes(tmp_path: Path) -> None:
         buffer.seed(sums(4)[3:])
         assert catalogue.listing() is first
         clock.now += 2.0
-        assert len(catalogue.listing().rows) == 4
+        assert len(catalogue.listing().entries) == 4
 
 
 def test_a_large_buffer_is_read_by_and_by(tmp_path: Path) -> None:
@@ -418,8 +421,44 @@ def test_a_large_buffer_is_read_by_and_by(tmp_path: Path) -> None:
     many = [spelled(f"Q{number}", [(f" {number}", False)]) for number in range(70)]
     with filled(directory, many) as (server, _):
         catalogue = catalogue_of(directory, server, clock)
-        progress = [(len(found.rows), found.unread_prompts) for found in listings(catalogue, 5)]
+        progress = [(len(found.entries), found.unread_prompts) for found in listings(catalogue, 5)]
     assert progress == [(20, 50), (40, 30), (60, 10), (70, 0), (70, 0)]
+
+
+@pytest.mark.parametrize(
+    "text", ["3 + 2", "5, 17", "ANSWER IS 4", "question: 1", "e", "no such", "0a"]
+)
+def test_a_search_finds_what_a_plain_reading_does(
+    running: tuple[RunDirectory, RedisServer, ReplayBuffer], text: str
+) -> None:
+    catalogue = catalogue_of(running[0], running[1], Clock())
+    found = catalogue.page(catalogue.listing(), Query(search=text))
+    folded = text.casefold()
+    expected = {
+        t.id
+        for t in sums(120)
+        if t.id.startswith(folded)
+        or any(
+            folded in TOKENIZER.decode(part.tolist()).casefold()
+            for part in (t.prompt, t.completion, t.answer)
+        )
+    }
+    assert (found.matching, found.unsearched) == (len(expected), 0)
+    assert {row.id for row in found.rows} <= expected
+
+
+def test_a_long_search_goes_on_where_it_ended(tmp_path: Path) -> None:
+    directory, clock = make_run(tmp_path), Clock()
+    many = [spelled(f"Q{n}", [(f" {n}", False)], answer=" done") for n in range(120)]
+    with filled(directory, many) as (server, _):
+        catalogue = catalogue_of(directory, server, clock)
+        listing, slow = catalogue.listing(), Clock(at_every_look=1.0)
+        catalogue._clock = slow
+        progress = [catalogue.page(listing, Query(search=" 7")) for _ in range(4)]
+        assert [page.unsearched for page in progress] == [70, 20, 0, 0]
+        assert [page.matching for page in progress][-1] == 11
+        other = catalogue.page(listing, Query(search="q7", sort="prompt"))
+        assert (other.matching, other.unsearched) == (11, 59)
 
 
 def listings(catalogue: Catalogue, count: int) -> Iterator[Listing]:

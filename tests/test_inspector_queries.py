@@ -13,47 +13,39 @@ from cluster.inspector.queries import (
     PAGE_SIZE,
     SORT_KEYS,
     BadQuery,
+    Page,
     Query,
     matches,
     parse_query,
     select,
 )
-from cluster.inspector.rows import Piece, Row
+from cluster.inspector.rows import Entry
 
 VERSION = 9
 WORDS = st.sampled_from(["", "Alpha", "beta", "alpha beta", "<b>", "ß"])
 
 
 @st.composite
-def made_rows(draw: st.DrawFn) -> Row:
-    return Row(
+def made_entries(draw: st.DrawFn) -> Entry:
+    return Entry(
         id=f"{draw(st.integers(0, 2**128 - 1)):032x}",
         task=draw(st.sampled_from(["sums", "toy"])),
         prompt_key=draw(st.sampled_from(["p", "q"])),
         prompt=draw(WORDS),
-        pieces=tuple(
-            Piece(text, tool)
-            for text, tool in draw(st.lists(st.tuples(WORDS, st.booleans()), max_size=2))
-        ),
-        answer=draw(WORDS),
         num_tokens=draw(st.integers(0, 3)),
+        used_tool=draw(st.booleans()),
         log_reward=draw(st.sampled_from([-3.0, -1.5, 0.0])),
-        log_q=-1.0,
         correct=draw(st.sampled_from([True, False, None])),
         version=draw(st.integers(0, VERSION)),
-        behaviour="on_policy",
-        temperature=1.0,
-        actor="actor-0",
         created_s=draw(st.sampled_from([1.0, 2.0])),
         tally=Tally(draws=draw(st.integers(0, 2)), near_replaced=draw(st.integers(0, 2))),
     )
 
 
-ROWS = st.lists(made_rows(), max_size=40, unique_by=lambda row: row.id)
+ENTRIES = st.lists(made_entries(), max_size=40, unique_by=lambda entry: entry.id)
 MAYBE = {
     "task": st.sampled_from(["sums", "toy", "other"]),
     "prompt": st.sampled_from(["p", "ALPHA", "beta"]),
-    "search": st.sampled_from(["ALPHA", "<b>", "0", "a b"]),
     "reward_min": st.sampled_from([-2.0, -1.5]),
     "reward_max": st.sampled_from([-1.5, -1.0]),
     "correct": st.sampled_from(["yes", "no", "unknown"]),
@@ -68,41 +60,39 @@ QUERIES = st.fixed_dictionaries(
 ).map(lambda fields: Query(**fields))
 
 
-def wanted(row: Row, query: Query) -> bool:
-    """Whether a row passes, filter by filter as the page explains them."""
-    written = "".join(piece.text for piece in row.pieces)
+def wanted(entry: Entry, query: Query) -> bool:
+    """Whether an entry passes, filter by filter as the page explains them."""
     checks: dict[str, Any] = {
-        "task": lambda task: row.task == task,
-        "prompt": lambda text: row.prompt_key == text or text.lower() in row.prompt.lower(),
-        "search": lambda text: (
-            row.id.startswith(text.lower())
-            or any(text.lower() in t.lower() for t in (row.prompt, written, row.answer))
-        ),
-        "reward_min": lambda least: least <= row.log_reward,
-        "reward_max": lambda most: row.log_reward <= most,
+        "task": lambda task: entry.task == task,
+        "prompt": lambda text: entry.prompt_key == text or text.lower() in entry.prompt.lower(),
+        "reward_min": lambda least: least <= entry.log_reward,
+        "reward_max": lambda most: entry.log_reward <= most,
         "correct": lambda verdict: (
-            {"yes": True, "no": False, "unknown": None}[verdict] is row.correct
+            {"yes": True, "no": False, "unknown": None}[verdict] is entry.correct
         ),
-        "version_min": lambda least: least <= row.version,
-        "version_max": lambda most: row.version <= most,
-        "age_max": lambda most: VERSION - row.version <= most,
-        "tool": lambda used: any(piece.from_tool for piece in row.pieces) == (used == "yes"),
+        "version_min": lambda least: least <= entry.version,
+        "version_max": lambda most: entry.version <= most,
+        "age_max": lambda most: VERSION - entry.version <= most,
+        "tool": lambda used: entry.used_tool == (used == "yes"),
     }
     given = query.model_dump(include=set(checks), exclude_none=True)
     return all(checks[name](value) for name, value in given.items())
 
 
 @settings(max_examples=300)
-@given(rows=ROWS, query=QUERIES)
-def test_filters_let_through_what_their_words_say(rows: list[Row], query: Query) -> None:
-    expected = {row.id for row in rows if wanted(row, query)}
-    assert {row.id for row in rows if matches(row, query, version=VERSION)} == expected
+@given(entries=ENTRIES, query=QUERIES)
+def test_filters_let_through_what_their_words_say(entries: list[Entry], query: Query) -> None:
+    expected = {entry.id for entry in entries if wanted(entry, query)}
+    assert {entry.id for entry in entries if matches(entry, query, version=VERSION)} == expected
+    assert {entry.id for entry in select(entries, query, version=VERSION)} == expected
 
 
 @settings(max_examples=100)
-@given(rows=ROWS, query=QUERIES)
-def test_the_order_is_that_of_its_column_and_ties_go_by_id(rows: list[Row], query: Query) -> None:
-    found = list(select(rows, query, version=VERSION).rows)
+@given(entries=ENTRIES, query=QUERIES)
+def test_the_order_is_that_of_its_column_and_ties_go_by_id(
+    entries: list[Entry], query: Query
+) -> None:
+    found = select(entries, query, version=VERSION)
     key = SORT_KEYS[query.sort]
     sign = -1 if query.order == "desc" else 1
     for before, after in pairwise(found):
@@ -110,23 +100,18 @@ def test_the_order_is_that_of_its_column_and_ties_go_by_id(rows: list[Row], quer
         assert rises == sign or (rises == 0 and before.id < after.id)
 
 
-def numbered(count: int) -> list[Row]:
+def numbered(count: int) -> list[Entry]:
     return [
-        Row(
+        Entry(
             id=f"{number:032x}",
             task="toy",
             prompt_key="p",
             prompt="",
-            pieces=(),
-            answer="",
             num_tokens=0,
+            used_tool=False,
             log_reward=float(number // 3),
-            log_q=0.0,
             correct=None,
             version=0,
-            behaviour="on_policy",
-            temperature=1.0,
-            actor="a",
             created_s=1.0,
             tally=Tally(),
         )
@@ -135,25 +120,23 @@ def numbered(count: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("count", [0, 1, PAGE_SIZE, PAGE_SIZE + 1, 3 * PAGE_SIZE])
-def test_the_pages_together_hold_every_row_once(count: int) -> None:
-    rows = numbered(count)
-    query = Query(sort="reward")
-    first = select(rows, query, version=0)
+def test_the_pages_together_hold_every_entry_once(count: int) -> None:
+    entries = numbered(count)
+    ordered = select(entries, Query(sort="reward"), version=0)
+    first = Page.cut(ordered, 1)
     assert (first.matching, first.pages) == (count, max(1, -(-count // PAGE_SIZE)))
-    pages = [
-        select(rows, Query(sort="reward", page=number), version=0).rows
-        for number in range(1, first.pages + 1)
-    ]
-    found = [row for page in pages for row in page]
-    assert sorted(row.id for row in found) == [row.id for row in rows]
-    assert [row.log_reward for row in found] == sorted(
-        (row.log_reward for row in rows), reverse=True
+    pages = [Page.cut(ordered, number) for number in range(1, first.pages + 1)]
+    assert all(len(page.entries) <= PAGE_SIZE for page in pages)
+    found = [entry for page in pages for entry in page.entries]
+    assert sorted(entry.id for entry in found) == [entry.id for entry in entries]
+    assert [entry.log_reward for entry in found] == sorted(
+        (entry.log_reward for entry in entries), reverse=True
     )
 
 
 def test_a_page_beyond_the_last_is_the_last() -> None:
-    page = select(numbered(PAGE_SIZE + 1), Query(page=99), version=0)
-    assert (page.number, len(page.rows)) == (2, 1)
+    page = Page.cut(numbered(PAGE_SIZE + 1), 99)
+    assert (page.number, len(page.entries)) == (2, 1)
 
 
 @given(query=QUERIES, page=st.integers(1, 5))

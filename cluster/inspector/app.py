@@ -9,7 +9,7 @@ from buffer.connection import BufferUnreachable, NotOurRedis, WrongPassword
 from cluster.inspector.access import Gate
 from cluster.inspector.curves import draw_curves
 from cluster.inspector.pages import POLICY, Pages
-from cluster.inspector.queries import BadQuery, parse_query, select
+from cluster.inspector.queries import BadQuery, parse_query
 from cluster.inspector.sources import Gone, Sources
 
 _LIVE = ("starting", "evaluating", "training", "stopping")
@@ -40,14 +40,15 @@ def build_app(sources: Sources, *, token: str) -> FastAPI:
     def table(request: Request, base: Base) -> str:
         query = parse_query(request.query_params)
         listing = sources.catalogue.listing()
+        page = sources.catalogue.page(listing, query)
         return pages.table(
-            select(listing.rows, query, version=listing.stats.version),
+            page,
             query,
             listing,
-            tasks=sorted({row.task for row in listing.rows}),
+            tasks=sorted({entry.task for entry in listing.entries}),
             state=sources.state(),
             base=base,
-            live=is_live() or listing.unread_prompts > 0,
+            live=is_live() or listing.unread_prompts + page.unsearched > 0,
         )
 
     @app.get("/trajectory/{id}", response_class=HTMLResponse)

@@ -1,23 +1,27 @@
-"""The replay buffer as the inspector knows it: an index of rows, brought up to date on request.
+"""The replay buffer as the inspector knows it: an index that is brought up to date on request.
 
 The buffer serves a run, and must not notice that somebody watches. So what has not changed is
-not read again, a refresh reads in portions and ends when its time is up, to be continued by the
-next, and refreshes take up a small share of the time.
+not read again, only a few small fields of each trajectory are read, a refresh reads in portions
+and ends when its time is up, to be continued by the next, and refreshes take up a small share of
+the time. Rationales are read and decoded for the rows of a page, and where a search needs them.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from buffer.browser import ReplayBrowser, Tally
 from buffer.stats import ReplayStats
-from cluster.inspector.rows import Decode, Row, Texts, row_of, texts_of
+from cluster.inspector.queries import Page, Query, select
+from cluster.inspector.rows import Decode, Entry, row_of
 
 _BUDGET_S = 1.5
 _SHARE = 0.1
 _SHORTEST_REST_S = 1.0
 _PROMPTS_AT_ONCE = 20
+_SEARCHED_AT_ONCE = 50
+_REMEMBERED_SEARCHES = 8
 _NOTHING = Tally()
 
 
@@ -25,14 +29,14 @@ _NOTHING = Tally()
 class Listing:
     """The index as of one refresh."""
 
-    rows: Sequence[Row]
+    entries: Sequence[Entry]
     stats: ReplayStats
     unread_prompts: int  # prompts whose changes the next refreshes will read
     read_s: float  # unix seconds
 
 
 class Catalogue:
-    """Keeps the index; safe to share between threads.
+    """Keeps the index; safe to share between threads. Every method raises BufferUnreachable.
 
     Args:
         decode: token ids to text.
@@ -54,14 +58,14 @@ class Catalogue:
         self._reading = threading.Lock()
         self._next_s = float("-inf")
         self._revisions: dict[str, int] = {}
-        self._rows: dict[str, dict[str, Row]] = {}  # prompt -> id -> row
+        self._prompts: dict[str, str] = {}  # their texts, by key
+        self._entries: dict[str, dict[str, Entry]] = {}  # prompt -> id -> entry
         self._listing: Listing | None = None
+        self._searching = threading.Lock()
+        self._mentions: dict[str, dict[str, bool]] = {}  # searched text -> id -> whether it has it
 
     def listing(self) -> Listing:
-        """The index, refreshed if it is time and no other thread is at it.
-
-        Raises BufferUnreachable.
-        """
+        """The index, refreshed if it is time and no other thread is at it."""
         if self._listing is None:
             with self._reading:
                 return self._listing or self._refresh()
@@ -71,6 +75,18 @@ class Catalogue:
             return self._refresh()
         finally:
             self._reading.release()
+
+    def page(self, listing: Listing, query: Query) -> Page:
+        """The rows that the query asks for, read now; those gone since the refresh are left out."""
+        entries = select(listing.entries, query, version=listing.stats.version)
+        unsearched = 0
+        if query.search is not None:
+            entries, unsearched = self._search(entries, query.search.casefold())
+        page = Page.cut(entries, query.page, unsearched=unsearched)
+        tallies = {entry.id: entry.tally for entry in page.entries}
+        found = {t.id: t for t in self._browser.trajectories(list(tallies))}
+        rows = [row_of(found[id], self._decode, tallies[id]) for id in tallies if id in found]
+        return replace(page, rows=rows)
 
     def _refresh(self) -> Listing:
         began = self._clock()
@@ -87,10 +103,10 @@ class Catalogue:
                 break
         tallies = self._browser.tallies()
         self._listing = Listing(
-            rows=[
-                with_tally(row, tallies.get(id, _NOTHING))
-                for rows in self._rows.values()
-                for id, row in rows.items()
+            entries=[
+                with_tally(entry, tallies.get(id, _NOTHING))
+                for entries in self._entries.values()
+                for id, entry in entries.items()
             ],
             stats=stats,
             unread_prompts=unread,
@@ -103,28 +119,51 @@ class Catalogue:
         return self._listing
 
     def _read(self, prompts: Sequence[str]) -> None:
-        """Read some prompts anew; the texts of what is known are not decoded again."""
+        """Read some prompts anew; the text of a known prompt is not decoded again."""
         by_prompt = self._browser.ids(prompts)
-        ids = [id for ids in by_prompt for id in ids]
-        found = {t.id: t for t in self._browser.trajectories(ids)}
-        for prompt, ids in zip(prompts, by_prompt, strict=True):
-            known = self._rows.get(prompt, {})
-            self._rows[prompt] = {
-                id: row_of(
-                    found[id],
-                    texts_in(known[id]) if id in known else texts_of(found[id], self._decode),
-                    _NOTHING,
-                )
-                for id in ids
-                if id in found
-            }
+        firsts = [
+            ids[0]
+            for prompt, ids in zip(prompts, by_prompt, strict=True)
+            if ids and prompt not in self._prompts
+        ]
+        for trajectory in self._browser.trajectories(firsts):
+            self._prompts[trajectory.prompt_key] = self._decode(trajectory.prompt.tolist())
+        summaries = self._browser.summaries([id for ids in by_prompt for id in ids])
+        found: dict[str, dict[str, Entry]] = {prompt: {} for prompt in prompts}
+        for summary in summaries:
+            text = self._prompts.get(summary.prompt_key, "")
+            entry = Entry(**asdict(summary), prompt=text, tally=_NOTHING)
+            found[summary.prompt_key][summary.id] = entry
+        self._entries |= found
+
+    def _search(self, entries: Sequence[Entry], folded: str) -> tuple[list[Entry], int]:
+        """Those that mention the text, and how many there was no time to read.
+
+        What has been read is remembered for the next request, which goes on from there.
+        """
+        with self._searching:
+            mentions = self._mentions.pop(folded, {})
+            self._mentions[folded] = mentions  # the latest stands last
+            while len(self._mentions) > _REMEMBERED_SEARCHES:
+                del self._mentions[next(iter(self._mentions))]
+            unread = []
+            for entry in entries:
+                if entry.id.startswith(folded) or folded in entry.prompt.casefold():
+                    mentions[entry.id] = True
+                elif entry.id not in mentions:
+                    unread.append(entry.id)
+            began, read = self._clock(), 0
+            while read < len(unread) and self._clock() - began <= self._budget_s:
+                portion = unread[read : read + _SEARCHED_AT_ONCE]
+                mentions.update(dict.fromkeys(portion, False))
+                for t in self._browser.trajectories(portion):
+                    texts = (self._decode(part.tolist()) for part in (t.completion, t.answer))
+                    mentions[t.id] = any(folded in text.casefold() for text in texts)
+                read += len(portion)
+            found = [entry for entry in entries if mentions.get(entry.id, False)]
+            return found, max(0, len(unread) - read)
 
 
-def texts_in(row: Row) -> Texts:
-    """The texts that a row was made with."""
-    return Texts(row.prompt, row.pieces, row.answer)
-
-
-def with_tally(row: Row, tally: Tally) -> Row:
-    """The row with this tally."""
-    return row if row.tally == tally else replace(row, tally=tally)
+def with_tally(entry: Entry, tally: Tally) -> Entry:
+    """The entry with this tally."""
+    return entry if entry.tally == tally else replace(entry, tally=tally)

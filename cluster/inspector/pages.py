@@ -13,13 +13,14 @@ from markupsafe import Markup
 from cluster.inspector.catalogue import Listing
 from cluster.inspector.charts import Chart, Series, number
 from cluster.inspector.curves import Curve
+from cluster.inspector.detail import Detail
 from cluster.inspector.queries import Page, Query
-from cluster.inspector.sources import Detail
 from cluster.reports.html_page import escaped
 from cluster.run.directory import RunState
 from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
 
 REFRESH_S = 5
+_SHOWN = 400  # characters of a rationale, where it stands among others
 _COLUMNS = (  # heading, order, its explanation
     ("rationale", None, "What the policy wrote; a tool's text is marked."),
     ("prompt", "prompt", "What it was asked."),
@@ -77,7 +78,9 @@ class Pages:
         )
         self._environment.filters.update(nats=nats, ago=ago, number=number, times=times)
         self._environment.tests["missing"] = lambda value: value is None
-        self._environment.globals.update(run=run, style=_STYLE, script=_SCRIPT, refresh=REFRESH_S)
+        self._environment.globals.update(
+            run=run, style=_STYLE, script=_SCRIPT, refresh=REFRESH_S, shown=_SHOWN
+        )
 
     def table(
         self,
@@ -149,7 +152,7 @@ def facts(state: RunState | None) -> Mapping[str, str]:
 
 def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
     """The four quantities of a trajectory's prefixes, by their caption."""
-    steps = [step.prefix for step in detail.steps]
+    steps = [prefix for prefix, _ in detail.steps]
     residuals = [(p.length, p.residual) for p in steps if p.residual is not None]
     drawn: dict[str, tuple[Series, float | None]] = {
         "log R, nats": (_dots([(p.length, p.log_reward) for p in steps]), None),

@@ -1,4 +1,4 @@
-"""What a person asks of the table: filters, an order and a page. Knows nothing of HTTP."""
+"""Filters, order and page of the table, as an address spells them. Knows nothing of HTTP."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.inspector.rows import Row
+from cluster.inspector.rows import Entry, Row
 
 PAGE_SIZE = 50
 _LONGEST_TEXT = 500
 
 Sort = Literal["created", "reward", "version", "length", "draws", "again", "replaced", "prompt"]
-SORT_KEYS: Mapping[Sort, Callable[[Row], Any]] = {
-    "created": lambda row: row.created_s,
-    "reward": lambda row: row.log_reward,
-    "version": lambda row: row.version,
-    "length": lambda row: row.num_tokens,
-    "draws": lambda row: row.tally.draws,
-    "again": lambda row: row.tally.duplicates,
-    "replaced": lambda row: row.tally.near_replaced,
-    "prompt": lambda row: row.prompt,
+SORT_KEYS: Mapping[Sort, Callable[[Entry], Any]] = {
+    "created": lambda entry: entry.created_s,
+    "reward": lambda entry: entry.log_reward,
+    "version": lambda entry: entry.version,
+    "length": lambda entry: entry.num_tokens,
+    "draws": lambda entry: entry.tally.draws,
+    "again": lambda entry: entry.tally.duplicates,
+    "replaced": lambda entry: entry.tally.near_replaced,
+    "prompt": lambda entry: entry.prompt,
 }
 _VERDICTS: Mapping[str, bool | None] = {"yes": True, "no": False, "unknown": None}
 
@@ -67,14 +67,30 @@ class Query(BaseModel):
         return f"?{urlencode(filled)}" if filled else ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Page:
     """Part of an answer."""
 
-    rows: Sequence[Row]
-    matching: int  # rows that pass the filters, all pages together
+    entries: Sequence[Entry]
+    rows: Sequence[Row] = ()  # the same, decoded
+    matching: int  # entries that pass the filters, all pages together
     number: int  # from 1
     pages: int  # at least 1
+    unsearched: int  # entries that a search has not come to yet
+
+    @classmethod
+    def cut(cls, entries: Sequence[Entry], number: int, *, unsearched: int = 0) -> "Page":
+        """Page `number` of the entries; beyond the last it is the last."""
+        pages = max(1, -(-len(entries) // PAGE_SIZE))
+        number = min(number, pages)
+        start = (number - 1) * PAGE_SIZE
+        return cls(
+            entries=entries[start : start + PAGE_SIZE],
+            matching=len(entries),
+            number=number,
+            pages=pages,
+            unsearched=unsearched,
+        )
 
 
 def parse_query(parameters: Mapping[str, str]) -> Query:
@@ -91,42 +107,32 @@ def parse_query(parameters: Mapping[str, str]) -> Query:
         ) from error
 
 
-def select(rows: Sequence[Row], query: Query, *, version: int) -> Page:
-    """Filter, sort and cut; `version` is the learner's, from which ages count.
+def select(entries: Sequence[Entry], query: Query, *, version: int) -> list[Entry]:
+    """Filter and sort, but for the search; `version` is the learner's, from which ages count.
 
-    Ties go by id, so that pages never overlap. A page beyond the last is the last.
+    Ties go by id, so that pages never overlap.
     """
-    found = [row for row in rows if matches(row, query, version=version)]
-    key = SORT_KEYS[query.sort]
-    found.sort(key=lambda row: row.id)
-    found.sort(key=key, reverse=query.order == "desc")
-    pages = max(1, -(-len(found) // PAGE_SIZE))
-    number = min(query.page, pages)
-    start = (number - 1) * PAGE_SIZE
-    return Page(found[start : start + PAGE_SIZE], len(found), number, pages)
+    found = [entry for entry in entries if matches(entry, query, version=version)]
+    found.sort(key=lambda entry: entry.id)
+    found.sort(key=SORT_KEYS[query.sort], reverse=query.order == "desc")
+    return found
 
 
-def matches(row: Row, query: Query, *, version: int) -> bool:
-    """Whether a row passes every filter."""
+def matches(entry: Entry, query: Query, *, version: int) -> bool:
+    """Whether an entry passes every filter but the search."""
     return (
-        query.task in (None, row.task)
-        and (query.prompt is None or _is_of_prompt(row, query.prompt))
-        and (query.search is None or _mentions(row, query.search.casefold()))
-        and _within(row.log_reward, query.reward_min, query.reward_max)
-        and (query.correct is None or row.correct is _VERDICTS[query.correct])
-        and _within(row.version, query.version_min, query.version_max)
-        and _within(row.age(version), None, query.age_max)
-        and (query.tool is None or row.used_tool == (query.tool == "yes"))
+        query.task in (None, entry.task)
+        and (query.prompt is None or _is_of_prompt(entry, query.prompt))
+        and _within(entry.log_reward, query.reward_min, query.reward_max)
+        and (query.correct is None or entry.correct is _VERDICTS[query.correct])
+        and _within(entry.version, query.version_min, query.version_max)
+        and _within(entry.age(version), None, query.age_max)
+        and (query.tool is None or entry.used_tool == (query.tool == "yes"))
     )
 
 
-def _is_of_prompt(row: Row, text: str) -> bool:
-    return text == row.prompt_key or text.casefold() in row.prompt.casefold()
-
-
-def _mentions(row: Row, folded: str) -> bool:
-    texts = (row.prompt, row.rationale, row.answer)
-    return any(folded in text.casefold() for text in texts) or row.id.startswith(folded)
+def _is_of_prompt(entry: Entry, text: str) -> bool:
+    return text == entry.prompt_key or text.casefold() in entry.prompt.casefold()
 
 
 def _within(value: float, low: float | None, high: float | None) -> bool:

@@ -1,16 +1,17 @@
-"""A stored trajectory as the table knows it: what it filters, sorts and shows."""
+"""Stored trajectories as the table knows them: what it filters and sorts by, and what it shows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
-
-from buffer.browser import Tally
+from buffer.browser import Summary, Tally
 from buffer.trajectory import Trajectory
 
 Decode = Callable[[list[int]], str]
+# Tokens before a cut that are decoded with what follows it: more than any character or the space
+# of a word has.
+_CONTEXT = 16
 
 
 class Piece(NamedTuple):
@@ -21,83 +22,62 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One trajectory, its texts decoded, without its per-token arrays."""
+class Entry(Summary):
+    """One trajectory in the index: what can be known of it without decoding its rationale."""
 
-    id: str
-    task: str
-    prompt_key: str
     prompt: str
-    pieces: tuple[Piece, ...]
-    answer: str
-    num_tokens: int  # of the rationale, the tool's included
-    log_reward: float  # nats, untempered, of the whole rationale
-    log_q: float  # nats, recorded: of the whole rationale and the stop behind it
-    correct: bool | None
-    version: int
-    behaviour: str
-    temperature: float
-    actor: str
-    created_s: float  # unix seconds
     tally: Tally
-
-    @property
-    def rationale(self) -> str:
-        """Its whole text."""
-        return "".join(piece.text for piece in self.pieces)
-
-    @property
-    def used_tool(self) -> bool:
-        """Whether a tool inserted any of it."""
-        return any(piece.from_tool for piece in self.pieces)
 
     def age(self, version: int) -> int:
         """Versions since the one that sampled it."""
         return max(0, version - self.version)
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """The decoded parts of a trajectory."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Entry):
+    """One trajectory as it is shown, its texts decoded, without its per-token arrays."""
 
-    prompt: str
     pieces: tuple[Piece, ...]
     answer: str
+    log_q: float  # nats, recorded: of the whole rationale and the stop behind it
+    behaviour: str
+    temperature: float
+    actor: str
+
+    @property
+    def rationale(self) -> str:
+        """Its whole text."""
+        return "".join(piece.text for piece in self.pieces)
+
+    def beginning(self, characters: int) -> tuple[Piece, ...]:
+        """Its first pieces, cut after so many characters; an ellipsis says so."""
+        shown: list[Piece] = []
+        for piece in self.pieces:
+            if len(piece.text) > characters:
+                return (*shown, Piece(f"{piece.text[:characters]}…", piece.from_tool))
+            shown.append(piece)
+            characters -= len(piece.text)
+        return self.pieces
 
 
-def texts_of(trajectory: Trajectory, decode: Decode) -> Texts:
+def row_of(trajectory: Trajectory, decode: Decode, tally: Tally) -> Row:
     """Decode a trajectory."""
-    return Texts(
-        prompt=decode(trajectory.prompt.tolist()),
-        pieces=split_pieces(trajectory.completion.tolist(), trajectory.from_tool.tolist(), decode),
-        answer=decode(trajectory.answer.tolist()),
-    )
-
-
-def row_of(trajectory: Trajectory, texts: Texts, tally: Tally) -> Row:
-    """The row of a trajectory with these texts and this history."""
+    from_tool = trajectory.from_tool.tolist()
     return Row(
-        id=trajectory.id,
-        task=trajectory.task,
-        prompt_key=trajectory.prompt_key,
-        prompt=texts.prompt,
-        pieces=texts.pieces,
-        answer=texts.answer,
-        num_tokens=trajectory.completion.size,
-        log_reward=trajectory.terminal_log_reward,
-        log_q=float(np.sum(trajectory.log_q_token, dtype=np.float64) + trajectory.log_q_stop[-1]),
-        correct=trajectory.correct,
-        version=trajectory.policy_version,
+        **asdict(Summary.of(trajectory)),
+        tally=tally,
+        prompt=decode(trajectory.prompt.tolist()),
+        pieces=split_pieces(trajectory.completion.tolist(), from_tool, decode),
+        answer=decode(trajectory.answer.tolist()),
+        log_q=trajectory.log_q,
         behaviour=trajectory.behaviour,
         temperature=trajectory.temperature,
         actor=trajectory.actor,
-        created_s=trajectory.created_s,
-        tally=tally,
     )
 
 
 def tool_spans(from_tool: Sequence[bool]) -> list[tuple[int, int]]:
-    """Prefix lengths between which a tool wrote: (before its first token, behind its last)."""
+    """Prefix lengths between which a tool wrote: (before its first token, after its last)."""
     marks = [False, *from_tool, False]
     changes = [t for t in range(1, len(marks)) if marks[t] != marks[t - 1]]
     return [(start - 1, end - 1) for start, end in zip(changes[::2], changes[1::2], strict=True)]
@@ -117,10 +97,14 @@ def split_pieces(
 
 
 def split_text(tokens: Sequence[int], ends: Sequence[int], decode: Decode) -> list[str]:
-    """The text of tokens, cut behind each of the rising numbers of tokens `ends`.
+    """The text of tokens, cut after each of the rising numbers of tokens `ends`.
 
-    A prefix is decoded whole, since the text of a token may depend on those before it, such as
-    the space of a first word or the bytes of one character.
+    Tokens are decoded with some of those before them, on which their text may depend: the space
+    of a first word, the bytes of one character.
     """
-    prefixes = ["", *(decode(list(tokens[:end])) for end in ends)]
-    return [longer[len(shorter) :] for shorter, longer in pairwise(prefixes)]
+    texts = []
+    for last, end in pairwise([0, *ends]):
+        start = max(0, last - _CONTEXT)
+        before = decode(list(tokens[start:last])) if last else ""
+        texts.append(decode(list(tokens[start:end]))[len(before) :])
+    return texts

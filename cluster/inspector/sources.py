@@ -1,18 +1,14 @@
 """Everything of one run that the pages show, opened for reading."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-from buffer.browser import ReplayBrowser, Tally
+from buffer.browser import ReplayBrowser
 from buffer.connection import connect
-from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
 from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import MetricsTail
-from cluster.inspector.prefixes import Prefix, estimate_log_z, prefixes_of
-from cluster.inspector.rows import Row, row_of, split_text, texts_of, tool_spans
+from cluster.inspector.detail import Detail, detail_of
 from cluster.run.directory import RunDirectory, RunState
 from learner.schedule import reward_temperature
 from lm.hub import load_tokenizer
@@ -35,26 +31,6 @@ class Target:
 
 class Gone(LookupError):
     """No trajectory is stored under this id."""
-
-
-class Step(NamedTuple):
-    """A stop state and the text that leads to it from the one before."""
-
-    prefix: Prefix
-    text: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Detail:
-    """A trajectory and what stands around it."""
-
-    row: Row
-    steps: Sequence[Step]
-    group: Sequence[Row]  # all that is stored for its prompt, best first, itself included
-    log_z: float  # of its prompt, nats, estimated from the group
-    temperature: float  # T, of the learner's present step
-    tool_spans: Sequence[tuple[int, int]]  # prefix lengths between which a tool wrote
-    version: int  # the learner's
 
 
 class Sources:
@@ -88,28 +64,14 @@ class Sources:
         (ids,) = self._browser.ids([trajectory.prompt_key])
         # The buffer may have replaced it since the line above.
         group = {t.id: t for t in self._browser.trajectories(ids)} | {id: trajectory}
-        tallies = self._browser.tallies_of(list(group))
-        temperature = self._temperature()
-        log_z = estimate_log_z(list(group.values()), temperature=temperature)
-        rows = {key: self._row(t, tallies[key]) for key, t in group.items()}
-        return Detail(
-            row=rows[id],
-            steps=self._steps(trajectory, temperature=temperature, log_z=log_z),
-            group=sorted(rows.values(), key=lambda row: (-row.log_reward, row.id)),
-            log_z=log_z,
-            temperature=temperature,
-            tool_spans=tool_spans(trajectory.from_tool.tolist()),
+        return detail_of(
+            trajectory,
+            list(group.values()),
+            self._browser.tallies_of(list(group)),
+            self._decode,
+            temperature=self._temperature(),
             version=self.catalogue.listing().stats.version,
         )
-
-    def _row(self, trajectory: Trajectory, tally: Tally) -> Row:
-        return row_of(trajectory, texts_of(trajectory, self._decode), tally)
-
-    def _steps(self, trajectory: Trajectory, *, temperature: float, log_z: float) -> Sequence[Step]:
-        prefixes = prefixes_of(trajectory, temperature=temperature, log_z=log_z)
-        ends = [prefix.length for prefix in prefixes]
-        texts = split_text(trajectory.completion.tolist(), ends, self._decode)
-        return [Step(prefix, text) for prefix, text in zip(prefixes, texts, strict=True)]
 
     def _temperature(self) -> float:
         state = self.state()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from buffer.trajectory import Trajectory
-from cluster.inspector.prefixes import estimate_log_z, potentials, prefixes_of
+from cluster.inspector.detail import estimate_log_z, potentials, prefixes_of
 from learner.objectives.base import ObjectiveInput
 from learner.objectives.potential import log_z_of, state_potentials
 from tests.buffer_toy import toy_trajectory

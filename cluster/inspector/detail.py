@@ -1,0 +1,128 @@
+"""One trajectory in full: its stop states with their flows, and what else its prompt has.
+
+All from the behaviour's own record: log q as the actor's version gave it, log R as the reward
+replica gave it. The learner computes log q afresh under its current weights, so its loss is
+another number.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from buffer.browser import Tally
+from buffer.trajectory import Trajectory
+from cluster.inspector.rows import Decode, Row, row_of, split_text, tool_spans
+from learner.quality import log_weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """One stop state, the prefix of `length` tokens; all in nats."""
+
+    length: int
+    log_reward: float  # untempered
+    log_path: float  # log q of getting here: its tokens, without a stop
+    log_q_stop: float
+    potential: float
+    residual: float | None  # potential less that of the stop state before; None for the first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Detail:
+    """A trajectory and what stands around it."""
+
+    row: Row
+    steps: Sequence[tuple[Prefix, str]]  # stop states with the text since the one before
+    group: Sequence[Row]  # all that is stored for its prompt, best first, itself included
+    log_z: float  # of its prompt, nats, estimated from the group
+    temperature: float  # T, of the learner's present step
+    tool_spans: Sequence[tuple[int, int]]  # prefix lengths between which a tool wrote
+    version: int  # the learner's
+
+
+def detail_of(
+    trajectory: Trajectory,
+    group: Sequence[Trajectory],
+    tallies: Mapping[str, Tally],
+    decode: Decode,
+    *,
+    temperature: float,
+    version: int,
+) -> Detail:
+    """Put together what the page of a trajectory shows; the group holds it too."""
+    log_z = estimate_log_z(group, temperature=temperature)
+    prefixes = prefixes_of(trajectory, temperature=temperature, log_z=log_z)
+    ends = [prefix.length for prefix in prefixes]
+    texts = split_text(trajectory.completion.tolist(), ends, decode)
+    rows = [row_of(t, decode, tallies[t.id]) for t in group]
+    return Detail(
+        row=next(row for row in rows if row.id == trajectory.id),
+        steps=list(zip(prefixes, texts, strict=True)),
+        group=sorted(rows, key=lambda row: (-row.log_reward, row.id)),
+        log_z=log_z,
+        temperature=temperature,
+        tool_spans=tool_spans(trajectory.from_tool.tolist()),
+        version=version,
+    )
+
+
+def prefixes_of(trajectory: Trajectory, *, temperature: float, log_z: float) -> tuple[Prefix, ...]:
+    """Every stop state, shortest first.
+
+    The residual is the difference of neighbouring potentials; SubTB (Hu et al. 2024, eq. 3) is the
+    squares of the differences of all pairs. Where the bare prompt is no stop state, the root
+    stands before the first one, with its flow Z as its potential: phi = -log Z.
+
+    Args:
+        temperature: T.
+        log_z: of the prompt, nats, as `estimate_log_z` says.
+    """
+    potential_S = potentials(trajectory, temperature=temperature)
+    root = -log_z if trajectory.stops[0] > 0 else np.nan
+    residual_S = np.diff(potential_S, prepend=root)
+    columns = (
+        trajectory.stops,
+        trajectory.log_reward,
+        path_log_probs(trajectory),
+        trajectory.log_q_stop,
+        potential_S,
+        residual_S,
+    )
+    return tuple(
+        Prefix(
+            length=length,
+            log_reward=log_reward,
+            log_path=log_path,
+            log_q_stop=log_q_stop,
+            potential=potential,
+            residual=None if np.isnan(residual) else residual,
+        )
+        for length, log_reward, log_path, log_q_stop, potential, residual in zip(
+            *(column.tolist() for column in columns), strict=True
+        )
+    )
+
+
+def path_log_probs(trajectory: Trajectory) -> NDArray[np.float64]:
+    """log q of the tokens up to each stop state, [S] nats; a tool's tokens have probability 1."""
+    steps_L = np.cumsum(trajectory.log_q_token, dtype=np.float64)
+    return np.concatenate([[0.0], steps_L])[trajectory.stops]
+
+
+def potentials(trajectory: Trajectory, *, temperature: float) -> NDArray[np.float64]:
+    """phi_t = log q(z_1:t) + log q(stop | z_1:t) - log R(z_1:t stop) / T of each stop state.
+
+    [S] nats; at the optimum all of a prompt equal -log Z.
+    """
+    log_q_S = path_log_probs(trajectory) + trajectory.log_q_stop
+    return log_q_S - trajectory.log_reward.astype(np.float64) / temperature
+
+
+def estimate_log_z(trajectories: Sequence[Trajectory], *, temperature: float) -> float:
+    """log Z of a prompt from some of its trajectories, nats: the mean of log R / T - log q.
+
+    VarGrad's estimate (Richter et al. 2020), here from recorded log q of several versions.
+    """
+    return float(np.mean([log_weight(t, temperature) for t in trajectories]))
