@@ -7,6 +7,7 @@
 #   ARGS         more arguments of the job, e.g. make run ARGS='--run mine learner.steps=50'
 #   PYTHON       interpreter for .venv (3.11 to 3.13)
 #   TORCH_INDEX  a further package index, e.g. https://download.pytorch.org/whl/cpu
+# Other variables of yours, such as AMORTIZE_RUNS or RAY_ADDRESS, are for `amortize`, not for these.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -23,7 +24,7 @@ help:
 
 run: $(stamp)
 	@echo "run: amortize train tasks/arithmetic.toml $(ARGS)"
-	@$(python) -m cluster train tasks/arithmetic.toml $(ARGS)
+	@.ci/own-environment $(python) -m cluster train tasks/arithmetic.toml $(ARGS)
 
 test: $(stamp)
 	@echo "test: ruff check"
@@ -33,7 +34,7 @@ test: $(stamp)
 	@echo "test: mypy"
 	@$(python) -m mypy
 	@echo "test: pytest, the fast tests on all cores, then the slow ones"
-	@.ci/test $(ARGS)
+	@.ci/own-environment .ci/test $(ARGS)
 
 setup: $(stamp)
 	@echo "set-up: .venv is up to date"

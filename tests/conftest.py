@@ -1,87 +1,41 @@
-"""Fixtures shared by the tests: tiny random-weight language models of several architectures."""
+"""What holds for every test: its environment, its pace, its time, and where it may be skipped."""
 
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
 
-VOCAB_SIZE = 31
+from tests.environment import ALL, OwnEnvironment
 
-# How fast examples come says how busy the machine is, and nothing of the code.
+# Plugins are imported after this module, and so is all of ours, in the tests' own environment.
+ENVIRONMENT = OwnEnvironment()
+pytest_plugins = ["tests.tiny_lm"]
+
 settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "any machine",
+    # How fast examples come says how busy the machine is, and nothing of the code.
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("any machine")
 
-
-def tiny_config(architecture: str) -> PretrainedConfig:
-    """Configuration of a two-layer model over VOCAB_SIZE tokens."""
-    match architecture:
-        case "gpt2":
-            return GPT2Config(
-                vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256
-            )
-        case "gptj":
-            return GPTJConfig(
-                vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=256, rotary_dim=4
-            )
-        case "gpt_neox":
-            return GPTNeoXConfig(
-                vocab_size=VOCAB_SIZE,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=64,
-                max_position_embeddings=256,
-            )
-        case "llama" | "qwen2":
-            kind = LlamaConfig if architecture == "llama" else Qwen2Config
-            return kind(
-                vocab_size=VOCAB_SIZE,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=64,
-                max_position_embeddings=256,
-            )
-    raise ValueError(f"no tiny model of architecture {architecture!r}")
+# Setup included, which of many is the start of Ray.
+SLOW_TIMEOUT_S = 400
 
 
-ARCHITECTURES = ("gpt2", "llama", "qwen2", "gptj", "gpt_neox")
+@pytest.fixture(scope="session", autouse=True)
+def own_working_directory() -> Iterator[None]:
+    """Tests stand in an empty folder; not before they run, as pytest starts its workers here."""
+    before = Path.cwd()
+    os.chdir(ENVIRONMENT.working_directory)
+    yield
+    os.chdir(before)
 
 
-@pytest.fixture
-def tiny_lm() -> Callable[[str], PreTrainedModel]:
-    """A function from architecture name to a model with fixed random weights, dropout off."""
-
-    def build(architecture: str) -> PreTrainedModel:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(tiny_config(architecture))
-        # Default initialisation is nearly uniform over tokens; sharper weights make errors visible.
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0.0, 0.3)
-        return model.eval()
-
-    return build
-
-
-# Set where no test may be skipped for want of a program or a permission, as on CI.
-ALL = "AMORTIZE_TEST_ALL"
+def pytest_unconfigure() -> None:
+    ENVIRONMENT.remove()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,10 +47,6 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{ALL} is set, but the test was skipped: {report.longrepr}"
     return report
-
-
-# Setup included, which of many is the start of Ray.
-SLOW_TIMEOUT_S = 400
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

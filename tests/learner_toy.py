@@ -21,7 +21,7 @@ from learner.objectives.subtb import SubTB
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel, attach_adapter, freeze
-from tests.conftest import VOCAB_SIZE, tiny_config
+from tests.tiny_lm import VOCAB_SIZE, tiny_config
 
 ACTIONS = ActionSpace(stop_token=0, legal_tokens=(1, 2), min_len=1, max_len=3)
 PROMPTS = {"short": [5, 6], "long": [7, 8, 9, 10], "other": [11, 12, 13]}

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reward.config import RewardConfig
 from reward.request import ScoreItem
-from tests.conftest import VOCAB_SIZE, tiny_config
+from tests.tiny_lm import VOCAB_SIZE, tiny_config
 
 CONFIG = RewardConfig(token_budget=150, deadline_s=30.0)
 

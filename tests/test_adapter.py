@@ -27,7 +27,7 @@ from lm.merged import MergedModel
 from lm.model import LanguageModel, attach_adapter, fingerprint, freeze
 from lm.sampling import Request, Sampler
 from lm.scoring import completion_log_probs
-from tests.conftest import ARCHITECTURES
+from tests.tiny_lm import ARCHITECTURES
 
 IDS = torch.arange(14)[None]
 LORA = LoRAConfig(rank=3, alpha=12.0)

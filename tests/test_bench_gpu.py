@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.gpu import Load, Weights, main, matrix_rate, measure, random_model
-from tests.conftest import tiny_config
+from tests.tiny_lm import tiny_config
 
 CPU = torch.device("cpu")
 

@@ -31,7 +31,7 @@ from lm.model import (
     load_base,
     vocab_size,
 )
-from tests.conftest import ARCHITECTURES, VOCAB_SIZE
+from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, words: int = VOCAB_SIZE - 1) -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits, next_logits
 from lm.scoring import completion_log_probs
-from tests.conftest import ARCHITECTURES, VOCAB_SIZE
+from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 MakeLM = Callable[[str], PreTrainedModel]
 PREFIXES = [(5, 9, 2), (5, 9, 2, 11, 3, 3, 20), (5, 9, 2, 11), (5, 9, 2, 8, 1, 0, 0, 0, 4)]

@@ -22,7 +22,7 @@ from reward.packed import (
 )
 from reward.packing import plan
 from reward.request import BadItem, ScoreItem
-from tests.conftest import ARCHITECTURES, VOCAB_SIZE
+from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 NATS = 1e-4
 LM = Callable[[str], PreTrainedModel]

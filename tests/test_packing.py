@@ -11,7 +11,7 @@ from lm import scoring
 from lm.actions import ActionSpace
 from lm.packing import pack
 from lm.scoring import completion_log_probs
-from tests.conftest import ARCHITECTURES
+from tests.tiny_lm import ARCHITECTURES
 
 PROMPTS = [(5, 6, 7), (8, 9), (5, 6, 7), (5, 6, 7)]
 COMPLETIONS = [[2, 3], [4], [], [3, 3, 3]]

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from actors.direct_scorer import DirectScorer
-from cluster.config.file import load_config
+from cluster.config.file import PROJECT_ROOT, load_config
 from lm.config import LMConfig
 from lm.model import load_base
 from reward.request import ScoreItem
@@ -18,7 +18,7 @@ from tasks.random_number import RandomNumber, build_random_number
 
 @pytest.fixture(scope="module")
 def task() -> RandomNumber:
-    tokenizer = load_base(LMConfig(model="seed_lm/model", device="cpu")).tokenizer
+    tokenizer = load_base(LMConfig(model=str(PROJECT_ROOT / "seed_lm/model"), device="cpu")).tokenizer
     return build_random_number(RandomNumberConfig(name="random_number"), tokenizer)
 
 

@@ -19,8 +19,8 @@ from reward.packing import MicroBatch, plan
 from reward.replica import RewardReplica, ScoreFailed, ScoreTimeout
 from reward.request import BadItem, ScoreItem
 from reward.unsharded import WholeRank
-from tests.conftest import VOCAB_SIZE
 from tests.reward_toy import CONFIG, assert_same, make_items, make_model, replace_config
+from tests.tiny_lm import VOCAB_SIZE
 
 
 class GatedRank:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from lm.action_distribution import Chooser, PolicyDiverged
 from lm.actions import ActionSpace
 from lm.sampling import Request, Sampler
-from tests.conftest import ARCHITECTURES, VOCAB_SIZE
 from tests.sampling_toy import CALL, MUTE, STOP, Echo, draw, mixed_requests, worst_disagreement
+from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.scoring import completion_log_probs, prompt_state_size
-from tests.conftest import ARCHITECTURES
 from tests.sampling_toy import enumerable_policy
+from tests.tiny_lm import ARCHITECTURES
 
 PROMPTS = [(5, 6), (7, 8, 9, 10, 11), (3,), (5, 6)]
 COMPLETIONS = [[2, 3, 29, 30, 9], [9], [2, 2, 2, 9, 9, 2, 5], []]

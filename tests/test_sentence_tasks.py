@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from cluster.config.file import load_config
+from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.reports.score_table import rows
 from cluster.run.evaluation import evaluate, evaluation_context
 from lm.model import load_base
@@ -38,7 +38,7 @@ from tasks.task import Task
 from tests.sentence_toy import sentence_config
 
 PROSE = (Share(Stories(), 1.0), Share(Exercises(), 0.2), Share(Scenes(), 1.0))
-DATA = Path("tasks/data")
+DATA = PROJECT_ROOT / "tasks/data"
 
 
 @pytest.fixture(scope="module")

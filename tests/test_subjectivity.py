@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cluster.__main__ import main
-from cluster.config.file import load_config
+from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.schema import RunConfig
 from cluster.reports.score_table import rows
 from cluster.run.assembly import load_task
@@ -35,7 +35,7 @@ from tasks.subjectivity.data import Label, load_reviews
 from tasks.subjectivity.evaluation import likelier_label, objective_probability
 from tasks.subjectivity.task import Subjectivity, build_subjectivity
 
-DATA = Path("tasks/data/subjectivity")
+DATA = PROJECT_ROOT / "tasks/data/subjectivity"
 TRAIN, TEST = str(DATA / "train.jsonl"), str(DATA / "test.jsonl")
 
 
