@@ -1,7 +1,9 @@
 """Entry point: parses, then imports the verb, so that --help stays fast."""
 
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
@@ -24,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     defect, and shows its traceback.
     """
     verb, arguments = parse(sys.argv[1:] if argv is None else argv)
+    _silence_notices()
     module = _ELSEWHERE.get(verb, f"cluster.{_ROOMS.get(verb, 'commands')}.{verb}")
     try:
         # Libraries greet on stdout, which belongs to what the verb prints.
@@ -38,6 +41,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"amortize {verb}: {error}", file=sys.stderr)
         return 1
+
+
+def _silence_notices() -> None:
+    """Keep what libraries tell their own users off the terminal; only before they are imported."""
+    # Deprecations are for who calls the function, which no user of a verb does.
+    for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
+        warnings.simplefilter("ignore", category)
+    # That a machine without a GPU computes on its CPU.
+    logging.getLogger("DeepSpeed").addFilter(_is_no_greeting)
+
+
+def _is_no_greeting(record: logging.LogRecord) -> bool:
+    return record.funcName != "get_accelerator"
 
 
 if __name__ == "__main__":
