@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from lm.chunked_head import Actions, OutputHead, action_log_probs, head_replaced, target_log_probs
-from tests.conftest import ARCHITECTURES
+from tests.tiny_lm import ARCHITECTURES
 
 WIDTH, VOCAB, STATES, STOP = 5, 23, 14, 3
 LEGAL = torch.tensor([1, 2, 3, 8, 9, 21])

@@ -18,7 +18,8 @@ from tasks.random_number import RandomNumber, build_random_number
 
 @pytest.fixture(scope="module")
 def task() -> RandomNumber:
-    tokenizer = load_base(LMConfig(model=str(PROJECT_ROOT / "seed_lm/model"), device="cpu")).tokenizer
+    model = str(PROJECT_ROOT / "seed_lm/model")
+    tokenizer = load_base(LMConfig(model=model, device="cpu")).tokenizer
     return build_random_number(RandomNumberConfig(name="random_number"), tokenizer)
 
 
