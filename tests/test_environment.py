@@ -1,4 +1,4 @@
-"""What the caller has set changes neither the tests nor `make run`, and nothing of his is written."""
+"""What the caller has set changes neither the tests nor `make run`, and his folders stay empty."""
 
 import os
 import subprocess
