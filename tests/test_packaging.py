@@ -66,7 +66,12 @@ def test_the_wheel_holds_code_and_data_and_works_outside_the_tree(tmp_path: Path
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
-    for data in ("tasks/arithmetic.toml", "buffer/lua/", "cluster/inspector/templates/"):
+    for data in (
+        "tasks/arithmetic.toml",
+        "buffer/lua/",
+        "cluster/inspector/templates/",
+        "cluster/reports/templates/",
+    ):
         assert any(name.startswith(data) for name in names), data
     site = tmp_path / "site"
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)

@@ -9,8 +9,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from cluster.experiments.comparison import Summary, Table
-from cluster.reports.html_page import escaped, figures, head
-from cluster.run.directory import write_whole
+from cluster.reports.html_page import write_html
 
 _COLUMNS = 3  # of panels in the figure
 _MOST_PANELS = 9
@@ -78,29 +77,19 @@ def write_page(
     Args:
         runs: what the runs are called, for people.
     """
-    parts = [
-        head(
-            title, "Methods at nearly equal numbers of trajectories; mean and deviation over seeds"
-        ),
-        _html("What was measured", metrics),
-        figures("Figures", plots),
-        _html("What it took", compute),
-        f"<h2>Runs</h2><pre>{escaped(runs)}</pre></main></body></html>\n",
+    write_html(
+        path,
+        "comparison.html",
+        title=title,
+        measured=_across(metrics),
+        plots=plots,
+        spent=_across(compute),
+        runs=runs,
+    )
+
+
+def _across(table: Table) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """The methods, and each figure with its value for every one of them."""
+    return list(table), [
+        (name, [written(row.get(name)) for row in table.values()]) for name in names_of(table)
     ]
-    write_whole(path, "\n".join(part for part in parts if part))
-
-
-def _html(heading: str, table: Table) -> str:
-    titles = "".join(f'<th class="number">{escaped(method)}</th>' for method in table)
-    lines = "".join(
-        f"<tr><td>{escaped(name)}</td>"
-        + "".join(
-            f'<td class="number">{escaped(written(row.get(name)))}</td>' for row in table.values()
-        )
-        + "</tr>"
-        for name in names_of(table)
-    )
-    return (
-        f'<h2>{escaped(heading)}</h2><div class="scroll"><table><tr><th></th>{titles}</tr>'
-        f"{lines}</table></div>"
-    )

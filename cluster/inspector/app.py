@@ -1,6 +1,6 @@
 """The inspector as a web application: addresses, and which page each of them is."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse
@@ -32,34 +32,34 @@ def build_app(sources: Sources, *, token: str) -> FastAPI:
     app = FastAPI(title="amortize inspector", docs_url=None, redoc_url=None, openapi_url=None)
     pages = Pages(sources.directory.name)
 
-    def is_live() -> bool:
+    def page(template: str, base: str, *, growing: bool = False, **context: Any) -> str:
         state = sources.state()
-        return state is not None and state.phase in _LIVE
+        live = growing or (state is not None and state.phase in _LIVE)
+        return pages.render(template, state=state, base=base, live=live, **context)
 
     @app.get("/", response_class=HTMLResponse)
     def table(request: Request, base: Base) -> str:
         query = parse_query(request.query_params)
         listing = sources.catalogue.listing()
-        page = sources.catalogue.page(listing, query)
-        return pages.table(
-            page,
-            query,
-            listing,
-            tasks=sorted({entry.task for entry in listing.entries}),
-            state=sources.state(),
-            base=base,
-            live=is_live() or listing.unread_prompts + page.unsearched > 0,
+        found = sources.catalogue.page(listing, query)
+        tasks = sorted({entry.task for entry in listing.entries})
+        return page(
+            "table",
+            base,
+            growing=listing.unread_prompts + found.unsearched > 0,
+            page=found,
+            query=query,
+            listing=listing,
+            tasks=tasks,
         )
 
     @app.get("/trajectory/{id}", response_class=HTMLResponse)
     def trajectory(id: str, base: Base) -> str:
-        detail = sources.detail(id)
-        return pages.trajectory(detail, state=sources.state(), base=base, live=is_live())
+        return page("trajectory", base, detail=sources.detail(id))
 
     @app.get("/curves", response_class=HTMLResponse)
     def curves(base: Base) -> str:
-        drawn = draw_curves(sources.metrics.rows())
-        return pages.curves(drawn, state=sources.state(), base=base, live=is_live())
+        return page("curves", base, curves=draw_curves(sources.metrics.rows()))
 
     explain_errors(app, sources, pages)
     app.add_middleware(Gate, token=token, policy=POLICY)
@@ -69,30 +69,23 @@ def build_app(sources: Sources, *, token: str) -> FastAPI:
 def explain_errors(app: FastAPI, sources: Sources, pages: Pages) -> None:
     """Pages for what can go wrong."""
 
-    def page(request: Request, status: int, title: str, text: str) -> HTMLResponse:
-        state = sources.state()
-        content = pages.message(title, text, state=state, base=base_of(request))
-        return HTMLResponse(content, status_code=status)
+    def explain(kind: type[Exception] | int, status: int, title: str, text: str = "") -> None:
+        def answer(request: Request, error: Exception) -> HTMLResponse:
+            content = pages.render(
+                "message",
+                state=sources.state(),
+                base=base_of(request),
+                live=False,
+                title=title,
+                text=text or str(error),
+            )
+            return HTMLResponse(content, status_code=status)
 
-    def bad_query(request: Request, error: Exception) -> HTMLResponse:
-        return page(request, 400, "This filter cannot be read", str(error))
+        app.add_exception_handler(kind, answer)
 
-    def gone(request: Request, error: Exception) -> HTMLResponse:
-        return page(
-            request,
-            404,
-            "No such trajectory",
-            "It is not in replay: a better one may have replaced it, or it was evicted.",
-        )
-
-    def unreachable(request: Request, error: Exception) -> HTMLResponse:
-        return page(request, 503, "The run's Redis does not answer", str(error))
-
-    def unknown(request: Request, error: Exception) -> HTMLResponse:
-        return page(request, 404, "No such page", "This address leads nowhere.")
-
-    app.add_exception_handler(BadQuery, bad_query)
-    app.add_exception_handler(Gone, gone)
+    explain(BadQuery, 400, "This filter cannot be read")
+    explain(404, 404, "No such page", "This address leads nowhere.")
+    missing = "It is not in replay: a better one may have replaced it, or it was evicted."
+    explain(Gone, 404, "No such trajectory", missing)
     for kind in (BufferUnreachable, WrongPassword, NotOurRedis):
-        app.add_exception_handler(kind, unreachable)
-    app.add_exception_handler(404, unknown)
+        explain(kind, 503, "The run's Redis does not answer")

@@ -7,15 +7,12 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cluster.inspector.catalogue import Listing
 from cluster.inspector.charts import Chart, Series, number
-from cluster.inspector.curves import Curve
 from cluster.inspector.detail import Detail
-from cluster.inspector.queries import Page, Query
-from cluster.reports.html_page import escaped
+from cluster.inspector.queries import Query
+from cluster.reports.html_page import page_environment
 from cluster.run.directory import RunState
 from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
 
@@ -52,13 +49,6 @@ POLICY = (
 )
 
 
-def _finalize(value: Any) -> Any:
-    """What a template writes: no text reaches a page but through here."""
-    if isinstance(value, Markup):
-        return value
-    return Markup(escaped(str(value)))
-
-
 class Pages:
     """The pages of one run.
 
@@ -67,72 +57,33 @@ class Pages:
     """
 
     def __init__(self, run: str) -> None:
-        self._run = run
-        self._environment = Environment(
-            loader=PackageLoader("cluster.inspector"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            finalize=_finalize,
-            trim_blocks=True,
-            lstrip_blocks=True,
+        self._environment = page_environment("cluster.inspector")
+        self._environment.filters.update(
+            nats=nats, ago=ago, number=number, times=times, charts=prefix_charts
         )
-        self._environment.filters.update(nats=nats, ago=ago, number=number, times=times)
         self._environment.tests["missing"] = lambda value: value is None
         self._environment.globals.update(
-            run=run, style=_STYLE, script=_SCRIPT, refresh=REFRESH_S, shown=_SHOWN
-        )
-
-    def table(
-        self,
-        page: Page,
-        query: Query,
-        listing: Listing,
-        *,
-        tasks: Sequence[str],
-        state: RunState | None,
-        base: str,
-        live: bool,
-    ) -> str:
-        """The table of trajectories."""
-        return self._render(
-            "table.html",
-            page=page,
-            query=query,
-            listing=listing,
-            tasks=tasks,
+            run=run,
+            style=_STYLE,
+            script=_SCRIPT,
+            refresh=REFRESH_S,
+            shown=_SHOWN,
             columns=_COLUMNS,
-            state=state,
-            base=base,
-            live=live,
+            query_of=Query,
         )
 
-    def trajectory(self, detail: Detail, *, state: RunState | None, base: str, live: bool) -> str:
-        """One trajectory."""
-        return self._render(
-            "trajectory.html",
-            detail=detail,
-            charts=prefix_charts(detail),
-            in_table=Query(prompt=detail.row.prompt_key).address(),
-            state=state,
-            base=base,
-            live=live,
-        )
-
-    def curves(
-        self, curves: Sequence[Curve], *, state: RunState | None, base: str, live: bool
+    def render(
+        self, template: str, *, state: RunState | None, base: str, live: bool, **context: Any
     ) -> str:
-        """The curves of the run."""
-        return self._render("curves.html", curves=curves, state=state, base=base, live=live)
+        """A template, filled.
 
-    def message(self, title: str, text: str, *, state: RunState | None, base: str) -> str:
-        """A page that says why there is no other."""
-        return self._render(
-            "message.html", title=title, text=text, state=state, base=base, live=False
-        )
-
-    def _render(self, template: str, *, state: RunState | None, **context: Any) -> str:
-        return self._environment.get_template(template).render(
-            state=state, facts=facts(state), now=time.time(), **context
+        Args:
+            state: of the run, on top of every page.
+            base: what every address begins with.
+            live: whether the page refreshes itself.
+        """
+        return self._environment.get_template(f"{template}.html").render(
+            facts=facts(state), now=time.time(), base=base, live=live, **context
         )
 
 
