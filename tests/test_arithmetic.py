@@ -22,7 +22,6 @@ from tasks.arithmetic.task import Arithmetic, build_arithmetic, encode
 from tasks.config import ArithmeticConfig
 from tasks.evaluation.accuracy import (
     Voted,
-    draw_rationales,
     spread_metrics,
     vote,
     vote_metrics,
@@ -278,9 +277,11 @@ def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestItem:
 
 
 def ask(task: Arithmetic, items: list[TestItem], policy: Script, answerer: Script, n: int) -> Any:
+    drawn = [policy.sample([Request(prompt=one.prompt)] * n) for one in items]
     return vote(
         items,
-        draw_rationales(items, policy.sample, n, 0.1),
+        [one.prompt for one in items],
+        [[tuple(z.tokens.tolist()) for z in same] for same in drawn],
         answer=answerer.sample,
         decode=task.tokenizer.decode,
         parse=task.parse_answer,

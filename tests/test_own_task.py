@@ -15,6 +15,9 @@ import pytest
 from cluster.__main__ import main
 from cluster.config.file import ConfigError, load_config, resolved_toml
 from cluster.distributed.ray_cluster import own_source, source_for_workers
+from cluster.experiments.comparison import figures
+from cluster.reports.score_table import rows
+from cluster.run.evaluation import evaluate
 from lm.hub import load_tokenizer
 from tasks.config import ArithmeticConfig
 from tasks.custom import PlainTask, UnfitTask
@@ -68,8 +71,20 @@ def test_the_page_runs_as_it_stands(project: Path, capsys: pytest.CaptureFixture
     assert before is not None and after is not None and (before.step, after.step) == (0, 60)
     elbos = before.value("elbo_T1"), after.value("elbo_T1")
     assert elbos[0] is not None and elbos[1] is not None and elbos[1] > elbos[0] + 1
+    assert "different of 50" in said  # the page's own metric, in the tables ...
+    assert "different of 50" in (project / "runs/boats/report.html").read_text()
     table = json.loads((project / "runs/boats-compared/compare.json").read_text())["table"]
     assert table["gflownet"]["elbo_T1"]["mean"] > table["base"]["elbo_T1"]["mean"] + 1
+    assert table["gflownet"]["different"]["mean"] == after.value("different")  # ... and compared
+
+
+def test_a_metric_of_its_own_stands_beside_those_of_every_task(project: Path) -> None:
+    small = ["posterior.max_nodes=0", "posterior.samples=10", "posterior.draws=0"]
+    found = evaluate(load_config("last_word.toml", small), adapter=None)
+    assert list(found.metrics) == ["elbo_T1", "different"]
+    [told] = [row for row in rows(None, found) if row.label == "different of 50"]
+    assert told.items == "2" and 1 <= float(told.after) <= 50
+    assert figures(found)["different"] == found.value("different")
 
 
 def test_settings_are_those_of_the_class_and_read_back(project: Path) -> None:

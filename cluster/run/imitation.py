@@ -24,7 +24,6 @@ from learner.objectives.texts import TextLikelihood, text_actions
 from learner.protocols import Replay
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
-from lm.sampling import Request
 from tasks.task import AnsweredTask, Task, TokenizerUnfit
 
 
@@ -64,12 +63,11 @@ def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:
     Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM.
     """
     number, context = config.em.rationales, task.reward_query.context
-    asked = [prompt for prompt in task.prompts for _ in range(number)]
     policy = evaluation_context(config, Path(str(config.em.policy)))
-    with policy.language_model.with_adapter(policy.adapter) as model:
-        draw = policy.drawing(model, task.actions, task.tool, seed=config.seed)
-        drawn = draw([Request(prompt=prompt.prompt) for prompt in asked])
-    for prompt, completion in zip(asked, drawn, strict=True):
+    shown = [prompt.prompt for prompt in task.prompts]
+    drawn = policy.draw(task.actions, shown, number, tool=task.tool, seed=config.seed)
+    asked = [(prompt, z) for prompt, same in zip(task.prompts, drawn, strict=True) for z in same]
+    for prompt, completion in asked:
         text = (*completion.tokens.tolist(), *prompt.answer)
         yield Demonstration(
             prompt=dataclasses.replace(prompt, prompt=(*context, *prompt.scored_prompt)),

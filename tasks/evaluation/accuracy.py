@@ -79,16 +79,21 @@ def evaluate_answers(
         shots = worked_examples(task, tokenizer, count=context.shots, seed=context.seed)
 
     context.progress(f"drawing {settings.samples} rationales for each of {len(items)} questions")
-    with context.language_model.with_adapter(context.adapter) as model:
-        draw = context.drawing(model, task.actions, task.tool)
-        count = settings.samples
-        drawn = draw_rationales(items, draw, count, settings.temperature, shots)
-        own = draw_rationales(few, draw, count, 1.0, shots)  # as the policy itself draws
 
-    context.progress(f"answering behind {len(set(drawn + own))} different rationales")
+    def draw(texts: Sequence[Tokens], temperature: float) -> list[list[Tokens]]:
+        drawn = context.draw(
+            task.actions, texts, settings.samples, tool=task.tool, temperature=temperature
+        )
+        return [[tuple(z.tokens.tolist()) for z in same] for same in drawn]
+
+    asked = [(*shots, *item.prompt) for item in items]
+    asked_few = [(*shots, *item.prompt) for item in few]
+    drawn = [*draw(asked, settings.temperature), *draw(asked_few, 1.0)]
+    context.progress(f"answering behind {sum(map(len, drawn))} rationales")
     voted = vote(
         [*items, *few],
-        [*drawn, *own],
+        [*asked, *asked_few],
+        drawn,
         answer=context.drawing(context.language_model.base.model, task.answer_actions),
         decode=tokenizer.decode,
         parse=task.parse_answer,
@@ -105,26 +110,10 @@ def evaluate_answers(
     )
 
 
-def draw_rationales(
-    items: Sequence[TestItem], draw: Draw, count: int, temperature: float, shots: Tokens = ()
-) -> list[tuple[Tokens, Tokens]]:
-    """Text before Z, and Z: `count` for each item, those of one item side by side.
-
-    Args:
-        shots: token ids of worked examples in front of X; empty for none.
-    """
-    requests = [
-        Request(prompt=(*shots, *item.prompt), temperature=temperature)
-        for item in items
-        for _ in range(count)
-    ]
-    drawn = draw(requests)
-    return [(r.prompt, tuple(z.tokens.tolist())) for r, z in zip(requests, drawn, strict=True)]
-
-
 def vote(
     items: Sequence[TestItem],
-    rationales: Sequence[tuple[Tokens, Tokens]],
+    asked: Sequence[Tokens],
+    rationales: Sequence[Sequence[Tokens]],
     *,
     answer: Draw,
     decode: Callable[[list[int]], str],
@@ -134,11 +123,12 @@ def vote(
     """Ask the base LM for the answers that follow the rationales.
 
     Args:
-        rationales: from draw_rationales, as many for each item.
-        answer: draws Y of the base LM; asked once for each distinct pair of X and Z.
-        context: token ids in front of X when the base LM answers; empty for none.
+        asked: the text that each item's rationales stand behind.
+        answer: draws Y of the base LM; asked once for each distinct pair of text and rationale.
+        context: token ids in front of the text when the base LM answers; empty for none.
     """
-    distinct = list(dict.fromkeys(rationales))
+    pairs = [(x, z) for x, same in zip(asked, rationales, strict=True) for z in same]
+    distinct = list(dict.fromkeys(pairs))
     replies = answer(
         [Request(prompt=(*context, *x, *z), temperature=GREEDY_TEMPERATURE) for x, z in distinct]
     )
@@ -146,15 +136,13 @@ def vote(
         pair: parse(decode(reply.tokens.tolist()))
         for pair, reply in zip(distinct, replies, strict=True)
     }
-    count = len(rationales) // max(len(items), 1)
-    groups = [rationales[at : at + count] for at in range(0, len(rationales), count)]
     return [
         Voted(
             item=item,
-            rationales=tuple(decode(list(z)).strip() for _, z in group),
-            answers=tuple(answer_of[pair] for pair in group),
+            rationales=tuple(decode(list(z)).strip() for z in same),
+            answers=tuple(answer_of[x, z] for z in same),
         )
-        for item, group in zip(items, groups, strict=True)
+        for item, x, same in zip(items, asked, rationales, strict=True)
     ]
 
 

@@ -43,6 +43,30 @@ class EvaluationContext:
         """Worked examples that stand in front of a question: for the LM by itself alone."""
         return self.settings.shots if self.adapter is None else 0
 
+    def draw(
+        self,
+        actions: ActionSpace,
+        texts: Sequence[tuple[int, ...]],
+        count: int,
+        *,
+        tool: Tool | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> list[list[Completion]]:
+        """`count` completions of the policy behind each text; `texts` are token ids.
+
+        Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+        """
+        requests = [
+            Request(prompt=text, temperature=temperature, top_p=top_p)
+            for text in texts
+            for _ in range(count)
+        ]
+        with self.language_model.with_adapter(self.adapter) as model:
+            drawn = self.drawing(model, actions, tool, seed=seed)(requests)
+        return [drawn[at : at + count] for at in range(0, len(drawn), count)]
+
     def drawing(
         self,
         model: CausalLM,

@@ -9,8 +9,6 @@ from actors.prompts import Prompt
 from learner.quality import ess_share
 from lm.decoding import BeamSearch
 from lm.embedding import SentenceEmbedder
-from lm.model import CausalLM
-from lm.sampling import Request
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Metric
 from tasks.evaluation.few_shot import worked_examples
@@ -73,8 +71,7 @@ def write_sentences(
         shots = worked_examples(task, shared.tokenizer, count=context.shots, seed=context.seed)
     shown = [(*shots, *prompt.prompt) for prompt in prompts]
     context.progress(f"writing {settings.samples} sentences for each of {len(prompts)} prompts")
-    with shared.with_adapter(context.adapter) as model:
-        groups = _decode(model, task, context, shown, temperature or settings.temperature)
+    groups = _decode(task, context, shown, temperature or settings.temperature)
     several = settings.candidates > 1
     if several:
         groups = [list({draft.tokens: draft for draft in group}.values()) for group in groups]
@@ -99,16 +96,22 @@ def write_sentences(
 
 
 def _decode(
-    model: CausalLM,
-    task: Task,
-    context: EvaluationContext,
-    prompts: Sequence[_Tokens],
-    temperature: float,
+    task: Task, context: EvaluationContext, texts: Sequence[_Tokens], temperature: float
 ) -> list[list[_Draft]]:
-    """`samples` x `candidates` completions for each prompt."""
+    """`samples` x `candidates` completions of each text."""
     settings = context.settings
     number = settings.samples * settings.candidates
-    if settings.decoding != "sample":
+    if settings.decoding == "sample":
+        drawn = context.draw(
+            task.actions,
+            texts,
+            number,
+            tool=task.tool,
+            temperature=temperature,
+            top_p=settings.top_p,
+        )
+        return [[_Draft(tuple(z.tokens.tolist()), z.log_q) for z in same] for same in drawn]
+    with context.language_model.with_adapter(context.adapter) as model:
         search = BeamSearch(
             model,
             task.actions,
@@ -117,18 +120,8 @@ def _decode(
             penalty=settings.diversity_penalty,
             max_rows=settings.max_rows,
         )
-        return [
-            [_Draft(beam.tokens, beam.log_q) for beam in found] for found in search.search(prompts)
-        ]
-    drawn = context.drawing(model, task.actions, task.tool)(
-        [
-            Request(prompt=prompt, temperature=temperature, top_p=settings.top_p)
-            for prompt in prompts
-            for _ in range(number)
-        ]
-    )
-    drafts = [_Draft(tuple(z.tokens.tolist()), z.log_q) for z in drawn]
-    return [drafts[at : at + number] for at in range(0, len(drafts), number)]
+        found = search.search(texts)
+        return [[_Draft(beam.tokens, beam.log_q) for beam in beams] for beams in found]
 
 
 def sentence_metrics(

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from actors.prompts import Prompt
 from lm.model import CausalLM
 from lm.next_action import next_logits
-from lm.sampling import Request
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.evaluation.few_shot import answered_examples
@@ -126,21 +125,16 @@ def _reasoned(
     """Reasons of each review, and p(objective) behind each of them: [N, K]."""
     shared, number = context.language_model, context.settings.samples
     context.progress(f"drawing {number} reasons for each of {len(items)} reviews")
-    requests = [
-        Request(prompt=item.prompt.prompt, temperature=context.settings.temperature)
-        for item in items
-        for _ in range(number)
-    ]
-    with shared.with_adapter(context.adapter) as model:
-        completions = context.drawing(model, task.actions, task.tool)(requests)
-    drawn = [tuple(completion.tokens.tolist()) for completion in completions]
-    texts = [(request.prompt, z) for request, z in zip(requests, drawn, strict=True)]
+    asked, temperature = [item.prompt.prompt for item in items], context.settings.temperature
+    drawn = context.draw(task.actions, asked, number, tool=task.tool, temperature=temperature)
+    reasons = [[tuple(z.tokens.tolist()) for z in same] for same in drawn]
+    texts = [(x, z) for x, same in zip(asked, reasons, strict=True) for z in same]
     context.progress(f"labelling behind {len(set(texts))} different reasons")
     answering = context.answering or shared
     objective_M = objective_probability(answering.base.model, texts, answers)
-    written = [shared.tokenizer.decode(list(z)).strip() for z in drawn]
-    groups = [written[at : at + number] for at in range(0, len(written), number)]
-    return groups, objective_M.reshape(len(items), number)
+    decode = shared.tokenizer.decode
+    written = [[decode(list(z)).strip() for z in same] for same in reasons]
+    return written, objective_M.reshape(len(items), number)
 
 
 def objective_probability(
