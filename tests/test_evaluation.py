@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lm.model
-from cluster.config.file import load_config
+from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.schema import RunConfig
 from cluster.run.evaluation import evaluate, evaluation_context
 from lm.adapter import adapter_off, save_adapter
@@ -83,7 +83,9 @@ def test_a_task_is_built_without_weights(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("model", ["tasks/toy/model", "seed_lm/model"])
 def test_an_adapter_leaves_the_base_as_it_found_it(model: str, dtype: str, tmp_path: Path) -> None:
-    config = LMConfig.model_validate({"model": model, "device": "cpu", "dtype": dtype})
+    config = LMConfig.model_validate(
+        {"model": str(PROJECT_ROOT / model), "device": "cpu", "dtype": dtype}
+    )
     adapter = adapter_of(config, LoRAConfig(), tmp_path / "adapter")
     shared = SharedModel(config)
     text = torch.tensor([[1, 2, 3, 4]])
