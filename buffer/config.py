@@ -15,7 +15,8 @@ class BufferConfig(BaseModel):
 
     url: str | None = Field(
         None,
-        description="A Redis to use (redis://host:port/db, unix:///path); None: the run starts one",
+        description="A Redis to use (redis://host:port/db, unix:///path); None: the run starts"
+        " one.",
     )
     password: SecretStr | None = Field(
         None, description="Of the Redis at url; of a managed one too, where None generates it."

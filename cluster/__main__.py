@@ -7,16 +7,8 @@ import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
-from cluster.cli import parse
-
-_ROOMS = {
-    "compare": "experiments",
-    "em": "experiments",
-    "throughput": "experiments",
-}
-# A module called inspect would shadow the standard library's where this folder is on the path.
-_ELSEWHERE = {"inspect": "cluster.inspector.command"}
-_OUR_PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm", "tasks")
+from cluster.cli import module_of, parse
+from cluster.config.project import told
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,19 +19,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     verb, arguments = parse(sys.argv[1:] if argv is None else argv)
     _silence_notices()
-    module = _ELSEWHERE.get(verb, f"cluster.{_ROOMS.get(verb, 'commands')}.{verb}")
     try:
         # Libraries greet on stdout, which belongs to what the verb prints.
         with redirect_stdout(sys.stderr):
-            imported = importlib.import_module(module)
+            imported = importlib.import_module(module_of(verb))
         return int(imported.run(arguments))
     except KeyboardInterrupt:
         print(f"amortize {verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in _OUR_PACKAGES:
+        if (text := told(error)) is None:
             raise
-        print(f"amortize {verb}: {error}", file=sys.stderr)
+        print(f"amortize {verb}: {text}", file=sys.stderr)
         return 1
 
 

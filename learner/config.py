@@ -10,9 +10,9 @@ class RewardTemperatureConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    start: float = Field(default=1.0, gt=0, description="T of the first step; R enters as R^(1/T)")
-    end: float = Field(default=1.0, gt=0, description="T once the schedule has run")
-    steps: int = Field(default=0, ge=0, description="optimizer steps from start to end")
+    start: float = Field(default=1.0, gt=0, description="T of the first step; R enters as R^(1/T).")
+    end: float = Field(default=1.0, gt=0, description="T once the schedule has run.")
+    steps: int = Field(default=0, ge=0, description="Optimizer steps from start to end.")
 
 
 class LearnerConfig(BaseModel):
@@ -20,20 +20,22 @@ class LearnerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(gt=0, description="optimizer steps of the whole run")
-    groups_per_step: int = Field(gt=0, description="prompts per step, each with its fresh group")
-    replayed_per_group: int = Field(default=0, ge=0, description="replayed trajectories per prompt")
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    groups_per_step: int = Field(gt=0, description="Prompts per step, each with its fresh group.")
+    replayed_per_group: int = Field(
+        default=0, ge=0, description="Replayed trajectories per prompt."
+    )
     token_budget: int = Field(
-        default=16384, gt=0, description="padded tokens of one micro-batch; a group is never split"
+        default=16384, gt=0, description="Padded tokens of one micro-batch; a group is never split."
     )
 
-    learning_rate: float = Field(gt=0, description="peak of the schedule")
-    warmup_steps: int = Field(default=0, ge=0, description="steps of the linear rise to the peak")
+    learning_rate: float = Field(gt=0, description="Peak of the schedule.")
+    warmup_steps: int = Field(default=0, ge=0, description="Steps of the linear rise to the peak.")
     decay: Literal["constant", "linear"] = Field(
-        default="constant", description="learning rate after warm-up: flat, or linear towards 0"
+        default="constant", description="Learning rate after warm-up: flat, or linear towards 0."
     )
-    clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW, per unit learning rate")
+    clip_norm: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Of AdamW, per unit learning rate.")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
     objective: Literal["subtb", "tb", "db", "raptb", "ppo", "sft", "joint"] = Field(
@@ -42,68 +44,68 @@ class LearnerConfig(BaseModel):
         "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root. To "
         "compare with: ppo: reward maximisation with a KL penalty, on policy; sft: maximum "
         "likelihood of the task's demonstrations. joint: maximum likelihood of rationales and "
-        "answers, the M-step of EM",
+        "answers, the M-step of EM.",
     )
     subtb_lambda: float = Field(
         default=1.0,
         gt=0,
         le=2,
-        description="of subtb: a pair of states n stops apart weighs lambda^(n-1)",
+        description="Of subtb: a pair of states n stops apart weighs lambda^(n-1).",
     )
     normalisation: Literal["batch", "trajectory"] = Field(
         default="batch",
-        description="divide residuals by their weight in the whole batch, or in each trajectory; "
-        "tb has one for each trajectory",
+        description="Divide residuals by their weight in the whole batch, or in each trajectory; "
+        "tb has one for each trajectory.",
     )
     log_z: Literal["group", "learned"] = Field(
         default="group",
-        description="log Z(X) at the root: the mean of the prompt's group, or a linear head on the "
-        "policy's state behind X",
+        description="Log Z(X) at the root: the mean of the prompt's group, or a linear head on the "
+        "policy's state behind X.",
     )
 
     ppo_clip: float = Field(
         default=0.2,
         gt=0,
-        description="of ppo: how far an action's probability may move from its sampler's, as a "
-        "share, before it stops teaching",
+        description="Of ppo: how far an action's probability may move from its sampler's, as a "
+        "share, before it stops teaching.",
     )
     ppo_kl: float = Field(
         default=0.2,
         ge=0,
-        description="of ppo: price of a nat of KL(policy || base LM), in nats of log R / T",
+        description="Of ppo: price of a nat of KL(policy || base LM), in nats of log R / T.",
     )
 
     agreement_tolerance_nats: float | None = Field(
         default=None,
         gt=0,
-        description="largest |log q recomputed - recorded| of a trajectory that is learned from; "
-        "None: 1e-3 in float32, 0.5 in bfloat16, which rounds more",
+        description="Largest |log q recomputed - recorded| of a trajectory that is learned from; "
+        "None: 1e-3 in float32, 0.5 in bfloat16, which rounds more.",
     )
     agreement_check_share: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="one trajectory of each actor and version is always compared; of the others of "
-        "these versions this share too",
+        description="One trajectory of each actor and version is always compared; of the others of "
+        "these versions this share too.",
     )
     agreement_max_share: float = Field(
         default=0.25,
         ge=0,
         le=1,
-        description="share of what was drawn lately that may disagree before the run ends; 1: all",
+        description="Share of what was drawn lately that may disagree before the run ends; 1: all.",
     )
 
-    publish_every_steps: int = Field(default=1, gt=0, description="steps between two adapters")
-    checkpoint_every_steps: int = Field(default=100, gt=0, description="steps between checkpoints")
-    checkpoint_every_s: float = Field(default=600.0, gt=0, description="seconds between them")
-    checkpoints_kept: int = Field(default=2, gt=0, description="older ones are removed")
+    publish_every_steps: int = Field(default=1, gt=0, description="Steps between two adapters.")
+    checkpoint_every_steps: int = Field(default=100, gt=0, description="Steps between checkpoints.")
+    checkpoint_every_s: float = Field(default=600.0, gt=0, description="Seconds between them.")
+    checkpoints_kept: int = Field(default=2, gt=0, description="Older ones are removed.")
 
-    ranks: int = Field(default=1, gt=0, description="processes that share one step")
+    ranks: int = Field(default=1, gt=0, description="Processes that share one step.")
     starvation_timeout_s: float = Field(
-        default=300.0, gt=0, description="longest wait for groups before the step fails"
+        default=300.0, gt=0, description="Longest wait for groups before the step fails."
     )
     collective_timeout_s: float = Field(
-        default=600.0, gt=0, description="longest wait of one rank for the others"
+        default=600.0, gt=0, description="Longest wait of one rank for the others."
     )
 
     @property

@@ -8,7 +8,8 @@ from typing import Any
 import ray
 
 from cluster.config.file import load_config
-from cluster.config.schema import Placement, RunConfig
+from cluster.config.placement import Placement
+from cluster.config.schema import RunConfig
 from cluster.distributed.launcher import GroupLaunch, Launcher, Reservation
 from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.supervisor import Supervisor

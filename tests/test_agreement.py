@@ -19,7 +19,8 @@ from buffer.config import BufferConfig
 from buffer.replay import Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory
-from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT
 from cluster.config.schema import RunConfig
 from cluster.run import assembly as roles
 from cluster.run.directory import RunDirectory

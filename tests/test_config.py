@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config.file import ConfigError, keys, load_config, locate, resolved_toml
+from cluster.config.file import load_config, parse_overrides, resolved_toml
+from cluster.config.project import locate
 from cluster.config.reference import reference
 from cluster.config.schema import RunConfig
+from cluster.config.validation import ConfigError, keys
 from tasks.config import ArithmeticConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +80,7 @@ def test_all_mistakes_are_told_at_once_with_file_line_key_and_value(plain: Path)
     plain.write_text(PLAIN.replace("steps = 10", 'steps = "ten"').replace("model =", "modle ="))
     told = mistakes(plain)
     assert f'{plain}:11: learner.steps = "ten": Input should be a valid integer' in told
-    assert f'{plain}:8: lm.modle = "some/model": unknown key; did you mean lm.model?' in told
+    assert f"{plain}:8: lm.modle: unknown key; did you mean lm.model?" in told
     assert "lm.model: missing" in told
     assert told.endswith("3 mistakes")
 
@@ -157,7 +159,7 @@ def test_the_tasks_files_become_absolute_where_they_exist(plain: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    undescribed = {key.path for key in keys() if not key.description}
+    undescribed = {key.path for key in keys(RunConfig) if not key.description}
     assert undescribed <= {"task.name"}
 
 
@@ -185,3 +187,40 @@ def test_ppo_is_on_policy_or_an_error() -> None:
         load_config("tasks/arithmetic.toml", ["learner.objective=ppo"])
     own = ["learner.replayed_per_group=0", "actors.on_policy_share=1.0"]
     load_config("tasks/arithmetic.toml", ["learner.objective=ppo", *own])
+
+
+def test_a_configuration_is_changed_as_a_whole_and_checked(plain: Path) -> None:
+    config = load_config(str(plain), ["buffer.capacity=7"])
+    other = config.changed({"learner.steps": 5, "actors.group_size": 2, "task.tests": ["u.json"]})
+    assert (other.learner.steps, other.actors.group_size, other.task.tests) == (5, 2, ("u.json",))
+    assert (config.learner.steps, config.actors.group_size) == (10, 6)
+    back = {"learner.steps": 10, "actors.group_size": 6, "task.tests": ("t.json",)}
+    assert other.changed(back) == config
+    for wrong, said in (
+        ({"learner.stepz": 5}, "learner.stepz: unknown key; did you mean learner.steps?"),
+        ({"learner.steps": "5"}, 'learner.steps = "5": Input should be a valid integer'),
+        ({"seed.deep": 5}, "seed.deep: seed is a value and has no keys"),
+        ({"actors.lag_versions": 99}, "actors.lag_versions (99) must not exceed"),
+        ({"actors.temperature_low": 9.0}, "must not exceed temperature_high"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            config.changed(wrong)
+        assert said in str(caught.value)
+    # What is wrong one by one may be right together.
+    assert config.changed({"actors.temperature_high": 9.5, "actors.temperature_low": 9.0})
+
+
+def test_values_of_a_text_are_changed_as_on_the_command_line(plain: Path) -> None:
+    items = ["learner.steps = 3", "lm.model=m", "task.tests=['tasks/toy.toml']", "learner.steps=4"]
+    assert load_config(str(plain)).changed(parse_overrides(items)) == load_config(str(plain), items)
+
+
+def test_the_address_of_ray_is_the_nearest_one(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "c:3")
+    configured = load_config(str(plain), ["cluster.address='b:2'"]).cluster
+    assert (configured.ray_address("a:1"), configured.ray_address()) == ("a:1", "b:2")
+    assert load_config(str(plain)).cluster.ray_address() == "c:3"
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert load_config(str(plain)).cluster.ray_address() is None

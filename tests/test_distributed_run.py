@@ -21,7 +21,7 @@ from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
-from cluster.config.file import PROJECT_ROOT
+from cluster.config.project import PROJECT_ROOT
 
 SMALL = [
     "actors.groups_per_batch=2",

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from cluster.__main__ import main
-from cluster.config.file import PROJECT_ROOT, ConfigError, load_config
+from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT
+from cluster.config.validation import ConfigError
 from cluster.experiments.methods import em_method_steps, method_config
 from cluster.run.directory import RunDirectory
 from lm.config import LMConfig
@@ -29,9 +31,13 @@ SMALL = [
 
 def test_the_first_e_step_of_gflownet_em_is_gflownet() -> None:
     path = "tasks/subjectivity.toml"
-    shared = ["em.rounds=2", "compare.overrides.gflownet_em=['learner.learning_rate=0.5']"]
-    gflownet = method_config(path, shared, title="gflownet", seed=3)
-    steps = em_method_steps(path, shared, seed=3, comparison="c")
+    shared = [
+        "cluster.time_limit_s=9.0",
+        "em.rounds=2",
+        "compare.overrides.gflownet_em=['learner.learning_rate=0.5']",
+    ]
+    gflownet = method_config(load_config(path, shared), title="gflownet", seed=3)
+    steps = em_method_steps(load_config(path, shared), seed=3, comparison="c")
     assert [step.run for step in steps] == [
         "c-gflownet-3", "c-gflownet_em-3-m1", "c-gflownet_em-3-e2", "c-gflownet_em-3"
     ]  # fmt: skip
@@ -45,7 +51,7 @@ def test_the_first_e_step_of_gflownet_em_is_gflownet() -> None:
 def test_only_tasks_with_em_are_compared_with_it() -> None:
     assert load_config("tasks/subjectivity.toml").compare.methods[-1] == "gflownet_em"
     with pytest.raises(ConfigError, match='task "arithmetic" has none'):
-        em_method_steps("tasks/arithmetic.toml", [], seed=0, comparison="c")
+        em_method_steps(load_config("tasks/arithmetic.toml"), seed=0, comparison="c")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

@@ -82,7 +82,8 @@ import sys
 from pathlib import Path
 import ray
 from cluster.distributed.services import WeightStoreService
-from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT
 from cluster.distributed.source_check import source_fingerprint
 from cluster.distributed.worker_group import StartFailed
 from cluster.distributed.ray_cluster import connect_ray

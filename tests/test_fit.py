@@ -4,7 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.config.file import load_config
-from cluster.config.schema import GroupPlacement, Placement, RunConfig
+from cluster.config.placement import GroupPlacement, Placement
+from cluster.config.schema import RunConfig
 from cluster.run.resources import DoesNotFit, Node, check_fit, describe
 
 

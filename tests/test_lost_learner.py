@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from bench.posterior import descendants, end_family, title, wait
-from cluster.config.file import PROJECT_ROOT
+from cluster.config.project import PROJECT_ROOT
 from cluster.run.directory import RunDirectory
 from cluster.run.metrics_log import read_metrics
 

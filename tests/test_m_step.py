@@ -19,9 +19,10 @@ from torch import Tensor
 from actors.demonstrations import Demonstration, unscored_demonstrations
 from actors.prompts import Prompt
 from buffer.replay import Group
-from cluster.config.file import ConfigError, load_config
+from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
-from cluster.experiments.em_steps import em_steps
+from cluster.config.validation import ConfigError
+from cluster.experiments.em import em_steps
 from cluster.run.imitation import rationales
 from learner.batch import collate
 from learner.engine import TorchEngine
@@ -198,7 +199,7 @@ def rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]
     likelihoods: list[float] = []
     for number in range(2):
         likelihoods += m_step(config, folder / str(number))
-        config = config.with_model(folder / str(number))
+        config = config.changed({"lm.model": str(folder / str(number))})
     return likelihoods, folder / "1"
 
 
@@ -214,7 +215,7 @@ def test_the_likelihood_of_the_answers_does_not_fall_in_a_round(
 def test_and_falls_where_the_m_step_is_broken(
     rounds: tuple[list[float], Path], tmp_path: Path, broken: str
 ) -> None:
-    config = load_config(PATH, SMALL).with_model(rounds[1])
+    config = load_config(PATH, SMALL).changed({"lm.model": str(rounds[1])})
     before, after = m_step(config, tmp_path / "model", broken=broken)
     assert after < before - 1.0
 
@@ -261,14 +262,9 @@ def test_a_merged_lm_is_the_base_with_its_adapter(config: RunConfig, tmp_path: P
 
 
 def test_each_step_of_em_begins_with_what_the_last_one_left() -> None:
-    steps = list(
-        em_steps(
-            PATH,
-            ["learner.steps=7", 'em.overrides=["learner.steps=3"]', "learner.subtb_lambda=0.9"],
-            rounds=2,
-            name=lambda kind, number: f"em-{kind}{number}",
-        )
-    )
+    told = ["learner.steps=7", 'em.overrides=["learner.steps=3"]', "learner.subtb_lambda=0.9"]
+    shared = load_config(PATH, told)
+    steps = list(em_steps(shared, rounds=2, name=lambda kind, number: f"em-{kind}{number}"))
     assert [step.title for step in steps] == ["E-step 1", "M-step 1", "E-step 2", "M-step 2"]
     e1, m1, e2, m2 = (step.config for step in steps)
     assert [c.learner.objective for c in (e1, m1, e2, m2)] == ["subtb", "joint", "subtb", "joint"]

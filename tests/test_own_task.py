@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cluster.__main__ import main
-from cluster.config.file import ConfigError, load_config, resolved_toml
+from cluster.config.file import load_config, resolved_toml
+from cluster.config.validation import ConfigError
 from cluster.distributed.ray_cluster import own_source, source_for_workers
 from cluster.experiments.comparison import figures
 from cluster.reports.score_table import rows

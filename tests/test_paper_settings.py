@@ -92,12 +92,12 @@ def test_every_method_that_the_papers_settings_compare_can_begin(
     assert {"base", "gflownet"} <= set(methods)
     for title in methods:
         if title == EM:
-            [e_step, m_step] = em_method_steps(path, small, seed=0, comparison="c")
+            [e_step, m_step] = em_method_steps(load_config(path, small), seed=0, comparison="c")
             rows = m_step.config.actors.group_size + m_step.config.learner.replayed_per_group
             assert (m_step.config.learner.warmup_steps, rows) == (0, 4 + 32)
             config = e_step.config
         else:
-            config = method_config(path, small, title=title, seed=0)
+            config = method_config(load_config(path, small), title=title, seed=0)
         check_before_start(config, RunDirectory(title), resume=False, address=None, local=True)
 
 

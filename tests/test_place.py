@@ -7,7 +7,7 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
-from cluster.config.schema import ClusterConfig, GroupPlacement
+from cluster.config.placement import ClusterConfig, GroupPlacement
 from cluster.distributed.launcher import GroupLaunch, Reservation
 from cluster.distributed.worker_group import Phase, WorkerGroup
 from tests.light_worker import LightWorker

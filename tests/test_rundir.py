@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.stop import NotStopped, SeveralRuns, stop, the_live_run
+from cluster.commands.stop import stop, the_live_run
+from cluster.config.project import UserError
 from cluster.run.directory import (
     BadRunName,
     RunAlive,
@@ -203,7 +204,7 @@ def test_stop_waits_for_an_orderly_end_and_says_what_was_killed() -> None:
 def test_stop_names_a_driver_that_does_not_end() -> None:
     driver = start_driver("a", "deaf")
     try:
-        with pytest.raises(NotStopped, match=f"within 0 s: driver {driver.pid} on .* training"):
+        with pytest.raises(UserError, match=f"within 0 s: driver {driver.pid} on .* training"):
             stop(RunDirectory("a"), timeout_s=0.3)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
@@ -231,7 +232,7 @@ def test_stop_does_not_signal_a_process_that_is_not_the_driver() -> None:
 def test_stop_asks_which_of_several() -> None:
     drivers = [start_driver(name, "polite") for name in ("a", "b")]
     try:
-        with pytest.raises(SeveralRuns, match="a, b"):
+        with pytest.raises(UserError, match="a, b"):
             the_live_run()
     finally:
         for driver in drivers:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cluster.__main__ import main
-from cluster.commands.scale import NotScaled, ScaleUnderWay, scale
+from cluster.commands.scale import scale
+from cluster.config.project import UserError
 from cluster.distributed.reward_worker import CallCounter
 from cluster.run.directory import (
     BadRequest,
@@ -125,12 +126,12 @@ def test_the_verb_waits_until_it_is_done(directory: RunDirectory) -> None:
         ([("refused", "needs 9 CPU")], ScaleRefused, "run 'mine': needs 9 CPU"),
         (
             [("under way", ""), ("given up", "actor-3: no place; given up")],
-            NotScaled,
+            UserError,
             r"actor-3: no place; given up \(actors 3/4, replicas 1/1\)",
         ),
         (
             [("under way", "")],
-            NotScaled,
+            UserError,
             r"took the request, but .* after 1 s: driver \d+ on .* was training at step 7 with "
             r"actors 3/4, replicas 1/1",
         ),
@@ -150,13 +151,13 @@ def test_the_verb_says_what_came_of_it(
 
 def test_a_run_that_ends_meanwhile_is_not_waited_for(directory: RunDirectory) -> None:
     driver = answering(directory, ("under way", ""), phase="stopping")
-    with pytest.raises(NotScaled, match="was stopping at step 7"):
+    with pytest.raises(UserError, match="was stopping at step 7"):
         ask(directory, answer_timeout_s=60.0)
     driver.join()
 
 
 def test_a_request_that_no_driver_takes_is_withdrawn(directory: RunDirectory) -> None:
-    with pytest.raises(NotScaled, match=r"no answer .* within 0 s, so it was withdrawn"):
+    with pytest.raises(UserError, match=r"no answer .* within 0 s, so it was withdrawn"):
         ask(directory, answer_timeout_s=0.2)
     assert take_scale_request(directory) is None
 
@@ -165,7 +166,7 @@ def test_a_request_that_was_taken_and_not_answered_is_not_called_withdrawn(
     directory: RunDirectory,
 ) -> None:
     driver = answering(directory)
-    with pytest.raises(NotScaled, match=r"no answer .*, but the driver has taken it and may yet"):
+    with pytest.raises(UserError, match=r"no answer .*, but the driver has taken it and may yet"):
         ask(directory, answer_timeout_s=0.5)
     driver.join()
 
@@ -173,7 +174,7 @@ def test_a_request_that_was_taken_and_not_answered_is_not_called_withdrawn(
 def test_two_do_not_scale_one_run_at_once(directory: RunDirectory) -> None:
     with (directory.path / "scale.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ScaleUnderWay, match="another 'amortize scale'"):
+        with pytest.raises(UserError, match="another 'amortize scale'"):
             ask(directory)
     assert take_scale_request(directory) is None
 

@@ -200,7 +200,7 @@ def test_behind_an_m_step_the_policy_reasons_and_the_new_lm_answers(tmp_path: Pa
     )
     found = evaluate(m_step, adapter=tmp_path / "m" / "adapter")
     by_policy = evaluate(config, adapter=tmp_path / "e" / "adapter")
-    alone = evaluate(config.with_model(tmp_path / "m" / "model"), adapter=None)
+    alone = evaluate(config.changed({"lm.model": str(tmp_path / "m" / "model")}), adapter=None)
     reasons = [example.rationale for example in found.examples]
     assert reasons == [example.rationale for example in by_policy.examples]
     assert reasons != [example.rationale for example in alone.examples]

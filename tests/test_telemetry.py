@@ -16,7 +16,7 @@ from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
 
 from actors.actor import ActorStats
 from buffer.stats import Counters, ReplayStats
-from cluster.config.file import PROJECT_ROOT
+from cluster.config.project import PROJECT_ROOT
 from cluster.distributed.clients import RemoteRegistry, RemoteScorer
 from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.telemetry import INSTRUMENTS, Source, Telemetry

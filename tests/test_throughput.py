@@ -15,7 +15,8 @@ from actors.protocols import PublishedWeights
 from actors.turns import TakingTurns
 from cluster.__main__ import main
 from cluster.cli import parse
-from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT
 from cluster.config.schema import RunConfig
 from cluster.experiments import throughput_experiment
 from cluster.experiments.simulation import SimulatedParts

@@ -8,20 +8,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from cluster.config.file import load_config, locate
+from cluster.config.file import load_config
+from cluster.config.project import UserError, locate
 from cluster.config.schema import RunConfig
 from cluster.reports.score_table import table
 from cluster.run.directory import RunDirectory, find_run
 from cluster.run.evaluation import evaluate
 from cluster.run.preflight import check_adapter
-
-
-class NoTestFiles(ValueError):
-    """Test files were given for a task that reads none."""
-
-
-class LearnedOtherwise(ValueError):
-    """Settings of the learner were given for a run that has its own."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.run:
         run = find_run(arguments.run)
         if run.model.is_dir():  # an M-step's own
-            config = config.with_model(run.model)
+            config = config.changed({"lm.model": str(run.model)})
         else:
             adapter = run.adapter
             check_adapter(adapter)
@@ -65,23 +58,22 @@ def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -
     """With what the run learned by: its objective and its T say what its adapter is measured as.
 
     Raises:
-        LearnedOtherwise: an override says otherwise.
+        UserError: an override says otherwise.
     """
     if other := [word for word in overrides if re.match(r"\s*learner\s*[.=]", word)]:
-        raise LearnedOtherwise(
+        raise UserError(
             f"{' and '.join(other)}: how run {run.name!r} learned is read from {run.config_file}; "
             "leave it out"
         )
     learned = load_config(str(run.config_file), ()).learner
-    return config.model_copy(update={"learner": learned})
+    return config.changed({"learner": learned})
 
 
 def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:
-    """The run with other test files, looked for as `locate` says; raises NoTestFiles."""
+    """The run with other test files, looked for as `locate` says; raises UserError."""
     if "tests" not in type(config.task).model_fields:
-        raise NoTestFiles(
+        raise UserError(
             f"task {config.task.name!r} is measured by its distance to the posterior, on no files: "
             "leave --data out"
         )
-    tests = tuple(str(locate(path)) for path in paths)
-    return config.model_copy(update={"task": config.task.model_copy(update={"tests": tests})})
+    return config.changed({"task.tests": [str(locate(path).resolve()) for path in paths]})

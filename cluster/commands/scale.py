@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cluster.config.project import UserError
 from cluster.run.directory import (
     RunDirectory,
     RunMissing,
@@ -23,14 +24,6 @@ ANSWER_TIMEOUT_S = 60.0
 # place and as long for its start; this is for a driver that says nothing.
 SCALE_TIMEOUT_S = 900.0
 _POLL_S = 0.1
-
-
-class NotScaled(TimeoutError):
-    """A run does not have the numbers that were asked for."""
-
-
-class ScaleUnderWay(RuntimeError):
-    """Another process scales the run and waits for it."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,8 +49,8 @@ def scale(
 
     Raises:
         ScaleRefused: nothing was asked for, the run does not go on, or its driver refused.
-        ScaleUnderWay: another process waits for the driver's answer.
-        NotScaled: the driver gave no answer, gave a part up, ended, or took too long.
+        UserError: another process waits for the driver's answer; or the driver gave none, gave a
+            part up, ended, or took too long.
     """
     if not request.numbers:
         raise ScaleRefused("nothing to change: give --actors, --reward-replicas or both")
@@ -87,7 +80,7 @@ def _alone(directory: RunDirectory) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ScaleUnderWay(
+            raise UserError(
                 f"run {directory.name!r} is being scaled by another 'amortize scale': "
                 f"wait until that has ended"
             ) from None
@@ -109,7 +102,7 @@ def _wait_for_answer(directory: RunDirectory, request: ScaleRequest, *, timeout_
                 if _withdraw(directory)
                 else "but the driver has taken it and may yet scale: see 'amortize status'"
             )
-            raise NotScaled(
+            raise UserError(
                 f"run {directory.name!r}: no answer to the request within {timeout_s:.0f} s, "
                 f"{end}: {_standing(state)}"
             )
@@ -133,12 +126,12 @@ def _wait_for_parts(
         state = directory.state()
         if state is not None and state.scale is not None and state.scale.id == request.id:
             if state.scale.outcome == "given up":
-                raise NotScaled(f"run {directory.name!r}: {state.scale.error} ({parts(state)})")
+                raise UserError(f"run {directory.name!r}: {state.scale.error} ({parts(state)})")
             if state.scale.outcome == "done":
                 return state
         _check_goes_on(directory, state)
         if time.monotonic() > deadline:
-            raise NotScaled(
+            raise UserError(
                 f"run {directory.name!r} took the request, but does not have its parts after "
                 f"{timeout_s:.0f} s: {_standing(state)}"
             )
@@ -152,7 +145,7 @@ def _can_scale(state: RunState) -> bool:
 
 def _check_goes_on(directory: RunDirectory, state: RunState | None) -> None:
     if state is not None and not _can_scale(state):
-        raise NotScaled(
+        raise UserError(
             f"run {directory.name!r} did not get as far as being scaled: {_standing(state)}"
         )
 

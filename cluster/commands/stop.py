@@ -6,19 +6,12 @@ import signal
 import socket
 import time
 
+from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunMissing, RunState, all_runs, find_run
 from cluster.run.display import duration, parts
 
 STOP_TIMEOUT_S = 180.0
 _POLL_S = 0.1
-
-
-class NotStopped(TimeoutError):
-    """A run went on after it was asked to stop."""
-
-
-class SeveralRuns(ValueError):
-    """More than one run goes on, and none was named."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,11 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def the_live_run() -> RunDirectory | None:
-    """The one run whose driver lives on this machine, if any; raises SeveralRuns."""
-    live = [one for one in all_runs() if (state := one.state()) is not None and _goes_on(state)]
+    """The one run whose driver lives on this machine, if any; raises UserError."""
+    live = [each for each in all_runs() if (state := each.state()) is not None and _goes_on(state)]
     if len(live) > 1:
         names = ", ".join(directory.name for directory in live)
-        raise SeveralRuns(f"several runs go on: {names}; name one with --run")
+        raise UserError(f"several runs go on: {names}; name one with --run")
     return live[0] if live else None
 
 
@@ -48,7 +41,7 @@ def stop(directory: RunDirectory, *, timeout_s: float) -> str:
     state, for a pid may have been given to another program since.
 
     Raises:
-        NotStopped: it still goes on after `timeout_s`; says who and what.
+        UserError: it still goes on after `timeout_s`; says who and what.
     """
     state = directory.state()
     if state is None:
@@ -79,7 +72,7 @@ def _wait(directory: RunDirectory, state: RunState, timeout_s: float) -> str:
             return f"run {directory.name!r}: its driver ended at step {state.step} without a word"
         time.sleep(_POLL_S)
     silence = duration(max(0.0, time.time() - state.heartbeat_s))
-    raise NotStopped(
+    raise UserError(
         f"run {directory.name!r} did not stop within {timeout_s:.0f} s: driver {state.pid} on "
         f"{state.host} is {state.phase} with {parts(state) or 'no parts'}, last heard {silence} ago"
     )

@@ -1,7 +1,6 @@
 """The verb `train`: brings a run up, watches it, measures it before and after, leaves it whole."""
 
 import argparse
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -34,12 +33,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; exit status 0 when the run is done or was stopped on request."""
     config = load_config(arguments.config, arguments.overrides)
     directory = RunDirectory(arguments.run or new_name(config.task_name))
-    address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
     scores = train(
         config,
         directory,
         resume=arguments.resume,
-        address=None if arguments.local else address,
+        address=arguments.address,
         local=arguments.local,
     )
     show_conclusion(directory, scores)
@@ -59,7 +57,8 @@ def train(
     """Train and measure one run, and leave its plots and report; what was measured.
 
     Args:
-        address: of a Ray cluster that exists; None starts one on this machine.
+        address: of the Ray cluster to join; None: see `ClusterConfig.ray_address`, and where that
+            knows none, one is started on this machine.
         local: all in this process, without Ray.
         before: the base LM as it was measured for another run of the same settings; None: measure.
         console: where progress is shown.
@@ -67,6 +66,7 @@ def train(
     Raises:
         what `check_before_start` and `Driver.drive` raise.
     """
+    address = None if local else config.cluster.ray_address(address)
     check_before_start(config, directory, resume=resume, address=address, local=local)
     if address is not None:
         config = join_cluster(config, address, namespace_of(directory.name))

@@ -1,29 +1,19 @@
-"""Reading a run's configuration: TOML, overrides from the command line, all mistakes at once."""
+"""A run's configuration as text: the TOML file, overrides from the command line, and back."""
 
-import difflib
-import json
-import math
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+import tomli_w
 
+from cluster.config.project import PROJECT_ROOT, locate
 from cluster.config.schema import RunConfig
-from cluster.config.toml_source import key_lines, line_of
+from cluster.config.validation import ConfigError, set_key, validated
 
-PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 _COMMAND_LINE = "command line"
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
-# Sections of several kinds.
-_ALTERNATIVES = ("task",)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the text lists every mistake with its place."""
+_TABLE = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
+_KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -43,7 +33,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
-    overridden = {_override(table, item) for item in overrides}
+    overridden = parse_overrides(overrides)
+    for key, value in overridden.items():
+        try:
+            set_key(table, key, value)
+        except ConfigError as error:
+            raise ConfigError(f"{_COMMAND_LINE}: {error}") from error
     lines = key_lines(text)
 
     def place(key: str) -> str:
@@ -55,159 +50,77 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             return f"{in_file} and {_COMMAND_LINE}" if key in lines else _COMMAND_LINE
         return in_file
 
-    return _validated(_located(table), place)
+    return validated(RunConfig, _located(table), place)
 
 
-def locate(path: str) -> Path:
-    """`path` where it exists: from the working directory, else from the project's root."""
-    given = Path(path).expanduser()
-    if given.exists() or not (PROJECT_ROOT / given).exists():
-        return given
-    return PROJECT_ROOT / given
+def parse_overrides(items: Sequence[str], origin: str = _COMMAND_LINE) -> dict[str, Any]:
+    """`section.key=value` items as dotted keys and values, files as absolute paths.
+
+    Args:
+        origin: who wrote them, for messages.
+    """
+    changes: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        key = key.strip()
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{origin}: {item!r} is no override; write section.key=value")
+        try:
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()  # a string needs no quotes here: shells eat them
+        changes.pop(key, None)  # the last one wins, also over keys in between
+        changes[key] = _absolute(value) if key.partition(".")[0] in _WITH_FILES else value
+    return changes
 
 
 def resolved_toml(config: RunConfig) -> str:
     """`config` with every default filled in, as TOML that `load_config` reads; no passwords."""
-    plain = config.model_dump(mode="json", exclude={"buffer": {"password"}})
-    return "\n".join(_toml_table(plain, ""))
+    exclude = {"buffer": {"password"}}
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
 
 
-class Key(NamedTuple):
-    """One key of the schema."""
-
-    section: str  # dotted; empty at the top level
-    kind: str  # which of the section's alternatives has it: the value of their `name`, else empty
-    name: str
-    default: str  # as in TOML, or "required"
-    description: str
-
-    @property
-    def path(self) -> str:
-        """As an override names it."""
-        return f"{self.section}.{self.name}".lstrip(".")
-
-
-def keys(model: type[BaseModel] = RunConfig, section: str = "", kind: str = "") -> Iterator[Key]:
-    """Every key of the schema; those of alternative sections one alternative after the other."""
-    for name, field in model.model_fields.items():
-        inner = _models_of(field.annotation)
-        for one in inner:
-            alternative = _kind_of(one) if inner[1:] else kind
-            yield from keys(one, f"{section}.{name}".lstrip("."), alternative)
-        if not inner:
-            default = "required" if field.is_required() else _toml_value(field.default)
-            yield Key(section, kind, name, default, field.description or "")
-
-
-def _override(table: dict[str, Any], item: str) -> str:
-    """Set one `section.key=value` in `table`; its key."""
-    key, equals, text = item.partition("=")
-    key = key.strip()
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{_COMMAND_LINE}: {item!r} is no override; write section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a string needs no quotes here: shells eat them
-    *sections, last = key.split(".")
-    for position, section in enumerate(sections):
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
-            owner = ".".join(sections[: position + 1])
-            raise ConfigError(f"{_COMMAND_LINE}: {key}: {owner} is a value and has no keys")
-    table[last] = value
-    return key
+_WITH_FILES = ("lm", "task")  # sections that name files
 
 
 def _located(table: dict[str, Any]) -> dict[str, Any]:
     """`table` with the model's and the task's files as absolute paths, where they exist."""
-
-    def absolute(value: Any) -> Any:
-        if isinstance(value, list):
-            return [absolute(item) for item in value]
-        if isinstance(value, dict):
-            return {key: absolute(item) for key, item in value.items()}
-        if isinstance(value, str) and "/" in value and locate(value).exists():
-            return str(locate(value).resolve())
-        return value
-
-    return {
-        key: absolute(value) if key in ("lm", "task") else value for key, value in table.items()
-    }
+    return {key: _absolute(value) if key in _WITH_FILES else value for key, value in table.items()}
 
 
-def _validated(table: dict[str, Any], place: Callable[[str], str]) -> RunConfig:
-    try:
-        # JSON, because strict mode then takes arrays for tuples but no string for a number.
-        return RunConfig.model_validate_json(json.dumps(table, default=str), strict=True)
-    except ValidationError as error:
-        found = [_describe(detail, place) for detail in error.errors(include_url=False)]
-    raise ConfigError(
-        "\n".join([*found, f"{len(found)} mistakes" if len(found) > 1 else ""]).strip()
-    )
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _absolute(item) for key, item in value.items()}
+    if isinstance(value, str) and "/" in value and locate(value).exists():
+        return str(locate(value).resolve())
+    return value
 
 
-def _describe(detail: ErrorDetails, place: Callable[[str], str]) -> str:
-    parts = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
-    if parts and parts[0] in _ALTERNATIVES:  # pydantic names the alternatives that it tried
-        parts[1:] = parts[3:] if parts[1:2] == ["shipped"] else parts[2:]
-    key = ".".join(parts)
-    where = f"{place(key)}: {key}"
-    value = "" if isinstance(detail["input"], dict) else f" = {_toml_value(detail['input'])}"
-    if detail["type"] == "extra_forbidden":
-        return f"{where}{value}: unknown key{_suggestion(key)}"
-    if detail["type"] == "union_tag_invalid":
-        return f"{where}: {detail['msg']}; one of your own is 'module:Class' (docs/own_task.md)"
-    if detail["type"] == "missing":
-        return f"{where}: missing; the configuration must set it"
-    return f"{where}{value}: {detail['msg'].removeprefix('Value error, ')}"
+def key_lines(text: str) -> dict[str, int]:
+    """Line number, from 1, of every table header and every key of `text`, by dotted name.
+
+    `tomllib` keeps no positions. Keys inside inline tables and multi-line strings are not looked
+    for: their owner's line stands for them.
+    """
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := _TABLE.match(line):
+            table = _plain(header[1])
+            lines.setdefault(table, number)
+        elif key := _KEY.match(line):
+            lines.setdefault(".".join(filter(None, [table, _plain(key[1])])), number)
+    return lines
 
 
-def _suggestion(key: str) -> str:
-    known = [key.path for key in keys()] + list(RunConfig.model_fields)
-    section, _, last = key.rpartition(".")
-    siblings = [name for name in known if name.rpartition(".")[0] == section]
-    near = [name for name in known if name.rpartition(".")[2] == last]
-    near += difflib.get_close_matches(key, siblings, n=1, cutoff=0.75)
-    near += difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if near:
-        return f"; did you mean {near[0]}?"
-    names = ", ".join(name.rpartition(".")[2] for name in siblings)
-    return f"; [{section}] has {names}" if names else ""
+def line_of(key: str, lines: dict[str, int]) -> int | None:
+    """The line of `key`, else of the nearest table around it, else None."""
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return lines.get(key)
 
 
-def _models_of(annotation: Any) -> list[type[BaseModel]]:
-    """The section that a field is, or the alternatives for it; none for a plain value."""
-    if isinstance(annotation, type):
-        return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for inner in get_args(annotation) for model in _models_of(inner)]
-
-
-def _kind_of(alternative: type[BaseModel]) -> str:
-    """The `name` that chooses it."""
-    names = get_args(alternative.model_fields["name"].annotation)
-    return names[0] if names else "module:Class"
-
-
-def _toml_table(table: dict[str, Any], prefix: str) -> Iterator[str]:
-    for key, value in table.items():
-        if value is not None and not isinstance(value, dict):
-            yield f"{_toml_key(key)} = {_toml_value(value)}"
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield f"\n[{prefix}{_toml_key(key)}]"
-            yield from _toml_table(value, f"{prefix}{_toml_key(key)}.")
-
-
-def _toml_key(key: str) -> str:
-    """A key with a dot in it, as a method's name may have, is one key still."""
-    return key if _BARE_KEY.fullmatch(key) else _toml_value(key)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    # JSON's strings, numbers and booleans are TOML's too, but for DEL, which TOML wants escaped.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+def _plain(key: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in key.split("."))

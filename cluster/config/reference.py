@@ -1,6 +1,7 @@
 """Reference of the configuration: `python -m cluster.config.reference > docs/configuration.md`."""
 
-from cluster.config.file import Key, keys
+from cluster.config.schema import RunConfig
+from cluster.config.validation import Key, keys
 
 _HEAD = """\
 # Configuration
@@ -17,7 +18,7 @@ def reference() -> str:
     """All keys with their defaults, a table for each section."""
     lines = [_HEAD]
     heading = None
-    for key in keys():
+    for key in keys(RunConfig):
         if heading != (heading := _heading(key)):
             lines += [f"\n## {heading}\n", "| key | default | meaning |", "|---|---|---|"]
         lines.append(f"| `{key.name}` | {_code(key.default)} | {_cell(key.description)} |")

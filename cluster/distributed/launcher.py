@@ -13,7 +13,8 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from cluster.config.schema import Placement, RunConfig
+from cluster.config.placement import Placement
+from cluster.config.schema import RunConfig
 from cluster.distributed.evaluation_worker import EvaluationWorker
 from cluster.distributed.learner_worker import LearnerWorker
 from cluster.distributed.reward_worker import RewardWorker

@@ -19,7 +19,7 @@ class LearnerWorker(Worker):
 
     def _build(self, meeting: Meeting) -> None:
         """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
-        context, config = self._context, self._context.config
+        context, config = self._context, self._config
         check_shared(context.directory.path, node=self._node)
         self._rows: list[dict[str, float]] = []
         self._waited_s = 0.0
@@ -45,10 +45,10 @@ class LearnerWorker(Worker):
 
     def run(self) -> dict[str, Any]:
         """Learn until the configured steps are done or until stopped; then leave the adapter."""
-        self._learner.run(self._context.config.learner.steps, self._stopping.is_set, self._keep_row)
+        self._learner.run(self._config.learner.steps, self._stopping.is_set, self._keep_row)
         if self._rank == 0:
             assembly.save_result(
-                self._context.config, self._learner, self._base, self._context.directory.adapter
+                self._config, self._learner, self._base, self._context.directory.adapter
             )
         return self.status()
 

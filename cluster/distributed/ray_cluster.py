@@ -7,9 +7,8 @@ from typing import Any
 
 import ray
 
-from cluster.config.file import PROJECT_ROOT
+from cluster.config.project import PACKAGES, PROJECT_ROOT
 from cluster.config.schema import RunConfig
-from cluster.distributed.source_check import PACKAGES
 from cluster.run.directory import RAY_PACKAGE
 from cluster.run.resources import Node, describe
 from tasks.custom_config import CustomTaskConfig
@@ -23,8 +22,7 @@ def join_cluster(config: RunConfig, address: str, namespace: str) -> RunConfig:
     connect_ray(config, address, namespace)
     if config.buffer.bind != "auto":
         return config
-    buffer = config.buffer.model_copy(update={"bind": ray.util.get_node_ip_address()})
-    return config.model_copy(update={"buffer": buffer})
+    return config.changed({"buffer.bind": ray.util.get_node_ip_address()})
 
 
 def namespace_of(run: str) -> str:

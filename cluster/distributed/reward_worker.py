@@ -63,7 +63,7 @@ class RewardWorker(Worker):
 
     def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
-        config = self._context.config
+        config = self._config
         self._shard = self._context.parts.reward_rank(
             config, lambda: self._meet(meeting, config.reward.deadline_s)
         )

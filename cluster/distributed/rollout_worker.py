@@ -25,7 +25,7 @@ class RolloutWorker(Worker):
     def _build(self, _: Meeting) -> None:
         """Load LM and task, connect to the buffer."""
         context = self._context
-        parts = context.parts.rollout(context.config)
+        parts = context.parts.rollout(self._config)
         self._task = parts.task
         self._buffer = self._connect_buffer()
         sink: TrajectorySink = self._buffer
@@ -34,18 +34,18 @@ class RolloutWorker(Worker):
         self._scorer = RemoteScorer(
             RemoteRegistry(context.replica_registry, timeout_s=self._answer_timeout_s),
             namespace=context.namespace,
-            attempt_s=context.config.reward.deadline_s,
-            handover_s=context.config.actors.score_timeout_s,
+            attempt_s=self._config.reward.deadline_s,
+            handover_s=self._config.actors.score_timeout_s,
             stop=self._stopping.is_set,
             first=self._index,
         )
         store = self._weight_store()
         self._actor = assembly.build_actor(
-            context.config,
+            self._config,
             policy=parts.policy,
             task=self._task,
             name=self._name,
-            seed=(context.config.seed, self._index, self._incarnation),
+            seed=(self._config.seed, self._index, self._incarnation),
             buffer=sink,
             scorer=self._scorer,
             weights=TakingTurns(store, self._stopping.is_set) if context.synchronous else store,
@@ -59,7 +59,7 @@ class RolloutWorker(Worker):
         try:
             if self._index == 0:
                 assembly.seed_buffer(
-                    self._context.config, task=self._task, scorer=self._scorer, buffer=self._buffer
+                    self._config, task=self._task, scorer=self._scorer, buffer=self._buffer
                 )
             self._actor.run(self._stopping.is_set)
         except NobodyScores as error:

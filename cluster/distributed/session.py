@@ -65,7 +65,7 @@ class RaySession:
         if self._cluster is None or not may_grow():
             check_fit(self._config, living_nodes())
         self._context = RunContext(
-            config=with_patience(self._config),
+            config=self._config,
             directory=self._directory,
             namespace=namespace,
             buffer=self._buffer,
@@ -143,28 +143,3 @@ class RemoteMeasurement:
             ) from error
         finally:
             ray.kill(self._worker)
-
-
-def with_patience(config: RunConfig) -> RunConfig:
-    """The same run whose parts wait for one another to be placed and started, once.
-
-    Each of the two may take `start_timeout_s`. A part that comes up only at a later try is waited
-    for by the supervisor; a part that needs it meanwhile ends in an error that says so, and is
-    replaced.
-    """
-    start_s = 2 * config.cluster.start_timeout_s
-    actors, learner = config.actors, config.learner
-    actors_wait = {
-        "score_timeout_s": actors.score_timeout_s + start_s,
-        "pace_timeout_s": actors.pace_timeout_s + start_s,
-    }
-    learner_waits = {
-        "starvation_timeout_s": learner.starvation_timeout_s + start_s,
-        "collective_timeout_s": learner.collective_timeout_s + start_s,
-    }
-    return config.model_copy(
-        update={
-            "actors": actors.model_copy(update=actors_wait),
-            "learner": learner.model_copy(update=learner_waits),
-        }
-    )

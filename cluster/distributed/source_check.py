@@ -8,9 +8,8 @@ import functools
 import hashlib
 from pathlib import Path
 
-from cluster.config.file import PROJECT_ROOT
+from cluster.config.project import PACKAGES, PROJECT_ROOT
 
-PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm", "tasks")
 _SUFFIXES = (".py", ".lua", ".toml")
 _DIGITS = 12
 

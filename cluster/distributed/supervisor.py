@@ -131,7 +131,9 @@ class Supervisor:
             for kind, number in requested.items()
         }
         if not may_grow():
-            check_fit(self._config.with_parts(**wanted), living_nodes())
+            keys = {"actors": "cluster.actors", "replicas": "reward.replicas"}
+            numbers = {keys[kind]: number for kind, number in wanted.items() if number}
+            check_fit(self._config.changed(numbers), living_nodes())
         self.given_up = ""
         gone = [name for kind in wanted for name in self._in_order_of_need(kind)[wanted[kind] :]]
         self._announce(without=gone)  # where the registry fails, all are still the run's to stop

@@ -53,10 +53,11 @@ class Worker:
 
     def __init__(self, context: RunContext, *, name: str, rank: int, num_ranks: int) -> None:
         self._context = context
+        self._config = with_patience(context.config)
         self._name = name
         self._rank = rank
         self._num_ranks = num_ranks
-        self._answer_timeout_s = context.config.cluster.answer_timeout_s
+        self._answer_timeout_s = self._config.cluster.answer_timeout_s
         self._stopping = threading.Event()
         self._reserved: socket.socket | None = None
 
@@ -110,11 +111,28 @@ class Worker:
     def _connect_buffer(self) -> ReplayBuffer:
         context = self._context
         return build_buffer(
-            context.config,
+            self._config,
             run=context.directory.name,
             url=context.buffer.url,
             password=context.buffer.password,
         )
+
+
+def with_patience(config: RunConfig) -> RunConfig:
+    """The same run whose parts wait for one another to be placed and started, once.
+
+    Each of the two may take `start_timeout_s`. A part that comes up only at a later try is waited
+    for by the supervisor; a part that needs it meanwhile ends in an error that says so, and is
+    replaced.
+    """
+    start_s = 2 * config.cluster.start_timeout_s
+    waits = {
+        "actors.score_timeout_s": config.actors.score_timeout_s,
+        "actors.pace_timeout_s": config.actors.pace_timeout_s,
+        "learner.starvation_timeout_s": config.learner.starvation_timeout_s,
+        "learner.collective_timeout_s": config.learner.collective_timeout_s,
+    }
+    return config.changed({key: wait_s + start_s for key, wait_s in waits.items()})
 
 
 def pin_interface(address: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from cluster.config.schema import ClusterConfig
+from cluster.config.placement import ClusterConfig
 from cluster.distributed.launcher import GroupLaunch
 from cluster.distributed.ray_cluster import room
 from cluster.distributed.waiting import cause_of, error_line

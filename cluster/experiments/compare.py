@@ -2,48 +2,27 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 
 from pydantic import BaseModel
-from pydantic_core import to_json
 from rich.console import Console
 
 from cluster.commands.train import train
 from cluster.config.file import load_config, resolved_toml
+from cluster.config.project import UserError, told
 from cluster.config.schema import RunConfig
-from cluster.distributed.source_check import PACKAGES
-from cluster.experiments.comparison import Result, Table, result_of, summarise
-from cluster.experiments.comparison_report import draw, shown_table, write_page
-from cluster.experiments.em import take_steps
-from cluster.experiments.em_steps import EMStep
+from cluster.experiments.comparison import Result, result_of
+from cluster.experiments.em import EMStep, take_steps
 from cluster.experiments.frontier import draw_frontier, likelihoods_of
 from cluster.experiments.methods import EM, em_method_steps, measured_against, method, method_config
-from cluster.experiments.results import made_with
-from cluster.run.directory import RunDirectory, RunExists, find_run, new_name, write_whole
+from cluster.experiments.suite import Findings, check_same_settings, experiment_folder
+from cluster.run.directory import RunDirectory, write_whole
 from cluster.run.driver import read_scores
 from cluster.run.evaluation import evaluate
 from learner.demonstrations import NoDemonstrations
 from tasks.evaluation.evaluation import Evaluation
-
-
-class ComparisonFailed(RuntimeError):
-    """A run of a comparison failed; the text names method, seed and run."""
-
-
-class NothingToEqual(ValueError):
-    """A method at equal LM tokens, without the two methods that say how many steps those are."""
-
-
-class ComparisonStopped(RuntimeError):
-    """A comparison was stopped on request, with runs left."""
-
-
-class ComparisonChanged(ValueError):
-    """A finished run of a comparison was made with other settings than are asked for now."""
 
 
 class _Member(BaseModel):
@@ -64,13 +43,14 @@ class _Member(BaseModel):
 def run(arguments: argparse.Namespace) -> int:
     """Run what is missing, then show and write the comparison."""
     shared = load_config(arguments.config, arguments.overrides)
-    name = arguments.run or new_name(f"compare-{shared.task_name}")
-    folder = find_run(name) if arguments.resume else RunDirectory(name)
-    if folder.path.exists() and not arguments.resume:
-        raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
+    folder = experiment_folder(
+        arguments.run, stem=f"compare-{shared.task_name}", resume=arguments.resume
+    )
     methods = list(dict.fromkeys(arguments.methods or shared.compare.methods))
     _check_equal_tokens(methods)
-    members = list(_members(arguments, methods, folder.name))
+    # All methods of one seed before the next seed: half a comparison compares too.
+    seeds = range(arguments.seeds)
+    members = [_member(shared, title, seed, folder.name) for seed in seeds for title in methods]
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
     results: list[Result] = []
@@ -79,21 +59,24 @@ def run(arguments: argparse.Namespace) -> int:
         console.rule(f"{number} of {len(members)}: {member.title}")
         if method(member.method).equal_tokens:
             steps = _steps_at_equal_tokens(member, results)
-            member = _member(arguments, member.method, member.seed, folder.name, steps=steps)
+            member = _member(shared, member.method, member.seed, folder.name, steps=steps)
         with _named(member), redirect_stdout(sys.stderr if arguments.json else sys.stdout):
             first = member.steps[0].config if member.steps else member.config
             same = _measured_alike(first)
             result, before[same] = _finish(member, arguments, before.get(same), console)
         results.append(result)
-    metrics, compute = summarise(results, "metrics"), summarise(results, "compute")
-    _write(folder, shared.task_name, results, metrics, compute)
-    if arguments.json:
-        print(_as_json(shared.task_name, results, metrics, compute))
-    else:
-        console.print(shown_table(metrics, f"{shared.task_name}: {arguments.seeds} seeds"))
-        console.print(shown_table(compute, "what it took"))
-        console.print(f"page: {folder.report_file}", soft_wrap=True, markup=False)
+    findings = Findings(folder, "compare", shared.task_name, results)
+    _leave(findings, folder)
+    title = f"{shared.task_name}: {arguments.seeds} seeds"
+    findings.show(title, as_json=arguments.json, console=console)
     return 0
+
+
+def _leave(findings: Findings, folder: RunDirectory) -> None:
+    """Write what was found, with likelihood against diversity where both were measured."""
+    drawable = likelihoods_of(findings.metrics)
+    frontier = folder.path / "frontier.png"
+    findings.leave([draw_frontier(findings.metrics, frontier)] if drawable else [])
 
 
 def _measured_alike(config: RunConfig) -> str:
@@ -107,23 +90,15 @@ def _measured_alike(config: RunConfig) -> str:
     return json.dumps([sections, config.learner.reward_temperature.end, seed])
 
 
-def _members(arguments: argparse.Namespace, methods: Sequence[str], name: str) -> Iterator[_Member]:
-    """Every run, all methods of one seed before the next seed: half a comparison compares too."""
-    for seed in range(arguments.seeds):
-        for title in methods:
-            yield _member(arguments, title, seed, name)
-
-
 def _member(
-    arguments: argparse.Namespace, title: str, seed: int, name: str, *, steps: int | None = None
+    shared: RunConfig, title: str, seed: int, name: str, *, steps: int | None = None
 ) -> _Member:
-    path, overrides = arguments.config, arguments.overrides
     em_steps: tuple[EMStep, ...] = ()
     if title == EM:
-        em_steps = em_method_steps(path, overrides, seed=seed, comparison=name)
+        em_steps = em_method_steps(shared, seed=seed, comparison=name)
         config = em_steps[-1].config
     else:
-        config = method_config(path, overrides, title=title, seed=seed, steps=steps)
+        config = method_config(shared, title=title, seed=seed, steps=steps)
     run = f"{name}-{title}-{seed}"
     return _Member(comparison=name, method=title, seed=seed, run=run, config=config, steps=em_steps)
 
@@ -134,7 +109,7 @@ def _check_equal_tokens(methods: Sequence[str]) -> None:
         if not method(title).equal_tokens:
             continue
         if missing := [other for other in measured_against(title) if other not in methods[:place]]:
-            raise NothingToEqual(
+            raise UserError(
                 f"{title} takes its number of steps from {' and '.join(missing)} of the same seed: "
                 "put them before it among the methods"
             )
@@ -163,13 +138,13 @@ def _finish(
             config,
             directory,
             resume=directory.path.exists(),
-            address=_address(member, arguments),
+            address=arguments.address,
             local=arguments.local,
             before=before,
             console=console,
         )
         if scores.after is None:
-            raise ComparisonStopped(f"stopped; {_again(member)} goes on")
+            raise UserError(f"stopped; {_again(member)} goes on")
         measured = scores.after
     if trained:
         before = read_scores(directory).before or before
@@ -189,7 +164,7 @@ def _finish_em(
     """The same of gflownet_em: measured after the last step, at the cost of all."""
     results = take_steps(
         member.steps,
-        address=_address(member, arguments),
+        address=arguments.address,
         local=arguments.local,
         again=_again(member),
         console=console,
@@ -199,12 +174,6 @@ def _finish_em(
     known = read_scores(RunDirectory(member.steps[0].run)).before or before
     own = {"method": member.method, "compute": compute}
     return results[-1].model_copy(update=own), known
-
-
-def _address(member: _Member, arguments: argparse.Namespace) -> str | None:
-    """Of the Ray cluster; None where there is none yet or none is wanted."""
-    known = arguments.address or member.config.cluster.address or os.environ.get("RAY_ADDRESS")
-    return None if arguments.local else known
 
 
 def _again(member: _Member) -> str:
@@ -217,11 +186,7 @@ def _finished(member: _Member, directory: RunDirectory) -> Evaluation | None:
     measured = scores.after if method(member.method).trained else scores.before
     if measured is None:
         return None
-    if not made_with(directory, member.config):
-        raise ComparisonChanged(
-            f"{directory.path} was made with other settings than are asked for now: compare under "
-            "another --run, or restore the settings that its config.toml has"
-        )
+    check_same_settings(directory, member.config)
     return measured
 
 
@@ -244,32 +209,9 @@ def _named(member: _Member) -> Iterator[None]:
     try:
         yield
     except NoDemonstrations as error:
-        raise ComparisonFailed(f"{member.title}: {error}; leave it out of --methods") from error
+        raise UserError(f"{member.title}: {error}; leave it out of --methods") from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in PACKAGES:
-            raise ComparisonFailed(f"{member.title}: {error}") from error
+        if (text := told(error)) is not None:
+            raise UserError(f"{member.title}: {text}") from error
         error.add_note(f"in {member.title}")
         raise
-
-
-def _write(
-    folder: RunDirectory, task: str, results: Sequence[Result], metrics: Table, compute: Table
-) -> None:
-    plots: list[Path] = []
-    if likelihoods_of(metrics):
-        plots.append(draw_frontier(metrics, folder.path / "frontier.png"))
-    plots.append(draw(metrics, folder.path / "compare.png"))
-    write_page(
-        folder.report_file,
-        title=f"{task}: {', '.join(metrics)}",
-        metrics=metrics,
-        compute=compute,
-        plots=plots,
-        runs="\n".join(result.run for result in results),
-    )
-    write_whole(folder.path / "compare.json", _as_json(task, results, metrics, compute))
-
-
-def _as_json(task: str, results: Sequence[Result], metrics: Table, compute: Table) -> str:
-    content = {"task": task, "table": metrics, "compute": compute, "runs": list(results)}
-    return to_json(content, inf_nan_mode="null").decode()

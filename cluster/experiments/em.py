@@ -1,68 +1,114 @@
-"""The verb `em`: rounds of an E-step and an M-step, each an ordinary run."""
+"""The verb `em`: rounds of an E-step and an M-step, each an ordinary run.
+
+    E-step  a policy q(Z | X) is trained towards p(Z | X, Y) of the LM as it is now
+    M-step  the LM is trained to expect Z Y after X, Z ~ q(Z | X): it maximises E_q[log p(Z Y | X)]
+
+What an M-step leaves in its folder `model` is the LM of everything in the next round: of the
+rewards, of the policy's base and of the answers.
+"""
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic_core import to_json
 from rich.console import Console
 
 from cluster.commands.train import train
-from cluster.config.file import load_config
-from cluster.experiments.comparison import Result, Table, result_of, summarise
-from cluster.experiments.comparison_report import draw, shown_table, write_page
-from cluster.experiments.em_steps import EMStep, em_steps
-from cluster.experiments.results import finished, made_with
-from cluster.run.directory import RunDirectory, RunExists, find_run, new_name, write_whole
+from cluster.config.file import load_config, parse_overrides
+from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
+from cluster.experiments.comparison import Result, result_of
+from cluster.experiments.suite import Findings, experiment_folder, finished
+from cluster.run.directory import RunDirectory
 from tasks.evaluation.evaluation import Evaluation
 
+Kind = Literal["E", "M"]
+# Of other objectives, and meaningless to an M-step's.
+_RESET = {"learner.subtb_lambda": 1.0, "learner.normalisation": "batch", "learner.log_z": "group"}
 
-class EMStopped(RuntimeError):
-    """EM was stopped on request, with steps left."""
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EMStep:
+    """One step and its run."""
 
-class StepChanged(ValueError):
-    """A finished step was made with other settings than are asked for now."""
+    kind: Kind
+    round: int  # from 1
+    run: str
+    config: RunConfig
+
+    @property
+    def title(self) -> str:
+        return f"{self.kind}-step {self.round}"
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the steps that are missing, then show and write how the LM went along."""
     shared = load_config(arguments.config, arguments.overrides)
     rounds = arguments.rounds or shared.em.rounds
-    name = arguments.run or new_name(f"em-{shared.task.name}")
-    folder = find_run(name) if arguments.resume else RunDirectory(name)
+    folder = experiment_folder(
+        arguments.run, stem=f"em-{shared.task_name}", resume=arguments.resume
+    )
     steps = list(
         em_steps(
-            arguments.config,
-            arguments.overrides,
-            rounds=rounds,
-            name=lambda kind, number: f"{folder.name}-{kind.lower()}{number}",
+            shared, rounds=rounds, name=lambda kind, number: f"{folder.name}-{kind.lower()}{number}"
         )
     )
-    if folder.path.exists() and not arguments.resume:
-        raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
     folder.path.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=arguments.json)
-    address = arguments.address or shared.cluster.address or os.environ.get("RAY_ADDRESS")
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         results = take_steps(
             steps,
-            address=None if arguments.local else address,
+            address=arguments.address,
             local=arguments.local,
             again=f"the same command with --run {folder.name} --resume",
             console=console,
         )
-    metrics, compute = summarise(results, "metrics"), summarise(results, "compute")
-    written = _write(folder, shared.task.name, results, metrics, compute)
-    if arguments.json:
-        print(written)
-    else:
-        console.print(shown_table(metrics, f"{shared.task.name}: {rounds} rounds of EM"))
-        console.print(shown_table(compute, "what it took"))
-        console.print(f"page: {folder.report_file}", soft_wrap=True, markup=False)
+    findings = Findings(folder, "em", shared.task_name, results)
+    findings.leave()
+    title = f"{shared.task_name}: {rounds} rounds of EM"
+    findings.show(title, as_json=arguments.json, console=console)
     return 0
+
+
+def em_steps(
+    config: RunConfig,
+    *,
+    rounds: int,
+    name: Callable[[Kind, int], str],
+    m_changes: Mapping[str, Any] | None = None,
+) -> Iterator[EMStep]:
+    """E, M, E, M, ... of `rounds` rounds; raises ConfigError, BadRunName.
+
+    Args:
+        config: of the first E-step; both kinds of step share it.
+        name: of a step's run, from its kind and round.
+        m_changes: of M-steps alone, after those of `em.overrides`.
+    """
+    for number in range(1, rounds + 1):
+        run = name("E", number)
+        yield EMStep(kind="E", round=number, run=run, config=config)
+        policy, run = RunDirectory(run).adapter, name("M", number)
+        m_config = m_step(config, policy=policy, changes=m_changes)
+        yield EMStep(kind="M", round=number, run=run, config=m_config)
+        config = config.changed({"lm.model": str(RunDirectory(run).model)})
+
+
+def m_step(
+    config: RunConfig, *, policy: Path, changes: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The M-step of the policy in a folder; raises ConfigError.
+
+    Args:
+        config: of the E-step.
+        changes: of M-steps alone, after those of `em.overrides`.
+    """
+    of_file = parse_overrides(config.em.overrides, "em.overrides")
+    fixed = {"learner.objective": "joint", "em.policy": str(policy)}
+    return config.changed(_RESET | of_file | dict(changes or {}) | fixed)
 
 
 def take_steps(
@@ -82,14 +128,13 @@ def take_steps(
         before: the LM before the first step, where it was measured already.
 
     Raises:
-        EMStopped: on request, with steps left.
-        StepChanged: a step that is done has other settings.
+        UserError: stopped on request, with steps left; or a step that is done has other settings.
         whatever `cluster.commands.train.train` raises.
     """
     results = []
     for step in steps:
         directory = RunDirectory(step.run)
-        scores = finished(directory)
+        scores = finished(directory, step.config)
         if scores is None:
             console.rule(f"{step.title} (run {step.run})")
             scores = train(
@@ -101,14 +146,9 @@ def take_steps(
                 before=before,
                 console=console,
             )
-        elif not made_with(directory, step.config):
-            raise StepChanged(
-                f"{directory.path} was made with other settings than are asked for now: run under "
-                "another --run, or restore the settings that its config.toml has"
-            )
         if scores.after is None:
-            raise EMStopped(f"stopped in {step.title}; {again} goes on")
-        # What an M-step leaves is another LM, and was measured behind the policy.
+            raise UserError(f"stopped in {step.title}; {again} goes on")
+        # What an M-step leaves is another LM, and was measured after the policy.
         before = scores.before if step.kind == "E" else None
         results.append(
             result_of(
@@ -120,22 +160,3 @@ def take_steps(
             )
         )
     return results
-
-
-def _write(
-    folder: RunDirectory, task: str, results: Sequence[Result], metrics: Table, compute: Table
-) -> str:
-    """Leave page, figure and JSON; the last of them."""
-    figure = draw(metrics, folder.path / "em.png")
-    write_page(
-        folder.report_file,
-        title=f"{task}: {', '.join(metrics)}",
-        metrics=metrics,
-        compute=compute,
-        plots=[figure],
-        runs="\n".join(result.run for result in results),
-    )
-    content = {"task": task, "table": metrics, "compute": compute, "runs": list(results)}
-    written = to_json(content, inf_nan_mode="null").decode()
-    write_whole(folder.path / "em.json", written)
-    return written

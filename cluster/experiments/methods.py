@@ -4,7 +4,7 @@
     sft               maximum likelihood of the task's demonstrations
     ppo               reward maximisation with a KL penalty; its own samples, none replayed
     gflownet          the file's objective, subtb where that is one of the two above
-    gflownet_em       in tasks with EM: gflownet, and M-steps behind it; see em_steps.py
+    gflownet_em       in tasks with EM: gflownet, and M-steps after it; see em.py
 
 and the LM as it is, decoded otherwise, in tasks whose completions are sentences:
 
@@ -22,24 +22,25 @@ to the LM tokens of `gflownet`, where without `_tokens` they take as many steps 
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from cluster.config.file import load_config
+from cluster.config.file import parse_overrides
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
-from cluster.experiments.em_steps import EMStep, em_steps
+from cluster.experiments.em import EMStep, em_steps
 
 BASE, GFLOWNET, EM = "base", "gflownet", "gflownet_em"
 TRAINED = ("sft", "ppo", GFLOWNET, EM)
 _NOT_GFLOWNET = ("ppo", "sft")
-_NUCLEUS = 0.95
-_DECODED: Mapping[str, Sequence[str]] = {
-    "sample": ["evaluation.temperature=1.0"],
-    "tempered": [],
-    "nucleus": ["evaluation.temperature=1.0", f"evaluation.top_p={_NUCLEUS}"],
-    "greedy": ["evaluation.decoding='beam'", "evaluation.samples=1"],
-    "beam": ["evaluation.decoding='beam'"],
-    "diverse_beam": ["evaluation.decoding='diverse_beam'"],
+_DECODED: Mapping[str, Mapping[str, Any]] = {
+    "sample": {"evaluation.temperature": 1.0},
+    "tempered": {},
+    "nucleus": {"evaluation.temperature": 1.0, "evaluation.top_p": 0.95},
+    "greedy": {"evaluation.decoding": "beam", "evaluation.samples": 1},
+    "beam": {"evaluation.decoding": "beam"},
+    "diverse_beam": {"evaluation.decoding": "diverse_beam"},
 }
 METHODS = (BASE, *TRAINED, *_DECODED)
 _AT_TEMPERATURES = ("ppo", "gflownet", "tempered")
@@ -51,7 +52,7 @@ _NAME = re.compile(
 )
 
 
-class UnknownMethod(ValueError):
+class UnknownMethod(UserError):
     """A method that there is not."""
 
 
@@ -104,30 +105,27 @@ def measured_against(title: str) -> tuple[str, str]:
 
 
 def method_config(
-    path: str, overrides: Sequence[str], *, title: str, seed: int, steps: int | None = None
+    shared: RunConfig, *, title: str, seed: int, steps: int | None = None
 ) -> RunConfig:
     """The run of one method, not gflownet_em, and seed; raises ConfigError, UnknownMethod.
 
     Equal for all: LM, adapter, prompts, legal tokens, tool, and trajectories of each step but where
     a prompt has too few to replay. Equal for all but those at equal LM tokens, whose `steps` are
-    told: optimizer steps, and with them trajectories. The time limit is off, because steps that it
+    given: optimizer steps, and with them trajectories. The time limit is off, because steps that it
     cut would not be equal. What is not trained is measured with draws of its own for each seed.
     """
-    changes = _overrides(path, overrides, title=title, seed=seed)
+    changes = _changes(shared, title=title, seed=seed)
     if steps is not None:
-        changes.append(f"learner.steps={steps}")
-    return _untimed(load_config(path, changes))
+        changes["learner.steps"] = steps
+    return shared.changed(changes)
 
 
-def em_method_steps(
-    path: str, overrides: Sequence[str], *, seed: int, comparison: str
-) -> tuple[EMStep, ...]:
+def em_method_steps(shared: RunConfig, *, seed: int, comparison: str) -> tuple[EMStep, ...]:
     """The runs of gflownet_em and a seed: `em.rounds` rounds, gflownet the first E-step.
 
     The last of them is named as other methods' runs are. What `compare.overrides` says of
     gflownet_em is of its M-steps. Raises ConfigError.
     """
-    shared = load_config(path, overrides)
     own = f"{comparison}-{EM}-{seed}"
 
     def name(kind: str, number: int) -> str:
@@ -136,71 +134,67 @@ def em_method_steps(
         last = (kind, number) == ("M", shared.em.rounds)
         return own if last else f"{own}-{kind.lower()}{number}"
 
-    steps = em_steps(
-        path,
-        _overrides(path, overrides, title=GFLOWNET, seed=seed),
-        rounds=shared.em.rounds,
-        name=name,
-        m_overrides=shared.compare.overrides.get(EM, ()),
+    return tuple(
+        em_steps(
+            method_config(shared, title=GFLOWNET, seed=seed),
+            rounds=shared.em.rounds,
+            name=name,
+            m_changes=_tuned(shared, EM, EM),
+        )
     )
-    return tuple(replace(step, config=_untimed(step.config)) for step in steps)
 
 
-def _overrides(path: str, overrides: Sequence[str], *, title: str, seed: int) -> list[str]:
-    asked, shared = method(title), load_config(path, overrides)
-    steps = shared.compare.steps or shared.learner.steps
-    changes = [f"seed={seed}", f"learner.steps={steps}"]
-    if not asked.trained:
-        changes.append(f"evaluation.seed={shared.evaluation.seed + seed}")
-    if asked.temperature is not None:
-        changes.append(f"learner.reward_temperature.end={asked.temperature}")
-    if asked.times > 1:
-        changes.append(f"evaluation.candidates={asked.times}")
-    temperature = asked.temperature or shared.learner.reward_temperature.end
-    tuned = _tuned(shared.compare.overrides, title, asked.name)
-    own = _own(asked.name, shared, temperature)
-    return [*overrides, *changes, *own, *tuned]
+def _changes(shared: RunConfig, *, title: str, seed: int) -> dict[str, Any]:
+    """What a method changes, by dotted key."""
+    named = method(title)
+    temperature = named.temperature or shared.learner.reward_temperature.end
+    changes: dict[str, Any] = {
+        "seed": seed,
+        "learner.steps": shared.compare.steps or shared.learner.steps,
+        **_own(named.name, shared, temperature),
+    }
+    if not named.trained:
+        changes["evaluation.seed"] = shared.evaluation.seed + seed
+    if named.temperature is not None:
+        changes["learner.reward_temperature.end"] = named.temperature
+    if named.times > 1:
+        changes["evaluation.candidates"] = named.times
+    return changes | _tuned(shared, title, named.name) | {"cluster.time_limit_s": None}
 
 
-def _tuned(known: Mapping[str, Sequence[str]], title: str, name: str) -> Sequence[str]:
-    """What is said of the method as it is titled, else of all of its name.
+def _tuned(shared: RunConfig, title: str, name: str) -> dict[str, Any]:
+    """What `compare.overrides` says of the method as it is titled, else of all of its name.
 
     Raises:
         UnknownMethod: something is said of a method that there is not.
     """
+    known = shared.compare.overrides
     for key in known:
         try:
             method(key)
         except UnknownMethod as error:
             raise UnknownMethod(f"compare.overrides: {error}") from error
-    return known.get(title, known.get(name, ()))
+    return parse_overrides(known.get(title, known.get(name, ())), f"compare.overrides.{name}")
 
 
-def _untimed(config: RunConfig) -> RunConfig:
-    return config.model_copy(
-        update={"cluster": config.cluster.model_copy(update={"time_limit_s": None})}
-    )
-
-
-def _own(name: str, shared: RunConfig, temperature: float) -> Sequence[str]:
-    """What makes a method one."""
-    rows = shared.actors.group_size + shared.learner.replayed_per_group
+def _own(name: str, shared: RunConfig, temperature: float) -> Mapping[str, Any]:
+    """What makes a method that method."""
     match name:
         case "base":
-            return [f"evaluation.shots={shared.compare.shots}"]
+            return {"evaluation.shots": shared.compare.shots}
         case "sft":
-            return ["learner.objective=sft"]
+            return {"learner.objective": "sft"}
         case "ppo":
-            return [
-                "learner.objective=ppo",
-                "learner.replayed_per_group=0",
-                f"actors.group_size={rows}",
-                "actors.on_policy_share=1.0",
-            ]
+            return {
+                "learner.objective": "ppo",
+                "learner.replayed_per_group": 0,
+                "actors.group_size": shared.actors.group_size + shared.learner.replayed_per_group,
+                "actors.on_policy_share": 1.0,
+            }
         case "gflownet" | "gflownet_em":
             imitates = shared.learner.objective in _NOT_GFLOWNET
-            return ["learner.objective=subtb"] if imitates else []
+            return {"learner.objective": "subtb"} if imitates else {}
         case "tempered":
-            return [f"evaluation.temperature={temperature}"]
+            return {"evaluation.temperature": temperature}
         case _:
             return _DECODED[name]

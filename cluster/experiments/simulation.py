@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cluster.config.schema import RunConfig, SimulationConfig
+from cluster.config.experiments import SimulationConfig
+from cluster.config.schema import RunConfig
 from cluster.distributed.parts import Parts, RolloutParts
 from learner.config import LearnerConfig
 from learner.engine import Engine

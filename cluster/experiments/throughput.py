@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         actors=arguments.actors,
         replicas=arguments.reward_replicas,
         simulated=arguments.simulate,
-        address=config.cluster.address or os.environ.get("RAY_ADDRESS"),
+        address=config.cluster.ray_address(),
         report=lambda text: progress.print(Text(text), soft_wrap=True),
     ).run()
     plot = Path.cwd() / f"throughput-{config.task_name}.png"

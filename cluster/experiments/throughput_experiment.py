@@ -8,7 +8,9 @@ from typing import Any
 
 import ray
 
-from cluster.config.schema import Placement, RunConfig
+from cluster.config.placement import Placement
+from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
 from cluster.distributed.parts import Parts
 from cluster.distributed.ray_cluster import (
     connect_ray,
@@ -45,10 +47,6 @@ _START_S, _START_S_PER_PART = 120.0, 30.0  # on a small machine parts start one 
 Report = Callable[[str], None]
 
 
-class NoActorsToMeasure(ValueError):
-    """The configuration is of a run that samples nothing."""
-
-
 class Experiment:
     """Measurements of one configuration with real or simulated models.
 
@@ -68,7 +66,7 @@ class Experiment:
         report: Report,
     ) -> None:
         if config.rollout_actors == 0:
-            raise NoActorsToMeasure(
+            raise UserError(
                 f'learner.objective "{config.learner.objective}" starts no rollout actors: there '
                 f"is nothing to measure; choose another objective"
             )
@@ -86,7 +84,7 @@ class Experiment:
             DoesNotFit: the cluster cannot hold the largest number.
             StartFailed, RunFailed: a part did not come up, or died.
         """
-        largest = _with(self._config, cluster={"actors": max(self._counts)})
+        largest = self._config.changed({"cluster.actors": max(self._counts)})
         directory = RunDirectory(self._root.name)
         if self._simulated:
             load_simulated_task(largest)
@@ -114,39 +112,32 @@ class Experiment:
         """No checkpoints, no end, no replacing of what dies, and a Redis of its own."""
         parts = max(self._counts) + config.reward.replicas * config.reward.ranks
         start_s = _START_S + _START_S_PER_PART * (parts + config.learner.ranks)
-        config = _with(
-            config,
-            cluster={
-                "address": address,
-                "max_restarts": 0,
-                "start_timeout_s": max(config.cluster.start_timeout_s, start_s),
-            },
-            learner={
-                "steps": _NEVER,
-                "checkpoint_every_steps": _NEVER,
-                "checkpoint_every_s": float(_NEVER),
-            },
-            buffer={"url": None, "password": None},
+        config = config.changed(
+            {
+                "cluster.address": address,
+                "cluster.max_restarts": 0,
+                "cluster.start_timeout_s": max(config.cluster.start_timeout_s, start_s),
+                "learner.steps": _NEVER,
+                "learner.checkpoint_every_steps": _NEVER,
+                "learner.checkpoint_every_s": float(_NEVER),
+                "buffer.url": None,
+                "buffer.password": None,
+                "reward.replicas": replicas or config.reward.replicas,
+            }
         )
-        if replicas is not None:
-            config = _with(config, reward={"replicas": replicas})
         return self._waiting(config) if self._simulated else config
 
     def _waiting(self, config: RunConfig) -> RunConfig:
         """Processes that only wait need no GPU, and as many as were asked for fit on any core."""
-        cluster = config.cluster
-        config = _with(
-            config,
-            learner={"log_z": "group"},
-            cluster={
-                "actors": max(self._counts),
-                "actor_placement": _without_gpu(cluster.actor_placement),
-                "reward_placement": _without_gpu(cluster.reward_placement),
-                "learner_placement": _without_gpu(cluster.learner_placement),
-            },
-        )
-        lora = simulated_lora(config.throughput.simulation)
-        config = config.model_copy(update={"lora": lora})
+        changes: dict[str, Any] = {
+            "learner.log_z": "group",
+            "lora": simulated_lora(config.throughput.simulation),
+            "cluster.actors": max(self._counts),
+        }
+        for part in ("actor_placement", "reward_placement", "learner_placement"):
+            claim: Placement = getattr(config.cluster, part)
+            changes |= {f"cluster.{part}.gpus": 0.0, f"cluster.{part}.cpus": claim.cpus or 0.25}
+        config = config.changed(changes)
         if config.cluster.address is not None:
             return config
         needed = math.ceil(sum(part.number * part.claim.cpus for part in demands_of(config)))
@@ -156,7 +147,7 @@ class Experiment:
                 f"Ray is told of {needed} CPUs (there are {offered}): simulated parts wait more "
                 f"than they compute"
             )
-        return _with(config, cluster={"cpus": max(needed, offered)})
+        return config.changed({"cluster.cpus": max(needed, offered)})
 
     def _on_ray(self, name: str) -> RunConfig:
         namespace, address = namespace_of(name), self._config.cluster.address
@@ -167,7 +158,7 @@ class Experiment:
 
     def _row(self, actors: int, rate_of_one: float | None) -> Row:
         settings = self._config.throughput
-        config = _with(self._config, cluster={"actors": actors})
+        config = self._config.changed({"cluster.actors": actors})
         batch, replicas = batch_size(config), config.reward_replicas
         # Steps of the learner in which every actor delivers one batch.
         turn = math.ceil(actors * config.actors.groups_per_batch / config.learner.groups_per_step)
@@ -212,32 +203,29 @@ class Experiment:
 
     def _comparison(self) -> Comparison:
         """One actor, in both modes, each step learning from one batch of it."""
-        config = _with(
-            self._config,
-            cluster={"actors": 1},
-            actors={
-                "groups_per_batch": self._config.learner.groups_per_step,
-                "lag_versions": 0,
-            },
-            learner={"publish_every_steps": 1},
-        )
-        simulation = config.throughput.simulation
-        if self._simulated:
-            balanced = simulation.balanced_ms
-            waits = {
-                "decode_step_ms": balanced / sampling_s(config, 1e3),
-                "score_call_ms": balanced,
-                "update_ms": balanced,
+        config = self._config.changed(
+            {
+                "cluster.actors": 1,
+                "actors.groups_per_batch": self._config.learner.groups_per_step,
+                "actors.lag_versions": 0,
+                "learner.publish_every_steps": 1,
             }
-            waiting = simulation.model_copy(update=waits)
-            config = _with(config, throughput={"simulation": waiting})
+        )
+        if self._simulated:
+            balanced_ms = config.throughput.simulation.balanced_ms
+            waits = {
+                "decode_step_ms": balanced_ms / sampling_s(config, 1e3),
+                "score_call_ms": balanced_ms,
+                "update_ms": balanced_ms,
+            }
+            config = config.changed({f"throughput.simulation.{k}": v for k, v in waits.items()})
         seconds, trajectories = {}, {}
         for mode in ("asynchronous", "synchronous"):
             synchronous = mode == "synchronous"
             self._report(f"measuring 1 actor, {mode}")
             in_flight = 1 if synchronous else config.actors.max_in_flight
             trial = measure_run(
-                _with(config, actors={"max_in_flight": in_flight}),
+                config.changed({"actors.max_in_flight": in_flight}),
                 trial_directory(self._root, mode),
                 warm_up=_PIPELINE_STEPS,
                 steps=config.throughput.comparison_steps,
@@ -259,15 +247,3 @@ def sampling_s(config: RunConfig, decode_step_ms: float) -> float:
     """Seconds that a simulated policy waits for a batch."""
     waves = math.ceil(batch_size(config) / config.actors.max_rows)
     return waves * load_simulated_task(config).actions.max_len * decode_step_ms / 1e3
-
-
-def _with(config: RunConfig, **sections: dict[str, Any]) -> RunConfig:
-    """The same run with other values, section by section."""
-    changed = {
-        name: getattr(config, name).model_copy(update=values) for name, values in sections.items()
-    }
-    return config.model_copy(update=changed)
-
-
-def _without_gpu(claim: Placement) -> Placement:
-    return claim.model_copy(update={"gpus": 0.0, "cpus": claim.cpus or 0.25})

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def the_run_of_interest() -> RunDirectory:
-    """The one that goes on, else the newest; raises SeveralRuns, RunMissing."""
+    """The one that goes on, else the newest; raises UserError, RunMissing."""
     if (live := the_live_run()) is not None:
         return live
     runs = list(all_runs())

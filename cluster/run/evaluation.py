@@ -41,7 +41,7 @@ def evaluate(
         context = replace(
             context,
             adapter=Path(str(config.em.policy)),
-            answering=SharedModel(config.with_model(merged_folder(adapter)).lm),
+            answering=SharedModel(config.changed({"lm.model": str(merged_folder(adapter))}).lm),
         )
     found = build_task(config.task, context.language_model.tokenizer).evaluate(context)
     seconds = time.monotonic() - started_s

@@ -157,4 +157,4 @@ def check_adapter(folder: Path) -> None:
 
 def on_cpu(config: RunConfig) -> RunConfig:
     """The same run with its models on the CPU."""
-    return config.model_copy(update={"lm": config.lm.model_copy(update={"device": "cpu"})})
+    return config.changed({"lm.device": "cpu"})

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cluster.config.schema import Placement, RunConfig
+from cluster.config.placement import Placement
+from cluster.config.schema import RunConfig
 
 _ROUNDING = 1e-9
 _RESOURCES = (("CPU", "cpus"), ("GPU", "gpus"))

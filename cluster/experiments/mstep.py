@@ -1,10 +1,10 @@
-"""The verb `mstep`: one M-step behind a run's policy, as a run of its own."""
+"""The verb `mstep`: one M-step of a run's policy, as a run of its own."""
 
 import argparse
-import os
 
 from cluster.commands.train import train
-from cluster.experiments.em_steps import m_step
+from cluster.config.file import load_config
+from cluster.experiments.em import m_step
 from cluster.reports.run_report import show_conclusion
 from cluster.run.directory import RunDirectory, find_run, new_name
 
@@ -12,14 +12,15 @@ from cluster.run.directory import RunDirectory, find_run, new_name
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune the LM of a run on rationales of its policy; exit status as of `train`."""
     policy = find_run(arguments.of)
-    config = m_step(str(policy.config_file), arguments.overrides, policy=policy.adapter)
+    config = m_step(
+        load_config(str(policy.config_file), arguments.overrides), policy=policy.adapter
+    )
     directory = RunDirectory(arguments.run or new_name(f"{policy.name}-m"))
-    address = arguments.address or config.cluster.address or os.environ.get("RAY_ADDRESS")
     scores = train(
         config,
         directory,
         resume=arguments.resume,
-        address=None if arguments.local else address,
+        address=arguments.address,
         local=arguments.local,
     )
     show_conclusion(directory, scores)
