@@ -24,7 +24,8 @@ import redis
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from buffer.replay import ReplayBuffer
+from buffer.redis_store import RedisStore
+from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory, pack, unpack
 
@@ -102,7 +103,10 @@ def measure(client: redis.Redis, case: Case, repeats: int) -> list[dict[str, obj
     """Rows for add and draw of one workload, on an emptied server."""
     client.flushall()
     rng = np.random.default_rng(0)
-    ours, naive = ReplayBuffer(client, run="bench", config=CONFIG), NaiveBuffer(client)
+    ours, naive = ReplayBuffer(RedisStore(client, run="bench"), config=CONFIG), NaiveBuffer(client)
+    request = DrawRequest(
+        num_groups=NUM_GROUPS, num_replayed=NUM_REPLAYED, version=0, rng=rng, timeout_s=1.0
+    )
     times: dict[str, list[float]] = {
         name: [] for name in ("ours add", "naive add", "ours draw", "naive draw")
     }
@@ -115,18 +119,7 @@ def measure(client: redis.Redis, case: Case, repeats: int) -> list[dict[str, obj
             times["ours add"].append(elapsed_ms(partial(ours.add, group)))
             if i == 0 or turn == 0:
                 times["naive add"].append(elapsed_ms(partial(naive.add, group)))
-        times["ours draw"].append(
-            elapsed_ms(
-                partial(
-                    ours.draw,
-                    num_groups=NUM_GROUPS,
-                    num_replayed=NUM_REPLAYED,
-                    version=0,
-                    rng=rng,
-                    timeout_s=1.0,
-                )
-            )
-        )
+        times["ours draw"].append(elapsed_ms(partial(ours.draw, request)))
         num_fresh, num_replayed = NUM_GROUPS * case.group, NUM_GROUPS * NUM_REPLAYED
         times["naive draw"].append(elapsed_ms(partial(naive.draw, num_fresh, num_replayed, rng)))
     median = {name: statistics.median(values[-repeats:]) for name, values in times.items()}

@@ -1,21 +1,22 @@
-"""What a group changes in the replay of its prompt: duplicates, near-duplicates, quota.
+"""Which newcomers a prompt's replay admits: duplicates, near-duplicates, quota, capacity.
 
 Pure: it decides from what is stored, and the store commits the decision only if nothing has
 changed since it was read.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-
-from buffer.near_duplicate import near_duplicates
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
-    """What the rules see of a trajectory."""
+    """The part of a trajectory that the rules see."""
 
     id: str
     completion: NDArray[np.int32]  # [L]
@@ -24,7 +25,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """One item to write, and what its arrival did."""
+    """An item to write, and what its arrival did."""
 
     row: int  # the newcomer whose payload is written, by position
     duplicates: int = 0  # newcomers that came under this id when it was stored
@@ -44,20 +45,24 @@ class Plan:
 
 
 def plan(
-    stored: Sequence[Item], newcomers: Sequence[Item], *, tolerance: float, quota: int
+    stored: Sequence[Item],
+    newcomers: Sequence[Item],
+    *,
+    tolerance: float,
+    quota: int,
+    keep_stored: bool = False,
 ) -> Plan:
     """Admit newcomers in order.
 
     A newcomer meets ALL items of its prompt, so that no two stored items are ever near-duplicates:
     it is rejected if one near it has at least its log-reward, else it replaces all those near it.
     Ties of the quota go by id.
+
+    Args:
+        keep_stored: nothing that is stored gives way; then no newcomer may be stored already.
     """
-    items = [*stored, *newcomers]
-    near = near_duplicates(
-        [item.completion for item in newcomers],
-        [item.completion for item in items],
-        tolerance=tolerance,
-    )
+    completions = [item.completion for item in (*stored, *newcomers)]
+    near = near_duplicates(completions[len(stored) :], completions, tolerance=tolerance)
     kept = {item.id: (item.log_reward, column) for column, item in enumerate(stored)}
     put: dict[str, Put] = {}
     removed: list[str] = []
@@ -67,6 +72,7 @@ def plan(
             removed.append(id)
         put.pop(id, None)
 
+    fixed = {item.id for item in stored} if keep_stored else set()
     duplicates = near_rejected = near_replaced = evicted_quota = 0
     for row, newcomer in enumerate(newcomers):
         if newcomer.id in kept:
@@ -76,7 +82,7 @@ def plan(
             put[newcomer.id] = replace(so_far, row=row, duplicates=so_far.duplicates + 1)
             continue
         rivals = [id for id, (_, column) in kept.items() if near[row, column]]
-        if any(kept[id][0] >= newcomer.log_reward for id in rivals):
+        if any(id in fixed or kept[id][0] >= newcomer.log_reward for id in rivals):
             near_rejected += 1
             continue
         for id in rivals:
@@ -85,7 +91,7 @@ def plan(
         kept[newcomer.id] = (newcomer.log_reward, len(stored) + row)
         put[newcomer.id] = Put(row, near_replaced=len(rivals))
         while len(kept) > quota:
-            remove(min(kept, key=lambda id: (kept[id][0], id)))
+            remove(min(kept.keys() - fixed, key=lambda id: (kept[id][0], id)))
             evicted_quota += 1
     return Plan(
         put=tuple(put.values()),
@@ -95,3 +101,53 @@ def plan(
         near_replaced=near_replaced,
         evicted_quota=evicted_quota,
     )
+
+
+def advantages(log_reward: Mapping[str, float]) -> dict[str, float]:
+    """Rank of each item of one prompt against eviction for want of room, by id; lowest goes first.
+
+    It is the log-reward less that of the prompt's best, so that prompts compare whose rewards are
+    of another height; infinite for that best item itself.
+    """
+    if not log_reward:
+        return {}
+    best = max(log_reward, key=lambda id: (log_reward[id], id))
+    return {
+        id: math.inf if id == best else value - log_reward[best] for id, value in log_reward.items()
+    }
+
+
+def near_duplicates(
+    rows: Sequence[NDArray[np.int32]], columns: Sequence[NDArray[np.int32]], *, tolerance: float
+) -> NDArray[np.bool_]:
+    """Which pairs have a token edit distance below tolerance * (sum of their lengths).
+
+    The rule of Hu et al. 2024 (their released buffer, tolerance 0.25). Symmetric; with tolerance 0
+    no pair is near, not even of equal completions.
+
+    Args:
+        rows: N completions, token ids below 2**20.
+        columns: M completions.
+
+    Returns:
+        [N, M] bool.
+    """
+    if not rows or not columns or tolerance == 0:
+        return np.zeros((len(rows), len(columns)), np.bool_)
+    lengths = np.add.outer([row.size for row in rows], [column.size for column in columns])
+    limit = tolerance * lengths
+    distance = cdist(
+        [as_text(row) for row in rows],
+        [as_text(column) for column in columns],
+        scorer=Levenshtein.distance,
+        # Beyond the loosest limit the exact distance is of no use and costs time.
+        score_cutoff=int(np.ceil(limit.max())),
+        dtype=np.int32,
+    )
+    near: NDArray[np.bool_] = distance < limit
+    return near
+
+
+def as_text(tokens: NDArray[np.int32]) -> str:
+    """Tokens as code points, the form that rapidfuzz compares without hashing each token."""
+    return tokens.astype("<i4", copy=False).tobytes().decode("utf-32-le", "surrogatepass")

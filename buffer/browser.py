@@ -8,8 +8,8 @@ import redis
 from redis.client import Pipeline
 
 from buffer.connection import naming_errors
-from buffer.stats import ReplayStats, read_stats
-from buffer.store import Store
+from buffer.redis_store import RedisStore
+from buffer.stats import ReplayStats
 from buffer.trajectory import MalformedTrajectory, Trajectory, read_array, unpack
 
 # Entries that one command reads: the server answers others in between.
@@ -65,11 +65,11 @@ class ReplayBrowser:
     """
 
     def __init__(self, client: redis.Redis, *, run: str) -> None:
-        self._store = Store(client, run=run)
+        self._store = RedisStore(client, run=run)
 
     def stats(self) -> ReplayStats:
         """See `ReplayBuffer.stats`."""
-        return read_stats(self._store)
+        return self._store.stats()
 
     def revisions(self) -> dict[str, int]:
         """For every prompt a number that moves whenever what is stored for it changes."""

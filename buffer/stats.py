@@ -1,11 +1,8 @@
 """What the buffer holds and what became of everything it ever accepted."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-
-from redis.client import Pipeline
-
-from buffer.store import Store
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +28,11 @@ class Counters:
     groups_dropped: int = 0  # beyond fresh_capacity
     groups_quarantined: int = 0
     groups_drawn: int = 0  # draws, each of them counted
+
+    @classmethod
+    def read(cls, meta: Mapping[str, int]) -> Self:
+        """The counters among other numbers by name; what is missing was never counted."""
+        return cls(**{field.name: meta.get(field.name, 0) for field in fields(cls)})
 
     @property
     def left_replay(self) -> int:
@@ -71,38 +73,33 @@ class ReplayStats:
     counters: Counters
 
 
-def read_stats(store: Store) -> ReplayStats:
-    """Read the statistics; costs the index of fresh groups and one number per drawn item."""
+def summarise(
+    meta: Mapping[str, int],
+    *,
+    replay_size: int,
+    replay_prompts: int,
+    times_sampled: Sequence[int],
+    fresh_versions: Sequence[int],
+    undrawn_groups: int,
+) -> ReplayStats:
+    """The statistics of a store.
 
-    def ask(pipeline: Pipeline) -> None:
-        pipeline.hgetall(store.key("meta"))
-        pipeline.zcard(store.key("priority"))
-        pipeline.hlen(store.key("revision"))
-        pipeline.hvals(store.key("sampled"))
-        pipeline.zrange(store.key("fresh"), 0, -1, withscores=True)
-        pipeline.zcard(store.key("undrawn"))
-
-    meta, size, prompts, sampled, fresh, undrawn = store.pipeline(ask)
-    version = int(meta.get(b"version", 0))
+    Args:
+        meta: counters by name, and `version` once the learner has drawn.
+        times_sampled: of the items that were ever drawn from replay.
+        fresh_versions: lowest policy version of each waiting group.
+    """
     # Until the learner has drawn once nobody has an age.
-    ages = [version - int(sampled_at) for _, sampled_at in fresh] if b"version" in meta else []
-    times = [int(count) for count in sampled]
+    ages = [meta["version"] - version for version in fresh_versions] if "version" in meta else []
     return ReplayStats(
-        replay_size=size,
-        replay_prompts=prompts,
-        times_sampled_mean=sum(times) / max(size, 1),
-        times_sampled_max=max(times, default=0),
-        fresh_groups=len(fresh),
-        undrawn_groups=undrawn,
-        version=version,
+        replay_size=replay_size,
+        replay_prompts=replay_prompts,
+        times_sampled_mean=sum(times_sampled) / max(replay_size, 1),
+        times_sampled_max=max(times_sampled, default=0),
+        fresh_groups=len(fresh_versions),
+        undrawn_groups=undrawn_groups,
+        version=meta.get("version", 0),
         age_mean_versions=sum(ages) / max(len(ages), 1),
         age_max_versions=max(ages, default=0),
-        counters=read_counters(meta),
-    )
-
-
-def read_counters(meta: Mapping[bytes, bytes]) -> Counters:
-    """The counters among the fields of the meta hash."""
-    return Counters(
-        **{field.name: int(meta.get(field.name.encode(), 0)) for field in fields(Counters)}
+        counters=Counters.read(meta),
     )

@@ -1,96 +1,179 @@
-"""The buffer's keys in Redis, and the scripts that change them."""
+"""What the replay buffer asks of a store, and the reading of what may be damaged there.
 
-from collections.abc import Callable
-from importlib import resources
-from typing import Any
+Two stores keep this contract: `buffer.redis_store`, which processes share, and `buffer.memory`.
+Every method is atomic.
+"""
 
-import redis
-from redis.client import Pipeline
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
-from buffer.connection import naming_errors
+from buffer.admission import Plan
+from buffer.audit import Contents
+from buffer.config import BufferConfig
+from buffer.stats import ReplayStats
+from buffer.trajectory import MalformedTrajectory, Trajectory, unpack, unpack_group
 
-FORMAT = b"1"
-SCRIPTS = ("read", "commit", "draw", "fetch", "quarantine", "snapshot", "summary")
+# Unreadable payloads that are kept as evidence.
+KEPT_EVIDENCE = 100
+# A group sent again is recognised among this many later ones.
+REMEMBERED_GROUPS = 4096
 
 
-class ForeignKeys(ValueError):
-    """The keys of this run were written by something else, or in another format."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """One item to write into the replay of a prompt."""
+
+    id: str
+    log_reward: float  # terminal, nats
+    payload: bytes
+    duplicates: int  # newcomers that came under this id when it was stored
+    near_replaced: int  # items that made way for it
 
 
-class Store:
-    """One run's keys. Every change is one Lua script, so a crash leaves all of it or nothing.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A plan for one prompt, which holds for one revision of it."""
 
-    The prefix `{amortize:RUN}` is a hash tag. Under it, with ids of 32 hex digits:
+    prompt: str
+    revision: int
+    offered: int  # newcomers
+    plan: Plan
+    writes: Sequence[Write]
+    keep_stored: bool  # where there is no room, these writes go again, and nothing else
 
-        meta            hash: format, the learner's last version, one field per counter
-        payload         hash: id -> packed trajectory                                     replay
-        priority        zset: id + prompt -> terminal log-reward; its lowest is evicted
-        prompt:PROMPT   zset: id -> terminal log-reward
-        revision        hash: prompt -> number that moves with every change to its items
-        sampled         hash: id -> times drawn from replay
-        duplicates      hash: id -> times it came again while it was stored
-        near_replaced   hash: id -> near-duplicates that made way for it
-        groups          hash: sequence number -> packed group                             fresh
-        fresh           zset: sequence number -> policy version; its lowest is dropped
-        undrawn         zset: the part of fresh that was never drawn
-        draws           hash: sequence number -> times drawn
-        accepted        zset: digests of the latest groups, against counting a resend twice
-        quarantine      hash: bytes that could not be read
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """A group that is to wait for the learner."""
+
+    digest: str  # of its bytes: a group that was sent twice counts once
+    version: int  # lowest policy version in it
+    payload: bytes
+
+
+class Commit(NamedTuple):
+    """What became of a change and its group; a conflict and a repetition change nothing."""
+
+    fate: Literal["conflict", "repeated", "none", "queued", "expired"]
+    evicted_capacity: int = 0
+
+
+class StoredItem(NamedTuple):
+    """An item of a prompt's replay."""
+
+    id: str
+    log_reward: float  # it is ranked by, nats
+    payload: bytes | None  # None where the store has lost it
+
+
+class Store(Protocol):
+    """Fresh groups and the replay of every prompt, as bytes."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages; without a password."""
+        ...
+
+    def commit(self, change: Change, arrival: Arrival | None, limits: BufferConfig) -> Commit:
+        """Carry out a change, and queue its group, if the prompt is still at its revision.
+
+        Then evicts what exceeds the capacity: of all trajectories those furthest below the best of
+        their prompt. The best of a prompt goes only where there are more prompts than capacity.
+        """
+        ...
+
+    def draw(
+        self, num_groups: int, version: int, limits: BufferConfig
+    ) -> tuple[int, list[tuple[int, bytes]]]:
+        """Expire what is too old; then the freshest groups, all of `num_groups` or none.
+
+        Returns the number of groups that were eligible, and (arrival number, payload) of each.
+        """
+        ...
+
+    def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
+        """Revision and replay of one prompt, the worst item first, equals by id."""
+        ...
+
+    def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """Ids and log-rewards of each prompt's replay, in the order of `read_prompt`."""
+        ...
+
+    def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
+        """Payloads of items that are drawn from replay, counting the draw; None for those gone."""
+        ...
+
+    def quarantine_item(self, id: str, prompt: str) -> None:
+        """Take an item out of replay, and keep its bytes as evidence."""
+        ...
+
+    def quarantine_group(self, number: int, payload: bytes) -> None:
+        """Take a drawn group out of the way, and keep its bytes as evidence."""
+        ...
+
+    def depth(self) -> int:
+        """Fresh groups that were never drawn."""
+        ...
+
+    def prompts(self) -> list[str]:
+        """Every prompt that was ever written, sorted."""
+        ...
+
+    def stats(self) -> ReplayStats:
+        """Sizes, ages and counters."""
+        ...
+
+    def contents(self) -> Contents:
+        """Everything, for the audit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPrompt:
+    """The replay of one prompt as of one revision; worst first."""
+
+    revision: int
+    trajectories: dict[str, Trajectory]  # by id
+    log_reward: dict[str, float]  # by id: the terminal log-reward it is ranked by, nats
+
+
+class Reader:
+    """Decodes stored bytes; what cannot be decoded is reported, counted and moved to quarantine.
+
+    A damaged payload must cost one trajectory, not the learner.
     """
 
-    def __init__(self, client: redis.Redis, *, run: str) -> None:
-        self.client = client
-        self.place = address(client)
-        self._prefix = f"{{amortize:{run}}}"
-        self._scripts = {name: client.register_script(source(name)) for name in SCRIPTS}
-        self._claim()
+    def __init__(self, store: Store, *, warn: Callable[[str], None]) -> None:
+        self._store = store
+        self._warn = warn
 
-    def key(self, name: str) -> str:
-        """Full name of a key."""
-        return f"{self._prefix}:{name}"
+    def prompt(self, prompt: str) -> StoredPrompt:
+        """Everything readable in the replay of one prompt."""
+        revision, items = self._store.read_prompt(prompt)
+        trajectories, log_reward = {}, {}
+        for id, score, payload in items:
+            if (trajectory := self.item(id, prompt, payload)) is not None:
+                trajectories[id] = trajectory
+                log_reward[id] = score
+        return StoredPrompt(revision, trajectories, log_reward)
 
-    def call(self, script: str, *arguments: str | int | float | bytes) -> Any:
-        """Run one script. Raises BufferUnreachable."""
-        with naming_errors(self.place, phase=f"running {script}"):
-            return self._scripts[script](keys=[self._prefix], args=list(arguments))
+    def item(self, id: str, prompt: str, payload: bytes | None) -> Trajectory | None:
+        """One replay payload, None if it went into quarantine."""
+        try:
+            if payload is None:
+                raise MalformedTrajectory("its payload is missing")
+            return unpack(payload)
+        except MalformedTrajectory as error:
+            self._store.quarantine_item(id, prompt)
+            self._warn(f"quarantined trajectory {id} of prompt {prompt!r}: {error}")
+            return None
 
-    def read(self, command: str, key: str, *arguments: str | int) -> Any:
-        """Answer of one read command."""
-        with naming_errors(self.place, phase="reading"):
-            return self.client.execute_command(command, self.key(key), *arguments)
-
-    def pipeline(self, fill: Callable[[Pipeline], None]) -> list[Any]:
-        """Answers of the read commands that `fill` puts into a pipeline, as of one instant."""
-        with naming_errors(self.place, phase="reading"), self.client.pipeline() as pipeline:
-            fill(pipeline)
-            return pipeline.execute()
-
-    def _claim(self) -> None:
-        """Write the format, or refuse keys of another."""
-        meta = self.key("meta")
-        with naming_errors(self.place, phase="opening the buffer"):
-            kind = str(self.read("TYPE", "meta"), "ascii")
-            if kind not in ("none", "hash"):
-                raise ForeignKeys(
-                    f"key {meta} at {self.place} is a {kind}, not the buffer's hash."
-                    " Give the run another name, or delete the key"
-                )
-            self.client.hsetnx(meta, "format", FORMAT)
-            found = self.client.hget(meta, "format")
-        if found != FORMAT:
-            raise ForeignKeys(
-                f"the buffer under {meta} at {self.place} has format {found!r}, this program"
-                f" writes {FORMAT!r}. Give the run another name"
-            )
-
-
-def source(script: str) -> str:
-    """Text of a script, below the functions that all of them share."""
-    folder = resources.files("buffer") / "lua"
-    return "".join((folder / f"{name}.lua").read_text() for name in ("store", script))
-
-
-def address(client: redis.Redis) -> str:
-    """Where a client connects to, without its password."""
-    settings = client.get_connection_kwargs()
-    return settings.get("path") or f"{settings.get('host')}:{settings.get('port')}"
+    def group(self, number: int, payload: bytes) -> tuple[Trajectory, ...] | None:
+        """One fresh group, None if it went into quarantine, which one bad member suffices for."""
+        try:
+            return unpack_group(payload)
+        except MalformedTrajectory as error:
+            self._store.quarantine_group(number, payload)
+            self._warn(f"quarantined fresh group {number}: {error}")
+            return None

@@ -4,15 +4,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from buffer.admission import Item, Plan, plan
+from buffer.admission import Item, plan
 from buffer.config import BufferConfig
-from buffer.reader import Reader
-from buffer.store import Store
+from buffer.store import Arrival, Change, Commit, Reader, Store, Write
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group
 
-# A group sent again is recognised among this many later ones.
-REMEMBERED_GROUPS = 4096
 MAX_CONFLICTS = 200
+
+Offered = Sequence[tuple[bytes, Trajectory]]  # with their packed bytes
 
 
 class BufferContended(RuntimeError):
@@ -35,7 +34,7 @@ class AddReport:
     conflicts: int = 0  # times another writer was faster
 
 
-class Intake:
+class Writer:
     """The writing side of the buffer."""
 
     def __init__(self, store: Store, reader: Reader, config: BufferConfig) -> None:
@@ -44,31 +43,35 @@ class Intake:
         self._config = config
 
     def accept(self, group: Sequence[Trajectory], *, queue: bool) -> AddReport:
-        """Admit trajectories of one prompt to replay and, with `queue`, the group to fresh."""
+        """Admit trajectories of one prompt to replay and, with `queue`, the group to fresh.
+
+        Without `queue` nothing that is stored changes or goes: what is new enters while there is
+        room.
+        """
         if not 1 <= len(group) <= MAX_GROUP:
             raise ValueError(f"a group has 1 to {MAX_GROUP} trajectories, not {len(group)}")
         if len({trajectory.prompt_key for trajectory in group}) != 1:
             raise ValueError("a group has trajectories of exactly one prompt")
-        prompt = group[0].prompt_key
-        payloads = [pack(trajectory) for trajectory in group]
-        newcomers = [Item(t.id, t.completion, t.terminal_log_reward) for t in group]
-        queueing = self._queueing(group, payloads) if queue else ()
+        prompt, offered = group[0].prompt_key, [(pack(each), each) for each in group]
+        arrival = arrival_of(offered) if queue else None
         for conflicts in range(MAX_CONFLICTS):
-            revision, changes = self._plan(prompt, newcomers)
-            changing = self._changing(changes, newcomers, payloads)
-            answer = self._store.call("commit", prompt, revision, *changing, *queueing)
-            if answer[0] == b"repeated":
+            change = self._plan(prompt, offered, keep_stored=not queue)
+            answer = self._store.commit(change, arrival, self._config)
+            if answer.fate == "repeated":
                 return AddReport(repeated=True, conflicts=conflicts)
-            if answer[0] == b"done":
-                return report(changes, len(group), answer, conflicts)
+            if answer.fate != "conflict":
+                return report(change, answer, conflicts)
         raise BufferContended(
             f"prompt {prompt!r} changed {MAX_CONFLICTS} times while a group of {len(group)} was"
             f" being added at {self._store.place}. Let fewer actors share a prompt"
         )
 
-    def _plan(self, prompt: str, newcomers: Sequence[Item]) -> tuple[bytes, Plan]:
-        """What to change, and the revision that this holds for."""
+    def _plan(self, prompt: str, offered: Offered, *, keep_stored: bool) -> Change:
+        """The change that the offered trajectories make to their prompt as it is stored now."""
         stored = self._reader.prompt(prompt)
+        if keep_stored:
+            offered = [(data, each) for data, each in offered if each.id not in stored.trajectories]
+        newcomers = [Item(t.id, t.completion, t.terminal_log_reward) for _, t in offered]
         changes = plan(
             [
                 Item(id, trajectory.completion, stored.log_reward[id])
@@ -77,57 +80,48 @@ class Intake:
             newcomers,
             tolerance=self._config.near_duplicate_tolerance,
             quota=self._config.quota_per_prompt,
+            keep_stored=keep_stored,
         )
-        return stored.revision, changes
-
-    def _changing(
-        self, changes: Plan, newcomers: Sequence[Item], payloads: Sequence[bytes]
-    ) -> list[str | int | float | bytes]:
-        """Arguments of commit.lua from the capacity on, as far as replay is concerned."""
-        arguments: list[str | int | float | bytes] = [
-            self._config.capacity,
-            len(newcomers),
-            changes.duplicates,
-            changes.near_rejected,
-            changes.near_replaced,
-            changes.evicted_quota,
-            len(changes.removed),
-            *changes.removed,
-            len(changes.put),
-        ]
-        for put in changes.put:
-            newcomer = newcomers[put.row]
-            arguments += (newcomer.id, newcomer.log_reward, payloads[put.row])
-            arguments += (put.duplicates, put.near_replaced)
-        return arguments
-
-    def _queueing(
-        self, group: Sequence[Trajectory], payloads: Sequence[bytes]
-    ) -> tuple[str | int | bytes, ...]:
-        """Arguments of commit.lua that queue the group."""
-        payload = pack_group(payloads)
-        return (
-            hashlib.blake2b(payload, digest_size=16).hexdigest(),
-            min(trajectory.policy_version for trajectory in group),
-            self._config.max_age,
-            self._config.fresh_capacity,
-            REMEMBERED_GROUPS,
-            payload,
+        return Change(
+            prompt=prompt,
+            revision=stored.revision,
+            offered=len(offered),
+            plan=changes,
+            writes=[
+                Write(
+                    id=newcomers[put.row].id,
+                    log_reward=newcomers[put.row].log_reward,
+                    payload=offered[put.row][0],
+                    duplicates=put.duplicates,
+                    near_replaced=put.near_replaced,
+                )
+                for put in changes.put
+            ],
+            keep_stored=keep_stored,
         )
 
 
-def report(changes: Plan, offered: int, answer: Sequence[bytes | int], conflicts: int) -> AddReport:
-    """Put the plan and the answer of commit.lua into words."""
-    _, evicted_capacity, fate = answer
+def arrival_of(offered: Offered) -> Arrival:
+    """The group as it waits for the learner."""
+    payload = pack_group([data for data, _ in offered])
+    return Arrival(
+        digest=hashlib.blake2b(payload, digest_size=16).hexdigest(),
+        version=min(trajectory.policy_version for _, trajectory in offered),
+        payload=payload,
+    )
+
+
+def report(change: Change, answer: Commit, conflicts: int) -> AddReport:
+    """Put a change that was committed into words."""
     return AddReport(
-        offered=offered,
-        duplicates=changes.duplicates,
-        near_rejected=changes.near_rejected,
-        near_replaced=changes.near_replaced,
-        evicted_quota=changes.evicted_quota,
-        evicted_capacity=int(evicted_capacity),
-        queued=fate == b"queued",
-        expired=fate == b"expired",
+        offered=change.offered,
+        duplicates=change.plan.duplicates,
+        near_rejected=change.plan.near_rejected,
+        near_replaced=change.plan.near_replaced,
+        evicted_quota=change.plan.evicted_quota,
+        evicted_capacity=answer.evicted_capacity,
+        queued=answer.fate == "queued",
+        expired=answer.fate == "expired",
         conflicts=conflicts,
     )
 

@@ -3,11 +3,11 @@
 What a reward has ranked or filtered is not among them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from buffer.replay import Group
+from buffer.replay import DrawRequest, Group
 from buffer.trajectory import Trajectory
 
 
@@ -39,19 +39,10 @@ class DemonstrationDraws:
         self._demonstrations = list(demonstrations)
         self._rows = rows
 
-    def draw(
-        self,
-        *,
-        num_groups: int,
-        num_replayed: int,
-        version: int,
-        rng: np.random.Generator,
-        timeout_s: float,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> list[Group]:
-        """One group for each demonstration drawn; never waits."""
+    def draw(self, request: DrawRequest) -> list[Group]:
+        """A group for each demonstration drawn; never waits."""
         number = len(self._demonstrations)
-        rounds = [rng.permutation(number) for _ in range(-(-self._rows // number))]
+        rounds = [request.rng.permutation(number) for _ in range(-(-self._rows // number))]
         chosen = [self._demonstrations[at] for at in np.concatenate(rounds)[: self._rows]]
         return [Group(prompt_key=t.prompt_key, fresh=(t,), replayed=()) for t in chosen]
 

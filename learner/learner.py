@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from buffer.replay import Group
+from buffer.replay import DrawRequest, Group, Replay
 from learner.agreement.gate import AgreementGate
 from learner.batch import Batch, check_actions, collate, merge_prompts, plan_micro_batches
 from learner.broadcast import decode_groups, encode_groups, share
@@ -20,13 +21,20 @@ from learner.engine import Engine, NonFiniteUpdate
 from learner.log_z import LogZ
 from learner.objectives.base import Objective, ObjectiveInput
 from learner.objectives.potential import state_potentials, terminal_potentials
-from learner.protocols import Replay, WeightSink
 from learner.quality import describe_quality
 from learner.schedule import learning_rate, reward_temperature
 from learner.step_metrics import Tally, describe_groups
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, adapter_off, checksum
 from lm.scoring import LogProbs, completion_log_probs
+
+
+class WeightSink(Protocol):
+    """Where adapters go."""
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None:
+        """Hand an adapter to the actors."""
+        ...
 
 
 class StoppedWaiting(RuntimeError):
@@ -56,7 +64,7 @@ class Learner:
         rng: chooses what is replayed.
         log_z: the head inside `model` that learns log Z; None: from the group.
         against_base: give the objective also what the base LM says, at one more forward pass.
-        gate: takes out of a draw what its sampler cannot have sampled; None takes all on trust.
+        gate: the one in front of `replay`, if any, which is to know what is published.
         checkpoints: None keeps none.
     """
 
@@ -215,22 +223,20 @@ class Learner:
         self.version = published + 1 if lost_later_ones else snapshot.version
 
     def _draw(self, stop: Callable[[], bool]) -> list[Group]:
-        def draw() -> list[Group]:
-            gate, replay = self._gate, self._replay
-            draw_from = replay.draw if gate is None else partial(gate.draw, replay)
-            return draw_from(
-                num_groups=self._config.groups_per_step,
-                num_replayed=self._config.replayed_per_group,
-                version=self.version,
-                rng=self._rng,
-                timeout_s=self._config.starvation_timeout_s,
-                stop=stop,
-            )
-
+        request = DrawRequest(
+            num_groups=self._config.groups_per_step,
+            num_replayed=self._config.replayed_per_group,
+            version=self.version,
+            rng=self._rng,
+            timeout_s=self._config.starvation_timeout_s,
+            stop=stop,
+        )
         if self._engine.num_ranks == 1:
-            groups = draw()
+            groups = self._replay.draw(request)
         else:
-            groups = decode_groups(share(self._engine, lambda: encode_groups(draw())))
+            groups = decode_groups(
+                share(self._engine, lambda: encode_groups(self._replay.draw(request)))
+            )
         if not groups:
             raise StoppedWaiting("the learner was stopped while it waited for groups")
         return groups

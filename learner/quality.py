@@ -63,8 +63,7 @@ def is_on_policy(trajectory: Trajectory) -> bool:
 
 def log_weight(trajectory: Trajectory, reward_temperature: float) -> float:
     """log R / T - log q of one trajectory by its own record, nats."""
-    log_q = trajectory.log_q_token.sum(dtype=np.float64) + float(trajectory.log_q_stop[-1])
-    return float(trajectory.log_reward[-1]) / reward_temperature - float(log_q)
+    return trajectory.terminal_log_reward / reward_temperature - trajectory.log_q
 
 
 def ess_share(log_weight_K: Floats) -> float:

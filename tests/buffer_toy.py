@@ -1,6 +1,6 @@
 """Small trajectories and a real redis-server for the tests of the buffer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,12 @@ import redis
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
+from buffer.replay import DrawRequest
 from buffer.server import RedisServer
+from buffer.store import Store
 from buffer.trajectory import Trajectory
+
+MakeStore = Callable[..., Store]
 
 
 def toy_trajectory(
@@ -48,6 +52,26 @@ def random_trajectory(rng: np.random.Generator, *, prompt: str, length: int = 12
     """One that no other is like, in all probability."""
     completion = rng.integers(0, 10_000, length).tolist()
     return toy_trajectory(completion, prompt=prompt, log_reward=float(np.float32(-rng.random())))
+
+
+def toy_request(
+    num_groups: int = 1,
+    *,
+    num_replayed: int = 0,
+    version: int = 0,
+    rng: np.random.Generator | None = None,
+    timeout_s: float = 0.0,
+    stop: Callable[[], bool] = lambda: False,
+) -> DrawRequest:
+    """A request that does not wait."""
+    return DrawRequest(
+        num_groups=num_groups,
+        num_replayed=num_replayed,
+        version=version,
+        rng=np.random.default_rng(0) if rng is None else rng,
+        timeout_s=timeout_s,
+        stop=stop,
+    )
 
 
 @contextmanager

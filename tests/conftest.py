@@ -11,7 +11,7 @@ from tests.environment import ALL, OwnEnvironment
 
 # Plugins are imported after this module, and so is all of ours, in the tests' own environment.
 ENVIRONMENT = OwnEnvironment()
-pytest_plugins = ["tests.tiny_lm"]
+pytest_plugins = ["tests.tiny_lm", "tests.stores"]
 
 settings.register_profile(
     "any machine",

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from buffer.replay import BufferStarved, Group
+from buffer.replay import BufferStarved, DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
 from learner.agreement.gate import AgreementGate
 from learner.agreement.policy_history import PastPolicies
@@ -62,10 +62,10 @@ class QueueReplay:
         self.groups = deque(groups)
         self.discarded: list[Trajectory] = []
 
-    def draw(self, *, num_groups: int, timeout_s: float, **others: Any) -> list[Group]:
-        if len(self.groups) < num_groups:
-            raise BufferStarved(f"{len(self.groups)} of {num_groups} groups")
-        return [self.groups.popleft() for _ in range(num_groups)]
+    def draw(self, request: DrawRequest) -> list[Group]:
+        if len(self.groups) < request.num_groups:
+            raise BufferStarved(f"{len(self.groups)} of {request.num_groups} groups")
+        return [self.groups.popleft() for _ in range(request.num_groups)]
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         self.discarded.extend(trajectories)
@@ -78,8 +78,10 @@ def make_gate(
     config: LearnerConfig | None = None,
     warnings: list[str] | None = None,
     max_age: int = 16,
+    replay: Replay | None = None,
 ) -> AgreementGate:
     return AgreementGate(
+        replay=replay or QueueReplay(),
         model=model,
         actions=ACTIONS,
         past=PastPolicies(model, max_age=max_age),
@@ -98,14 +100,15 @@ def as_group(
 
 
 def draw(
-    gate: AgreementGate, replay: Any, version: int, num_groups: int, *, timeout_s: float = 60.0
+    gate: AgreementGate, replay: Replay, version: int, num_groups: int, *, timeout_s: float = 60.0
 ) -> list[Group]:
+    gate._replay = replay
     return gate.draw(
-        replay,
-        num_groups=num_groups,
-        num_replayed=0,
-        version=version,
-        rng=np.random.default_rng(0),
-        timeout_s=timeout_s,
-        stop=lambda: False,
+        DrawRequest(
+            num_groups=num_groups,
+            num_replayed=0,
+            version=version,
+            rng=np.random.default_rng(0),
+            timeout_s=timeout_s,
+        )
     )

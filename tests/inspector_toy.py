@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from buffer.connection import connect
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory
@@ -139,7 +140,7 @@ def filled(
     server = RedisServer.start(directory.buffer, run=directory.name, config=config)
     try:
         with connect(server.url, password=server.password, timeout_s=5.0) as client:
-            buffer = ReplayBuffer(client, run=directory.name, config=config)
+            buffer = ReplayBuffer(RedisStore(client, run=directory.name), config=config)
             buffer.seed(trajectories)
             yield server, buffer
     finally:

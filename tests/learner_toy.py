@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from buffer.replay import Group
+from buffer.replay import DrawRequest, Group
 from buffer.trajectory import Trajectory
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
@@ -84,22 +84,15 @@ class UniformReplay:
         self._group_size = group_size
         self._prompts = prompts
 
-    def draw(
-        self,
-        *,
-        num_groups: int,
-        num_replayed: int,
-        version: int,
-        rng: np.random.Generator,
-        timeout_s: float,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> list[Group]:
+    def draw(self, request: DrawRequest) -> list[Group]:
+        rng, num_replayed = request.rng, request.num_replayed
+
         def some(key: str, count: int) -> tuple[Trajectory, ...]:
             return tuple(
                 make_trajectory(key, STRINGS[rng.integers(len(STRINGS))]) for _ in range(count)
             )
 
-        keys = [self._prompts[n % len(self._prompts)] for n in range(num_groups)]
+        keys = [self._prompts[n % len(self._prompts)] for n in range(request.num_groups)]
         return [
             Group(prompt_key=k, fresh=some(k, self._group_size), replayed=some(k, num_replayed))
             for k in keys
@@ -115,7 +108,7 @@ class FixedReplay:
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = list(groups)
 
-    def draw(self, **limits: Any) -> list[Group]:
+    def draw(self, request: DrawRequest) -> list[Group]:
         return self._groups
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:

@@ -16,7 +16,8 @@ from actors.protocols import PublishedWeights
 from actors.reward_query import RewardQuery
 from actors.rollout import plan_groups
 from buffer.config import BufferConfig
-from buffer.replay import ReplayBuffer
+from buffer.redis_store import RedisStore
+from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.adapter import checksum
@@ -159,7 +160,7 @@ def test_every_sampled_group_reaches_the_buffer_with_its_own_scores() -> None:
 def test_equal_groups_of_one_batch_are_two_groups(tmp_path: Path) -> None:
     """The buffer takes equal bytes for one group sent twice; a peaked policy samples them often."""
     with serving(tmp_path) as (_, client):
-        buffer = ReplayBuffer(client, run="test", config=BufferConfig())
+        buffer = ReplayBuffer(RedisStore(client, run="test"), config=BufferConfig())
         actor, _ = make_actor(
             buffer=buffer,
             prompts=PromptStream(PROMPTS[:1], np.random.default_rng(0)),
@@ -170,7 +171,9 @@ def test_equal_groups_of_one_batch_are_two_groups(tmp_path: Path) -> None:
         assert actor.stats.groups == buffer.depth() == 2
         assert actor.stats.trajectories == buffer.stats().counters.offered == 6
         groups = buffer.draw(
-            num_groups=2, num_replayed=0, version=0, rng=np.random.default_rng(0), timeout_s=0.0
+            DrawRequest(
+                num_groups=2, num_replayed=0, version=0, rng=np.random.default_rng(0), timeout_s=0.0
+            )
         )
         first, second = ([t.completion.tolist() for t in group.fresh] for group in groups)
         assert first == second == [[1, 1]] * 3

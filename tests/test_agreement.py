@@ -16,7 +16,7 @@ import torch
 
 from actors.actor import RolloutActor
 from buffer.config import BufferConfig
-from buffer.replay import Group, ReplayBuffer
+from buffer.replay import DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory
 from cluster.config.file import load_config
@@ -69,13 +69,14 @@ class Observed:
     def __init__(self, gate: Any) -> None:
         self._gate = gate
         self.drawn: list[Trajectory] = []
+        gate._replay = Ears(gate._replay, self.drawn)
         self.admitted: list[Trajectory] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._gate, name)
 
-    def draw(self, replay: Any, **limits: Any) -> list[Group]:
-        groups: list[Group] = self._gate.draw(Ears(replay, self.drawn), **limits)
+    def draw(self, request: DrawRequest) -> list[Group]:
+        groups: list[Group] = self._gate.draw(request)
         self.admitted += [t for group in groups for t in (*group.fresh, *group.replayed)]
         return groups
 
@@ -87,8 +88,8 @@ class Ears:
         self._replay = replay
         self._heard = heard
 
-    def draw(self, **limits: Any) -> list[Group]:
-        groups = self._replay.draw(**limits)
+    def draw(self, request: DrawRequest) -> list[Group]:
+        groups = self._replay.draw(request)
         self._heard += [t for group in groups for t in (*group.fresh, *group.replayed)]
         return groups
 
@@ -133,7 +134,7 @@ class Cast:
             warn=self.warnings.append,
         )
         self.gate = Observed(self.learner._gate)
-        self.learner._gate = self.gate  # type: ignore[assignment]
+        self.learner._replay = self.learner._gate = self.gate  # type: ignore[assignment]
 
         def actor(index: int) -> RolloutActor:
             # One each: a replica remembers scores, and what it scored together rounds together.

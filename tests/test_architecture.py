@@ -143,6 +143,17 @@ def test_what_must_stay_light_imports_without_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_learner_and_actors_import_no_redis() -> None:
+    modules = [
+        place(path).removesuffix(".py").replace("/", ".")
+        for package in ("actors", "learner")
+        for path in sources(package)
+        if path.name not in ("__init__.py", "deepspeed_engine.py")
+    ]
+    code = f"import sys, {', '.join(modules)}; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 SHIPPED = [
     place(path)
     for folder in ("tasks", "tasks/paper", "cluster")

@@ -1,6 +1,5 @@
 """Looking at the replay buffer: the right figures, and nothing changed by it."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,20 +13,15 @@ from buffer.browser import PORTION, ReplayBrowser, Summary, Tally
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.folder import NeverServed
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer, reach
-from tests.buffer_toy import random_trajectory, serving, toy_trajectory
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with serving(tmp_path_factory.mktemp("redis")) as (_, client):
-        yield client
+from tests.buffer_toy import random_trajectory, toy_request, toy_trajectory
 
 
 def opened(client: redis.Redis, **settings: Any) -> tuple[ReplayBuffer, ReplayBrowser, str]:
     run = uuid4().hex
-    buffer = ReplayBuffer(client, run=run, config=BufferConfig(**settings))
+    buffer = ReplayBuffer(RedisStore(client, run=run), config=BufferConfig(**settings))
     return buffer, ReplayBrowser(client, run=run), run
 
 
@@ -46,9 +40,7 @@ def test_a_stored_trajectory_tells_how_often_it_came_was_drawn_and_replaced(
     (stored,) = buffer.trajectories()
     assert browser.tallies() == {stored.id: Tally(duplicates=1)}
     buffer.add([toy_trajectory(best, log_reward=-1.0)] * 3)
-    buffer.draw(
-        num_groups=2, num_replayed=1, version=0, rng=np.random.default_rng(0), timeout_s=0.0
-    )
+    buffer.draw(toy_request(2, num_replayed=1))
     (kept,) = buffer.trajectories()
     assert browser.tallies() == {kept.id: Tally(draws=2, duplicates=2, near_replaced=1)}
     assert buffer.audit().ok
@@ -58,11 +50,9 @@ def test_what_an_evicted_trajectory_had_gathered_goes_with_it(client: redis.Redi
     buffer, browser, _ = opened(client, quota_per_prompt=1)
     buffer.seed([toy_trajectory([1] * 9 + [2], log_reward=-3.0)])
     buffer.add([toy_trajectory([1] * 10, log_reward=-2.0)] * 2)
-    buffer.draw(
-        num_groups=1, num_replayed=1, version=0, rng=np.random.default_rng(0), timeout_s=0.0
-    )
+    buffer.draw(toy_request(num_replayed=1))
     assert list(browser.tallies().values()) == [Tally(draws=1, duplicates=1, near_replaced=1)]
-    buffer.seed([toy_trajectory((5, 6, 7, 8), log_reward=-1.0)])
+    buffer.add([toy_trajectory((5, 6, 7, 8), log_reward=-1.0)])
     assert browser.tallies() == {}
     assert buffer.audit().ok
 
@@ -133,7 +123,7 @@ def test_a_revision_moves_exactly_when_the_prompt_changes(client: redis.Redis) -
     buffer, browser, _ = opened(client)
     buffer.seed([toy_trajectory(prompt="p"), toy_trajectory(prompt="q")])
     before = browser.revisions()
-    buffer.seed([toy_trajectory(prompt="q", actor="again")])
+    buffer.add([toy_trajectory(prompt="q", actor="again")])
     after = browser.revisions()
     assert after["p"] == before["p"] and after["q"] > before["q"]
 

@@ -21,10 +21,9 @@ from buffer.connection import (
 from buffer.endpoint import BadAddress, PortInUse
 from buffer.executable import NoRedisServer
 from buffer.folder import FolderInUse, ForeignFolder
-from buffer.replay import ReplayBuffer
-from buffer.sampler import BufferStarved
+from buffer.redis_store import ForeignKeys, RedisStore
+from buffer.replay import BufferStarved, ReplayBuffer
 from buffer.server import ServerFailed, ServerTimeout
-from buffer.store import ForeignKeys
 from buffer.writer import BufferContended
 from tests.buffer_toy import serving, toy_trajectory
 
@@ -65,7 +64,7 @@ def test_a_server_lost_for_good_ends_in_a_named_error(tmp_path: Path) -> None:
         serving(tmp_path) as (server, _),
         connect(server.url, password=server.password, timeout_s=2.0) as client,
     ):
-        buffer = ReplayBuffer(client, run="toy", config=ROOMY)
+        buffer = ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY)
         os.kill(server.pid, signal.SIGKILL)
         with pytest.raises(BufferUnreachable, match="did not answer while running"):
             buffer.add([toy_trajectory()])

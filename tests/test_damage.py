@@ -1,6 +1,5 @@
 """Damage in the store is reported, counted and put aside."""
 
-from collections.abc import Iterator
 from uuid import uuid4
 
 import numpy as np
@@ -8,22 +7,18 @@ import pytest
 import redis
 
 from buffer.config import BufferConfig
+from buffer.redis_store import ForeignKeys, RedisStore
 from buffer.replay import ReplayBuffer
-from buffer.store import ForeignKeys
-from tests.buffer_toy import random_trajectory, serving, toy_trajectory
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with serving(tmp_path_factory.mktemp("redis")) as (_, client):
-        yield client
+from tests.buffer_toy import random_trajectory, toy_request, toy_trajectory
 
 
 def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis.Redis) -> None:
     warnings: list[str] = []
     run = uuid4().hex
     # One draw exhausts a group, so the damaged one is counted as exhausted before it is read.
-    buffer = ReplayBuffer(client, run=run, config=BufferConfig(max_draws=1), warn=warnings.append)
+    buffer = ReplayBuffer(
+        RedisStore(client, run=run), config=BufferConfig(max_draws=1), warn=warnings.append
+    )
     prefix = f"{{amortize:{run}}}"
     rng = np.random.default_rng(0)
     groups = [[random_trajectory(rng, prompt="p") for _ in range(2)] for _ in range(2)]
@@ -33,7 +28,7 @@ def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis
     client.hdel(f"{prefix}:payload", groups[0][1].id)
     client.hset(f"{prefix}:groups", f"{2:016d}", b"garbage")
     assert len(buffer.audit().discrepancies) >= 3
-    (found,) = buffer.draw(num_groups=1, num_replayed=9, version=0, rng=rng, timeout_s=0.0)
+    (found,) = buffer.draw(toy_request(1, num_replayed=9, rng=rng))
     assert [t.id for t in found.fresh] == [t.id for t in groups[0]]
     assert {t.id for t in found.replayed} == {t.id for t in groups[1]}
     buffer.add([random_trajectory(rng, prompt="p")])  # reads the prompt, finds the missing one
@@ -47,16 +42,18 @@ def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis
 
 def test_the_audit_sees_what_a_counter_or_an_index_hides(client: redis.Redis) -> None:
     run = uuid4().hex
-    buffer = ReplayBuffer(client, run=run, config=BufferConfig())
+    buffer = ReplayBuffer(RedisStore(client, run=run), config=BufferConfig())
     first, second = toy_trajectory((1,)), toy_trajectory((2, 2, 2))
     buffer.add([first, second])
     prefix = f"{{amortize:{run}}}"
     client.hincrby(f"{prefix}:meta", "offered", 1)
     assert "3 trajectories offered, 2 stored" in buffer.audit().discrepancies[0]
     client.hincrby(f"{prefix}:meta", "offered", -1)
+    rank = client.zscore(f"{prefix}:priority", first.id + "p")
+    assert rank is not None
     client.zadd(f"{prefix}:priority", {first.id + "p": -99.0})
     assert "differ in 2 entries" in buffer.audit().discrepancies[0]
-    client.zadd(f"{prefix}:priority", {first.id + "p": first.terminal_log_reward})
+    client.zadd(f"{prefix}:priority", {first.id + "p": rank})
     payload = client.hget(f"{prefix}:payload", first.id)
     client.hset(f"{prefix}:payload", second.id, payload)
     assert any("is that of" in sentence for sentence in buffer.audit().discrepancies)
@@ -66,8 +63,24 @@ def test_keys_of_another_kind_or_format_are_refused(client: redis.Redis) -> None
     run = uuid4().hex
     client.set(f"{{amortize:{run}}}:meta", "mine")
     with pytest.raises(ForeignKeys, match="is a string"):
-        ReplayBuffer(client, run=run, config=BufferConfig())
+        ReplayBuffer(RedisStore(client, run=run), config=BufferConfig())
     client.delete(f"{{amortize:{run}}}:meta")
     client.hset(f"{{amortize:{run}}}:meta", "format", "0")
     with pytest.raises(ForeignKeys, match="format"):
-        ReplayBuffer(client, run=run, config=BufferConfig())
+        ReplayBuffer(RedisStore(client, run=run), config=BufferConfig())
+
+
+def test_a_buffer_of_the_format_before_is_ranked_anew_and_kept(client: redis.Redis) -> None:
+    run, config = uuid4().hex, BufferConfig()
+    buffer = ReplayBuffer(RedisStore(client, run=run), config=config)
+    rng = np.random.default_rng(0)
+    stored = [random_trajectory(rng, prompt=prompt) for prompt in "ppq"]
+    buffer.seed(stored)
+    prefix = f"{{amortize:{run}}}"
+    client.hset(f"{prefix}:meta", "format", "1")
+    client.zadd(f"{prefix}:priority", {t.id + t.prompt_key: t.terminal_log_reward for t in stored})
+    assert "the ranking and the prompts differ" in buffer.audit().discrepancies[0]
+    later = ReplayBuffer(RedisStore(client, run=run), config=config)
+    audit = later.audit()
+    assert audit.ok and audit.replay_size == 3, audit.discrepancies
+    assert client.hget(f"{prefix}:meta", "format") == b"2"

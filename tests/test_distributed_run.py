@@ -19,6 +19,7 @@ from bench.posterior import descendants
 from bench.posterior import title as title_of
 from buffer.config import BufferConfig
 from buffer.connection import connect
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.config.project import PROJECT_ROOT
@@ -106,7 +107,7 @@ def check_buffer(tmp_path: Path) -> int:
     server = RedisServer.start(tmp_path / "runs/test/buffer", run="test", config=config)
     try:
         with connect(server.url, password=server.password, timeout_s=10) as client:
-            buffer = ReplayBuffer(client, run="test", config=config)
+            buffer = ReplayBuffer(RedisStore(client, run="test"), config=config)
             audit = buffer.audit()
             assert audit.ok, audit.discrepancies
             return buffer.stats().replay_size

@@ -13,7 +13,8 @@ from buffer.connection import (
     connect,
     durability,
 )
-from buffer.replay import ReplayBuffer
+from buffer.redis_store import RedisStore
+from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.server import RedisServer
 from tests.buffer_toy import random_trajectory, serving, toy_trajectory
 
@@ -25,7 +26,7 @@ def write_until_told(writer: int, url: str, password: str, control: Connection) 
     """Add groups of four; tell the ids of each group once it is acknowledged."""
     rng = np.random.default_rng(writer)
     with connect(url, password=password, timeout_s=30.0) as client:
-        buffer = ReplayBuffer(client, run="toy", config=KEEPING)
+        buffer = ReplayBuffer(RedisStore(client, run="toy"), config=KEEPING)
         while not control.poll():
             prompt = f"p{writer}-{rng.integers(1000)}"
             group = [random_trajectory(rng, prompt=prompt, length=200) for _ in range(4)]
@@ -69,7 +70,7 @@ def test_kill_9_under_load_loses_nothing_acknowledged_and_doubles_nothing(tmp_pa
         assert writer.exitcode == 0
         writer.close()
     with connect(url, password=password, timeout_s=5.0) as client:
-        buffer = ReplayBuffer(client, run="toy", config=KEEPING)
+        buffer = ReplayBuffer(RedisStore(client, run="toy"), config=KEEPING)
         stored = {trajectory.id for trajectory in buffer.trajectories()}
         audit = buffer.audit()
     server.stop(timeout_s=10.0)
@@ -84,15 +85,15 @@ def test_a_restart_on_the_same_folder_restores_everything(tmp_path: Path) -> Non
     rng = np.random.default_rng(0)
     group = [random_trajectory(rng, prompt="p") for _ in range(3)]
     with serving(tmp_path) as (first, client):
-        before = ReplayBuffer(client, run="toy", config=ROOMY)
+        before = ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY)
         before.add(group)
         before.add([toy_trajectory()])
-        before.draw(num_groups=1, num_replayed=2, version=3, rng=rng, timeout_s=0.0)
+        before.draw(DrawRequest(num_groups=1, num_replayed=2, version=3, rng=rng, timeout_s=0.0))
         expected = (before.stats(), [t.id for t in before.trajectories()])
     assert (tmp_path / "password").stat().st_mode & 0o077 == 0
     assert (tmp_path / "redis.conf").stat().st_mode & 0o077 == 0
     with serving(tmp_path) as (second, client):
-        after = ReplayBuffer(client, run="toy", config=ROOMY)
+        after = ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY)
         assert (after.stats(), [t.id for t in after.trajectories()]) == expected
         assert (second.url, second.password) == (first.url, first.password)
         assert after.add(group).repeated, "the store forgot which groups it knows"

@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO-2 on real gloo ranks takes the step of one process."""
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from buffer.replay import DrawRequest
 from learner.broadcast import RankZeroFailed
 from learner.checkpoint import Checkpoints
 from learner.engine import NonFiniteUpdate, TorchEngine
@@ -29,8 +29,8 @@ TIMEOUT_S = 12.0
 class StarvedReplay:
     """Has nothing to draw."""
 
-    def draw(self, *, stop: Callable[[], bool], **limits: Any) -> list[Any]:
-        if stop():
+    def draw(self, request: DrawRequest) -> list[Any]:
+        if request.stop():
             return []
         raise TimeoutError("no groups")
 

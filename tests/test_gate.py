@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from buffer.replay import BufferStarved
+from buffer.replay import BufferStarved, DrawRequest
 from buffer.trajectory import Trajectory
 from learner.agreement.comparison import compare, rounding_tolerance
 from learner.agreement.disagreement import SamplersDisagree
@@ -288,9 +288,9 @@ def test_with_nothing_but_wrong_groups_the_draw_ends_at_its_deadline(tmp_path: P
     damaged = ToySampler("actor-1", damage=0.1)
 
     class Endless(QueueReplay):
-        def draw(self, **limits: Any) -> Any:
+        def draw(self, request: DrawRequest) -> Any:
             self.groups.append(as_group(damaged.group("short", version=0)))
-            return super().draw(**limits)
+            return super().draw(request)
 
     with pytest.raises(BufferStarved, match="0 of 1 groups agree with the learner"):
         draw(gate, Endless(), 0, 1, timeout_s=0.5)
@@ -298,8 +298,8 @@ def test_with_nothing_but_wrong_groups_the_draw_ends_at_its_deadline(tmp_path: P
 
 def test_a_draw_that_is_stopped_in_its_wait_gives_nothing(tmp_path: Path) -> None:
     class Stopped(QueueReplay):
-        def draw(self, **limits: Any) -> Any:
-            return super().draw(**limits) if self.groups else []
+        def draw(self, request: DrawRequest) -> Any:
+            return super().draw(request) if self.groups else []
 
     gate = make_gate(make_policy(), tmp_path, config=make_config(agreement_max_share=1.0))
     wrong = ToySampler("actor-0", damage=0.1).group("short", version=0)
@@ -349,10 +349,11 @@ class LaggingSamples:
         self._lag = lag
         self._samplers = [ToySampler("actor-0"), ToySampler("actor-1", seed=1)]
 
-    def draw(self, *, num_groups: int, version: int, **others: Any) -> list[Any]:
+    def draw(self, request: DrawRequest) -> list[Any]:
+        version = request.version
         adapters = {version: data for data, version, _ in self._published.adapters}
         groups = []
-        for number in range(num_groups):
+        for number in range(request.num_groups):
             sampler = self._samplers[number % 2]
             sampled_at = max(version - self._lag * (number % 3), 0)
             sampler.load(adapters[sampled_at])
@@ -372,8 +373,9 @@ def learn(
     learner, model = make_learner(
         replay=LaggingSamples(published), weights=published, make_engine=make_engine
     )
-    gate = make_gate(model, folder)
-    learner._gate = gate if gated else None
+    gate = make_gate(model, folder, replay=learner._replay)
+    if gated:
+        learner._replay = learner._gate = gate
     learner.publish()
     rows = [learner.step() for _ in range(STEPS)]
     for row in rows:
@@ -414,7 +416,8 @@ def end_in_disagreement(engine: Any, folder: Path) -> None:
     damaged = ToySampler("actor-7", damage=0.1)
     groups = [as_group(damaged.group("short", version=0, size=40)) for _ in range(3)]
     learner, model = make_learner(replay=QueueReplay(*groups), make_engine=lambda *_: engine)
-    learner._gate = make_gate(model, folder / "quarantine")
+    gate = make_gate(model, folder / "quarantine", replay=learner._replay)
+    learner._replay = learner._gate = gate
     learner.publish()
     expected = SamplersDisagree if engine.rank == 0 else Unrecoverable
     with pytest.raises(expected, match="actor-7 at version 0"):

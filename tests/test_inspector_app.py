@@ -268,7 +268,7 @@ def test_a_trajectory_is_shown_with_its_lineage_and_its_group(
 ) -> None:
     buffer = running[2]
     shown = sums(120)[17]
-    buffer.seed([shown, shown])
+    buffer.add([shown, shown])
     page = client.get(f"{BASE}/trajectory/{shown.id}")
     text = re.sub(r"\s+", " ", Elements(page.text).text)
     for expected in (
@@ -399,7 +399,7 @@ def test_the_table_follows_the_buffer(tmp_path: Path) -> None:
         assert listed().keys() == {t.id for t in some}
         buffer.discard(some[:2])
         assert listed().keys() == {t.id for t in some[2:]}
-        buffer.seed([replace(some[5], policy_version=11)])
+        buffer.add([replace(some[5], policy_version=11)])
         row = listed()[some[5].id]
         assert (row.version, row.tally) == (11, Tally(duplicates=1))
         assert row.rationale == " 5 + 0 = 5, 5 5"

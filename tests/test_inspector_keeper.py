@@ -14,6 +14,7 @@ import pytest
 
 from buffer.connection import BufferUnreachable, connect
 from buffer.folder import NeverServed
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.inspector.command import ray_address, the_run_of_interest
@@ -33,7 +34,9 @@ def stored(directory: RunDirectory, keeper: BufferKeeper) -> int:
     url, password = keeper.address
     with connect(url, password=password, timeout_s=5.0) as client:
         config = config_of(directory).buffer
-        return ReplayBuffer(client, run=directory.name, config=config).stats().replay_size
+        return (
+            ReplayBuffer(RedisStore(client, run=directory.name), config=config).stats().replay_size
+        )
 
 
 def silent(directory: RunDirectory) -> bool:

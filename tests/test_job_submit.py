@@ -21,6 +21,7 @@ from ray._private.runtime_env.packaging import create_package
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from tests.page import command
@@ -186,7 +187,7 @@ def test_a_job_is_stopped_in_order_and_goes_on_when_it_is_submitted_again(
     server = RedisServer.start(cluster.folder / "runs/first/buffer", run="first", config=config)
     try:
         with connect(server.url, password=server.password, timeout_s=20) as client:
-            audit = ReplayBuffer(client, run="first", config=config).audit()
+            audit = ReplayBuffer(RedisStore(client, run="first"), config=config).audit()
             assert audit.ok, audit.discrepancies
     finally:
         server.stop(timeout_s=20)

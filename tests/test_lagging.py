@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from actors.lagging import LaggingWeights
 from buffer.config import BufferConfig
-from buffer.replay import Group, ReplayBuffer
+from buffer.replay import DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
 from cluster.config.file import load_config
 from cluster.run import assembly as roles
@@ -103,9 +103,11 @@ class Watched:
         self._replay = replay
         self.ages: list[list[int]] = []
 
-    def draw(self, *, version: int, **limits: Any) -> list[Group]:
-        groups: list[Group] = self._replay.draw(version=version, **limits)
-        self.ages.append([version - t.policy_version for group in groups for t in group.fresh])
+    def draw(self, request: DrawRequest) -> list[Group]:
+        groups: list[Group] = self._replay.draw(request)
+        self.ages.append(
+            [request.version - t.policy_version for group in groups for t in group.fresh]
+        )
         return groups
 
     def discard(self, trajectories: Any) -> None:

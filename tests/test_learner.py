@@ -1,6 +1,6 @@
 """The learner on a tiny model: what enters a step, what leaves it, and what it converges to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from buffer.replay import BufferStarved, Group, ReplayBuffer
+from buffer.redis_store import RedisStore
+from buffer.replay import BufferStarved, DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory, pack
 from cluster.run.weight_store import WeightStore
@@ -205,10 +206,10 @@ def test_a_learner_that_waits_for_groups_heeds_a_stop_and_checkpoints(tmp_path: 
     class Empty(UniformReplay):
         """Has groups for two steps, then waits until it is stopped."""
 
-        def draw(self, *, stop: Callable[[], bool] = lambda: False, **limits: Any) -> list[Group]:
-            if limits["version"] < 2:
-                return super().draw(**limits)
-            assert stop()
+        def draw(self, request: DrawRequest) -> list[Group]:
+            if request.version < 2:
+                return super().draw(request)
+            assert request.stop()
             return []
 
     learner, _ = make_learner(replay=Empty(), folder=tmp_path, checkpoint_every_steps=99)
@@ -220,8 +221,8 @@ def test_a_learner_that_waits_for_groups_heeds_a_stop_and_checkpoints(tmp_path: 
 
 def test_starvation_passes_through_by_its_own_name() -> None:
     class Starved:
-        def draw(self, **limits: Any) -> list[Group]:
-            raise BufferStarved(f"0 of {limits['num_groups']} groups after {limits['timeout_s']} s")
+        def draw(self, request: DrawRequest) -> list[Group]:
+            raise BufferStarved(f"0 of {request.num_groups} groups after {request.timeout_s} s")
 
     learner, _ = make_learner(replay=Starved(), starvation_timeout_s=2.0)
     with pytest.raises(BufferStarved, match=r"0 of 3 groups after 2\.0 s"):
@@ -264,7 +265,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(
 ) -> None:
     rng = np.random.default_rng(0)
     groups = UniformReplay(group_size=4).draw(
-        num_groups=3, num_replayed=0, version=0, rng=rng, timeout_s=1.0
+        DrawRequest(num_groups=3, num_replayed=0, version=0, rng=rng, timeout_s=1.0)
     )
     parts = plan_micro_batches(groups, token_budget=token_budget, num_ranks=num_ranks)
     assert sorted(g.prompt_key for part in parts for g in part) == sorted(PROMPTS)
@@ -314,7 +315,7 @@ def test_groups_come_from_a_real_redis(tmp_path: Path) -> None:
     server = RedisServer.start(tmp_path / "redis", run="toy", config=config)
     try:
         client = connect(server.url, password=server.password, timeout_s=10.0)
-        replay = ReplayBuffer(client, run="toy", config=config)
+        replay = ReplayBuffer(RedisStore(client, run="toy"), config=config)
         for key in PROMPTS:
             fresh = tuple(make_trajectory(key, string) for string in ((1, 2), (2,), (2,)))
             replay.add(fresh)

@@ -18,6 +18,7 @@ from buffer.config import BufferConfig
 from buffer.endpoint import BadAddress, PortInUse
 from buffer.executable import NoRedisServer, find_executable
 from buffer.folder import FolderInUse, ForeignFolder
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer, ServerFailed, ServerTimeout
 from tests.buffer_toy import serving, toy_trajectory
@@ -93,7 +94,9 @@ def test_a_unix_socket_serves_as_well(tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("a b")  # a space, which the address must survive
     with serving(folder, transport="unix", password="q\"u'o te\\ß") as (server, client):
         assert server.url.startswith("unix:///") and client.ping()
-        assert ReplayBuffer(client, run="toy", config=ROOMY).add([toy_trajectory()]).queued
+        assert (
+            ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY).add([toy_trajectory()]).queued
+        )
 
 
 def test_a_socket_path_that_no_kernel_takes_is_refused(tmp_path: Path) -> None:

@@ -1,22 +1,20 @@
-"""One rule of the replay buffer each, on a real redis-server."""
+"""One rule of the replay buffer each, on a real redis-server and in memory."""
 
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
-import redis
 
 from buffer.config import BufferConfig
-from buffer.connection import connect
-from buffer.reader import Reader, StoredPrompt
+from buffer.memory import ForeignSave, MemoryStore
 from buffer.replay import BufferStarved, ReplayBuffer
-from buffer.server import RedisServer
+from buffer.store import Reader, StoredPrompt
 from buffer.trajectory import Trajectory
-from tests.buffer_toy import serving, toy_trajectory
+from tests.buffer_toy import MakeStore, toy_request, toy_trajectory
 
 SMALL = BufferConfig(
     capacity=9,
@@ -28,44 +26,29 @@ SMALL = BufferConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RedisServer, redis.Redis]]:
-    with serving(tmp_path_factory.mktemp("redis")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def client(server: tuple[RedisServer, redis.Redis]) -> redis.Redis:
-    return server[1]
-
-
-def new_buffer(client: redis.Redis, config: BufferConfig = SMALL) -> ReplayBuffer:
-    return ReplayBuffer(client, run=uuid4().hex, config=config)
+def new_buffer(make_store: MakeStore, config: BufferConfig = SMALL) -> ReplayBuffer:
+    return ReplayBuffer(make_store(), config=config)
 
 
 def draw_fresh(
     buffer: ReplayBuffer, num_groups: int, version: int = 0
 ) -> list[tuple[Trajectory, ...]]:
-    rng = np.random.default_rng(0)
-    groups = buffer.draw(
-        num_groups=num_groups, num_replayed=0, version=version, rng=rng, timeout_s=0.0
-    )
-    return [group.fresh for group in groups]
+    return [group.fresh for group in buffer.draw(toy_request(num_groups, version=version))]
 
 
 # --- one rule each
 
 
-def test_a_group_keeps_its_duplicates_where_replay_keeps_one(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_a_group_keeps_its_duplicates_where_replay_keeps_one(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     report = buffer.add([toy_trajectory((1, 2))] * 3)
     assert (report.offered, report.duplicates) == (3, 2)
     assert [len(group) for group in draw_fresh(buffer, 1)] == [3]
     assert len(list(buffer.trajectories())) == 1
 
 
-def test_the_newest_payload_of_a_duplicate_wins(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_the_newest_payload_of_a_duplicate_wins(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     buffer.add([toy_trajectory((1, 2), actor="old")])
     buffer.add([toy_trajectory((1, 2), actor="new", log_reward=-7.0)])
     (stored,) = buffer.trajectories()
@@ -73,20 +56,69 @@ def test_the_newest_payload_of_a_duplicate_wins(client: redis.Redis) -> None:
     assert buffer.audit().ok
 
 
-def test_a_better_near_duplicate_replaces_all_that_are_near_it(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_a_better_near_duplicate_replaces_all_that_are_near_it(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     middle = [1] * 10
     left, right = [2, 2, *middle[2:]], [*middle[:8], 3, 3]  # near the middle, not each other
-    buffer.seed([toy_trajectory(left, log_reward=-3.0), toy_trajectory(right, log_reward=-4.0)])
-    worse = buffer.seed([toy_trajectory(middle, log_reward=-3.5)])
+    buffer.add([toy_trajectory(left, log_reward=-3.0), toy_trajectory(right, log_reward=-4.0)])
+    worse = buffer.add([toy_trajectory(middle, log_reward=-3.5)])
     assert worse.near_rejected == 1
-    better = buffer.seed([toy_trajectory(middle, log_reward=-2.0)])
+    better = buffer.add([toy_trajectory(middle, log_reward=-2.0)])
     assert better.near_replaced == 2
     assert [t.completion.tolist() for t in buffer.trajectories()] == [middle]
 
 
-def test_the_freshest_version_is_drawn_first_and_the_old_expire(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_seeding_changes_nothing_that_is_stored(make_store: MakeStore) -> None:
+    config = BufferConfig(quota_per_prompt=3, capacity=4)
+    buffer = new_buffer(make_store, config)
+    sampled = toy_trajectory([1] * 10, log_reward=-3.0)
+    buffer.add([sampled, toy_trajectory((5, 6), log_reward=-9.0)])
+    buffer.add([toy_trajectory((1,), prompt="q", log_reward=-50.0)])
+    before = [(t.id, t.actor, t.terminal_log_reward) for t in buffer.trajectories()]
+    again = replace(sampled, actor="data", behaviour="demonstration")
+    near = toy_trajectory([1] * 9 + [2], log_reward=0.0, actor="data")
+    report = buffer.seed([again, near])
+    assert (report.offered, report.duplicates, report.near_rejected) == (1, 0, 1)
+    assert [(t.id, t.actor, t.terminal_log_reward) for t in buffer.trajectories()] == before
+    # What is new enters while there is room: one more in all, then no more.
+    new = [toy_trajectory((n,) * 3, log_reward=1.0 + n, actor="data") for n in (7, 8, 9)]
+    assert buffer.seed(new).evicted_quota == 2
+    kept = {t.id for t in buffer.trajectories()}
+    assert kept == {id for id, _, _ in before} | {new[2].id}
+    assert buffer.seed([toy_trajectory((4,), prompt="r", log_reward=9.0)]).evicted_capacity == 1
+    assert {t.id for t in buffer.trajectories()} == kept
+    audit = buffer.audit()
+    assert audit.ok, audit.discrepancies
+
+
+def test_want_of_room_leaves_every_prompt_its_best_however_low(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store, BufferConfig(capacity=4))
+    buffer.add([toy_trajectory((n,) * 4, prompt="low", log_reward=-60.0 - n) for n in range(3)])
+    rewards = {"high": (-20.0, -21.5, -27.0), "other": (-19.0, -21.5)}
+    for prompt, values in rewards.items():
+        buffer.add(
+            [toy_trajectory((n,) * 4, prompt=prompt, log_reward=v) for n, v in enumerate(values)]
+        )
+    kept = [(t.prompt_key, t.terminal_log_reward) for t in buffer.trajectories()]
+    # The best of each, and the one that is nearest to it: 1 nat, where others lack 1.5 and 2.5.
+    assert sorted(kept) == [("high", -20.0), ("low", -61.0), ("low", -60.0), ("other", -19.0)]
+    buffer.add([toy_trajectory((9,) * 4, prompt="low", log_reward=-59.0)])
+    kept = [(t.prompt_key, t.terminal_log_reward) for t in buffer.trajectories()]
+    assert sorted(kept) == [("high", -20.0), ("low", -60.0), ("low", -59.0), ("other", -19.0)]
+    audit = buffer.audit()
+    assert audit.ok, audit.discrepancies
+
+
+def test_more_prompts_than_capacity_are_kept_within_it(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store, BufferConfig(capacity=2))
+    for prompt in "pqr":
+        buffer.add([toy_trajectory((1,), prompt=prompt)])
+    assert buffer.stats().replay_size == 2
+    assert buffer.audit().ok
+
+
+def test_the_freshest_version_is_drawn_first_and_the_old_expire(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     for version in (3, 5, 4):
         buffer.add([toy_trajectory((version,), policy_version=version)])
     (first,) = draw_fresh(buffer, 1, version=5)
@@ -98,8 +130,8 @@ def test_the_freshest_version_is_drawn_first_and_the_old_expire(client: redis.Re
     assert buffer.depth() == 0
 
 
-def test_the_same_group_sent_twice_counts_once(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_the_same_group_sent_twice_counts_once(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     group = [toy_trajectory((1,)), toy_trajectory((2, 2))]
     assert buffer.add(group).queued
     assert buffer.add(group).repeated
@@ -108,13 +140,13 @@ def test_the_same_group_sent_twice_counts_once(client: redis.Redis) -> None:
     assert buffer.audit().ok
 
 
-def test_a_group_of_two_prompts_is_refused(client: redis.Redis) -> None:
+def test_a_group_of_two_prompts_is_refused(make_store: MakeStore) -> None:
     with pytest.raises(ValueError, match="exactly one prompt"):
-        new_buffer(client).add([toy_trajectory(prompt="p"), toy_trajectory(prompt="q")])
+        new_buffer(make_store).add([toy_trajectory(prompt="p"), toy_trajectory(prompt="q")])
 
 
-def test_ages_are_counted_from_the_last_draw(client: redis.Redis) -> None:
-    buffer = new_buffer(client, BufferConfig(max_draws=9))
+def test_ages_are_counted_from_the_last_draw(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store, BufferConfig(max_draws=9))
     for version in (4, 6):
         buffer.add([toy_trajectory((version,), policy_version=version)])
     draw_fresh(buffer, 1, version=8)
@@ -126,104 +158,137 @@ def test_ages_are_counted_from_the_last_draw(client: redis.Redis) -> None:
 # --- waiting
 
 
-def test_starving_says_how_many_of_what_and_for_how_long(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_starving_says_how_many_of_what_and_for_how_long(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     buffer.add([toy_trajectory()])
-    rng = np.random.default_rng(0)
     with pytest.raises(
         BufferStarved, match=r"1 of 3 fresh groups .* version 0 after \d+\.\d s .*1 accepted"
     ):
-        buffer.draw(num_groups=3, num_replayed=0, version=0, rng=rng, timeout_s=0.1)
+        buffer.draw(toy_request(3, timeout_s=0.1))
     assert buffer.depth() == 1, "a draw that fails takes nothing"
 
 
-def test_a_draw_that_can_never_be_filled_is_refused_at_once(client: redis.Redis) -> None:
+def test_a_draw_that_can_never_be_filled_is_refused_at_once(make_store: MakeStore) -> None:
     with pytest.raises(ValueError, match=r"buffer\.fresh_capacity"):
-        draw_fresh(new_buffer(client), 5)
+        draw_fresh(new_buffer(make_store), 5)
 
 
-def test_a_waiting_draw_goes_on_as_soon_as_enough_has_come(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_a_waiting_draw_goes_on_as_soon_as_enough_has_come(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     adder = threading.Timer(0.1, lambda: buffer.add([toy_trajectory()]))
     adder.start()
-    rng = np.random.default_rng(0)
-    groups = buffer.draw(num_groups=1, num_replayed=0, version=0, rng=rng, timeout_s=30.0)
+    groups = buffer.draw(toy_request(timeout_s=30.0))
     adder.join()
     assert len(groups) == 1
 
 
-def test_a_waiting_draw_ends_when_it_is_stopped(client: redis.Redis) -> None:
-    buffer = new_buffer(client)
+def test_a_waiting_draw_ends_when_it_is_stopped(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
     buffer.add([toy_trajectory()])
     answers = iter([False, True])
-    limits: dict[str, Any] = {"num_replayed": 0, "version": 0, "rng": np.random.default_rng(0)}
-    stopped = buffer.draw(num_groups=2, timeout_s=30.0, stop=lambda: next(answers), **limits)
+    stopped = buffer.draw(toy_request(2, timeout_s=30.0, stop=lambda: next(answers)))
     assert stopped == [] and next(answers, None) is None
     # Who need not wait is not asked.
-    assert len(buffer.draw(num_groups=1, timeout_s=0.0, stop=lambda: True, **limits)) == 1
+    assert len(buffer.draw(toy_request(stop=lambda: True))) == 1
 
 
 # --- many writers
 
 
+@pytest.fixture
+def switching_often() -> Iterator[None]:
+    """Threads of this process meet as often as those of many."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
 def test_writers_of_one_prompt_never_break_a_rule(
-    server: tuple[RedisServer, redis.Redis], client: redis.Redis
+    make_store: MakeStore, switching_often: None
 ) -> None:
     config = BufferConfig(quota_per_prompt=6, capacity=10, fresh_capacity=200)
     run, conflicts, gate = uuid4().hex, [], threading.Barrier(4)
 
     def write(writer: int) -> None:
-        with connect(server[0].url, password=server[0].password, timeout_s=10.0) as own:
-            buffer = ReplayBuffer(own, run=run, config=config)
-            rng = np.random.default_rng(writer)
-            gate.wait(timeout=10.0)
-            for i in range(12):
-                group = [
-                    toy_trajectory(
-                        rng.integers(0, 3, 6).tolist(),
-                        prompt="pq"[i % 2],
-                        log_reward=float(-rng.integers(0, 9)),
-                        actor=f"actor-{writer}",
-                        created_s=float(i),
-                    )
-                    for _ in range(4)
-                ]
-                conflicts.append(buffer.add(group).conflicts)
+        buffer = ReplayBuffer(make_store(run), config=config)
+        rng = np.random.default_rng(writer)
+        gate.wait(timeout=10.0)
+        for i in range(12):
+            group = [
+                toy_trajectory(
+                    rng.integers(0, 3, 6).tolist(),
+                    prompt="pq"[i % 2],
+                    log_reward=float(-rng.integers(0, 9)),
+                    actor=f"actor-{writer}",
+                    created_s=float(i),
+                )
+                for _ in range(4)
+            ]
+            conflicts.append(buffer.add(group).conflicts)
 
     writers = [threading.Thread(target=write, args=(writer,)) for writer in range(4)]
     for thread in writers:
         thread.start()
     for thread in writers:
         thread.join(timeout=60.0)
-    audit = ReplayBuffer(client, run=run, config=config).audit()
+    audit = ReplayBuffer(make_store(run), config=config).audit()
     assert audit.ok, audit.discrepancies
     assert (audit.counters.groups_accepted, audit.counters.offered) == (48, 192)
     assert sum(conflicts) > 0, "the writers never met: the test shows nothing"
 
 
 def test_an_eviction_between_reading_and_writing_makes_the_plan_anew(
-    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, config = uuid4().hex, BufferConfig(capacity=1)
-    ours, theirs = (ReplayBuffer(client, run=run, config=config) for _ in range(2))
-    ours.seed([toy_trajectory((1,), prompt="p", log_reward=-2.0)])
+    run, config = uuid4().hex, BufferConfig(capacity=2)
+    ours, theirs = (ReplayBuffer(make_store(run), config=config) for _ in range(2))
+    ours.add([toy_trajectory((1,), log_reward=-2.0), toy_trajectory((2, 2, 2), log_reward=-1.0)])
     read = Reader.prompt
 
     def read_then_lose_it(reader: Reader, prompt: str) -> StoredPrompt:
         found = read(reader, prompt)
-        if prompt == "p" and found.trajectories:
-            theirs.seed([toy_trajectory((2,), prompt="q", log_reward=-1.0)])
+        if prompt == "p" and len(found.trajectories) == 2:
+            theirs.add([toy_trajectory((2,), prompt="q", log_reward=-1.0)])
         return found
 
     monkeypatch.setattr(Reader, "prompt", read_then_lose_it)
-    report = ours.seed([toy_trajectory((1,), prompt="p", log_reward=0.0)])
+    report = ours.add([toy_trajectory((1,), prompt="p", log_reward=0.0)])
     assert (report.conflicts, report.duplicates, report.evicted_capacity) == (1, 0, 1)
     audit = ours.audit()
     assert audit.ok, audit.discrepancies
 
 
-def test_two_runs_on_one_server_do_not_meet(client: redis.Redis) -> None:
-    ours, theirs = new_buffer(client), new_buffer(client)
+def test_two_runs_on_one_server_do_not_meet(make_store: MakeStore) -> None:
+    ours, theirs = new_buffer(make_store), new_buffer(make_store)
     ours.add([replace(toy_trajectory(), actor="ours")])
     assert (ours.depth(), theirs.depth()) == (1, 0)
     assert list(theirs.trajectories()) == []
+
+
+def test_a_buffer_in_memory_is_carried_over_whole() -> None:
+    store = MemoryStore()
+    buffer = ReplayBuffer(store, config=SMALL)
+    for version in (1, 2):
+        buffer.add([toy_trajectory((version,) * n, policy_version=version) for n in (1, 4, 4)])
+    buffer.draw(toy_request(num_replayed=2, version=2))
+    carried = MemoryStore.load(store.save())
+    assert carried.save() == store.save()
+    later = ReplayBuffer(carried, config=SMALL)
+    assert later.stats() == buffer.stats() and later.audit().ok
+    for both in (buffer, later):
+        both.add([toy_trajectory((5, 6), policy_version=2)])
+    drawn, again = (
+        [t.id for group in each.draw(toy_request(2, version=2)) for t in group.fresh]
+        for each in (buffer, later)
+    )
+    assert drawn == again and carried.save() == store.save()
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [(b"\x93\x09\x01\x02", "format 9"), (b"", "no bytes of a saved"), (b"\x01", "no bytes of")],
+)
+def test_a_saved_buffer_of_another_kind_is_refused(data: bytes, why: str) -> None:
+    with pytest.raises(ForeignSave, match=why):
+        MemoryStore.load(data)

@@ -2,24 +2,14 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from uuid import uuid4
 
 import numpy as np
-import pytest
-import redis
 
 from buffer.config import BufferConfig
-from buffer.priority import sample_by_priority
-from buffer.replay import ReplayBuffer
-from tests.buffer_toy import serving, toy_trajectory
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with serving(tmp_path_factory.mktemp("redis")) as (_, client):
-        yield client
+from buffer.replay import ReplayBuffer, sample_by_priority
+from tests.buffer_toy import MakeStore, toy_request, toy_trajectory
 
 
 def successive_draws(weights: Sequence[float], num_draws: int) -> dict[tuple[int, ...], float]:
@@ -52,16 +42,16 @@ def test_priorities_follow_softmax_without_replacement() -> None:
     assert chi_square(counts, law, 20_000) < 31.3
 
 
-def test_the_stored_buffer_is_drawn_by_the_same_law(client: redis.Redis) -> None:
+def test_the_stored_buffer_is_drawn_by_the_same_law(make_store: MakeStore) -> None:
     config = BufferConfig(inverse_temperature=0.5, max_draws=10**6, near_duplicate_tolerance=0)
-    buffer = ReplayBuffer(client, run=uuid4().hex, config=config)
+    buffer = ReplayBuffer(make_store(), config=config)
     rewards = [-3.0, -1.0, 0.0, 1.0]
     for first in range(20):  # the same four trajectories each time, as twenty groups
         group = [toy_trajectory((i,), log_reward=rewards[i]) for i in range(4)]
         buffer.add([replace(trajectory, created_s=float(first)) for trajectory in group])
     rng, counts = np.random.default_rng(2), Counter[tuple[int, ...]]()
     for _ in range(60):
-        groups = buffer.draw(num_groups=20, num_replayed=2, version=0, rng=rng, timeout_s=0.0)
+        groups = buffer.draw(toy_request(20, num_replayed=2, rng=rng))
         counts.update(tuple(int(t.completion[0]) for t in group.replayed) for group in groups)
     law = successive_draws(np.exp(0.5 * np.array(rewards)).tolist(), 2)
     assert counts.keys() <= law.keys()
@@ -73,9 +63,9 @@ def test_the_stored_buffer_is_drawn_by_the_same_law(client: redis.Redis) -> None
     )
 
 
-def test_a_prompt_with_few_trajectories_gives_what_it_has(client: redis.Redis) -> None:
-    buffer = ReplayBuffer(client, run=uuid4().hex, config=BufferConfig())
+def test_a_prompt_with_few_trajectories_gives_what_it_has(make_store: MakeStore) -> None:
+    buffer = ReplayBuffer(make_store(), config=BufferConfig())
     buffer.add([toy_trajectory((1,)), toy_trajectory((2, 2, 2))])
     rng = np.random.default_rng(0)
-    (group,) = buffer.draw(num_groups=1, num_replayed=9, version=0, rng=rng, timeout_s=0.0)
+    (group,) = buffer.draw(toy_request(1, num_replayed=9, rng=rng))
     assert {tuple(t.completion.tolist()) for t in group.replayed} == {(1,), (2, 2, 2)}

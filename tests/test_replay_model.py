@@ -1,24 +1,22 @@
-"""The replay buffer on a real redis-server does what a plain model on dicts does."""
+"""The replay buffer on either store does what a plain model on dicts does."""
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from uuid import uuid4
 
 import numpy as np
 import pytest
-import redis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from buffer.browser import ReplayBrowser, Tally
+from buffer.admission import near_duplicates
 from buffer.config import BufferConfig
-from buffer.near_duplicate import near_duplicates
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
-from tests.buffer_toy import serving, toy_trajectory
+from tests.buffer_toy import MakeStore, toy_request, toy_trajectory
 
 SMALL = BufferConfig(
     capacity=9,
@@ -28,12 +26,6 @@ SMALL = BufferConfig(
     max_draws=2,
     max_age=2,
 )
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis.Redis]:
-    with serving(tmp_path_factory.mktemp("redis")) as (_, client):
-        yield client
 
 
 @cache
@@ -61,8 +53,22 @@ class Model:
     replaced: Counter[str] = field(default_factory=Counter)  # by id
     version: int | None = None
 
-    def admit(self, group: Sequence[Trajectory]) -> None:
+    def seed(self, group: Sequence[Trajectory]) -> None:
+        """What is stored stays as it is; of the newcomers the rules hold among themselves."""
         items = self.replay.setdefault(group[0].prompt_key, {})
+        fixed = dict(items)
+        new = [t for t in group if t.id not in fixed]
+        self.admit(new, fixed=fixed)
+
+    def admit(
+        self,
+        group: Sequence[Trajectory],
+        fixed: dict[str, tuple[tuple[int, ...], float]] | None = None,
+    ) -> None:
+        if not group:
+            return
+        items = self.replay.setdefault(group[0].prompt_key, {})
+        seeding, fixed = fixed is not None, fixed or {}
         for trajectory in group:
             self.counts["offered"] += 1
             tokens, reward = tuple(trajectory.completion.tolist()), trajectory.terminal_log_reward
@@ -76,7 +82,7 @@ class Model:
                 self.counts["duplicates"] += 1
                 self.again[trajectory.id] += 1
                 items[trajectory.id] = (tokens, reward)
-            elif any(items[id][1] >= reward for id in near):
+            elif any(id in fixed or items[id][1] >= reward for id in near):
                 self.counts["near_rejected"] += 1
             else:
                 for id in near:
@@ -85,13 +91,20 @@ class Model:
                     self.replaced[trajectory.id] += 1
                 items[trajectory.id] = (tokens, reward)
                 if len(items) > self.config.quota_per_prompt:
-                    self.forget(items, min(items, key=lambda id: (items[id][1], id)))
+                    self.forget(items, min(items.keys() - fixed, key=lambda id: (items[id][1], id)))
                     self.counts["evicted_quota"] += 1
         while sum(map(len, self.replay.values())) > self.config.capacity:
+            if seeding:  # the last to come go again
+                self.forget(items, list(items)[-1])
+                self.counts["evicted_capacity"] += 1
+                continue
             ranked = [
-                (r, id + p, id, p) for p, s in self.replay.items() for id, (_, r) in s.items()
+                (r - max(s.values(), key=lambda item: item[1])[1], id + p, id, p)
+                for p, s in self.replay.items()
+                for id, (_, r) in s.items()
+                if (r, id) != max((r, id) for id, (_, r) in s.items())
             ]
-            _, _, id, prompt = min(ranked)
+            _, _, id, prompt = min(ranked)  # three prompts, room for nine: never none
             self.forget(self.replay[prompt], id)
             self.counts["evicted_capacity"] += 1
 
@@ -128,10 +141,7 @@ class Model:
 
 
 def draw(buffer: ReplayBuffer, num_groups: int, version: int) -> list[Group]:
-    rng = np.random.default_rng(0)
-    return buffer.draw(
-        num_groups=num_groups, num_replayed=0, version=version, rng=rng, timeout_s=0.0
-    )
+    return buffer.draw(toy_request(num_groups, version=version))
 
 
 TOKENS = st.lists(st.integers(0, 2), max_size=7)
@@ -157,11 +167,12 @@ STEP = st.one_of(
 )
 @given(steps=st.lists(STEP, min_size=8, max_size=25))
 def test_any_sequence_of_calls_does_what_the_plain_model_does(
-    client: redis.Redis, steps: list[tuple[str, tuple]]
+    make_store: MakeStore, steps: list[tuple[str, tuple]]
 ) -> None:
     model, version, serial = Model(SMALL), 0, itertools.count()
     run = uuid4().hex
-    buffer = ReplayBuffer(client, run=run, config=SMALL)
+    store = make_store(run)
+    buffer = ReplayBuffer(store, config=SMALL)
     for action, detail in steps:
         if action == "draw":
             num_groups, later = detail
@@ -185,21 +196,20 @@ def test_any_sequence_of_calls_does_what_the_plain_model_does(
             )
             for tokens, reward in members
         ]
-        model.admit(group)
         if action == "add":
+            model.admit(group)
             model.queue(group)
             assert not buffer.add(group).repeated
         else:
+            model.seed(group)
             buffer.seed(group)
     stored: dict[str, dict[str, float]] = {}
     for trajectory in buffer.trajectories():
         items = stored.setdefault(trajectory.prompt_key, {})
         items[trajectory.id] = trajectory.terminal_log_reward
     assert stored == {p: {id: r for id, (_, r) in s.items()} for p, s in model.replay.items() if s}
-    assert ReplayBrowser(client, run=run).tallies() == {
-        id: Tally(duplicates=model.again[id], near_replaced=model.replaced[id])
-        for id in +model.again | +model.replaced
-    }
+    contents = store.contents()
+    assert (contents.duplicates, contents.near_replaced) == (+model.again, +model.replaced)
     audit = buffer.audit()
     assert audit.ok, audit.discrepancies
     names = audit.counters.__dataclass_fields__

@@ -15,6 +15,7 @@ import pytest
 from bench.posterior import descendants, title
 from buffer.config import BufferConfig
 from buffer.connection import connect
+from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.config.project import PROJECT_ROOT
@@ -167,7 +168,7 @@ def check_buffer(run: LiveRun, *, version: int) -> None:
     server = RedisServer.start(run.directory.buffer, run="test", config=config)
     try:
         with connect(server.url, password=server.password, timeout_s=20) as client:
-            buffer = ReplayBuffer(client, run="test", config=config)
+            buffer = ReplayBuffer(RedisStore(client, run="test"), config=config)
             audit = buffer.audit()
             assert audit.ok, audit.discrepancies
             acknowledged = run.state().metrics[TRAJECTORIES]

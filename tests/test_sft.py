@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from buffer.replay import DrawRequest
 from cluster.config.file import load_config
 from cluster.run.assembly import load_task
 from cluster.run.imitation import imitation
@@ -51,11 +52,13 @@ def test_a_draw_shows_every_demonstration_before_any_comes_again() -> None:
 
     def draw(seed: int) -> list[str]:
         groups = draws.draw(
-            num_groups=1,
-            num_replayed=0,
-            version=9,
-            rng=np.random.default_rng(seed),
-            timeout_s=0.0,
+            DrawRequest(
+                num_groups=1,
+                num_replayed=0,
+                version=9,
+                rng=np.random.default_rng(seed),
+                timeout_s=0.0,
+            )
         )
         assert all(len(group.fresh) == 1 and not group.replayed for group in groups)
         return [group.fresh[0].id for group in groups]
@@ -84,12 +87,14 @@ def test_a_run_draws_the_tasks_demonstrations_and_nothing_else() -> None:
     assert config.rollout_actors == config.reward_replicas == 0
     base, task = load_task(config)
     groups = imitation(config, base, task).replay.draw(
-        num_groups=8,
-        num_replayed=2,
-        version=0,
-        rng=np.random.default_rng(0),
-        timeout_s=0.0,
-        stop=lambda: False,
+        DrawRequest(
+            num_groups=8,
+            num_replayed=2,
+            version=0,
+            rng=np.random.default_rng(0),
+            timeout_s=0.0,
+            stop=lambda: False,
+        )
     )
     rows_of_others = config.learner.groups_per_step * (
         config.actors.group_size + config.learner.replayed_per_group

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from buffer.replay import DrawRequest
 from cluster.__main__ import main
 from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.schema import RunConfig
@@ -143,12 +144,14 @@ def test_supervised_fine_tuning_learns_the_texts_of_the_labels() -> None:
     base, task = load_task(config)
     learned = imitation(config, base, task)
     groups = learned.replay.draw(
-        num_groups=8,
-        num_replayed=2,
-        version=0,
-        rng=np.random.default_rng(0),
-        timeout_s=0.0,
-        stop=lambda: False,
+        DrawRequest(
+            num_groups=8,
+            num_replayed=2,
+            version=0,
+            rng=np.random.default_rng(0),
+            timeout_s=0.0,
+            stop=lambda: False,
+        )
     )
     written = {base.tokenizer.decode(g.fresh[0].completion.tolist()) for g in groups}
     assert written == {" objective.", " subjective."}

@@ -5,6 +5,7 @@ if ARGV[1] == 'item' then
   if not call('ZSCORE', items_of(ARGV[3]), ARGV[2]) then return 0 end
   evidence = call('HGET', key('payload'), ARGV[2]) or ''
   forget_item(ARGV[2], ARGV[3])
+  rank(ARGV[3])
   count('quarantined', 1)
 else
   evidence = ARGV[3]

@@ -1,4 +1,4 @@
--- Shared by every script below it: key names and the two ways of forgetting.
+-- Shared by every script below it: key names, the ranking and the two ways of forgetting.
 -- KEYS[1] is the run's prefix. It is a hash tag, so that all keys built from it share one slot.
 local call = redis.call
 local function key(name) return KEYS[1] .. ':' .. name end
@@ -16,6 +16,21 @@ local function forget_item(id, prompt)
   call('HDEL', key('duplicates'), id)
   call('HDEL', key('near_replaced'), id)
   call('HINCRBY', key('revision'), prompt, 1)
+end
+
+-- Give a prompt's items their place in the global ranking: how far each is below the best of the
+-- prompt, which itself stands above everything. To be called after any other change than eviction.
+local function rank(prompt)
+  local items = call('ZRANGE', items_of(prompt), 0, -1, 'WITHSCORES')
+  for first = 1, #items, 1000 do  -- Lua unpacks no more than some thousands at once
+    local ranks = {}
+    for i = first, math.min(first + 999, #items), 2 do
+      local is_best = i == #items - 1
+      ranks[#ranks + 1] = is_best and '+inf' or string.format('%.17g', items[i + 1] - items[#items])
+      ranks[#ranks + 1] = items[i] .. prompt
+    end
+    call('ZADD', key('priority'), unpack(ranks))
+  end
 end
 
 local function forget_group(seq)

@@ -18,7 +18,8 @@ from actors.policy import SamplingPolicy
 from actors.prompts import PromptStream
 from actors.protocols import Policy, Scorer, TrajectorySink, WeightSource
 from buffer.connection import connect
-from buffer.replay import ReplayBuffer
+from buffer.redis_store import RedisStore
+from buffer.replay import Replay, ReplayBuffer
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory, merged_folder
 from cluster.run.imitation import Learned, imitation
@@ -28,7 +29,7 @@ from learner.agreement.quarantine import Quarantine
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.engine import Engine
-from learner.learner import Learner
+from learner.learner import Learner, WeightSink
 from learner.log_z import attach_log_z
 from learner.objectives.base import Objective
 from learner.objectives.db import DetailedBalance
@@ -36,7 +37,6 @@ from learner.objectives.ppo import ClippedPolicyGradient
 from learner.objectives.raptb import RootedPrefixBalance
 from learner.objectives.subtb import SubTB
 from learner.objectives.tb import TrajectoryBalance
-from learner.protocols import Replay, WeightSink
 from lm.adapter import adapter_bytes, save_adapter
 from lm.merged import save_merged
 from lm.model import LanguageModel, attach_adapter, load_base
@@ -49,7 +49,7 @@ MakeEngine = Callable[[Any, LearnerConfig], Engine]
 def build_buffer(config: RunConfig, *, run: str, url: str, password: str | None) -> ReplayBuffer:
     """A client of the run's replay buffer, once it has been answered."""
     client = connect(url, password=password, timeout_s=config.buffer.timeout_s)
-    return ReplayBuffer(client, run=run, config=config.buffer)
+    return ReplayBuffer(RedisStore(client, run=run), config=config.buffer)
 
 
 def build_actor(
@@ -170,6 +170,7 @@ def build_learner(
     learned, gate = _learned(config, base, task, buffer), None
     if gated and not config.learner.imitates:
         gate = AgreementGate(
+            replay=learned.replay,
             model=model,
             actions=task.actions,
             past=PastPolicies(model, max_age=config.buffer.max_age),
@@ -185,7 +186,7 @@ def build_learner(
     learner = Learner(
         model=model,
         actions=learned.actions,
-        replay=learned.replay,
+        replay=gate or learned.replay,
         engine=make_engine(model, config.learner),
         objective=learned.objective,
         config=config.learner,

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from actors.demonstrations import Demonstration, unscored_demonstrations
-from buffer.replay import Group
+from buffer.replay import DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
 from cluster.run.evaluation import evaluation_context
@@ -21,7 +19,6 @@ from learner.demonstrations import DemonstrationDraws
 from learner.objectives.base import Objective
 from learner.objectives.likelihood import MaximumLikelihood
 from learner.objectives.texts import TextLikelihood, text_actions
-from learner.protocols import Replay
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
 from tasks.task import AnsweredTask, Task, TokenizerUnfit
@@ -83,27 +80,11 @@ class LaterDraws:
         self._make = make
         self._made: Replay | None = None
 
-    def draw(
-        self,
-        *,
-        num_groups: int,
-        num_replayed: int,
-        version: int,
-        rng: np.random.Generator,
-        timeout_s: float,
-        stop: Callable[[], bool] = lambda: False,
-    ) -> list[Group]:
-        """See `learner.protocols.Replay`."""
+    def draw(self, request: DrawRequest) -> list[Group]:
+        """See `Replay.draw`."""
         if self._made is None:
             self._made = self._make()
-        return self._made.draw(
-            num_groups=num_groups,
-            num_replayed=num_replayed,
-            version=version,
-            rng=rng,
-            timeout_s=timeout_s,
-            stop=stop,
-        )
+        return self._made.draw(request)
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """Nothing disagrees with a text: no policy sampled it."""

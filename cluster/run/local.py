@@ -5,15 +5,13 @@ Actor and learner take turns, so the same seed gives the same trajectories and t
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import numpy as np
-
 from actors.actor import RolloutActor
-from buffer.replay import BufferStarved, Group, ReplayBuffer
+from buffer.replay import BufferStarved, DrawRequest, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
 from cluster.run import assembly
@@ -35,27 +33,12 @@ class RollingReplay:
         self._buffer = buffer
         self._roll_out = roll_out
 
-    def draw(
-        self,
-        *,
-        num_groups: int,
-        num_replayed: int,
-        version: int,
-        rng: np.random.Generator,
-        timeout_s: float,
-        stop: Callable[[], bool],
-    ) -> list[Group]:
+    def draw(self, request: DrawRequest) -> list[Group]:
         """See `ReplayBuffer.draw`."""
-        deadline_s = monotonic() + timeout_s
+        deadline_s = monotonic() + request.timeout_s
         while True:
             try:
-                return self._buffer.draw(
-                    num_groups=num_groups,
-                    num_replayed=num_replayed,
-                    version=version,
-                    rng=rng,
-                    timeout_s=0.0,
-                )
+                return self._buffer.draw(replace(request, timeout_s=0.0))
             except BufferStarved:
                 if monotonic() >= deadline_s:
                     raise

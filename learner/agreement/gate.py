@@ -1,21 +1,20 @@
 """The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 from torch import nn
 
-from buffer.replay import BufferStarved, Group
+from buffer.replay import BufferStarved, DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
 from learner.agreement.comparison import Comparison, compare, incomparable, rounding_tolerance
 from learner.agreement.disagreement import Disagreement
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine
 from learner.config import LearnerConfig
-from learner.protocols import Replay
 from lm.actions import ActionSpace
 
 Pair = tuple[str, int]  # an actor, and the policy version that it claims
@@ -38,7 +37,7 @@ class _Counts:
 
 
 class AgreementGate:
-    """Draws for the learner, and takes out what disagrees with the learner's own log q.
+    """A `Replay` in front of another, without what disagrees with the learner's own log q.
 
     A trajectory of version v is recomputed with the adapter that was published as v. To do so with
     all of them would cost one more forward pass of everything. In each draw these are compared:
@@ -62,6 +61,7 @@ class AgreementGate:
     numbers of the run alone: while all agree, a run is the same with and without it.
 
     Args:
+        replay: where groups come from, and what is wrong is discarded.
         past: the model's earlier adapters; filled by `keep`.
         warn: takes one line for people when an actor disagrees at a version for the first time.
     """
@@ -69,6 +69,7 @@ class AgreementGate:
     def __init__(
         self,
         *,
+        replay: Replay,
         model: nn.Module,
         actions: ActionSpace,
         past: PastPolicies,
@@ -76,6 +77,7 @@ class AgreementGate:
         config: LearnerConfig,
         warn: Callable[[str], None],
     ) -> None:
+        self._replay = replay
         self._model = model
         self._actions = actions
         self._past = past
@@ -95,50 +97,40 @@ class AgreementGate:
         self._past.keep(version, adapter)
         self._agreed = {pair for pair in self._agreed if pair[1] in self._past}
 
-    def draw(
-        self,
-        replay: Replay,
-        *,
-        num_groups: int,
-        num_replayed: int,
-        version: int,
-        rng: np.random.Generator,
-        timeout_s: float,
-        stop: Callable[[], bool],
-    ) -> list[Group]:
-        """As `replay.draw`, without what is quarantined; the model holds `version` now.
+    def draw(self, request: DrawRequest) -> list[Group]:
+        """As the replay behind it, without what is quarantined.
 
-        A group of which nothing fresh is left is replaced by another. None once `stop()` holds
-        while the replay waits.
+        The model must hold the version of the request. A group of which nothing fresh is left is
+        replaced by another.
 
         Raises:
             BufferStarved: too few groups, or too few that agree, in `timeout_s`.
             SamplersDisagree: too much of the last draws is wrong.
         """
-        deadline_s = monotonic() + timeout_s
+        deadline_s = monotonic() + request.timeout_s
         self._counts = _Counts()
         admitted: list[Group] = []
-        while missing := num_groups - len(admitted):
+        while missing := request.num_groups - len(admitted):
             left_s = deadline_s - monotonic()
             if left_s < 0 < self._counts.quarantined:
                 raise BufferStarved(
-                    f"{len(admitted)} of {num_groups} groups agree with the learner on log q after "
-                    f"{timeout_s:.1f} s; {self._counts.quarantined} trajectories were quarantined"
+                    f"{len(admitted)} of {request.num_groups} groups agree with the learner on "
+                    f"log q after {request.timeout_s:.1f} s; {self._counts.quarantined} "
+                    "trajectories were quarantined"
                 )
-            drawn = replay.draw(
-                num_groups=missing,
-                num_replayed=num_replayed,
-                version=version,
-                rng=rng,
-                timeout_s=max(left_s, 0.0),
-                stop=stop,
+            drawn = self._replay.draw(
+                replace(request, num_groups=missing, timeout_s=max(left_s, 0.0))
             )
             if not drawn:
                 return []
             started_s = monotonic()
-            admitted += self._admit(replay, drawn, version)
+            admitted += self._admit(drawn, request.version)
             self._counts.seconds += monotonic() - started_s
         return admitted
+
+    def discard(self, trajectories: Sequence[Trajectory]) -> None:
+        """See `Replay.discard`."""
+        self._replay.discard(trajectories)
 
     def metrics(self) -> dict[str, float]:
         """Of the last `draw`."""
@@ -154,14 +146,14 @@ class AgreementGate:
             metrics["agreement/admitted_max_nats"] = counts.admitted_max_nats
         return metrics
 
-    def _admit(self, replay: Replay, drawn: Sequence[Group], version: int) -> list[Group]:
+    def _admit(self, drawn: Sequence[Group], version: int) -> list[Group]:
         """The groups without what is wrong, and without those of which nothing fresh is left."""
         fresh = _sampled(t for group in drawn for t in group.fresh)
         replayed = _sampled(t for group in drawn for t in group.replayed)
         wrong = self._find_wrong(fresh, replayed, version)
         if wrong:
             evidence = self._shut_away(wrong)
-            replay.discard([t for t in replayed if t in wrong])
+            self._replay.discard([t for t in replayed if t in wrong])
             self._disagreement.check(evidence)
         groups = [
             Group(

@@ -1,0 +1,254 @@
+"""The store of a run in one process: plain dicts, under the same contract as Redis's."""
+
+import heapq
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from threading import RLock
+from typing import Self
+
+import msgpack
+
+from buffer.admission import advantages
+from buffer.audit import Contents
+from buffer.config import BufferConfig
+from buffer.stats import ReplayStats, summarise
+from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Change, Commit, StoredItem
+
+FORMAT = 1
+
+
+class ForeignSave(ValueError):
+    """Saved bytes of a buffer are of another format, or none at all."""
+
+
+@dataclass(slots=True)
+class _State:
+    """All that is stored, in the shape that msgpack keeps it in."""
+
+    meta: Counter[str] = field(default_factory=Counter)  # counters, and the learner's last version
+    prompts: dict[str, dict[str, float]] = field(default_factory=dict)  # log-rewards by id
+    payload: dict[str, bytes] = field(default_factory=dict)  # by id
+    revision: Counter[str] = field(default_factory=Counter)  # by prompt
+    sampled: Counter[str] = field(default_factory=Counter)  # by id
+    duplicates: Counter[str] = field(default_factory=Counter)  # by id
+    near_replaced: Counter[str] = field(default_factory=Counter)  # by id
+    groups: dict[int, bytes] = field(default_factory=dict)  # by arrival number
+    fresh: dict[int, int] = field(default_factory=dict)  # arrival number -> policy version
+    draws: Counter[int] = field(default_factory=Counter)  # by arrival number
+    accepted: dict[str, int] = field(default_factory=dict)  # digest -> arrival number, in order
+    quarantine: dict[str, bytes] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """A `Store` that lives and dies with its process; `save` and `load` carry it across."""
+
+    place = "this process"
+
+    def __init__(self) -> None:
+        self._state = _State()
+        self._lock = RLock()
+
+    @classmethod
+    def load(cls, data: bytes) -> Self:
+        """The store that `save` gave; raises ForeignSave."""
+        try:
+            version, *values = msgpack.unpackb(data, strict_map_key=False)
+        except (ValueError, TypeError) as error:
+            raise ForeignSave(f"these are no bytes of a saved buffer: {error!r:.200}") from error
+        if version != FORMAT or len(values) != len(fields(_State)):
+            raise ForeignSave(
+                f"the saved buffer has format {version!r}, this program reads {FORMAT}"
+            )
+        store = cls()
+        for entry, value in zip(fields(_State), values, strict=True):
+            getattr(store._state, entry.name).update(value)
+        return store
+
+    def save(self) -> bytes:
+        """All of it, as of one instant."""
+        with self._lock:
+            values = [dict(getattr(self._state, entry.name)) for entry in fields(_State)]
+            data: bytes = msgpack.packb([FORMAT, *values])
+        return data
+
+    def commit(self, change: Change, arrival: Arrival | None, limits: BufferConfig) -> Commit:
+        """See `Store.commit`."""
+        with self._lock:
+            state, plan = self._state, change.plan
+            if arrival is not None and arrival.digest in state.accepted:
+                return Commit("repeated")
+            if state.revision[change.prompt] != change.revision:
+                return Commit("conflict")
+            for id in plan.removed:
+                self._forget_item(id, change.prompt)
+            for write in change.writes:
+                state.payload[write.id] = write.payload
+                state.prompts.setdefault(change.prompt, {})[write.id] = write.log_reward
+                state.revision[change.prompt] += 1
+                state.duplicates[write.id] += write.duplicates
+                state.near_replaced[write.id] += write.near_replaced
+            evicted = self._evict(change, limits.capacity)
+            state.meta["offered"] += change.offered
+            state.meta["evicted_capacity"] += evicted
+            for name in ("duplicates", "near_rejected", "near_replaced", "evicted_quota"):
+                state.meta[name] += getattr(plan, name)
+            if arrival is None:
+                return Commit("none", evicted)
+            return Commit("queued" if self._queue(arrival, limits) else "expired", evicted)
+
+    def draw(
+        self, num_groups: int, version: int, limits: BufferConfig
+    ) -> tuple[int, list[tuple[int, bytes]]]:
+        """See `Store.draw`."""
+        with self._lock:
+            state = self._state
+            state.meta["version"] = version
+            for number in [n for n, v in state.fresh.items() if version - v > limits.max_age]:
+                self._forget_group(number)
+                state.meta["groups_expired"] += 1
+            eligible = len(state.fresh)
+            if eligible < num_groups:
+                return eligible, []
+            freshest = sorted(state.fresh, key=lambda n: (state.fresh[n], n), reverse=True)
+            drawn = [(number, state.groups[number]) for number in freshest[:num_groups]]
+            for number, _ in drawn:
+                state.draws[number] += 1
+                if state.draws[number] >= limits.max_draws:
+                    self._forget_group(number)
+                    state.meta["groups_exhausted"] += 1
+            state.meta["groups_drawn"] += num_groups
+            return eligible, drawn
+
+    def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
+        """See `Store.read_prompt`."""
+        with self._lock:
+            return self._state.revision[prompt], [
+                StoredItem(id, log_reward, self._state.payload.get(id))
+                for id, log_reward in self._ranked(prompt)
+            ]
+
+    def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """See `Store.rank`."""
+        with self._lock:
+            return [self._ranked(prompt) for prompt in prompts]
+
+    def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
+        """See `Store.fetch`."""
+        with self._lock:
+            self._state.sampled.update(id for id in ids if id in self._state.payload)
+            return [self._state.payload.get(id) for id in ids]
+
+    def quarantine_item(self, id: str, prompt: str) -> None:
+        """See `Store.quarantine_item`."""
+        with self._lock:
+            if id in self._state.prompts.get(prompt, {}):
+                self._keep_evidence(f"item:{id}", self._state.payload.get(id, b""))
+                self._forget_item(id, prompt)
+                self._state.meta["quarantined"] += 1
+
+    def quarantine_group(self, number: int, payload: bytes) -> None:
+        """See `Store.quarantine_group`."""
+        with self._lock:
+            if number not in self._state.fresh:  # its last draw has counted it as exhausted
+                self._state.meta["groups_exhausted"] -= 1
+            self._forget_group(number)
+            self._state.meta["groups_quarantined"] += 1
+            self._keep_evidence(f"group:{number}", payload)
+
+    def depth(self) -> int:
+        """See `Store.depth`."""
+        with self._lock:
+            return len(self._state.fresh) - len(self._state.draws)
+
+    def prompts(self) -> list[str]:
+        """See `Store.prompts`."""
+        with self._lock:
+            return sorted(self._state.revision)
+
+    def stats(self) -> ReplayStats:
+        """See `Store.stats`."""
+        with self._lock:
+            state = self._state
+            return summarise(
+                state.meta,
+                replay_size=len(state.payload),
+                replay_prompts=len(state.revision),
+                times_sampled=list(state.sampled.values()),
+                fresh_versions=list(state.fresh.values()),
+                undrawn_groups=self.depth(),
+            )
+
+    def contents(self) -> Contents:
+        """See `Store.contents`."""
+        with self._lock:
+            state = self._state
+            return Contents(
+                meta=dict(state.meta),
+                payload=dict(state.payload),
+                priority={(id, p): score for score, id, p in self._priorities()},
+                prompts={prompt: dict(items) for prompt, items in state.prompts.items()},
+                sampled=dict(state.sampled),
+                duplicates=dict(+state.duplicates),
+                near_replaced=dict(+state.near_replaced),
+                groups=dict(state.groups),
+                fresh=dict(state.fresh),
+                undrawn=frozenset(state.fresh.keys() - state.draws.keys()),
+                draws=dict(state.draws),
+            )
+
+    def _ranked(self, prompt: str) -> list[tuple[str, float]]:
+        items = self._state.prompts.get(prompt, {})
+        return sorted(items.items(), key=lambda item: (item[1], item[0]))
+
+    def _priorities(self) -> Iterator[tuple[float, str, str]]:
+        """(advantage, id, prompt) of every item."""
+        for prompt, items in self._state.prompts.items():
+            for id, advantage in advantages(items).items():
+                yield advantage, id, prompt
+
+    def _evict(self, change: Change, capacity: int) -> int:
+        """Make room; how many items went."""
+        excess = len(self._state.payload) - capacity
+        if excess <= 0:
+            return 0
+        if change.keep_stored:
+            victims = [(write.id, change.prompt) for write in list(change.writes)[-excess:]]
+        else:
+            victims = [(id, p) for _, id, p in heapq.nsmallest(excess, self._priorities())]
+        for id, prompt in victims:
+            self._forget_item(id, prompt)
+        return len(victims)
+
+    def _queue(self, arrival: Arrival, limits: BufferConfig) -> bool:
+        """Let a group wait for the learner; False where it comes too late."""
+        state = self._state
+        state.meta["groups_accepted"] += 1
+        number = state.meta["groups_accepted"]
+        state.accepted[arrival.digest] = number
+        if len(state.accepted) > REMEMBERED_GROUPS:
+            del state.accepted[next(iter(state.accepted))]
+        if state.meta.get("version", arrival.version) - arrival.version > limits.max_age:
+            state.meta["groups_expired"] += 1
+            return False
+        state.groups[number], state.fresh[number] = arrival.payload, arrival.version
+        while len(state.fresh) > limits.fresh_capacity:
+            self._forget_group(min(state.fresh, key=lambda n: (state.fresh[n], n)))
+            state.meta["groups_dropped"] += 1
+        return True
+
+    def _forget_item(self, id: str, prompt: str) -> None:
+        state = self._state
+        state.prompts[prompt].pop(id, None)
+        state.payload.pop(id, None)
+        for tally in (state.sampled, state.duplicates, state.near_replaced):
+            tally.pop(id, None)
+        state.revision[prompt] += 1
+
+    def _forget_group(self, number: int) -> None:
+        for column in (self._state.groups, self._state.fresh, self._state.draws):
+            column.pop(number, None)
+
+    def _keep_evidence(self, name: str, data: bytes) -> None:
+        if len(self._state.quarantine) < KEPT_EVIDENCE:
+            self._state.quarantine[name] = data

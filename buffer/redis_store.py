@@ -1,0 +1,237 @@
+"""The store that processes share: keys of one run in a Redis, changed by Lua scripts.
+
+A script is atomic, so a crash leaves all of its work or nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import redis
+from redis.client import Pipeline
+
+from buffer.audit import Contents
+from buffer.config import BufferConfig
+from buffer.connection import naming_errors
+from buffer.stats import ReplayStats, summarise
+from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Change, Commit, StoredItem
+
+FORMAT = b"2"
+OLD_FORMAT = b"1"  # differs in the scores of `priority` alone
+SCRIPTS = ("commit", "draw", "fetch", "quarantine", "read", "snapshot", "summary", "upgrade")
+ID_LENGTH = 32
+
+
+class ForeignKeys(RuntimeError):
+    """The prefix of this run holds keys of something else, or of another format."""
+
+
+class RedisStore:
+    """A `Store` on the keys of one run.
+
+    The prefix `{amortize:RUN}` is a hash tag. Under it, with ids of 32 hex digits:
+
+        meta            hash: format, the learner's last version, one field per counter
+        payload         hash: id -> packed trajectory                                     replay
+        priority        zset: id + prompt -> log-reward less that of the prompt's best, which has
+                        +inf; its lowest is evicted
+        prompt:PROMPT   zset: id -> terminal log-reward
+        revision        hash: prompt -> number that moves with every change to its items
+        sampled         hash: id -> times drawn from replay
+        duplicates      hash: id -> times it came again while it was stored
+        near_replaced   hash: id -> near-duplicates that made way for it
+        groups          hash: arrival number -> packed group                              fresh
+        fresh           zset: arrival number -> policy version; its lowest is dropped
+        undrawn         zset: the part of fresh that was never drawn
+        draws           hash: arrival number -> times drawn
+        accepted        zset: digests of the latest groups, against counting a resend twice
+        quarantine      hash: bytes that could not be read
+
+    Every method raises BufferUnreachable; a new store ForeignKeys.
+    """
+
+    def __init__(self, client: redis.Redis, *, run: str) -> None:
+        self.client = client
+        self.place = address(client)
+        self._prefix = f"{{amortize:{run}}}"
+        self._scripts = {name: client.register_script(source(name)) for name in SCRIPTS}
+        self._claim()
+
+    def commit(self, change: Change, arrival: Arrival | None, limits: BufferConfig) -> Commit:
+        """See `Store.commit`."""
+        plan = change.plan
+        arguments: list[str | int | float | bytes] = [
+            change.prompt,
+            change.revision,
+            limits.capacity,
+            int(change.keep_stored),
+            change.offered,
+            plan.duplicates,
+            plan.near_rejected,
+            plan.near_replaced,
+            plan.evicted_quota,
+            len(plan.removed),
+            *plan.removed,
+            len(change.writes),
+        ]
+        for write in change.writes:
+            arguments += (write.id, write.log_reward, write.payload)
+            arguments += (write.duplicates, write.near_replaced)
+        if arrival is not None:
+            arguments += (arrival.digest, arrival.version, limits.max_age)
+            arguments += (limits.fresh_capacity, REMEMBERED_GROUPS, arrival.payload)
+        fate, *evicted = self.call("commit", *arguments)
+        return Commit(fate.decode(), *evicted)
+
+    def draw(
+        self, num_groups: int, version: int, limits: BufferConfig
+    ) -> tuple[int, list[tuple[int, bytes]]]:
+        """See `Store.draw`."""
+        eligible, drawn = self.call("draw", num_groups, version, limits.max_age, limits.max_draws)
+        return eligible, [(int(seq), payload) for seq, payload in by_two(drawn)]
+
+    def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
+        """See `Store.read_prompt`."""
+        revision, ranked, payloads = self.call("read", prompt)
+        return int(revision), [
+            StoredItem(id.decode(), float(score), payload)
+            for (id, score), payload in zip(by_two(ranked), payloads, strict=True)
+        ]
+
+    def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        """See `Store.rank`."""
+
+        def read(pipeline: Pipeline) -> None:
+            for prompt in prompts:
+                pipeline.zrange(self.key(f"prompt:{prompt}"), 0, -1, withscores=True)
+
+        return [[(id.decode(), score) for id, score in ranked] for ranked in self.pipeline(read)]
+
+    def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
+        """See `Store.fetch`."""
+        payloads: list[bytes | None] = self.call("fetch", *ids)
+        return payloads
+
+    def quarantine_item(self, id: str, prompt: str) -> None:
+        """See `Store.quarantine_item`."""
+        self.call("quarantine", "item", id, prompt, KEPT_EVIDENCE)
+
+    def quarantine_group(self, number: int, payload: bytes) -> None:
+        """See `Store.quarantine_group`."""
+        self.call("quarantine", "group", f"{number:016d}", payload, KEPT_EVIDENCE)
+
+    def depth(self) -> int:
+        """See `Store.depth`."""
+        return int(self.read("ZCARD", "undrawn"))
+
+    def prompts(self) -> list[str]:
+        """See `Store.prompts`."""
+        return sorted(prompt.decode() for prompt in self.read("HKEYS", "revision"))
+
+    def stats(self) -> ReplayStats:
+        """See `Store.stats`; reads the index of fresh groups and one number per drawn item."""
+
+        def read(pipeline: Pipeline) -> None:
+            pipeline.hgetall(self.key("meta"))
+            pipeline.zcard(self.key("priority"))
+            pipeline.hlen(self.key("revision"))
+            pipeline.hvals(self.key("sampled"))
+            pipeline.zrange(self.key("fresh"), 0, -1, withscores=True)
+            pipeline.zcard(self.key("undrawn"))
+
+        meta, size, prompts, sampled, fresh, undrawn = self.pipeline(read)
+        return summarise(
+            numbers(meta),
+            replay_size=size,
+            replay_prompts=prompts,
+            times_sampled=[int(count) for count in sampled],
+            fresh_versions=[int(version) for _, version in fresh],
+            undrawn_groups=undrawn,
+        )
+
+    def contents(self) -> Contents:
+        """See `Store.contents`."""
+        answer = self.call("snapshot")
+        meta, payload, priority, fresh, undrawn, groups, draws, *tallies, prompts = answer
+        sampled, duplicates, near_replaced = (numbers(dict(by_two(tally))) for tally in tallies)
+        return Contents(
+            meta=numbers(dict(by_two(meta))),
+            payload={id.decode(): data for id, data in by_two(payload)},
+            priority={
+                (member[:ID_LENGTH].decode(), member[ID_LENGTH:].decode()): float(score)
+                for member, score in by_two(priority)
+            },
+            prompts={
+                prompt.decode(): {id.decode(): float(score) for id, score in by_two(items)}
+                for prompt, items in by_two(prompts)
+            },
+            sampled=sampled,
+            duplicates=duplicates,
+            near_replaced=near_replaced,
+            groups={int(seq): data for seq, data in by_two(groups)},
+            fresh={int(seq): int(version) for seq, version in by_two(fresh)},
+            undrawn=frozenset(int(seq) for seq, _ in by_two(undrawn)),
+            draws={int(seq): int(count) for seq, count in by_two(draws)},
+        )
+
+    def key(self, name: str) -> str:
+        """Full name of a key."""
+        return f"{self._prefix}:{name}"
+
+    def read(self, command: str, key: str, *arguments: str | int) -> Any:
+        """Answer of one read command."""
+        with naming_errors(self.place, phase="reading"):
+            return self.client.execute_command(command, self.key(key), *arguments)
+
+    def pipeline(self, fill: Callable[[Pipeline], None]) -> list[Any]:
+        """Answers of the read commands that `fill` puts into a pipeline, as of one instant."""
+        with naming_errors(self.place, phase="reading"), self.client.pipeline() as pipeline:
+            fill(pipeline)
+            return pipeline.execute()
+
+    def call(self, script: str, *arguments: str | int | float | bytes) -> Any:
+        """Answer of one script."""
+        with naming_errors(self.place, phase=f"running {script}"):
+            return self._scripts[script](keys=[self._prefix], args=list(arguments))
+
+    def _claim(self) -> None:
+        """Write the format, or refuse keys of another."""
+        meta = self.key("meta")
+        with naming_errors(self.place, phase="opening the buffer"):
+            kind = str(self.read("TYPE", "meta"), "ascii")
+            if kind not in ("none", "hash"):
+                raise ForeignKeys(
+                    f"key {meta} at {self.place} is a {kind}, not the buffer's hash."
+                    " Give the run another name, or delete the key"
+                )
+            self.client.hsetnx(meta, "format", FORMAT)
+            if self.client.hget(meta, "format") == OLD_FORMAT:
+                self.call("upgrade")
+            found = self.client.hget(meta, "format")
+        if found != FORMAT:
+            raise ForeignKeys(
+                f"the buffer under {meta} at {self.place} has format {found!r}, this program"
+                f" writes {FORMAT!r}. Give the run another name"
+            )
+
+
+def source(script: str) -> str:
+    """Text of a script, below the functions that all of them share."""
+    folder = resources.files("buffer") / "lua"
+    return "".join((folder / f"{name}.lua").read_text() for name in ("store", script))
+
+
+def address(client: redis.Redis) -> str:
+    """Where a client connects to, without its password."""
+    settings = client.get_connection_kwargs()
+    return settings.get("path") or f"{settings.get('host')}:{settings.get('port')}"
+
+
+def by_two(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """The pairs of a flat list of keys and values."""
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def numbers(fields: Mapping[bytes, bytes]) -> dict[str, int]:
+    """Fields of a hash as integers by name."""
+    return {name.decode(): int(value) for name, value in fields.items()}
