@@ -5,7 +5,7 @@ Shapes: B trajectories, T tokens of the longest completion, S = T + 1 states.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
+from lm.packing import SHARED_WIDTH, pack
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -67,10 +68,10 @@ def check_actions(groups: Sequence[Group], actions: ActionSpace) -> None:
 def plan_micro_batches(
     groups: Sequence[Group], *, token_budget: int, num_ranks: int
 ) -> list[list[Group]]:
-    """Parts of at most `token_budget` padded tokens, balanced, a multiple of the ranks if it can.
+    """Parts of at most `token_budget` columns, balanced, a multiple of the ranks if it can.
 
-    A group is never split, because what it says about its prompt needs it whole: one group above
-    the budget is a part of its own. Every rank computes the same plan.
+    A group stays in one part, because what it says about its prompt needs it whole: a group above
+    the budget is a part of its own, for `split_rows`. Every rank computes the same plan.
     """
     sizes = [_size(group) for group in groups]
     widest_first = sorted(range(len(groups)), key=lambda number: -sizes[number][1])
@@ -133,11 +134,43 @@ def content(trajectory: Trajectory) -> tuple[bytes, ...]:
     return tuple(array.tobytes() for array in arrays)
 
 
+def split_rows(batch: Batch, token_budget: int) -> list[slice]:
+    """The rows of `distinct` in as few even parts as hold `token_budget` columns each.
+
+    A part of one row may be larger.
+    """
+    rows = len(batch.distinct)
+    num_parts = min(rows, -(-_columns(batch.distinct) // token_budget))
+    while True:
+        ends = [rows * part // num_parts for part in range(num_parts + 1)]
+        parts = [slice(start, end) for start, end in pairwise(ends)]
+        if num_parts == rows or all(
+            _columns(batch.distinct[part]) <= token_budget for part in parts
+        ):
+            return parts
+        num_parts += 1
+
+
+def _columns(rows: Sequence[Trajectory]) -> int:
+    height, width = _packed_shape(rows)
+    return height * width
+
+
 def _size(group: Group) -> tuple[int, int]:
-    """Distinct rows of a group, and the tokens of its longest."""
-    trajectories = (*group.fresh, *group.replayed)
-    width = max(t.prompt.size + t.completion.size for t in trajectories)
-    return len({content(t) for t in trajectories}), width
+    """Rows and width of a group's pass."""
+    distinct = {content(t): t for t in (*group.fresh, *group.replayed)}
+    return _packed_shape(list(distinct.values()))
+
+
+def _packed_shape(rows: Sequence[Trajectory]) -> tuple[int, int]:
+    """Rows and width of the pass over these trajectories, as completions of a prompt share it."""
+    packing = pack(
+        [t.prompt.tolist() for t in rows],
+        [t.completion.tolist() for t in rows],
+        shared_width=SHARED_WIDTH,
+    )
+    height, width = packing.ids_RW.shape
+    return height, width
 
 
 def _join(shape: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:

@@ -26,7 +26,10 @@ class LearnerConfig(BaseModel):
         default=0, ge=0, description="Replayed trajectories per prompt."
     )
     token_budget: int = Field(
-        default=16384, gt=0, description="Padded tokens of one micro-batch; a group is never split."
+        default=4096,
+        gt=0,
+        description="Columns of one pass, the completions of a prompt sharing it: bounds the "
+        "memory; a larger group takes several passes, and one more without gradients.",
     )
 
     learning_rate: float = Field(gt=0, description="Peak of the schedule.")

@@ -1,14 +1,13 @@
 """The learner: draws groups, takes optimizer steps, publishes adapters, keeps checkpoints."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from buffer.replay import DrawRequest, Group, Replay
 from learner.agreement.gate import AgreementGate
@@ -19,14 +18,14 @@ from learner.config import LearnerConfig
 from learner.cost import describe_cost
 from learner.engine import Engine, NonFiniteUpdate
 from learner.log_z import LogZ
-from learner.objectives.base import Objective, ObjectiveInput
+from learner.loss import BatchLoss
+from learner.objectives.base import Objective
 from learner.objectives.potential import state_potentials, terminal_potentials
 from learner.quality import describe_quality
 from learner.schedule import learning_rate, reward_temperature
 from learner.step_metrics import Tally, describe_groups
 from lm.actions import ActionSpace
-from lm.adapter import adapter_bytes, adapter_off, checksum
-from lm.scoring import LogProbs, completion_log_probs
+from lm.adapter import adapter_bytes, checksum
 
 
 class WeightSink(Protocol):
@@ -91,6 +90,14 @@ class Learner:
         self._replay = replay
         self._engine = engine
         self._objective = objective
+        self._loss = BatchLoss(
+            model,
+            actions,
+            objective,
+            log_z=log_z,
+            against_base=against_base,
+            token_budget=config.token_budget,
+        )
         self._config = config
         self._weights = weights
         self._rng = rng
@@ -143,7 +150,11 @@ class Learner:
         if self._log_z is not None and self.completed_steps == 0:
             self._start_log_z(self._log_z, parts, temperature)
         tally = Tally(self.version)
-        losses = [partial(self._loss, part, temperature, tally) for part in parts]
+        losses = [
+            loss
+            for part in parts
+            for loss in self._loss.losses(part.batch, part.factor, temperature, tally)
+        ]
         try:
             norm = self._engine.update(losses, learning_rate=rate)
         except NonFiniteUpdate as error:
@@ -244,7 +255,7 @@ class Learner:
     def _split(self, groups: Sequence[Group]) -> list[_MicroBatch]:
         """This rank's micro-batches. Every rank knows the whole batch, hence its normaliser.
 
-        Ranks must take equally many backward passes: where one has fewer, the first micro-batch
+        Ranks must take equally many backward passes: where one has fewer, a single trajectory
         fills in with factor 0.
         """
         num_ranks, rank = self._engine.num_ranks, self._engine.rank
@@ -254,48 +265,14 @@ class Learner:
         batches = [collate(part, self._device) for part in parts]
         weight = sum(self._objective.weight(batch.stop_BS).item() for batch in batches)
         factor = 1 / weight if weight > 0 else 1.0
-        rounds = -(-len(batches) // num_ranks)
+        passes = [
+            sum(self._loss.num_passes(batch) for batch in batches[other::num_ranks])
+            for other in range(num_ranks)
+        ]
         mine = [_MicroBatch(batch, factor) for batch in batches[rank::num_ranks]]
-        return mine + [_MicroBatch(batches[0], 0.0)] * (rounds - len(mine))
-
-    def _loss(self, part: _MicroBatch, temperature: float, tally: Tally) -> Tensor:
-        inputs = self._evaluate(part.batch, temperature)
-        value = self._objective(inputs)
-        tally.add(part.batch, inputs, value, factor=part.factor)
-        return value.total * part.factor
-
-    def _evaluate(self, batch: Batch, temperature: float) -> ObjectiveInput:
-        """The batch under the current policy."""
-        log_probs = self._log_probs(batch)
-        head, state_BH = self._log_z, log_probs.prompt_state_BH
-        log_z_B = None if head is None or state_BH is None else head(state_BH)[batch.row_B]
-        base = None
-        if self._against_base:
-            with torch.no_grad(), adapter_off(self.model):
-                base = self._log_probs(batch)
-        return ObjectiveInput(
-            log_pf_BT=log_probs.log_pf_BT[batch.row_B],
-            log_stop_BS=log_probs.log_stop_BS[batch.row_B],
-            log_reward_BS=batch.log_reward_BS / temperature,
-            stop_BS=batch.stop_BS,
-            group_B=batch.group_B,
-            log_z_B=log_z_B,
-            sampled_log_pf_BT=batch.recorded_log_pf_BT,
-            sampled_log_stop_BS=batch.recorded_log_stop_BS,
-            base_log_pf_BT=None if base is None else base.log_pf_BT[batch.row_B],
-            base_log_stop_BS=None if base is None else base.log_stop_BS[batch.row_B],
-        )
-
-    def _log_probs(self, batch: Batch) -> LogProbs:
-        """What the model says now of the distinct rows."""
-        return completion_log_probs(
-            self.model,
-            self._actions,
-            [t.prompt.tolist() for t in batch.distinct],
-            [t.completion.tolist() for t in batch.distinct],
-            [t.from_tool.tolist() for t in batch.distinct],
-            with_prompt_state=self._log_z is not None,
-        )
+        first = replace(groups[0], fresh=batches[0].trajectories[:1], replayed=())
+        filler = _MicroBatch(collate([first], self._device), 0.0)
+        return mine + [filler] * (max(passes) - passes[rank])
 
     @torch.no_grad()
     def _start_log_z(self, head: LogZ, parts: Sequence[_MicroBatch], temperature: float) -> None:
@@ -303,7 +280,7 @@ class Learner:
         total, rows = 0.0, 0.0
         for part in parts:
             if part.factor > 0:
-                inputs = self._evaluate(part.batch, temperature)
+                inputs = self._loss.inputs(part.batch, temperature)
                 phi_B = terminal_potentials(state_potentials(inputs), inputs.stop_BS)
                 total -= phi_B.sum().item()
                 rows += len(phi_B)

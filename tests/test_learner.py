@@ -15,11 +15,16 @@ from buffer.replay import BufferStarved, DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.trajectory import Trajectory, pack
 from cluster.run.weight_store import WeightStore
-from learner.batch import collate, merge_prompts, plan_micro_batches
+from learner.batch import collate, merge_prompts, plan_micro_batches, split_rows
 from learner.broadcast import decode_groups, encode_groups
 from learner.engine import NonFiniteUpdate
-from learner.objectives.base import ObjectiveInput
+from learner.objectives.base import Objective, ObjectiveInput
+from learner.objectives.db import DetailedBalance
+from learner.objectives.ppo import ClippedPolicyGradient
+from learner.objectives.raptb import RootedPrefixBalance
 from learner.objectives.subtb import SubTB
+from learner.objectives.tb import TrajectoryBalance
+from learner.objectives.texts import TextLikelihood
 from lm.actions import IllegalCompletion
 from lm.adapter import checksum, load_adapter_bytes
 from lm.scoring import completion_log_probs
@@ -35,6 +40,16 @@ from tests.learner_toy import (
     make_learner,
     make_policy,
     make_trajectory,
+)
+
+OBJECTIVES: tuple[Objective, ...] = (
+    SubTB(),
+    SubTB(decay=0.9, normalisation="trajectory"),
+    TrajectoryBalance(),
+    DetailedBalance(),
+    RootedPrefixBalance(),
+    ClippedPolicyGradient(),
+    TextLikelihood(),
 )
 
 
@@ -102,6 +117,47 @@ def test_splitting_into_micro_batches_changes_nothing(
         assert many["loss/value"] == pytest.approx(one["loss/value"], rel=1e-5)
         assert many["optim/grad_norm"] == pytest.approx(one["optim/grad_norm"], rel=1e-4)
     assert_same_adapter(whole_model, parts_model, tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "log_z"),
+    [
+        *((objective, "group") for objective in OBJECTIVES),
+        *((o, "learned") for o in OBJECTIVES[:5]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_group_in_parts_teaches_what_it_teaches_whole(objective: Objective, log_z: str) -> None:
+    def step(token_budget: int) -> tuple[dict[str, float], list[torch.Tensor]]:
+        learner, model = make_learner(
+            objective=objective,
+            against_base=isinstance(objective, ClippedPolicyGradient),
+            log_z=log_z,
+            clip_norm=1e9,
+            token_budget=token_budget,
+        )
+        torch.manual_seed(5)
+        with torch.no_grad():  # a fresh adapter has no gradient in A
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0.0, 0.3)
+        return learner.step(), gradients_of(model)
+
+    one, many = step(10_000), step(11)
+    for name in one[0].keys() | many[0].keys():
+        if not name.startswith("time/"):
+            assert many[0][name] == pytest.approx(one[0][name], rel=1e-5, abs=1e-6), name
+    tolerance = 1e-5 * one[0]["optim/grad_norm"]
+    assert tolerance > 0
+    for mine, theirs in zip(many[1], one[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+
+
+def gradients_of(model: Any) -> list[torch.Tensor]:
+    """Of the step taken last."""
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(gradient is not None for gradient in gradients)
+    return gradients
 
 
 def test_behaviour_log_probabilities_never_enter_the_loss() -> None:
@@ -258,6 +314,26 @@ def test_groups_of_one_prompt_share_their_log_z() -> None:
     assert [t.completion.tolist() for t in merged[0].fresh][-1] == [2, 2, 2]
 
 
+def columns(rows: Sequence[Trajectory]) -> int:
+    """Of a pass in which each prompt stands once, before its completions, which here are short."""
+    groups: dict[str, int] = {}
+    for t in rows:
+        groups.setdefault(t.prompt_key, t.prompt.size)
+        groups[t.prompt_key] += t.completion.size
+    return len(groups) * max(groups.values())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_parts_of_a_group_hold_every_row_once_within_the_budget(rows: int) -> None:
+    batch = collate([GROUPS[0]], torch.device("cpu"))
+    token_budget = columns(batch.distinct[:rows])
+    parts = split_rows(batch, token_budget)
+    members = [batch.distinct[part] for part in parts]
+    assert [t for part in members for t in part] == list(batch.distinct)
+    assert all(len(part) == 1 or columns(part) <= token_budget for part in members)
+    assert len(split_rows(batch, columns(batch.distinct))) == 1 < len(parts)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("token_budget", [1, 25, 50, 10_000])
 def test_micro_batches_hold_every_group_once_within_the_budget(
@@ -271,8 +347,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(
     assert sorted(g.prompt_key for part in parts for g in part) == sorted(PROMPTS)
     for part in parts:
         distinct = collate(part, torch.device("cpu")).distinct
-        width = max(t.prompt.size + t.completion.size for t in distinct)
-        assert len(part) == 1 or len(distinct) * width <= token_budget
+        assert len(part) == 1 or columns(distinct) <= token_budget
     assert len(parts) == {1: 3, 25: 3}.get(token_budget, len(parts))
     if token_budget == 10_000:
         assert len(parts) == num_ranks

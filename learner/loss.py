@@ -1,0 +1,145 @@
+"""The loss of a micro-batch, in one backward pass or, where that would be too large, in several.
+
+A group is more than its rows: log Z and advantages are estimated from all of them. A group larger
+than the token budget is therefore passed through the model twice. First without a graph, part by
+part, to have its log-probabilities together; the objective and its gradient with respect to *them*
+need no model. Then part by part once more, each part's log-probabilities weighted with their
+gradients: by the chain rule the sum over parts has the gradient of the whole loss, for every
+objective. What a pass holds is bounded by the token budget, whatever the size of the group.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from buffer.trajectory import Trajectory
+from learner.batch import Batch, split_rows
+from learner.log_z import LogZ
+from learner.objectives.base import Objective, ObjectiveInput
+from learner.step_metrics import Tally
+from lm.actions import ActionSpace
+from lm.adapter import adapter_off
+from lm.scoring import completion_log_probs
+
+# log q of tokens [D, T] and of stopping [D, S], and learned log Z [D] where there is one: what the
+# model says of D distinct rows, nats.
+Terms = tuple[Tensor, ...]
+
+
+class BatchLoss:
+    """An objective over what a model says of trajectories.
+
+    Args:
+        log_z: the head inside `model` that learns log Z; None: from the group.
+        against_base: give the objective also what the base LM says, at one more forward pass.
+        token_budget: columns of one pass through the model, at most; a single row may be larger.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        actions: ActionSpace,
+        objective: Objective,
+        *,
+        log_z: LogZ | None,
+        against_base: bool,
+        token_budget: int,
+    ) -> None:
+        self._model = model
+        self._actions = actions
+        self._objective = objective
+        self._log_z = log_z
+        self._against_base = against_base
+        self._token_budget = token_budget
+
+    def num_passes(self, batch: Batch) -> int:
+        """How many losses `losses` gives."""
+        return len(split_rows(batch, self._token_budget))
+
+    def losses(
+        self, batch: Batch, factor: float, temperature: float, tally: Tally
+    ) -> list[Callable[[], Tensor]]:
+        """Losses whose gradients add up to that of `factor` times the batch's total.
+
+        They are to be called in order, with the same weights. The first counts the batch in
+        `tally`; of several, the values mean nothing.
+        """
+        parts = split_rows(batch, self._token_budget)
+        if len(parts) == 1:
+            return [lambda: self._total(batch, self._terms(batch), factor, temperature, tally)]
+        slopes: list[Terms] = []
+
+        def of_part(rows: slice) -> Tensor:
+            if not slopes:
+                slopes.append(self._slopes(batch, factor, temperature, tally))
+            terms = self._terms(batch, rows)
+            weighted = zip(terms, slopes[0], strict=True)
+            return torch.stack([(term * slope[rows]).sum() for term, slope in weighted]).sum()
+
+        return [partial(of_part, rows) for rows in parts]
+
+    @torch.no_grad()
+    def inputs(self, batch: Batch, temperature: float) -> ObjectiveInput:
+        """The batch under the current policy, without a graph."""
+        return self._inputs(batch, self._all_terms(batch), temperature)
+
+    def _total(
+        self, batch: Batch, terms: Terms, factor: float, temperature: float, tally: Tally
+    ) -> Tensor:
+        inputs = self._inputs(batch, terms, temperature)
+        value = self._objective(inputs)
+        tally.add(batch, inputs, value, factor=factor)
+        return value.total * factor
+
+    def _slopes(self, batch: Batch, factor: float, temperature: float, tally: Tally) -> Terms:
+        """The gradient of the batch's loss with respect to its terms."""
+        with torch.no_grad():
+            terms = self._all_terms(batch)
+        for term in terms:
+            term.requires_grad_(True)
+        total = self._total(batch, terms, factor, temperature, tally)
+        return torch.autograd.grad(total, terms, allow_unused=True, materialize_grads=True)
+
+    def _inputs(self, batch: Batch, terms: Terms, temperature: float) -> ObjectiveInput:
+        base: Terms | None = None
+        if self._against_base:
+            with torch.no_grad(), adapter_off(self._model):
+                base = self._all_terms(batch)
+        row_B = batch.row_B
+        return ObjectiveInput(
+            log_pf_BT=terms[0][row_B],
+            log_stop_BS=terms[1][row_B],
+            log_reward_BS=batch.log_reward_BS / temperature,
+            stop_BS=batch.stop_BS,
+            group_B=batch.group_B,
+            log_z_B=None if self._log_z is None else terms[2][row_B],
+            sampled_log_pf_BT=batch.recorded_log_pf_BT,
+            sampled_log_stop_BS=batch.recorded_log_stop_BS,
+            base_log_pf_BT=None if base is None else base[0][row_B],
+            base_log_stop_BS=None if base is None else base[1][row_B],
+        )
+
+    def _all_terms(self, batch: Batch) -> Terms:
+        """Of all distinct rows, in passes within the budget."""
+        parts = [self._terms(batch, rows) for rows in split_rows(batch, self._token_budget)]
+        return tuple(torch.cat(terms) for terms in zip(*parts, strict=True))
+
+    def _terms(self, batch: Batch, rows: slice = slice(None)) -> Terms:
+        """What the model says of these distinct rows, in one pass."""
+        distinct: Sequence[Trajectory] = batch.distinct[rows]
+        log_probs = completion_log_probs(
+            self._model,
+            self._actions,
+            [t.prompt.tolist() for t in distinct],
+            [t.completion.tolist() for t in distinct],
+            [t.from_tool.tolist() for t in distinct],
+            with_prompt_state=self._log_z is not None,
+        )
+        short = batch.stop_BS.shape[1] - log_probs.log_stop_BS.shape[1]
+        terms = pad(log_probs.log_pf_BT, (0, short)), pad(log_probs.log_stop_BS, (0, short))
+        if self._log_z is None or log_probs.prompt_state_BH is None:
+            return terms
+        return *terms, self._log_z(log_probs.prompt_state_BH)
