@@ -16,7 +16,7 @@ from lm.config import LMConfig
 from lm.model import load_base
 from lm.sampling import Completion, Request
 from seed_lm import arithmetic_files
-from tasks.arithmetic.data import DataError, load_demonstrations, load_items
+from tasks.arithmetic.data import load_demonstrations, load_items
 from tasks.arithmetic.expression import OPERATORS, Expression, Operator, answer_text, parse_question
 from tasks.arithmetic.task import Arithmetic, build_arithmetic, encode
 from tasks.config import ArithmeticConfig
@@ -26,6 +26,7 @@ from tasks.evaluation.accuracy import (
     vote,
     vote_metrics,
 )
+from tasks.records import DataError
 from tasks.task import TestItem, Tokenizer
 
 DATA = arithmetic_files.FOLDER

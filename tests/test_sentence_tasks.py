@@ -25,9 +25,9 @@ from seed_lm.prose_files import write_files
 from seed_lm.scenes import Scenes
 from seed_lm.stories import Exercises, Stories
 from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
-from tasks.arithmetic.data import DataError
 from tasks.config import ContinuationConfig, InfillingConfig
 from tasks.evaluation.few_shot import worked_examples
+from tasks.records import DataError
 from tasks.sentences.continuation import build_continuation
 from tasks.sentences.evaluation import write_sentences
 from tasks.sentences.infilling import build_infilling
@@ -133,6 +133,20 @@ def test_stories_may_come_as_csv_with_other_columns(tmp_path: Path) -> None:
         load_stories(str(path))
 
 
+def test_an_unquoted_comma_shifts_no_sentence_of_a_story(tmp_path: Path) -> None:
+    path = tmp_path / "stories.csv"
+    header, good = f"{','.join(KEYS)},title", "A.,B.,C.,D.,E.,T"
+    path.write_text("\n".join([header, good, "A.,B, b.,C.,D.,E.,T", good, "A.,B.,C.,D.,E."]) + "\n")
+    with pytest.raises(DataError) as caught:
+        load_stories(str(path))
+    said = str(caught.value).split("\n")
+    assert [line.split(" ")[0] for line in said] == [f"{path}:{n}:" for n in (3, 5)]
+    assert "names 6 columns, this row has 7; put a text that holds a comma into quotes" in said[0]
+    assert "no text under title" in said[1]
+    path.write_text(f"\ufeff{header}\n{good}\n\n", encoding="utf-8")
+    assert [story.text for story in load_stories(str(path))] == ["A. B. C. D. E."]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -193,7 +207,7 @@ def test_prompts_with_their_next_sentences_are_demonstrations(
         build_continuation(config, tokenizer)
     said = str(caught.value).split("\n")
     assert [line.split(" ")[0] for line in said] == [f"{path}:{n}:" for n in (1, 2, 3)]
-    assert '"next"' in said[0] and '"prompt"' in said[2]
+    assert "'next'" in said[0] and "'prompt'" in said[2]
 
 
 @pytest.mark.parametrize("kind", ["infilling", "continuation"])

@@ -29,9 +29,9 @@ from seed_lm.review_files import write_files
 from seed_lm.review_texts import NAMES_FILM
 from seed_lm.reviews import Reviews
 from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
-from tasks.arithmetic.data import DataError
 from tasks.config import SubjectivityConfig
 from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
+from tasks.records import DataError
 from tasks.subjectivity.data import Label, load_reviews
 from tasks.subjectivity.evaluation import likelier_label, objective_probability
 from tasks.subjectivity.task import Subjectivity, build_subjectivity

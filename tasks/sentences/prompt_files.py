@@ -5,12 +5,11 @@ With their next sentences, to be imitated, they come in JSON Lines:
     {"prompt": "It rained at noon.", "next": "The captain was tired."}
 """
 
-import json
+from pydantic import BaseModel, ConfigDict
 
-from tasks.data_error import read_text, refuse
+from tasks.records import read_records, read_text, refuse
 
 LONGEST = 2000  # characters of a prompt
-PROMPT, NEXT = "prompt", "next"  # keys of JSON Lines
 
 
 def load_prompts(path: str) -> tuple[str, ...]:
@@ -19,7 +18,7 @@ def load_prompts(path: str) -> tuple[str, ...]:
     A line is bad when it is empty, longer than LONGEST characters, or holds a control character.
     """
     prompts, wrong = [], []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
         prompt = line.strip()
         if fault := _fault(prompt):
             wrong.append(f"{path}:{number}: {fault}")
@@ -28,42 +27,33 @@ def load_prompts(path: str) -> tuple[str, ...]:
     return tuple(prompts)
 
 
+class _Record(BaseModel):
+    """The schema of a prompt with its next sentence."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str
+    next: str
+
+
+PROMPT, NEXT = _Record.model_fields
+
+
 def load_continued(path: str) -> tuple[tuple[str, str], ...]:
     """All prompts of a file with their next sentences; raises DataError with the bad lines.
 
-    A line is bad when it is no object with the keys "prompt" and "next", or when either is what
-    `load_prompts` would refuse. Other keys are ignored.
+    A line is bad when it has no "prompt" and "next", or when either is what `load_prompts` would
+    refuse. Other keys are ignored.
     """
-    pairs, wrong = [], []
-    for number, line in enumerate(_lines(path), start=1):
-        read = _pair(line)
-        if isinstance(read, str):
-            wrong.append(f"{path}:{number}: {read}")
-        else:
-            pairs.append(read)
-    refuse(wrong)
-    return tuple(pairs)
+    return read_records(path, _Record, _pair)
 
 
-def _pair(line: str) -> tuple[str, str] | str:
-    """Prompt and next sentence, or what is wrong with the line."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        return f"not JSON: {error}"
-    texts = []
-    for key in (PROMPT, NEXT):
-        text = row.get(key) if isinstance(row, dict) else None
-        if not isinstance(text, str):
-            return f'no text under "{key}"; write {{"{PROMPT}": "...", "{NEXT}": "..."}}'
-        if fault := _fault(text.strip()):
-            return f'under "{key}": {fault}'
-        texts.append(text.strip())
-    return texts[0], texts[1]
-
-
-def _lines(path: str) -> list[str]:
-    return read_text(path).removesuffix("\n").split("\n")
+def _pair(record: _Record) -> tuple[str, str]:
+    texts = record.prompt.strip(), record.next.strip()
+    for key, text in zip((PROMPT, NEXT), texts, strict=True):
+        if fault := _fault(text):
+            raise ValueError(f"key {key!r}: {fault}")
+    return texts
 
 
 def _fault(prompt: str) -> str:

@@ -18,9 +18,9 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from tasks.config import SubjectivityConfig
 from tasks.custom import PlainTask
-from tasks.data_error import DataError
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
+from tasks.records import DataError
 from tasks.sentences.actions import encode, sentence_actions
 from tasks.subjectivity.data import (
     LABELS,

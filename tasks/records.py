@@ -1,0 +1,144 @@
+"""Records in files: JSON Lines, JSON with one list, or CSV with a header, each of them checked.
+
+A file is CSV if its name ends in .csv, one list if it ends in .json, else JSON Lines. A byte order
+mark is taken off. Every bad record is told, with its line and with what a record needs.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+Model = TypeVar("Model", bound=BaseModel)
+Record = TypeVar("Record")
+TOLD = 20  # bad lines that an error lists
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the text names file, place and remedy."""
+
+
+def read_records(
+    path: str, model: type[Model], make: Callable[[Model], Record]
+) -> tuple[Record, ...]:
+    """All records of a file, at least one.
+
+    Args:
+        model: the form of a record, checked strictly.
+        make: what each becomes; a ValueError says what is wrong with it, beyond its form.
+
+    Raises DataError, which lists the bad records.
+    """
+    records: list[Record] = []
+    faults = []
+    for place, value in _values(path, read_text(path)):
+        try:
+            if isinstance(value, _Unreadable):
+                raise ValueError(value)
+            records.append(make(model.model_validate(value, strict=True)))
+        except ValidationError as error:
+            faults.append(f"{place}: {_fault(error, model)}")
+        except ValueError as error:
+            faults.append(f"{place}: {error}")
+    refuse(faults)
+    if not records:
+        raise DataError(f"{path}: holds no record; give one at least")
+    return tuple(records)
+
+
+def read_text(path: str) -> str:
+    """The file as text, without the byte order mark of some editors; raises DataError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it ({error.strerror}); check the path") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not text in UTF-8: {error}; convert it") from error
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raise DataError with the faults, a line each and TOLD at most, if there are any."""
+    if not faults:
+        return
+    more = [f"... and {len(faults) - TOLD} more"] if len(faults) > TOLD else []
+    raise DataError("\n".join([*faults[:TOLD], *more]))
+
+
+class _Unreadable(str):
+    """Stands for a record that could not be read: why."""
+
+
+def _values(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """Place and content of each record."""
+    suffix = Path(path).suffix.lower()
+    if suffix == ".csv":
+        yield from _csv_rows(path, text)
+    elif suffix == ".json":
+        for number, value in enumerate(_list(path, text), start=1):
+            yield f"{path}: item {number}", value
+    else:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                yield f"{path}:{number}", _parsed(line)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return _Unreadable(f"not JSON: {error}")
+
+
+def _list(path: str, text: str) -> list[Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}; repair or regenerate it") from error
+    if not isinstance(values, list) or not values:
+        raise DataError(
+            f"{path}: must hold a list of records, at least one; JSON Lines end in .jsonl"
+        )
+    return values
+
+
+def _csv_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
+    """Columns by name; raises DataError where quotes leave no telling of rows."""
+    reader = csv.reader(io.StringIO(text), strict=True)
+    read = 0
+    header: list[str] | None = None
+    try:
+        for row in reader:
+            read = reader.line_num
+            if header is None:
+                header = row
+            elif row:
+                yield f"{path}:{read}", _columns(header, row)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{read + 1}: not CSV: {error}; a quote that is opened is closed on the "
+            "same line, and one within a text is doubled"
+        ) from error
+
+
+def _columns(header: list[str], row: list[str]) -> dict[str, str] | _Unreadable:
+    counts = f"the header names {len(header)} columns, this row has {len(row)}"
+    if len(row) < len(header):
+        return _Unreadable(f"no text under {', '.join(header[len(row) :])}: {counts}")
+    if len(row) > len(header):
+        return _Unreadable(f"{counts}; put a text that holds a comma into quotes")
+    return dict(zip(header, row, strict=True))
+
+
+def _fault(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first mistake, and what a record needs."""
+    first = error.errors(include_url=False)[0]
+    key = f"key {first['loc'][0]!r}: " if first["loc"] else ""
+    fields = model.model_fields.items()
+    needed = ", ".join(name for name, field in fields if field.is_required())
+    optional = ", ".join(name for name, field in fields if not field.is_required())
+    may = f", and may have {optional}" if optional else ""
+    return f"{key}{first['msg']}; it must have {needed}{may}"
