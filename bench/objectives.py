@@ -45,10 +45,9 @@ from cluster.run.local import LocalRun
 from cluster.run.session import BufferAddress
 from lm.model import vocab_size
 from lm.next_action import NextLogits
-from tasks.log_reward import log_reward_of
 from tasks.posterior.divergence import total_variation
 from tasks.posterior.enumeration import PrefixTree, Support
-from tasks.posterior.weights import log_rewards
+from tasks.posterior.weights import log_reward_of, log_rewards
 from tasks.task import Task
 
 TARGET_TV = 0.05

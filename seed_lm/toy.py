@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 
 from lm.new_model import fresh_llama, save_model
 from seed_lm.tokenizer import END_OF_TEXT, save_tokenizer
-from tasks.toy.letters import LETTERS
+from tasks.toy.task import LETTERS
 
 FOLDER = Path(__file__).parent.parent / "tasks" / "toy" / "model"
 VOCABULARY = (END_OF_TEXT, *LETTERS, "=", "?", "-")

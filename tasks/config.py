@@ -17,10 +17,24 @@ from actors.reward_query import RewardKind
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 
 
-class ArithmeticConfig(BaseModel):
-    """The `[task]` section of a run on arithmetic with a calculator."""
+class _Lengths(BaseModel):
+    """Between which lengths a completion stops."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_len: int = Field(default=1, ge=0, description="Tokens of a completion before it may stop.")
+    max_len: int = Field(default=24, ge=1, description="Tokens at which it must stop.")
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if self.min_len > self.max_len:
+            raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
+        return self
+
+
+class ArithmeticConfig(_Lengths):
+    """The `[task]` section of a run on arithmetic with a calculator."""
+
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["arithmetic"]
@@ -42,12 +56,6 @@ class ArithmeticConfig(BaseModel):
         description="A rationale may stop only behind a result of the calculator; false: anywhere.",
     )
     max_len: int = Field(default=48, ge=1, description="Tokens at which it must stop.")
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> "ArithmeticConfig":
-        if self.min_len > self.max_len:
-            raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
-        return self
 
 
 class RandomNumberConfig(BaseModel):
@@ -73,21 +81,6 @@ class RandomNumberConfig(BaseModel):
     def _check_range(self) -> "RandomNumberConfig":
         if self.low > self.high:
             raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
-        return self
-
-
-class _Lengths(BaseModel):
-    """Between which lengths a completion stops."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min_len: int = Field(default=1, ge=0, description="Tokens of a completion before it may stop.")
-    max_len: int = Field(default=24, ge=1, description="Tokens at which it must stop.")
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> Self:
-        if self.min_len > self.max_len:
-            raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
         return self
 
 
@@ -149,10 +142,9 @@ class SubjectivityConfig(_Lengths):
     max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
 
 
-class ToyConfig(BaseModel):
+class ToyConfig(_Lengths):
     """The `[task]` section of a run on the enumerable toy."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     tests: ClassVar[tuple[str, ...]] = ()
     reward_kind: ClassVar[RewardKind] = "suffix"
 
@@ -160,12 +152,6 @@ class ToyConfig(BaseModel):
     min_len: int = Field(default=0, ge=0, description="Letters of a completion before it may stop.")
     max_len: int = Field(default=5, ge=1, description="Letters at which it must stop.")
     tool: bool = Field(default=False, description="'=' asks a tool to add the letters up.")
-
-    @model_validator(mode="after")
-    def _check_lengths(self) -> "ToyConfig":
-        if self.min_len > self.max_len:
-            raise ValueError(f"min_len ({self.min_len}) must not exceed max_len ({self.max_len})")
-        return self
 
 
 # Tasks whose completions are whole sentences, measured by what is written.

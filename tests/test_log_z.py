@@ -169,7 +169,9 @@ def test_a_run_is_refused_before_it_starts_where_it_would_be_idle() -> None:
 
 
 def test_a_whole_run_learns_it_resumes_it_and_leaves_a_plain_adapter(tmp_path: Path) -> None:
-    config = load_config("tasks/toy_min2.toml", ["learner.log_z=learned", "learner.steps=2"])
+    config = load_config(
+        "tasks/toy.toml", ["task.min_len=2", "learner.log_z=learned", "learner.steps=2"]
+    )
     server = RedisServer.start(tmp_path / "buffer", run="z", config=BufferConfig())
     try:
         first = start_run(config, tmp_path, server)

@@ -10,6 +10,7 @@ from tasks.arithmetic.calculator import Calculator
 class CharacterCodec:
     """A tokenizer with one token per character, and one token that ends in '='."""
 
+    eos_token_id: int | None = None
     PIECES = (" =", *(chr(code) for code in range(32, 127)), "\n", "²", "٣", "−")
 
     def __len__(self) -> int:

@@ -2,21 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
+
+from tasks.task import Tokenizer
 
 MAX_DIGITS = 9  # of an operand: what is longer is no sum that a rationale needs
 # Digits are ASCII: a model may write others, which int() would take too.
 _TWO_TERMS = re.compile(rf" ?(-?[0-9]{{1,{MAX_DIGITS}}}) ([+-]) (-?[0-9]{{1,{MAX_DIGITS}}}) ?=")
-
-
-class Codec(Protocol):
-    """What the calculator needs of a tokenizer."""
-
-    def __len__(self) -> int: ...
-
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
-
-    def decode(self, token_ids: list[int]) -> str: ...
 
 
 class Calculator:
@@ -27,7 +18,7 @@ class Calculator:
     The text is matched, never evaluated.
     """
 
-    def __init__(self, tokenizer: Codec) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
         self.triggers = frozenset(token for token, text in enumerate(texts) if text.endswith("="))

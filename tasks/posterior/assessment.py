@@ -23,7 +23,6 @@ from lm.sampling import Completion, Request
 from reward.request import ScoreItem
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
-from tasks.log_reward import log_reward_of
 from tasks.posterior.bounds import Bounds, UnusableWeights, bound_log_z
 from tasks.posterior.ceiling import ceiling_of
 from tasks.posterior.divergence import coverage, divergence
@@ -31,7 +30,7 @@ from tasks.posterior.enumeration import PrefixTree
 from tasks.posterior.exact import ExactPosterior, exact_posterior
 from tasks.posterior.records import Assessment, Picture, PolicyReport, PromptReport, StringShare
 from tasks.posterior.rejection import PosteriorSamples, posterior_samples
-from tasks.posterior.weights import draw_log_weights, log_rewards, log_weights
+from tasks.posterior.weights import draw_log_weights, log_reward_of, log_rewards, log_weights
 from tasks.task import Task
 
 # Completions told of a prompt, of those sampled too often and of those sampled too rarely.

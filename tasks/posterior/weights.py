@@ -1,6 +1,6 @@
 """Log importance weights log w = log R(Z) / T - log q(Z ⊤ | X) of completions, nats."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,17 @@ from torch import nn
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
+from lm.model import CausalLM
 from lm.sampling import Request
 from lm.scoring import completion_log_probs
+from reward.packed import suffix_log_rewards
+from reward.request import ScoreItem
 from tasks.evaluation.context import Draw
-from tasks.log_reward import LogReward
+from tasks.task import Task
 
 Floats = NDArray[np.float64]
+# [S] nats for each item, untempered.
+LogReward = Callable[[Sequence[ScoreItem]], list[NDArray[np.float32]]]
 
 # Completions of one scoring pass: bounds its logits, [rows, tokens, vocabulary].
 ROWS = 64
@@ -28,6 +33,18 @@ class Completed:
 
     tokens: tuple[int, ...]  # stop token excluded
     from_tool: tuple[bool, ...]
+
+
+def log_reward_of(task: Task, model: CausalLM, token_budget: int) -> LogReward:
+    """The task's own function where it has one, else the frozen LM `model`.
+
+    Args:
+        token_budget: tokens of one padded micro-batch, at most.
+    """
+    function = task.log_reward
+    if function is not None:
+        return lambda items: [function(item) for item in items]
+    return lambda items: suffix_log_rewards(model, items, token_budget)
 
 
 def draw_log_weights(

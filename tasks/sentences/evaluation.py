@@ -12,8 +12,7 @@ from lm.embedding import SentenceEmbedder
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Metric
 from tasks.evaluation.few_shot import worked_examples
-from tasks.log_reward import log_reward_of
-from tasks.posterior.weights import log_rewards
+from tasks.posterior.weights import log_reward_of, log_rewards
 from tasks.sentences.metrics import Likeness, diversity, self_bleu4
 from tasks.task import Task
 

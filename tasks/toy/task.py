@@ -5,18 +5,36 @@ every Z can be enumerated, so that the posterior p(Z | X, Y) is known exactly an
 ends with can be held against it.
 """
 
+from collections.abc import Sequence
+
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from tasks.config import ToyConfig
 from tasks.custom import PlainTask
 from tasks.task import Tokenizer, TokenizerUnfit
-from tasks.toy.letters import LETTERS, LetterSum
 
+LETTERS = "abcd"
 # X, Y. No Z holds the question mark that ends X, or one prompt with the beginning of a completion
 # would read as another prompt, and the policy could not be right for both. Nor does a Z hold the
 # dash that Y begins with, so that X Z Y can be read in one way only.
 QUESTIONS = (("a?", "-b"), ("b?", "-ca"), ("ab?", "-d"), ("da?", "-cb"))
+
+
+class LetterSum:
+    """Writes the sum of the letters so far behind '=', a = 0 to d = 3, modulo 4.
+
+    Keeps silent where no letter precedes. Args are token ids.
+    """
+
+    def __init__(self, letters: Sequence[int], *, trigger: int) -> None:
+        self._letters = list(letters)
+        self.triggers = frozenset((trigger,))
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        """One letter, or nothing; see lm.sampling.Tool."""
+        values = [self._letters.index(token) for token in completion if token in self._letters]
+        return [self._letters[sum(values) % len(self._letters)]] if values else []
 
 
 def build_toy(config: ToyConfig, tokenizer: Tokenizer) -> PlainTask:
