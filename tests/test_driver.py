@@ -71,7 +71,7 @@ class EndlessSession:
     def start(self, report: object) -> Any:
         return TrainedRun()
 
-    def evaluate(self, adapter: Path | None) -> Endless:
+    def evaluate(self, adapter: Path | None, report: object) -> Endless:
         return Endless()
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
         directory,
         session,
         terminal,
-        revive_buffer=lambda: False,
+        buffer_revived=lambda: "",
         buffer_stats=lambda: NOTHING,
     )
     assert driver.drive() == Scores(before=before)

@@ -12,12 +12,12 @@ import ray
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from cluster.commands.train import buffer_server
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from cluster.distributed import ray_cluster as joining
 from cluster.distributed.worker import interface_of, pin_interface
 from cluster.run.directory import RunDirectory, RunNotShared, RunsGoWithJob, check_shared
+from cluster.run.own_buffer import buffer_server
 
 TIMEOUT_S = 30.0
 
@@ -46,14 +46,35 @@ def test_the_buffer_is_there_again_for_the_stop_when_all_of_a_jobs_processes_are
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + TIMEOUT_S
-        while not buffer.revive():  # nobody else does anything about it
+        while not buffer.revived():  # nobody else does anything about it
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert buffer.revive() is False and buffer.address == address
+        assert buffer.revived() == "" and buffer.address == address
         with connect(address.url, password=address.password, timeout_s=TIMEOUT_S) as client:
             assert client.get("acknowledged") == b"1"
             assert client.info("server")["process_id"] != before
     assert not psutil.pid_exists(before)
+
+
+def test_a_server_that_does_not_answer_is_replaced_and_its_clients_notice_nothing(
+    directory: RunDirectory,
+) -> None:
+    config = load_config("tasks/arithmetic.toml", ["cluster.silence_timeout_s=2"])
+    with buffer_server(config, directory) as buffer:
+        address, before = buffer.address, buffer.stats()
+        with connect(address.url, password=address.password, timeout_s=TIMEOUT_S) as client:
+            client.set("acknowledged", 1)
+            silent = int(client.info("server")["process_id"])
+            os.kill(silent, signal.SIGSTOP)
+            assert buffer.stats() == before  # the driver is not held up
+            assert client.get("acknowledged") == b"1"
+            assert int(client.info("server")["process_id"]) != silent
+        event = buffer.revived()
+        assert event == "redis-server did not answer for 2 s and was killed; " + (
+            "started again on its files"
+        )
+        assert buffer.address == address and buffer.revived() == ""
+    assert not psutil.pid_exists(silent)
 
 
 def test_a_buffer_that_cannot_come_back_is_the_drivers_to_report(
@@ -68,7 +89,7 @@ def test_a_buffer_that_cannot_come_back_is_the_drivers_to_report(
         deadline = time.monotonic() + TIMEOUT_S
         with pytest.raises(ValueError, match=r"owner\.json is damaged"):
             while time.monotonic() < deadline:
-                buffer.revive()
+                buffer.revived()
                 time.sleep(0.05)
 
 

@@ -1,41 +1,92 @@
 """Waits of a driver end at their deadlines, and what was begun is still the run's to end."""
 
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from ray.exceptions import GetTimeoutError
 
 from cluster.config.file import load_config
-from cluster.distributed import clients, session, supervisor
+from cluster.config.schema import ClusterConfig
+from cluster.distributed import clients, measurement, supervisor
 from cluster.distributed.clients import RemoteScorer
 from cluster.distributed.services import ReplicaRegistry
-from cluster.distributed.waiting import PeerTimeout
-from cluster.distributed.worker import RunContext
+from cluster.distributed.waiting import PeerDied, PeerTimeout
+from cluster.distributed.worker import RunContext, Worker
 from cluster.distributed.worker_group import Phase, WorkerGroup
-from cluster.run.directory import RunDirectory
+from cluster.run.directory import ScaleRefused
 from tests.light_run import context
 
 
-def test_an_evaluation_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_answer(_: object, *, timeout: float) -> None:
-        raise GetTimeoutError
+class Evaluator:
+    """Stands for a worker group that evaluates; `phases` are what it is found in, one by one."""
 
-    killed: list[str] = []
-    monkeypatch.setattr("ray.wait", lambda refs, timeout: ([], refs))
-    monkeypatch.setattr("ray.kill", killed.append)
-    monkeypatch.setattr("ray.get", no_answer)
-    monkeypatch.setattr(session, "room", lambda: "free in all: 0 CPU")
-    ref: Any = None
-    pending = session.RemoteMeasurement("worker", ref, "evaluator-1")
+    made: ClassVar[list["Evaluator"]] = []
+
+    def __init__(self, name: str, launch: Any, *, incarnation: int, config: object) -> None:
+        self.phases = iter(launch)
+        self.incarnation, self.cause = incarnation, f"{name}: no answer to status"
+        self.phase = Phase.PLACING
+        self.status = {"stages": 0}
+        self.error: Exception | None = None
+        self.result: dict[str, str] | None = None
+        self.killed = False
+        self.made.append(self)
+
+    def poll(self) -> Phase:
+        self.phase = next(self.phases, self.phase)
+        if self.phase is Phase.FINISHED:
+            self.result = {"evaluation": "figures"}
+        return self.phase
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def measuring(
+    monkeypatch: pytest.MonkeyPatch, *lives: list[Phase]
+) -> tuple[measurement.RemoteMeasurement, list[str]]:
+    """An evaluation whose processes are found in these phases, and what is reported of it."""
+    monkeypatch.setattr(measurement, "WorkerGroup", Evaluator)
+    monkeypatch.setattr(Evaluator, "made", [])
+    events: list[str] = []
+    launch: Any = lambda incarnation: lives[incarnation]  # noqa: E731
+    config = ClusterConfig(max_restarts=1)
+    return measurement.RemoteMeasurement("evaluator-1", launch, config, events.append), events
+
+
+def test_an_evaluation_that_makes_no_progress_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending, _ = measuring(monkeypatch, [Phase.RUNNING])
     assert not pending.done()
-    pending._deadline -= session.EVALUATION_TIMEOUT_S
+    pending._progressed_s -= measurement.STAGE_TIMEOUT_S + 1
+    Evaluator.made[0].status = {"stages": 1}  # the next stage has its own time
+    assert not pending.done()
+    pending._progressed_s -= measurement.STAGE_TIMEOUT_S + 1
     assert pending.done()
-    with pytest.raises(PeerTimeout, match=r"evaluator-1: no answer .* within 3600 s; free in all"):
+    with pytest.raises(PeerTimeout, match=r"evaluator-1: no progress of its evaluation .* 3600 s"):
         pending.result()
-    assert killed == ["worker"]
+    assert Evaluator.made[0].killed
+
+
+def test_an_evaluator_that_dies_or_falls_silent_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dies, lives = [Phase.RUNNING, Phase.FAILED], [Phase.RUNNING, Phase.FINISHED]
+    pending, events = measuring(monkeypatch, dies, lives)
+    assert pending.result() == "figures"
+    assert events == ["evaluator-1: no answer to status; replacing it"]
+    assert all(evaluator.killed for evaluator in Evaluator.made)
+
+    pending, _ = measuring(monkeypatch, dies, dies)
+    with pytest.raises(PeerDied, match="evaluator-1: no answer to status"):
+        pending.result()
+
+    # A mistake that a new process would only repeat is raised as it is.
+    pending, events = measuring(monkeypatch, dies)
+    Evaluator.made[0].error = KeyError("no such file")
+    with pytest.raises(KeyError, match="no such file"):
+        pending.result()
+    assert events == []
 
 
 class LostRegistry:
@@ -75,7 +126,7 @@ def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
     run = supervisor.Supervisor(config, launcher, context(config, None), print)
     for group in run.groups.values():
         group.phase = Phase.RUNNING
-    with pytest.raises(PeerTimeout):
+    with pytest.raises(ScaleRefused, match="replica registry: no answer"):
         run.scale(actors=1)
     assert run.counts()["desired"]["actors"] == run.counts()["actual"]["actors"] == 3
 
@@ -187,21 +238,14 @@ def test_a_scoring_waits_for_a_replica_that_comes_up_and_not_for_ever(
         scorer_of(ReplicaRegistry(), 1200).submit([])
 
 
-def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(session, "connect_ray", lambda *_: None)
-    monkeypatch.setattr(session, "may_grow", lambda: True)
-    monkeypatch.setattr(session.Launcher, "_service", lambda self, *_: None)
-    monkeypatch.setattr(session.RaySession, "_check_service", lambda self, *_: None)
+def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up_or_be_silent() -> None:
     config = load_config("tasks/toy.toml", ["cluster.start_timeout_s=900", "learner.ranks=2"])
-    buffer = session.BufferAddress(url="", password=None)
-    directory = RunDirectory("test", root=tmp_path)
-    opened = session.RaySession(config, directory, buffer, address="10.0.0.1:6379")
-    opened.open()
-    told = opened._context.config
+    patient = Worker(context(config, None), name="actor-0", rank=0, num_ranks=1)._config
     place_and_start_s = 2 * 900
-    assert told.actors.score_timeout_s > place_and_start_s  # for a replica
-    assert told.actors.pace_timeout_s > place_and_start_s  # for the learner
-    assert told.learner.starvation_timeout_s > place_and_start_s  # for actors and replicas
-    assert told.learner.collective_timeout_s > told.learner.starvation_timeout_s
+    assert patient.actors.score_timeout_s > place_and_start_s  # for a replica
+    assert patient.actors.pace_timeout_s > place_and_start_s  # for the learner
+    assert patient.learner.starvation_timeout_s > place_and_start_s  # for actors and replicas
+    assert patient.learner.collective_timeout_s > patient.learner.starvation_timeout_s
+    silence_s = config.cluster.silence_timeout_s
+    assert patient.buffer.timeout_s > silence_s  # for Redis
+    assert patient.cluster.answer_timeout_s > silence_s  # for the weight store

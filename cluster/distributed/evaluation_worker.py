@@ -1,31 +1,34 @@
 """The process that evaluates."""
 
 from pathlib import Path
+from typing import Any
 
-import ray
-
-from cluster.distributed.source_check import check_source
-from cluster.distributed.worker import RunContext, Worker
+from cluster.distributed.worker import Meeting, RunContext, Worker
 from cluster.run.directory import check_shared
 from cluster.run.evaluation import evaluate
-from tasks.evaluation.evaluation import Evaluation
 
 
 class EvaluationWorker(Worker):
-    """Evaluates the policy on the task's test data, before training and after."""
+    """Evaluates the base (None) or the adapter in a folder on the task's test data."""
 
-    def __init__(self, context: RunContext, *, name: str) -> None:
+    def __init__(self, context: RunContext, *, name: str, adapter: Path | None) -> None:
         super().__init__(context, name=name, rank=0, num_ranks=1)
+        self._adapter = adapter
+        self._stages = 0
 
-    def evaluate(self, adapter: Path | None) -> Evaluation:
-        """Results of the base (None) or of the adapter in a folder.
+    def run(self) -> dict[str, Any]:
+        """Evaluate; the Evaluation under "evaluation"."""
+        evaluation = evaluate(self._config, adapter=self._adapter, progress=self._count_stage)
+        return {"evaluation": evaluation}
 
-        Raises:
-            SourceMixture: this process runs other source than the driver.
-            RunNotShared: this node does not see the adapter.
-        """
-        node = ray.util.get_node_ip_address()
-        check_source(self._context.source, node=node)
-        if adapter is not None:
-            check_shared(adapter.parent, node=node)
-        return evaluate(self._context.config, adapter=adapter)
+    def status(self) -> dict[str, Any]:
+        """The number of stages that were begun."""
+        return {"stages": self._stages}
+
+    def _build(self, _: Meeting) -> None:
+        """Raise RunNotShared where this node does not see the adapter."""
+        if self._adapter is not None:
+            check_shared(self._adapter.parent, node=self._node)
+
+    def _count_stage(self, _: str) -> None:
+        self._stages += 1

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -162,13 +163,20 @@ class Launcher:
 
         return GroupLaunch(reservation, create)
 
-    def evaluator(self, context: RunContext, *, name: str) -> ActorHandle:
-        """A process that evaluates and then goes."""
-        return (
-            ray.remote(EvaluationWorker)
-            .options(**self._options(name, self._config.cluster.actor_placement))
-            .remote(context, name=name)
-        )
+    def evaluator(
+        self, context: RunContext, *, name: str, adapter: Path | None, incarnation: int
+    ) -> GroupLaunch:
+        """A process that evaluates, as a worker group of one."""
+        claim = self._config.cluster.actor_placement
+        full_name = f"{name}.{incarnation}"
+        reservation = Reservation(full_name, claim, num_ranks=1, strategy="PACK")
+
+        def create() -> Sequence[ActorHandle]:
+            options = self._options(full_name, claim) | reservation.options(0)
+            worker = ray.remote(EvaluationWorker).options(**options)
+            return [worker.remote(context, name=name, adapter=adapter)]
+
+        return GroupLaunch(reservation, create)
 
     def _options(self, name: str, claim: Placement) -> dict[str, Any]:
         return {

@@ -1,5 +1,7 @@
 """The Ray cluster of a run: joining it, and what its nodes have."""
 
+import socket
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -15,6 +17,11 @@ from tasks.custom_config import CustomTaskConfig
 
 # Ray labels a node with its type where a launcher or an operator (`ray up`, KubeRay) started it.
 _NODE_TYPE = "ray.io/node-group"
+_ANSWER_TIMEOUT_S = 30.0
+
+
+class ClusterUnreachable(ConnectionError):
+    """No Ray cluster answers at the address that was given."""
 
 
 def join_cluster(config: RunConfig, address: str, namespace: str) -> RunConfig:
@@ -34,10 +41,13 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     """Join the cluster at `address`, or start Ray on this machine, on loopback only.
 
     A process that has joined already stays where it is.
+
+    Raises ClusterUnreachable.
     """
     if ray.is_initialized():
         return
     if address is not None:
+        check_reachable(address)
         ray.init(
             address=address,
             namespace=namespace,
@@ -53,6 +63,35 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
         _node_ip_address="127.0.0.1",
         log_to_driver=False,
         configure_logging=False,
+    )
+
+
+def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
+    """Raise ClusterUnreachable unless a Ray cluster answers at `address` in time.
+
+    Ray itself would try for minutes, and say nothing. What is no host and port, such as "auto", is
+    left to Ray.
+    """
+    host, _, port = address.rpartition(":")
+    if address in ("auto", "local") or address.startswith("ray://"):
+        return
+    # A process of its own, because nothing ends Ray's wait for an address that accepts and is mute.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+        subprocess.run(command, capture_output=True, timeout=timeout_s, check=True)
+    except subprocess.TimeoutExpired:
+        reason = f"no answer within {timeout_s:.0f} s"
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["refused"])[-1]
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    else:
+        return
+    raise ClusterUnreachable(
+        f"no Ray cluster answers at {address!r} ({reason}): give the address of one that runs, "
+        f"HOST:PORT as 'ray start --head' prints it, with --address, cluster.address or "
+        f"RAY_ADDRESS, or give none to start one on this machine"
     )
 
 

@@ -1,17 +1,28 @@
 """The two small processes of a run that need no torch: weight store and replica registry.
 
-Ray starts each again should it die. It is empty then until the learner's next publication and
-the supervisor's next announcement; nobody waits for either.
+Ray starts each again should it die, and `ServiceWatch` has it do so should one fall silent. It is
+empty then until the learner's next publication and the supervisor's next announcement; nobody
+waits for either.
 """
 
+import time
+from typing import Any
+
 import ray
+from ray.actor import ActorHandle
 
 from cluster.distributed.source_check import check_source
 from cluster.run.weight_store import WeightStore
 
+_PING_EVERY_S = 1.0
+_ABSENT_S = 5.0
+
 
 class Service:
     """A process that answers short calls."""
+
+    def ping(self) -> None:
+        """Show that this process answers."""
 
     def check_source(self, expected: str) -> None:
         """Raise SourceMixture unless this process runs what the driver does."""
@@ -35,3 +46,38 @@ class ReplicaRegistry(Service):
     def names(self) -> tuple[str, ...]:
         """Names of the Ray actors that score; empty while none does."""
         return self._names
+
+
+class ServiceWatch:
+    """Finds out that a service is silent, and has Ray start it again.
+
+    Args:
+        name: for people.
+        timeout_s: longest that it may leave a ping unanswered.
+    """
+
+    def __init__(self, name: str, handle: ActorHandle, *, timeout_s: float) -> None:
+        self._name = name
+        self._handle = handle
+        self._timeout_s = timeout_s
+        self._ping: ray.ObjectRef[Any] | None = None
+        self._asked_s = self._polled_s = time.monotonic()
+
+    def poll(self) -> str:
+        """Why it was killed just now, for people; empty if it was not."""
+        now = time.monotonic()
+        if (absent_s := now - self._polled_s) > _ABSENT_S:  # answers are yet to be looked at
+            self._asked_s += absent_s
+        self._polled_s = now
+        if self._ping is None or ray.wait([self._ping], timeout=0)[0]:  # a death is Ray's to see to
+            if self._ping is None or now - self._asked_s > _PING_EVERY_S:
+                self._ping = self._handle.ping.remote()
+                self._asked_s = now
+        elif now - self._asked_s > self._timeout_s:
+            ray.kill(self._handle, no_restart=False)
+            self._ping = None
+            return (
+                f"{self._name}: no answer for {self._timeout_s:.0f} s "
+                f"(cluster.silence_timeout_s); replacing it"
+            )
+        return ""

@@ -1,34 +1,29 @@
 """A run on a Ray cluster, as its driver sees it."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from cluster.config.schema import RunConfig
-from cluster.distributed.launcher import Launcher
+from cluster.distributed.launcher import GroupLaunch, Launcher
+from cluster.distributed.measurement import RemoteMeasurement
 from cluster.distributed.parts import Parts
 from cluster.distributed.ray_cluster import (
     connect_ray,
     living_nodes,
     may_grow,
     namespace_of,
-    room,
 )
 from cluster.distributed.source_check import SourceMixture, source_fingerprint
 from cluster.distributed.supervisor import Supervisor
-from cluster.distributed.waiting import PeerTimeout, error_line, wait_for
+from cluster.distributed.waiting import error_line, wait_for
 from cluster.distributed.worker import RunContext
 from cluster.distributed.worker_group import StartFailed
 from cluster.run.directory import RunDirectory
 from cluster.run.resources import check_fit
-from cluster.run.session import BufferAddress, PendingMeasurement
-from tasks.evaluation.evaluation import Evaluation
-
-EVALUATION_TIMEOUT_S = 3600.0
+from cluster.run.session import BufferAddress
 
 
 class RaySession:
@@ -94,12 +89,17 @@ class RaySession:
         """Launch every worker group."""
         return Supervisor(self._config, self._launcher, self._context, report)
 
-    def evaluate(self, adapter: Path | None) -> PendingMeasurement:
+    def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> RemoteMeasurement:
         """Measure in a process of its own, which ends with the answer."""
         self._evaluations += 1
         name = f"evaluator-{self._evaluations}"
-        worker = self._launcher.evaluator(self._context, name=name)
-        return RemoteMeasurement(worker, worker.evaluate.remote(adapter), name)
+
+        def launch(incarnation: int) -> GroupLaunch:
+            return self._launcher.evaluator(
+                self._context, name=name, adapter=adapter, incarnation=incarnation
+            )
+
+        return RemoteMeasurement(name, launch, self._config.cluster, report)
 
     def end_services(self) -> None:
         """End what `open` started, of a session whose cluster goes on without it."""
@@ -109,37 +109,3 @@ class RaySession:
     def close(self) -> None:
         """Leave the cluster; one that was started here ends with all its processes."""
         ray.shutdown()
-
-
-class RemoteMeasurement:
-    """An evaluation in another process."""
-
-    def __init__(self, worker: Any, ref: "ray.ObjectRef[Any]", name: str) -> None:
-        self._worker = worker
-        self._ref = ref
-        self._name = name
-        self._deadline = time.monotonic() + EVALUATION_TIMEOUT_S
-
-    def done(self) -> bool:
-        """Whether the answer, or an error, is there, or the time for it is up."""
-        return bool(ray.wait([self._ref], timeout=0)[0]) or time.monotonic() >= self._deadline
-
-    def result(self) -> Evaluation:
-        """Wait for the answer and end the process.
-
-        Raises:
-            PeerTimeout, PeerDied: no answer within EVALUATION_TIMEOUT_S of the request.
-        """
-        remaining_s = max(0.0, self._deadline - time.monotonic())
-        try:
-            answer: Evaluation = wait_for(
-                self._ref, peer=self._name, phase="evaluation", timeout_s=remaining_s
-            )
-            return answer
-        except PeerTimeout as error:
-            raise PeerTimeout(
-                f"{self._name}: no answer to evaluation within {EVALUATION_TIMEOUT_S:.0f} s; "
-                f"{room()}"
-            ) from error
-        finally:
-            ray.kill(self._worker)

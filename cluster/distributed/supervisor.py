@@ -13,8 +13,10 @@ from cluster.config.schema import RunConfig
 from cluster.distributed.clients import RemoteRegistry
 from cluster.distributed.launcher import Launcher
 from cluster.distributed.ray_cluster import living_nodes, may_grow, room
+from cluster.distributed.services import ServiceWatch
 from cluster.distributed.shutdown import Leaving, end_in_order
 from cluster.distributed.telemetry import Telemetry
+from cluster.distributed.waiting import PeerDied, PeerTimeout
 from cluster.distributed.worker import RunContext
 from cluster.distributed.worker_group import LearnerGroup, Phase, StartFailed, WorkerGroup
 from cluster.run.directory import ScaleRefused
@@ -51,6 +53,11 @@ class Supervisor:
         self._registry = RemoteRegistry(
             context.replica_registry, timeout_s=config.cluster.answer_timeout_s
         )
+        timeout_s = config.cluster.silence_timeout_s
+        self._watches = [
+            ServiceWatch("weight store", context.weight_store, timeout_s=timeout_s),
+            ServiceWatch("replica registry", context.replica_registry, timeout_s=timeout_s),
+        ]
         self._telemetry = Telemetry(context.directory.name)
         self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
         self._deaths: dict[str, int] = {}
@@ -105,9 +112,12 @@ class Supervisor:
                 self._report(f"{name} is up")
             if after is Phase.FAILED:
                 self._clear_up(name, group, ever_ran=before is Phase.RUNNING)
+        for watch in self._watches:
+            if event := watch.poll():
+                self._report(event)
         self._let_go()
         self._report_waiting()
-        self._announce()
+        self._announce(wait=False)
         self._collect_reports()
         time.sleep(_TICK_S)
 
@@ -119,7 +129,7 @@ class Supervisor:
         registry before. The first actor always stays: it seeds the buffer.
 
         Raises:
-            ScaleRefused: the run has no parts of that kind.
+            ScaleRefused: the run has no parts of that kind, or the registry does not answer.
             DoesNotFit: there is no room, and no autoscaler that could make some.
         """
         requested = {"actors": actors, "replicas": replicas}
@@ -136,7 +146,10 @@ class Supervisor:
             check_fit(self._config.changed(numbers), living_nodes())
         self.given_up = ""
         gone = [name for kind in wanted for name in self._in_order_of_need(kind)[wanted[kind] :]]
-        self._announce(without=gone)  # where the registry fails, all are still the run's to stop
+        try:
+            self._announce(without=gone, wait=True)
+        except (PeerTimeout, PeerDied) as error:
+            raise ScaleRefused(f"no replica could be withdrawn: {error}") from error
         groups = [self.groups.pop(name) for name in gone]
         self._added.difference_update(gone)
         timeout_s = self._config.cluster.stop_timeout_s
@@ -321,7 +334,7 @@ class Supervisor:
             if not failed:
                 self._report(f"learner metrics not read: {type(error).__name__}")
 
-    def _announce(self, *, without: Sequence[str] = (), wait: bool = True) -> None:
+    def _announce(self, *, without: Sequence[str] = (), wait: bool) -> None:
         names = tuple(
             f"{name}.{group.incarnation}"
             for name, group in self.groups.items()

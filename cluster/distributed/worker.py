@@ -119,20 +119,29 @@ class Worker:
 
 
 def with_patience(config: RunConfig) -> RunConfig:
-    """The same run whose parts wait for one another to be placed and started, once.
+    """The same run whose parts bear with one another being placed, started and found silent, once.
 
-    Each of the two may take `start_timeout_s`. A part that comes up only at a later try is waited
-    for by the supervisor; a part that needs it meanwhile ends in an error that says so, and is
-    replaced.
+    Placing and starting may each take `start_timeout_s`; a part, Redis among them, is replaced
+    after `silence_timeout_s` without an answer. A part that comes back only at a later try is
+    waited for by the supervisor; a part that needs it meanwhile ends in an error that says so, and
+    is replaced.
     """
     start_s = 2 * config.cluster.start_timeout_s
+    silence_s = config.cluster.silence_timeout_s
     waits = {
         "actors.score_timeout_s": config.actors.score_timeout_s,
         "actors.pace_timeout_s": config.actors.pace_timeout_s,
         "learner.starvation_timeout_s": config.learner.starvation_timeout_s,
         "learner.collective_timeout_s": config.learner.collective_timeout_s,
     }
-    return config.changed({key: wait_s + start_s for key, wait_s in waits.items()})
+    answers = {
+        "buffer.timeout_s": config.buffer.timeout_s,
+        "cluster.answer_timeout_s": config.cluster.answer_timeout_s,
+    }
+    return config.changed(
+        {key: wait_s + start_s for key, wait_s in waits.items()}
+        | {key: wait_s + silence_s for key, wait_s in answers.items()}
+    )
 
 
 def pin_interface(address: str) -> None:

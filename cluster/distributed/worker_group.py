@@ -14,12 +14,15 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayTaskError
 
 from cluster.config.placement import ClusterConfig
 from cluster.distributed.launcher import GroupLaunch
 from cluster.distributed.ray_cluster import room
 from cluster.distributed.waiting import cause_of, error_line
 from learner.broadcast import Unrecoverable
+
+_ABSENT_S = 5.0
 
 
 class Phase(StrEnum):
@@ -60,17 +63,22 @@ class WorkerGroup:
         self.incarnation = incarnation
         self.phase = Phase.PLACING
         self.cause = ""
-        self.fatal: Unrecoverable | None = None  # a failure that a new group would only repeat
+        self.error: BaseException | None = None  # what a rank itself raised, if that was its end
         self.status: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
         self._start_timeout_s = config.start_timeout_s
         self._silence_timeout_s = config.silence_timeout_s
-        self._began = time.monotonic()
+        self._began = self._polled_s = time.monotonic()
         self._launch = launch
         self.handles: list[ActorHandle] = []
         self._refs: list[ray.ObjectRef[Any]] = [launch.reservation.ready]
         self._status_ref: ray.ObjectRef[Any] | None = None
         self._status_requested = 0.0
+
+    @property
+    def fatal(self) -> Unrecoverable | None:
+        """A failure that a new group would only repeat."""
+        return self.error if isinstance(self.error, Unrecoverable) else None
 
     @property
     def wanted(self) -> str:
@@ -91,6 +99,7 @@ class WorkerGroup:
         """Go on to the next phase if this one is done; the phase now."""
         if self.phase in (Phase.FINISHED, Phase.FAILED):
             return self.phase
+        self._allow_for_absence()
         done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
         try:
             values = ray.get(done)
@@ -155,10 +164,17 @@ class WorkerGroup:
                 f"(cluster.silence_timeout_s)"
             )
 
+    def _allow_for_absence(self) -> None:
+        """Answers that came while this process itself was stopped are yet to be looked at."""
+        now = time.monotonic()
+        if (absent_s := now - self._polled_s) > _ABSENT_S:
+            self._began += absent_s
+            self._status_requested += absent_s
+        self._polled_s = now
+
     def _fail_with(self, error: Exception) -> None:
-        cause = cause_of(error)
-        if isinstance(cause, Unrecoverable):
-            self.fatal = cause
+        if isinstance(error, RayTaskError):
+            self.error = cause_of(error)
         self._fail(error_line(error))
 
     def _fail(self, cause: str) -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.commands.train import buffer_server
 from cluster.config.file import resolved_toml
 from cluster.config.schema import RunConfig
 from cluster.distributed.parts import Parts
@@ -15,6 +14,7 @@ from cluster.distributed.session import RaySession
 from cluster.distributed.supervisor import Supervisor
 from cluster.experiments.throughput_records import Counts
 from cluster.run.directory import RunDirectory, write_whole
+from cluster.run.own_buffer import buffer_server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ class Driver:
     """Drives a run from `open` to the last word in `state.json`.
 
     Args:
-        revive_buffer: restarts the run's Redis if it died; whether it had to.
+        buffer_revived: why the run's Redis was started again since the last call, if it was.
         buffer_stats: what is in the buffer now.
     """
 
@@ -46,14 +46,14 @@ class Driver:
         session: Session,
         terminal: Terminal,
         *,
-        revive_buffer: Callable[[], bool],
+        buffer_revived: Callable[[], str],
         buffer_stats: Callable[[], ReplayStats],
     ) -> None:
         self._config = config
         self._directory = directory
         self._session = session
         self._terminal = terminal
-        self._revive_buffer = revive_buffer
+        self._buffer_revived = buffer_revived
         self._buffer_stats = buffer_stats
         self._state = first_state(directory.name, steps=config.learner.steps)
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
@@ -89,7 +89,7 @@ class Driver:
 
     def _train(self) -> None:
         """Bring the run up, step it to its end, stop it in order; meanwhile measure the base."""
-        before = self._session.evaluate(None) if self._scores.before is None else None
+        before = self._session.evaluate(None, self._event) if self._scores.before is None else None
         run = self._session.start(self._event)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
@@ -120,7 +120,7 @@ class Driver:
         if self._stop_requested:
             return False
         self._enter("evaluating")
-        pending = self._session.evaluate(self._directory.adapter)
+        pending = self._session.evaluate(self._directory.adapter, self._event)
         if not self._waited_for(pending):
             return False
         after = pending.result().model_copy(update={"step": self._state.step})
@@ -168,8 +168,8 @@ class Driver:
 
     def _watch(self, run: Run, log: MetricsLog) -> None:
         """Record new rows, keep the buffer alive, show and write the state."""
-        if self._revive_buffer():
-            self._event("redis-server died; started again on its files")
+        if event := self._buffer_revived():
+            self._event(event)
         status = run.learner_status
         step = int(status.get("step", self._state.step))
         totals = run.actor_totals()

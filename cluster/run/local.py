@@ -168,7 +168,7 @@ class LocalSession:
             report=report,
         )
 
-    def evaluate(self, adapter: Path | None) -> "Future[Evaluation]":
+    def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> "Future[Evaluation]":
         """Measure now."""
         pending: Future[Evaluation] = Future()
         pending.set_result(evaluate(self._config, adapter=adapter))

@@ -80,7 +80,7 @@ class PendingMeasurement(Protocol):
         ...
 
     def result(self) -> Evaluation:
-        """Wait for it, until its deadline; raises whatever the evaluation raised."""
+        """Wait for it, until its deadline; raises what the evaluation raised."""
         ...
 
 
@@ -97,7 +97,7 @@ class Session(Protocol):
         """Start every part of the run."""
         ...
 
-    def evaluate(self, adapter: Path | None) -> PendingMeasurement:
+    def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> PendingMeasurement:
         """Begin to measure the base (None) or an adapter."""
         ...
 

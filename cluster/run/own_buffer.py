@@ -1,0 +1,155 @@
+"""The run's Redis from the driver's side: kept alive, watched, and asked what is in it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from buffer.connection import BufferUnreachable, redacted
+from buffer.server import RedisServer
+from buffer.stats import ReplayStats
+from cluster.config.schema import RunConfig
+from cluster.run.assembly import build_buffer
+from cluster.run.directory import RunDirectory
+from cluster.run.display import first_line
+from cluster.run.session import BufferAddress
+
+_STOP_S = 30.0
+_POLL_S = 0.2
+_PROBE_S = 1.0
+_STATS_S = 2.0  # for an answer, before the last one is repeated
+# A process that was itself stopped for a while has heard nothing meanwhile.
+_ABSENT_S = 5.0
+
+
+class OwnBuffer:
+    """The run's Redis: one that the run keeps alive, or an external one, which is its owner's.
+
+    A server of the run that dies is started again on its files and its port; one that does not
+    answer for `cluster.silence_timeout_s`, as long as any other part of the run may take, is
+    killed first. It is kept alive to the very end: who ends a run often signals all of its
+    processes at once (`ray job stop`, systemd, Slurm), and an orderly stop still needs the buffer.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
+        self._config = config
+        self._directory = directory
+        self._server = self._start() if config.buffer.url is None else None
+        self._event = ""
+        self._failure: Exception | None = None
+        self._last_error = ""
+        self._stopping = threading.Event()
+        self._wanted, self._answered = threading.Event(), threading.Event()
+        try:
+            self._replay = build_buffer(
+                config, run=directory.name, url=self.address.url, password=self.address.password
+            )
+            self._stats = self._replay.stats()
+        except BaseException:
+            self._end_server()
+            raise
+        self._answered_s = time.monotonic()
+        self._keeper = threading.Thread(target=self._keep_alive, name="buffer", daemon=True)
+        self._keeper.start()
+        threading.Thread(target=self._probe, name="buffer-probe", daemon=True).start()
+
+    @property
+    def address(self) -> BufferAddress:
+        """Where clients connect."""
+        if self._server is not None:
+            return BufferAddress(url=self._server.url, password=self._server.password)
+        secret = self._config.buffer.password
+        return BufferAddress(
+            url=str(self._config.buffer.url),
+            password=None if secret is None else secret.get_secret_value(),
+        )
+
+    def revived(self) -> str:
+        """Why the server was started again since the last call; empty if it was not.
+
+        Raises what kept it from starting, or BufferUnreachable for an external one that is silent.
+        """
+        if self._failure is not None:
+            raise self._failure
+        event, self._event = self._event, ""
+        return event
+
+    def stats(self) -> ReplayStats:
+        """What is in the buffer now; while it does not answer, what it said last."""
+        self._answered.clear()
+        self._wanted.set()
+        self._answered.wait(_STATS_S)
+        return self._stats
+
+    def stop(self) -> None:
+        """End the server in order; its files stay."""
+        self._stopping.set()
+        self._keeper.join()
+        self._wanted.set()
+        self._end_server()
+
+    def _keep_alive(self) -> None:
+        """Start a server again that died, or that had to be killed because it was silent."""
+        limit_s = self._config.cluster.silence_timeout_s
+        looked_s = time.monotonic()
+        silent = False
+        while not self._stopping.wait(_POLL_S):
+            now = time.monotonic()
+            if now - looked_s > _ABSENT_S:
+                self._answered_s += now - looked_s
+            looked_s = now
+            try:
+                if self._server is not None and not self._server.alive():
+                    self._server = self._start()
+                    self._answered_s = time.monotonic()
+                    why = f"did not answer for {limit_s:.0f} s and was killed" if silent else "died"
+                    self._event, silent = f"redis-server {why}; started again on its files", False
+                elif now - self._answered_s > limit_s and not silent:
+                    silent = True
+                    self._end_silent(limit_s)
+            except Exception as error:  # the driver's to report, in its own thread
+                self._failure = error
+                return
+
+    def _end_silent(self, limit_s: float) -> None:
+        if self._server is None:
+            raise BufferUnreachable(
+                f"Redis at {redacted(self.address.url)} did not answer for {limit_s:.0f} s "
+                f"(cluster.silence_timeout_s): {self._last_error or 'it is silent'}"
+            )
+        with suppress(ProcessLookupError):
+            os.kill(self._server.pid, signal.SIGKILL)
+
+    def _probe(self) -> None:
+        """Ask for the stats once a second, and whenever the driver wants them."""
+        while not self._stopping.is_set():
+            self._wanted.wait(_PROBE_S)
+            self._wanted.clear()
+            try:
+                self._stats = self._replay.stats()
+            except Exception as error:  # the keeper judges it by its silence
+                self._last_error = first_line(error)
+                continue
+            self._answered_s = time.monotonic()
+            self._answered.set()
+
+    def _start(self) -> RedisServer:
+        return RedisServer.start(
+            self._directory.buffer, run=self._directory.name, config=self._config.buffer
+        )
+
+    def _end_server(self) -> None:
+        if self._server is not None:
+            self._server.stop(timeout_s=_STOP_S)
+
+
+@contextmanager
+def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[OwnBuffer]:
+    """The run's Redis, for as long as the run lasts."""
+    buffer = OwnBuffer(config, directory)
+    try:
+        yield buffer
+    finally:
+        buffer.stop()

@@ -1,0 +1,30 @@
+"""An address at which no Ray cluster answers: a deadline, which address, and what to do."""
+
+import socket
+import time
+
+import pytest
+
+from cluster.config.file import load_config
+from cluster.distributed.ray_cluster import ClusterUnreachable, check_reachable, connect_ray
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "http://127.0.0.1:6379", "127.0.0.1", "no.such.host.invalid:6379"]
+)
+def test_it_is_refused_at_once(address: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterUnreachable, match=f"at '{address}' .*--address.*RAY_ADDRESS"):
+        connect_ray(load_config("tasks/toy.toml"), address, "test")
+    assert time.monotonic() - began < 10
+
+
+def test_one_that_accepts_and_says_nothing_is_given_up_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        address = f"127.0.0.1:{mute.getsockname()[1]}"
+        with pytest.raises(ClusterUnreachable, match=f"at '{address}' .no answer within 1 s"):
+            check_reachable(address, timeout_s=1.0)
+
+
+def test_what_ray_looks_up_itself_is_left_to_ray() -> None:
+    check_reachable("auto")
