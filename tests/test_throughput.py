@@ -20,7 +20,6 @@ from cluster.config.project import PROJECT_ROOT
 from cluster.config.schema import RunConfig
 from cluster.experiments import throughput_experiment
 from cluster.experiments.simulation import SimulatedParts
-from cluster.experiments.throughput_plot import draw_throughput
 from cluster.experiments.throughput_records import (
     Comparison,
     Counts,
@@ -33,6 +32,7 @@ from cluster.experiments.throughput_records import (
     stages_of,
     window_rates,
 )
+from cluster.experiments.throughput_report import draw_throughput
 from cluster.experiments.throughput_trial import Trial
 from cluster.run.resources import Node
 from lm.sampling import Request

@@ -10,9 +10,8 @@ from rich.text import Text
 
 from cluster.config.file import load_config
 from cluster.experiments.throughput_experiment import Experiment
-from cluster.experiments.throughput_plot import draw_throughput
 from cluster.experiments.throughput_records import as_object
-from cluster.experiments.throughput_report import show
+from cluster.experiments.throughput_report import draw_throughput, show
 
 
 def run(arguments: argparse.Namespace) -> int:

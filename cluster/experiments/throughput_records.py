@@ -1,10 +1,11 @@
 """What a throughput experiment finds, from the counters of its measurements. No process here."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+from scipy.stats import binom
 
 _CONFIDENCE = 0.95
 # Stages that one process does in turn; the busiest process is what limits the rate.
@@ -125,8 +126,7 @@ def rate_of(values: Sequence[float]) -> Rate:
 
 def _coverage(number: int, inside: int) -> float:
     """Chance that the median lies between the values of rank `inside` from below and above."""
-    outside = sum(math.comb(number, k) for k in range(inside + 1))
-    return 1 - 2 * outside / 2**number
+    return float(1 - 2 * binom.cdf(inside, number, 0.5))
 
 
 def stages_of(
@@ -200,30 +200,12 @@ def overhead_of(*, actors: int, batch: int, rate: float, compute_s: float) -> Ov
 
 def as_object(row: Row) -> dict[str, Any]:
     """The row as JSON has it."""
-    return {
-        "actors": row.actors,
-        "reward_replicas": row.reward_replicas,
-        "trajectories_per_s": row.rate.median,
-        "trajectories_per_s_low": row.rate.low,
-        "trajectories_per_s_high": row.rate.high,
-        "interval_coverage": row.rate.coverage,
-        "tokens_per_s": row.tokens_per_s,
-        "efficiency": row.efficiency,
-        "bottleneck": row.bottleneck,
-        "stages": {
-            stage.name: {
-                "servers": stage.servers,
-                "busy": stage.busy,
-                "seconds_per_trajectory": stage.seconds_per_trajectory,
-                "trajectories_per_s": stage.trajectories_per_s,
-                "tokens_per_s": stage.tokens_per_s,
-            }
-            for stage in row.stages
-        },
-        "overhead": None
-        if row.overhead is None
-        else {
-            "seconds_per_batch": row.overhead.seconds_per_batch,
-            "share": row.overhead.share,
-        },
+    found = asdict(row)
+    rate = found.pop("rate")
+    return found | {
+        "trajectories_per_s": rate["median"],
+        "trajectories_per_s_low": rate["low"],
+        "trajectories_per_s_high": rate["high"],
+        "interval_coverage": rate["coverage"],
+        "stages": {stage.pop("name"): stage for stage in found["stages"]},
     }
