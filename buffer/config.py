@@ -1,25 +1,31 @@
 """Settings of the replay buffer and of the Redis behind it."""
 
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 RAY_PORT = 6379
 LOOPBACK = "127.0.0.1"
+PASSWORD_VARIABLE = "AMORTIZE_REDIS_PASSWORD"
+_WHERE_TO = f"set {PASSWORD_VARIABLE}, or name a file of yours in buffer.password_file"
 
 
 class BufferConfig(BaseModel):
     """The `[buffer]` section of a run; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     url: str | None = Field(
         None,
         description="A Redis to use (redis://host:port/db, unix:///path); None: the run starts"
         " one.",
     )
-    password: SecretStr | None = Field(
-        None, description="Of the Redis at url; of a managed one too, where None generates it."
+    password_file: str | None = Field(
+        None,
+        description="File that holds the password of the Redis at url; of a managed one too, whose"
+        " password is made up otherwise. AMORTIZE_REDIS_PASSWORD in the environment comes before"
+        " it. Passwords are refused in TOML, in overrides and in url.",
     )
     transport: Literal["tcp", "unix"] = Field(
         "tcp", description="How a managed server listens; unix serves processes of one host only."
@@ -54,6 +60,25 @@ class BufferConfig(BaseModel):
         """Numeric address for a managed server; `auto` is loopback until a cluster says more."""
         return LOOPBACK if self.bind == "auto" else self.bind
 
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_passwords(cls, settings: Any) -> Any:
+        """Refuse a password where others would read it; the text does not repeat it."""
+        if isinstance(settings, dict) and "password" in settings:
+            raise ValueError(f"password cannot be set in a configuration or a command: {_WHERE_TO}")
+        return settings
+
+    @field_validator("url")
+    @classmethod
+    def refuse_passwords_in_url(cls, url: str | None) -> str | None:
+        """Refuse an address with a password in it; the text does not repeat it."""
+        parts = urlsplit(url or "")
+        # Of redis://:a@b@host, the part before the last @ is no host either.
+        user = parts.netloc.rpartition("@")[0]
+        if ":" in user or "@" in user or "password" in parse_qs(parts.query):
+            raise ValueError(f"holds a password, which would be written down with it: {_WHERE_TO}")
+        return url
+
     @field_validator("port")
     @classmethod
     def leave_ray_its_port(cls, port: int) -> int:
@@ -67,5 +92,5 @@ class BufferConfig(BaseModel):
     def refuse_wildcards(cls, bind: str) -> str:
         """Refuse an address that no other host could be told to connect to."""
         if bind in ("", "*", "0.0.0.0", "::"):
-            raise ValueError(f"bind {bind!r} is no address to connect to; name one of this machine")
+            raise ValueError("is no address to connect to; name one of this machine")
         return bind

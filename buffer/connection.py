@@ -88,8 +88,9 @@ def naming_errors(place: str, *, phase: str) -> Iterator[None]:
         yield
     except redis.AuthenticationError as error:
         raise WrongPassword(
-            f"Redis at {place} refused the password ({error}). Set buffer.password to the"
-            " server's `requirepass`; a server of the run keeps its own in the run directory"
+            f"Redis at {place} refused the password ({error}). Set AMORTIZE_REDIS_PASSWORD or"
+            " buffer.password_file to the server's `requirepass`; a server of the run keeps its"
+            " own in the run directory"
         ) from error
     except (redis.ConnectionError, redis.TimeoutError) as error:
         waited_s = time.monotonic() - started_s

@@ -10,10 +10,12 @@ import fcntl
 import json
 import os
 import secrets
+import stat
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from buffer.config import PASSWORD_VARIABLE, BufferConfig
 from buffer.executable import Executable
 
 LOCK_TIMEOUT_S = 3.0
@@ -26,6 +28,10 @@ class ForeignFolder(ValueError):
 
 class NeverServed(FileNotFoundError):
     """No redis-server was ever started on the folder."""
+
+
+class BadPasswordFile(ValueError):
+    """The file named by `buffer.password_file` gives no password."""
 
 
 class FolderInUse(RuntimeError):
@@ -114,6 +120,33 @@ def lock_folder(folder: Path) -> int:
                 f"a redis-server still runs on {folder} after {LOCK_TIMEOUT_S} s."
                 " Stop its run, or the inspector that shows it, or choose another run name"
             ) from None
+
+
+def configured_password(config: BufferConfig) -> str | None:
+    """The password of the environment, else of the file that the configuration names, else None.
+
+    Raises:
+        BadPasswordFile: the file cannot be read, holds nothing, or may be read by everybody.
+    """
+    if password := os.environ.get(PASSWORD_VARIABLE):
+        return password
+    if config.password_file is None:
+        return None
+    path = Path(config.password_file).expanduser()
+    try:
+        readable_by_all = path.stat().st_mode & stat.S_IROTH
+        password = path.read_text(encoding="utf-8").strip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise BadPasswordFile(f"buffer.password_file: {path} cannot be read: {why}") from None
+    if readable_by_all:
+        raise BadPasswordFile(
+            f"buffer.password_file: everybody on this machine may read {path}: chmod 600 it "
+            "(defaultMode: 0400 of a Kubernetes secret)"
+        )
+    if not password:
+        raise BadPasswordFile(f"buffer.password_file: {path} is empty")
+    return password
 
 
 def keep_password(folder: Path, wanted: str | None) -> str:

@@ -17,6 +17,7 @@ from buffer.executable import find_executable
 from buffer.folder import (
     Owner,
     claim_folder,
+    configured_password,
     keep_password,
     lock_folder,
     read_owner,
@@ -66,8 +67,7 @@ class RedisServer:
         owner = claim_folder(folder, run=run, executable=executable)
         lock = lock_folder(folder)
         try:
-            secret = config.password.get_secret_value() if config.password else None
-            password = keep_password(folder, secret)
+            password = keep_password(folder, configured_password(config))
             for port in ports(config, last=owner.port):
                 url = listening_url(folder, config, port)
                 settings = configuration(folder, config, port=port, password=password)

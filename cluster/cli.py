@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 _DESCRIPTION = """\
 Amortized Bayesian inference in language models: GFlowNet fine-tuning as a distributed
@@ -12,6 +12,15 @@ verbs:
 {verbs}
 
 'amortize VERB --help' says more of each."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats no unknown argument, which may be a password."""
+
+    def error(self, message: str) -> NoReturn:
+        told, unknown, words = message.partition("unrecognized arguments: ")
+        options = [word.partition("=")[0] for word in words.split() if word.startswith("-")]
+        super().error(f"{told}{unknown}{' '.join(options)}")
 
 
 class _Verb(NamedTuple):
@@ -34,7 +43,7 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help=argparse.SUPPRESS)
     name = parser.parse_args(argv[:1]).verb
     verb = _VERBS[name]
-    verb_parser = argparse.ArgumentParser(
+    verb_parser = _Parser(
         prog=f"amortize {name}", description=f"{verb.summary}.", parents=verb.parents
     )
     if verb.add_arguments is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config.file import load_config, parse_overrides, resolved_toml
-from cluster.config.project import locate
+from cluster.config.project import UserError, locate, told
 from cluster.config.reference import reference
 from cluster.config.schema import RunConfig
 from cluster.config.validation import ConfigError, keys
@@ -62,7 +62,7 @@ def test_overrides_are_toml_values_and_later_ones_win(plain: Path) -> None:
             "cluster.dashboard=true",
             "cluster.reward_placement={cpus = 2.0, threads = 3}",
             "lm.model=another-model",
-            'buffer.password="s=3"',
+            'buffer.password_file="s=3"',
         ],
     )
     assert config.learner.steps == 30
@@ -72,8 +72,7 @@ def test_overrides_are_toml_values_and_later_ones_win(plain: Path) -> None:
     assert config.cluster.dashboard is True
     assert config.cluster.reward_placement.threads == 3
     assert config.lm.model == "another-model"
-    assert config.buffer.password is not None
-    assert config.buffer.password.get_secret_value() == "s=3"
+    assert config.buffer.password_file == "s=3"
 
 
 def test_all_mistakes_are_told_at_once_with_file_line_key_and_value(plain: Path) -> None:
@@ -133,11 +132,43 @@ def test_the_resolved_configuration_reads_back_as_itself(plain: Path, tmp_path: 
     assert load_config(str(written)) == config
 
 
-def test_the_resolved_configuration_holds_no_password(plain: Path) -> None:
-    config = load_config(str(plain), ["buffer.password=hunter2"])
-    text = resolved_toml(config)
-    assert "hunter2" not in text and "password" not in text
-    assert "hunter2" not in repr(config)
+@pytest.mark.parametrize(
+    "override",
+    [
+        "buffer.password=hunter2",
+        "buffer.password=123456",
+        "buffer.pasword=hunter2",
+        "bufer.password=hunter2",
+        "password=hunter2",
+        "buffer=hunter2",
+        "buffer={password = 'hunter2'}",
+        "buffer.passwordhunter2",
+        "hunter2",
+        "buffer.url=redis://:hunter2@host:1/0",
+        "buffer.url=redis://me:hunter2@host:1/0",
+        "buffer.url=redis://me:hun@ter2@host:1/0",
+        "buffer.url=redis://host:1/0?password=hunter2",
+        "buffer.url=['hunter2']",
+        "buffer.port=hunter2",
+        "buffer.transport=hunter2",
+        "buffer.bind=0.0.0.0",
+    ],
+)
+def test_no_value_of_the_buffer_is_ever_repeated(plain: Path, override: str) -> None:
+    told = mistakes(plain, override)
+    assert told.startswith("command line")
+    for secret in ("hunter2", "123456", "ter2", "0.0.0.0"):
+        assert secret not in told
+    section, _, value = override.partition("=")
+    if section == "buffer.password" or "@" in value or "?" in value:
+        assert "AMORTIZE_REDIS_PASSWORD" in told and "buffer.password_file" in told
+    # The same in the file.
+    if value and "." in section:
+        table, _, key = section.partition(".")
+        text = value if value[0] in "[{" or value.isdecimal() else f"'{value}'"
+        plain.write_text(f"{PLAIN}[{table}]\n{key} = {text}\n")
+        in_file = mistakes(plain)
+        assert str(plain) in in_file and "hunter2" not in in_file and "123456" not in in_file
 
 
 def test_files_are_found_from_any_working_directory(
@@ -150,12 +181,80 @@ def test_files_are_found_from_any_working_directory(
     assert locate("tasks/config.py").resolve() == tmp_path / "tasks" / "config.py"
 
 
-def test_the_tasks_files_become_absolute_where_they_exist(plain: Path) -> None:
-    config = load_config(str(plain), ["task.questions=tasks/config.py", "lm.model=org/name"])
+def test_every_path_that_exists_is_absolute_from_then_on(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "model").mkdir(parents=True)
+    (here / "arithmetic").mkdir()
+    for name in ("d.json", "my data.json", "t.json", "secret"):
+        (here / name).write_text("[]")
+    monkeypatch.chdir(here)
+    told = ["lm.model=model", "task.questions=my data.json", "buffer.password_file=secret"]
+    config = load_config(str(plain), told)
     assert isinstance(config.task, ArithmeticConfig)
-    assert Path(config.task.questions).is_absolute()
-    assert config.task.demonstrations == "d.json"
-    assert config.lm.model == "org/name"
+    assert config.lm.model == str(here / "model")
+    assert config.task.demonstrations == str(here / "d.json")
+    assert config.task.questions == str(here / "my data.json")
+    assert config.task.tests == (str(here / "t.json"),)
+    assert config.task.name == "arithmetic"
+    assert config.buffer.password_file == str(here / "secret")
+    policy = load_config(str(plain), ["em.policy=model"]).em.policy
+    assert policy == str(here / "model")
+    elsewhere = load_config(
+        str(plain), ["lm.model=org/name", "task.questions=tasks/config.py", "task.tests=[]"]
+    )
+    assert isinstance(elsewhere.task, ArithmeticConfig)
+    assert elsewhere.lm.model == "org/name"
+    assert Path(elsewhere.task.questions).is_absolute()
+    number = ["task.question=model", "task.high=9"]
+    random = load_config("tasks/random_number.toml", number).task
+    assert random.model_dump()["question"] == "model"  # a word, and by chance a folder here
+    long = load_config("tasks/random_number.toml", [f"task.question={'why ' * 200}"]).task
+    assert len(str(long.model_dump()["question"])) > 700
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "learner.steps", "evaluation.seed", "posterior.iwae_sizes"]
+)
+def test_a_whole_number_has_64_bits(plain: Path, key: str) -> None:
+    number = f"[{2**64}]" if key.endswith("sizes") else 2**64
+    told = mistakes(plain, f"{key}={number}")
+    assert told == f"command line: {key}: a whole number has at most 64 bits, as in TOML"
+    assert load_config(str(plain), [f"seed={2**63 - 1}"]).seed == 2**63 - 1
+
+
+def test_a_byte_order_mark_is_no_mistake(plain: Path) -> None:
+    plain.write_text(PLAIN, encoding="utf-8-sig")
+    assert load_config(str(plain)).learner.steps == 10
+
+
+def test_an_address_of_another_kind_is_refused(
+    plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(UserError, match="write host:port, ray://host:port or auto"):
+        load_config(str(plain)).cluster.ray_address()
+    assert load_config(str(plain)).cluster.ray_address("ray://h:1") == "ray://h:1"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/r/x"), "/r/x: Permission denied: choose"),
+        (OSError(30, "Read-only file system", b"/r/x"), "/r/x: Read-only file system: choose"),
+        (OSError(28, "No space left on device"), "No space left on device: free some space"),
+        (FileNotFoundError(2, "No such file or directory", "/r"), "/r: No such file or directory"),
+        (OSError("AF_UNIX path too long"), "AF_UNIX path too long: set TMPDIR"),
+        (ConfigError("text"), "text"),
+        (OSError(5, "Input/output error"), None),
+        (ValueError("defect"), None),
+        (ConnectionResetError(104, "Connection reset by peer"), None),
+    ],
+)
+def test_what_the_machine_refuses_is_told_in_a_sentence(error: Exception, said: str | None) -> None:
+    text = told(error)
+    assert text is None if said is None else str(text).startswith(said)
 
 
 def test_every_key_has_a_description() -> None:

@@ -89,8 +89,11 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"port {port} of 127.0.0.1 is in use" in refusal(capsys, f"buffer.port={port}")
 
 
-def test_a_wrong_redis_password(capsys: pytest.CaptureFixture[str], server: RedisServer) -> None:
-    said = refusal(capsys, f"buffer.url={server.url}", "buffer.password=guess")
+def test_a_wrong_redis_password(
+    capsys: pytest.CaptureFixture[str], server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMORTIZE_REDIS_PASSWORD", "guess")
+    said = refusal(capsys, f"buffer.url={server.url}")
     assert "password" in said and server.password not in said and "guess" not in said
 
 

@@ -17,7 +17,7 @@ from buffer import executable
 from buffer.config import BufferConfig
 from buffer.endpoint import BadAddress, PortInUse
 from buffer.executable import NoRedisServer, find_executable
-from buffer.folder import FolderInUse, ForeignFolder
+from buffer.folder import BadPasswordFile, FolderInUse, ForeignFolder, configured_password
 from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer, ServerFailed, ServerTimeout
@@ -90,9 +90,12 @@ def test_a_server_that_does_not_stop_is_killed_with_a_named_error(tmp_path: Path
 # --- where it listens
 
 
-def test_a_unix_socket_serves_as_well(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_unix_socket_serves_as_well(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path_factory.mktemp("a b")  # a space, which the address must survive
-    with serving(folder, transport="unix", password="q\"u'o te\\ß") as (server, client):
+    monkeypatch.setenv("AMORTIZE_REDIS_PASSWORD", "q\"u'o te\\ß")
+    with serving(folder, transport="unix") as (server, client):
         assert server.url.startswith("unix:///") and client.ping()
         assert (
             ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY).add([toy_trajectory()]).queued
@@ -131,8 +134,38 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, object]) -> Non
         BufferConfig.model_validate(settings)
 
 
-def test_the_password_does_not_show_in_a_dump_of_the_settings() -> None:
-    assert "hunter2" not in BufferConfig(password="hunter2").model_dump_json()
+def test_a_password_is_of_the_environment_or_of_a_file_of_its_owners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "secret"
+    config = BufferConfig(password_file=str(file))
+    with pytest.raises(BadPasswordFile, match="secret cannot be read: No such file"):
+        configured_password(config)
+    for content, said in ((b"\n", "is empty"), (b"\xff\xfe", "it is no text")):
+        file.write_bytes(content)
+        file.chmod(0o600)
+        with pytest.raises(BadPasswordFile, match=said):
+            configured_password(config)
+    file.write_text("hunter2\n")
+    assert configured_password(config) == "hunter2"
+    file.chmod(0o644)
+    with pytest.raises(BadPasswordFile, match="chmod 600") as caught:
+        configured_password(config)
+    assert "hunter2" not in str(caught.value)
+    assert configured_password(BufferConfig()) is None
+    monkeypatch.setenv("AMORTIZE_REDIS_PASSWORD", "of the environment")
+    assert configured_password(config) == "of the environment"
+
+
+def test_a_password_shows_in_no_text_of_the_settings() -> None:
+    for settings in (
+        {"password": "hunter2"},
+        {"url": "redis://:hunter2@h:1/0"},
+        {"port": "hunter2"},
+    ):
+        with pytest.raises(pydantic.ValidationError) as caught:
+            BufferConfig.model_validate(settings)
+        assert "hunter2" not in str(caught.value)
 
 
 # --- whose folder it is

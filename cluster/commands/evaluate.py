@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         state = run.state()
         step = None if state is None else state.step
     elif arguments.adapter:
-        adapter, step = Path(arguments.adapter), None
+        adapter, step = Path(arguments.adapter).absolute(), None
         check_adapter(adapter)
     if arguments.data:
         config = on_files(config, arguments.data)

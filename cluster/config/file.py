@@ -1,8 +1,10 @@
 """A run's configuration as text: the TOML file, overrides from the command line, and back."""
 
+import os
 import re
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -12,6 +14,9 @@ from cluster.config.schema import RunConfig
 from cluster.config.validation import ConfigError, set_key, validated
 
 _COMMAND_LINE = "command line"
+_DOTTED = re.compile(r"(?!buffer\b)[a-z_]+(\.[a-z0-9_]+)+")
+# Keys that name a file or folder; so may any of a task.
+_PATHS = ("lm.model", "em.policy", "buffer.password_file", "task.embedder")
 _TABLE = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
 _KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 
@@ -29,7 +34,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     if not file.is_file():
         raise ConfigError(f"{path}: no such file, neither here nor in {PROJECT_ROOT}")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from error
@@ -64,38 +69,44 @@ def parse_overrides(items: Sequence[str], origin: str = _COMMAND_LINE) -> dict[s
         key, equals, text = item.partition("=")
         key = key.strip()
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"{origin}: {item!r} is no override; write section.key=value")
+            # Whatever looks like no key may be a password.
+            shown = repr(item) if _DOTTED.fullmatch(key) else "an argument"
+            raise ConfigError(f"{origin}: {shown} is no override; write section.key=value")
         try:
             value = tomllib.loads(f"value = {text.strip()}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()  # a string needs no quotes here: shells eat them
         changes.pop(key, None)  # the last one wins, also over keys in between
-        changes[key] = _absolute(value) if key.partition(".")[0] in _WITH_FILES else value
+        changes[key] = _absolute(key, value)
     return changes
 
 
 def resolved_toml(config: RunConfig) -> str:
-    """`config` with every default filled in, as TOML that `load_config` reads; no passwords."""
-    exclude = {"buffer": {"password"}}
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True, exclude=exclude))
-
-
-_WITH_FILES = ("lm", "task")  # sections that name files
+    """`config` with every default filled in, as TOML that `load_config` reads."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
 
 
 def _located(table: dict[str, Any]) -> dict[str, Any]:
-    """`table` with the model's and the task's files as absolute paths, where they exist."""
-    return {key: _absolute(value) if key in _WITH_FILES else value for key, value in table.items()}
+    """`table` with the files and folders that it names as absolute paths, where they exist."""
+    return {key: _absolute(key, value) for key, value in table.items()}
 
 
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(item) for item in value]
+def _absolute(key: str, value: Any) -> Any:
+    """A value of the dotted `key`: a path that exists as an absolute one, all else as it is.
+
+    Processes on other nodes, and a run that goes on later, have other working directories.
+    """
+    if isinstance(value, list | tuple):
+        return [_absolute(key, item) for item in value]
     if isinstance(value, dict):
-        return {key: _absolute(item) for key, item in value.items()}
-    if isinstance(value, str) and "/" in value and locate(value).exists():
-        return str(locate(value).resolve())
-    return value
+        return {inner: _absolute(f"{key}.{inner}", item) for inner, item in value.items()}
+    of_task = key.startswith("task.") and key != "task.name"
+    if not isinstance(value, str) or not value.strip("./ ") or not (of_task or key in _PATHS):
+        return value
+    path = locate(value) if "/" in value else Path(value)
+    # A word among a task's settings may also be the name of a folder that happens to be here.
+    exists = os.path.isfile(path) or (os.path.exists(path) and ("/" in value or key in _PATHS))
+    return str(path.resolve()) if exists else value
 
 
 def key_lines(text: str) -> dict[str, int]:

@@ -5,6 +5,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cluster.config.project import UserError
+
 
 class Placement(BaseModel):
     """What one process claims of its node."""
@@ -79,6 +81,12 @@ class ClusterConfig(BaseModel):
     def ray_address(self, given: str | None = None) -> str | None:
         """The Ray cluster to join: the one given, else the configured one, else RAY_ADDRESS.
 
-        None: there is none yet.
+        None: there is none yet. Raises UserError where it can be no cluster's address.
         """
-        return given or self.address or os.environ.get("RAY_ADDRESS") or None
+        address = given or self.address or os.environ.get("RAY_ADDRESS") or None
+        if address is not None and "://" in address and not address.startswith("ray://"):
+            raise UserError(
+                f"{address!r} is no address of a Ray cluster: write host:port, ray://host:port or "
+                "auto (http:// is a dashboard's, for 'ray job submit')"
+            )
+        return address

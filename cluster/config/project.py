@@ -3,9 +3,20 @@
 Imports nothing heavy: an error is told before anything else is loaded.
 """
 
+import errno
+import os
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
+_NOT_THERE = ": choose a place that you may write to (AMORTIZE_RUNS, HOME, TMPDIR)"
+_FULL = ": free some space there; a run goes on with --resume"
+_REMEDIES = {
+    errno.EACCES: _NOT_THERE,
+    errno.EPERM: _NOT_THERE,
+    errno.EROFS: _NOT_THERE,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+}
 PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm", "tasks")
 
 
@@ -21,12 +32,24 @@ def told(error: BaseException) -> str | None:
     """What a person is told of an error instead of a traceback; None of a defect."""
     if type(error).__module__.partition(".")[0] in PACKAGES:
         return str(error)
-    return None
+    return _of_the_machine(error) if isinstance(error, OSError) else None
+
+
+def _of_the_machine(error: OSError) -> str | None:
+    """The same of what the operating system refuses: which file, why, and what to do."""
+    if "AF_UNIX path" in str(error):
+        return f"{error}: set TMPDIR to a folder with a shorter path, such as /tmp"
+    if error.filename is None and error.errno not in _REMEDIES:
+        return None
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    remedy = _REMEDIES.get(error.errno or 0, "")
+    return f"{where}{error.strerror}{remedy}"
 
 
 def locate(path: str) -> Path:
     """`path` where it exists: from the working directory, else from the project's root."""
     given = Path(path).expanduser()
-    if given.exists() or not (PROJECT_ROOT / given).exists():
+    # os.path: a text that is no path, or too long for one, does not exist.
+    if os.path.exists(given) or not os.path.exists(PROJECT_ROOT / given):
         return given
     return PROJECT_ROOT / given

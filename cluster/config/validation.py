@@ -72,12 +72,26 @@ def validated(
     Raises:
         ConfigError: any key or value that the schema refuses.
     """
+    for key, value in _leaves(table):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            where = ": ".join(filter(None, [place(key), key]))
+            raise ConfigError(f"{where}: a whole number has at most 64 bits, as in TOML")
     try:
         return schema.model_validate(_tuples(table), strict=True)
     except ValidationError as error:
         found = [_told(detail, schema, place) for detail in error.errors(include_url=False)]
     count = [f"{len(found)} mistakes"] if len(found) > 1 else []
     raise ConfigError("\n".join(found + count))
+
+
+def _leaves(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a table of tables; each of an array has the array's key."""
+    for name, value in table.items():
+        key = f"{section}.{name}".lstrip(".")
+        if isinstance(value, BaseModel | Mapping):
+            yield from _leaves(dict(value), key)
+        else:
+            yield from ((key, v) for v in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _tuples(value: Any) -> Any:

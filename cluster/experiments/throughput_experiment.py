@@ -121,7 +121,7 @@ class Experiment:
                 "learner.checkpoint_every_steps": _NEVER,
                 "learner.checkpoint_every_s": float(_NEVER),
                 "buffer.url": None,
-                "buffer.password": None,
+                "buffer.password_file": None,
                 "reward.replicas": replicas or config.reward.replicas,
             }
         )

@@ -1,13 +1,13 @@
 """The verb `inspect`: shows the trajectories of a run in a browser, until it is interrupted."""
 
 import argparse
-import os
 import signal
 import threading
 from types import FrameType
 
 from cluster.commands.stop import the_live_run
 from cluster.config.file import load_config
+from cluster.config.placement import ClusterConfig
 from cluster.inspector.access import TOKEN_PARAMETER, keep_token
 from cluster.inspector.keeper import BufferKeeper
 from cluster.inspector.serve import served_by_ray, served_here
@@ -61,9 +61,8 @@ def the_run_of_interest() -> RunDirectory:
 
 def ray_address(state: RunState | None) -> str | None:
     """The Ray cluster that a run goes on on, or that RAY_ADDRESS names; None: there is none."""
-    if state is not None and state.address and not state.ended and state.driver() is not None:
-        return state.address
-    return os.environ.get("RAY_ADDRESS")
+    goes_on = state is not None and not state.ended and state.driver() is not None
+    return ClusterConfig().ray_address(state.address if state is not None and goes_on else None)
 
 
 def on_signal(ended: threading.Event) -> None:

@@ -4,7 +4,7 @@ import socket
 from types import TracebackType
 
 from buffer.connection import BufferUnreachable, connect
-from buffer.folder import FolderInUse, NeverServed
+from buffer.folder import FolderInUse, NeverServed, configured_password
 from buffer.server import RedisServer, reach
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory
@@ -53,8 +53,7 @@ class BufferKeeper:
         config = self._config.buffer
         if config.url is None:
             return reach(self._directory.buffer, config)
-        secret = config.password
-        return config.url, None if secret is None else secret.get_secret_value()
+        return config.url, configured_password(config)
 
     def watch(self) -> None:
         """Take over where a driver has ended since, and revive a server of ours that died."""

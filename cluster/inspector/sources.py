@@ -1,6 +1,6 @@
 """Everything of one run that the pages show, opened for reading."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from buffer.browser import ReplayBrowser
@@ -25,8 +25,8 @@ class Target:
     run: str
     root: Path  # of all runs
     buffer_url: str
-    buffer_password: str | None
-    token: str
+    buffer_password: str | None = field(repr=False)
+    token: str = field(repr=False)
 
 
 class Gone(LookupError):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from buffer.connection import BufferUnreachable, redacted
+from buffer.folder import configured_password
 from buffer.server import RedisServer
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
@@ -60,11 +61,8 @@ class OwnBuffer:
         """Where clients connect."""
         if self._server is not None:
             return BufferAddress(url=self._server.url, password=self._server.password)
-        secret = self._config.buffer.password
-        return BufferAddress(
-            url=str(self._config.buffer.url),
-            password=None if secret is None else secret.get_secret_value(),
-        )
+        config = self._config.buffer
+        return BufferAddress(url=str(config.url), password=configured_password(config))
 
     def revived(self) -> str:
         """Why the server was started again since the last call; empty if it was not.

@@ -11,6 +11,7 @@ from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.endpoint import PortInUse, is_free, port_in_use
 from buffer.executable import find_executable
+from buffer.folder import configured_password
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory
 from cluster.run.imitation import imitation
@@ -83,8 +84,8 @@ def check_local(config: RunConfig) -> None:
 
 def check_buffer(config: BufferConfig) -> None:
     """Raise unless the Redis of `config` answers, or one could be started as it says."""
+    password = configured_password(config)
     if config.url is not None:
-        password = config.password.get_secret_value() if config.password else None
         connect(config.url, password=password, timeout_s=config.timeout_s).close()
         return
     find_executable()

@@ -1,7 +1,7 @@
 """The protocols between a driver and what it drives: a run over Ray, or one in this process."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +69,7 @@ class BufferAddress:
     """Where the run's Redis is."""
 
     url: str
-    password: str | None
+    password: str | None = field(repr=False)
 
 
 class PendingMeasurement(Protocol):
