@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from learner.objectives.traits import TRAITS, ObjectiveName, Traits
+
 
 class RewardTemperatureConfig(BaseModel):
     """Linear from `start` to `end` over `steps` optimizer steps, then flat (paper, appendix)."""
@@ -13,6 +15,12 @@ class RewardTemperatureConfig(BaseModel):
     start: float = Field(default=1.0, gt=0, description="T of the first step; R enters as R^(1/T).")
     end: float = Field(default=1.0, gt=0, description="T once the schedule has run.")
     steps: int = Field(default=0, ge=0, description="Optimizer steps from start to end.")
+
+    def at(self, step: int) -> float:
+        """T of the update after `step` finished ones: linear from start to end, then flat."""
+        if step >= self.steps:
+            return self.end
+        return self.start + (self.end - self.start) * step / self.steps
 
 
 class LearnerConfig(BaseModel):
@@ -41,7 +49,7 @@ class LearnerConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0, description="Of AdamW, per unit learning rate.")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
-    objective: Literal["subtb", "tb", "db", "raptb", "ppo", "sft", "joint"] = Field(
+    objective: ObjectiveName = Field(
         default="subtb",
         description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); "
         "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root. To "
@@ -112,23 +120,43 @@ class LearnerConfig(BaseModel):
     )
 
     @property
-    def imitates(self) -> bool:
-        """Whether it learns from what is shown to it, without actors and rewards."""
-        return self.objective in ("sft", "joint")
+    def traits(self) -> Traits:
+        """Of the objective."""
+        return TRAITS[self.objective]
+
+    def trained_temperature(self, step: int | None = None) -> float:
+        """T of the last of `step` updates, which such a policy was trained for.
+
+        None or 0: of the last that is configured, for what is compared with that policy.
+        """
+        return self.reward_temperature.at((step or self.steps) - 1)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of the update that follows `step` finished ones.
+
+        It rises linearly to the peak over the warm-up and is never 0: the first update uses
+        1 / warmup_steps of the peak, the last one of a linear decay 1 / (steps after warm-up).
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.decay == "constant":
+            return self.learning_rate
+        steps_left = max(self.steps - step, 1)
+        return self.learning_rate * steps_left / max(self.steps - self.warmup_steps, 1)
 
     @model_validator(mode="after")
     def _check_objective(self) -> "LearnerConfig":
-        if self.subtb_lambda != 1.0 and self.objective != "subtb":
+        if self.subtb_lambda != 1.0 and not self.traits.has_pairs:
             raise ValueError(
                 f"subtb_lambda ({self.subtb_lambda}) means nothing to objective "
                 f'"{self.objective}", which has no pairs to weigh: leave it out, or use "subtb"'
             )
-        if self.normalisation == "trajectory" and self.objective in ("tb", "ppo", "sft", "joint"):
+        if self.normalisation == "trajectory" and not self.traits.has_terms:
             raise ValueError(
                 f'normalisation "trajectory" means nothing to objective "{self.objective}", which '
                 "weighs all trajectories alike: leave it out"
             )
-        if self.log_z == "learned" and self.objective in ("ppo", "sft", "joint"):
+        if self.log_z == "learned" and not self.traits.uses_log_z:
             raise ValueError(
                 f'log_z "learned" means nothing to objective "{self.objective}", which has no '
                 "log Z: leave it out"

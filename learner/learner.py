@@ -15,15 +15,12 @@ from learner.batch import Batch, check_actions, collate, merge_prompts, plan_mic
 from learner.broadcast import decode_groups, encode_groups, share
 from learner.checkpoint import Checkpoints, Snapshot
 from learner.config import LearnerConfig
-from learner.cost import describe_cost
 from learner.engine import Engine, NonFiniteUpdate
 from learner.log_z import LogZ
 from learner.loss import BatchLoss
 from learner.objectives.base import Objective
 from learner.objectives.potential import state_potentials, terminal_potentials
-from learner.quality import describe_quality
-from learner.schedule import learning_rate, reward_temperature
-from learner.step_metrics import Tally, describe_groups
+from learner.step_metrics import Tally, describe_cost, describe_groups, describe_quality
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, checksum
 
@@ -62,7 +59,6 @@ class Learner:
         model: base and adapter; only the adapter is trained, by `engine`.
         rng: chooses what is replayed.
         log_z: the head inside `model` that learns log Z; None: from the group.
-        against_base: give the objective also what the base LM says, at one more forward pass.
         gate: the one in front of `replay`, if any, which is to know what is published.
         checkpoints: None keeps none.
     """
@@ -80,7 +76,6 @@ class Learner:
         rng: np.random.Generator,
         checkpoints: Checkpoints | None = None,
         log_z: LogZ | None = None,
-        against_base: bool = False,
         gate: AgreementGate | None = None,
     ) -> None:
         self.version = 0
@@ -95,7 +90,6 @@ class Learner:
             actions,
             objective,
             log_z=log_z,
-            against_base=against_base,
             token_budget=config.token_budget,
         )
         self._config = config
@@ -103,7 +97,6 @@ class Learner:
         self._rng = rng
         self._checkpoints = checkpoints
         self._log_z = log_z
-        self._against_base = against_base
         self._gate = gate
         self._device = next(model.parameters()).device
         self._checkpoint_steps = 0
@@ -144,8 +137,8 @@ class Learner:
         groups = merge_prompts(self._draw(stop))
         check_actions(groups, self._actions)
         drawn_s = monotonic()
-        temperature = reward_temperature(self.completed_steps, self._config.reward_temperature)
-        rate = learning_rate(self.completed_steps, self._config)
+        temperature = self._config.reward_temperature.at(self.completed_steps)
+        rate = self._config.learning_rate_at(self.completed_steps)
         parts = self._split(groups)
         if self._log_z is not None and self.completed_steps == 0:
             self._start_log_z(self._log_z, parts, temperature)
@@ -160,7 +153,7 @@ class Learner:
         except NonFiniteUpdate as error:
             raise NonFiniteUpdate(f"version {self.version}, loss {tally.loss}: {error}") from error
         metrics = describe_groups(groups, self.version) | describe_quality(groups, temperature)
-        metrics |= describe_cost(groups, against_base=self._against_base)
+        metrics |= describe_cost(groups, against_base=self._objective.traits.needs_base)
         metrics |= tally.gathered(self._engine)
         metrics |= {} if self._gate is None else self._gate.metrics()
         self.version += 1

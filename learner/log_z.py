@@ -69,8 +69,8 @@ def check_log_z(config: LearnerConfig, actions: ActionSpace) -> None:
     SubTB and DB have the root only where the bare prompt is no stop state: otherwise its flow is
     R(⊤) / q(⊤), which nobody need learn.
     """
-    balances_states = config.objective in ("subtb", "db")
-    if config.log_z == "learned" and balances_states and actions.stop_states([]).item():
+    known = config.traits.balances_states and actions.stop_states([]).item()
+    if config.log_z == "learned" and known:
         raise LogZUnused(
             f'learner.log_z = "learned" with learner.objective = "{config.objective}": this task '
             "may stop right behind the prompt, whose flow the objective then knows; use "

@@ -34,7 +34,6 @@ class BatchLoss:
 
     Args:
         log_z: the head inside `model` that learns log Z; None: from the group.
-        against_base: give the objective also what the base LM says, at one more forward pass.
         token_budget: columns of one pass through the model, at most; a single row may be larger.
     """
 
@@ -45,14 +44,12 @@ class BatchLoss:
         objective: Objective,
         *,
         log_z: LogZ | None,
-        against_base: bool,
         token_budget: int,
     ) -> None:
         self._model = model
         self._actions = actions
         self._objective = objective
         self._log_z = log_z
-        self._against_base = against_base
         self._token_budget = token_budget
 
     def num_passes(self, batch: Batch) -> int:
@@ -105,7 +102,7 @@ class BatchLoss:
 
     def _inputs(self, batch: Batch, terms: Terms, temperature: float) -> ObjectiveInput:
         base: Terms | None = None
-        if self._against_base:
+        if self._objective.traits.needs_base:
             with torch.no_grad(), adapter_off(self._model):
                 base = self._all_terms(batch)
         row_B = batch.row_B

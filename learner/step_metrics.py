@@ -1,16 +1,24 @@
-"""Numbers of one step, added up over micro-batches and ranks."""
+"""The metrics of one optimizer step: loss, agreement, batch, cost, and bounds of log Z."""
 
 from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logsumexp
 
 from buffer.replay import Group
+from buffer.trajectory import Trajectory
 from learner.agreement.comparison import log_q_gaps
-from learner.batch import Batch
+from learner.batch import Batch, content
 from learner.engine import Engine
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
 
+Floats = NDArray[np.float64]
+
 
 class Tally:
-    """What only the forward passes know: the loss, and the agreement with the samplers.
+    """Adds up over micro-batches and ranks what only the forward passes know: loss and agreement.
 
     Agreement is over the trajectories that were sampled by exactly the version that is being
     updated: theirs comes free. The gate sees to the others.
@@ -91,3 +99,95 @@ def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:
     if verdicts:
         metrics["reward/correct_fraction"] = sum(verdicts) / len(verdicts)
     return metrics
+
+
+def describe_cost(groups: Sequence[Group], *, against_base: bool) -> dict[str, float]:
+    """Tokens of one step's batch, padding left out:
+
+        tokens/sampled  fresh trajectories: completions, and each group's prompt once
+        tokens/scored   ... prompts, completions and an answer at every stop state, as the packed
+                        pass has them; only where a language model scores
+        tokens/learned  each distinct row once: one forward and one backward pass
+        tokens/base     ... once more, forward, where the objective compares with the base LM
+
+    A demonstration is neither sampled nor scored, and what is replayed was so before. What was
+    rolled out and never drawn is not here, nor what the agreement gate recomputes.
+    """
+    sampled = scored = 0
+    for group in groups:
+        fresh = [t for t in group.fresh if t.behaviour != "demonstration"]
+        prompts = {t.prompt.tobytes(): t.prompt.size for t in fresh}
+        sampled += sum(prompts.values()) + sum(t.completion.size for t in fresh)
+        scored += sum(
+            t.prompt.size + t.completion.size + t.stops.size * t.answer.size for t in fresh
+        )
+    rows = chain.from_iterable((*group.fresh, *group.replayed) for group in groups)
+    distinct = {content(t): t.prompt.size + t.completion.size for t in rows}
+    learned = float(sum(distinct.values()))
+    return {
+        "tokens/sampled": float(sampled),
+        "tokens/scored": float(scored),
+        "tokens/learned": learned,
+        "tokens/base": learned if against_base else 0.0,
+    }
+
+
+def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict[str, float]:
+    """How far the policy is from the posterior, averaged over the prompts of a drawn batch.
+
+    Only fresh trajectories that were sampled at temperature 1 count, since only they are samples of
+    the policy that their log q belongs to: that of the version that sampled them. No model is
+    asked. With log w = log R / T - log q and K on-policy trajectories of a prompt, in nats but for
+    the last:
+
+        posterior/elbo_nats      mean log w; on average log Z - KL(q || p)
+        posterior/iwae_nats      log mean w; on average between that and log Z
+        posterior/iwae_gap_nats  their difference; on average at most KL(q || p), so it shows that
+                                 q is at least so far from p, and never that it is near
+        posterior/ess_share      (sum w)² / (K sum w²), from 1/K to 1; of the samples there are, so
+                                 it stays good where q misses a part of p
+
+    One trajectory alone has no gap and no share: such groups count in the ELBO only. What no group
+    can tell is left out.
+
+    Args:
+        reward_temperature: T of the step.
+    """
+    log_weights = [
+        np.array([log_weight(t, reward_temperature) for t in group.fresh if is_on_policy(t)])
+        for group in groups
+    ]
+    known = [log_weight_K for log_weight_K in log_weights if len(log_weight_K)]
+    if not known:
+        return {}
+    metrics = {"posterior/elbo_nats": _mean([log_weight_K.mean() for log_weight_K in known])}
+    several = [log_weight_K for log_weight_K in known if len(log_weight_K) > 1]
+    if several:
+        iwae = [logsumexp(log_weight_K) - np.log(len(log_weight_K)) for log_weight_K in several]
+        elbo = [log_weight_K.mean() for log_weight_K in several]
+        metrics |= {
+            "posterior/iwae_nats": _mean(iwae),
+            "posterior/iwae_gap_nats": _mean(iwae) - _mean(elbo),
+            "posterior/ess_share": _mean([ess_share(log_weight_K) for log_weight_K in several]),
+        }
+    return metrics
+
+
+def is_on_policy(trajectory: Trajectory) -> bool:
+    """Whether it is a sample of the policy itself, neither tempered nor somebody else's."""
+    return trajectory.behaviour == "on_policy"
+
+
+def log_weight(trajectory: Trajectory, reward_temperature: float) -> float:
+    """log R / T - log q of one trajectory by its own record, nats."""
+    return trajectory.terminal_log_reward / reward_temperature - trajectory.log_q
+
+
+def ess_share(log_weight_K: Floats) -> float:
+    """(sum w)² / (K sum w²), from 1/K to 1."""
+    weight_K = np.exp(log_weight_K - log_weight_K.max())
+    return float(weight_K.mean() ** 2 / np.square(weight_K).mean())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))

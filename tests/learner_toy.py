@@ -146,7 +146,6 @@ def make_learner(
     identity: dict[str, str] | None = None,
     make_engine: Callable[[Any, LearnerConfig], Engine] = TorchEngine,
     objective: Objective | None = None,
-    against_base: bool = False,
     **changes: Any,
 ) -> tuple[Learner, Any]:
     """A learner and its model, alike at every call; of SubTB unless told otherwise."""
@@ -168,7 +167,6 @@ def make_learner(
         rng=np.random.default_rng(3),
         checkpoints=checkpoints,
         log_z=log_z,
-        against_base=against_base,
     )
     return learner, model
 

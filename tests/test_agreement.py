@@ -25,7 +25,7 @@ from cluster.config.schema import RunConfig
 from cluster.run import assembly as roles
 from cluster.run.directory import RunDirectory
 from cluster.run.weight_store import WeightStore
-from learner.agreement.disagreement import SamplersDisagree
+from learner.agreement.comparison import SamplersDisagree
 from learner.agreement.quarantine import read_quarantine
 from learner.engine import TorchEngine
 from learner.learner import Learner

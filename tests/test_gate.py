@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from buffer.replay import BufferStarved, DrawRequest
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import compare, rounding_tolerance
-from learner.agreement.disagreement import SamplersDisagree
+from learner.agreement.comparison import SamplersDisagree, compare, rounding_tolerance
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import read_quarantine
 from learner.broadcast import Unrecoverable

@@ -20,11 +20,11 @@ from learner.broadcast import decode_groups, encode_groups
 from learner.engine import NonFiniteUpdate
 from learner.objectives.base import Objective, ObjectiveInput
 from learner.objectives.db import DetailedBalance
+from learner.objectives.likelihood import TextLikelihood
 from learner.objectives.ppo import ClippedPolicyGradient
 from learner.objectives.raptb import RootedPrefixBalance
 from learner.objectives.subtb import SubTB
 from learner.objectives.tb import TrajectoryBalance
-from learner.objectives.texts import TextLikelihood
 from lm.actions import IllegalCompletion
 from lm.adapter import checksum, load_adapter_bytes
 from lm.scoring import completion_log_probs
@@ -131,7 +131,6 @@ def test_a_group_in_parts_teaches_what_it_teaches_whole(objective: Objective, lo
     def step(token_budget: int) -> tuple[dict[str, float], list[torch.Tensor]]:
         learner, model = make_learner(
             objective=objective,
-            against_base=isinstance(objective, ClippedPolicyGradient),
             log_z=log_z,
             clip_norm=1e9,
             token_budget=token_budget,

@@ -28,7 +28,7 @@ from learner.batch import collate
 from learner.engine import TorchEngine
 from learner.learner import Learner
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
-from learner.objectives.texts import TextLikelihood, text_actions
+from learner.objectives.likelihood import TextLikelihood, text_actions
 from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig
 from lm.merged import save_merged

@@ -193,6 +193,8 @@ def test_it_says_what_it_lacks() -> None:
 class Seen:
     """An objective that keeps what it is given."""
 
+    traits = ClippedPolicyGradient.traits
+
     def __init__(self) -> None:
         self.batches: list[ObjectiveInput] = []
         self._inner = ClippedPolicyGradient()
@@ -207,9 +209,7 @@ class Seen:
 
 def test_the_learner_gives_it_the_base_lm_and_what_was_recorded() -> None:
     seen = Seen()
-    learner, model = make_learner(
-        objective=seen, replay=UniformReplay(), weights=Published(), against_base=True
-    )
+    learner, model = make_learner(objective=seen, replay=UniformReplay(), weights=Published())
     for _ in range(2):
         metrics = learner.step()
     first, second = seen.batches

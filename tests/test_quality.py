@@ -12,7 +12,7 @@ from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from cluster.reports.plots import draw_curves
 from cluster.run.display import figures
-from learner.quality import describe_quality
+from learner.step_metrics import describe_quality
 from tests.learner_toy import ACTIONS, FixedReplay, make_learner, make_trajectory
 
 

@@ -49,13 +49,13 @@ class RunConfig(BaseModel):
     @property
     def rollout_actors(self) -> int:
         """Actors that the run needs: none where it imitates."""
-        return 0 if self.learner.imitates else self.cluster.actors
+        return 0 if self.learner.traits.imitates else self.cluster.actors
 
     @property
     def reward_replicas(self) -> int:
         """Replicas that the run needs: none where the task's reward is a function of its own, or
         nobody asks for rewards."""
-        unasked = self.task.reward_kind == "function" or self.learner.imitates
+        unasked = self.task.reward_kind == "function" or self.learner.traits.imitates
         return 0 if unasked else self.reward.replicas
 
     def changed(self, changes: Mapping[str, Any]) -> "RunConfig":
@@ -75,13 +75,14 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_on_policy(self) -> "RunConfig":
-        if self.learner.objective != "ppo":
+        if not self.learner.traits.on_policy:
             return self
         replayed, share = self.learner.replayed_per_group, self.actors.on_policy_share
+        name = self.learner.objective
         if replayed or share != 1:
             raise ValueError(
-                f'learner.objective "ppo" learns from the policy\'s own samples: set '
-                f"learner.replayed_per_group ({replayed}) to 0 and actors.on_policy_share "
+                f'learner.objective "{name}" learns from the policy\'s own samples: '
+                f"set learner.replayed_per_group ({replayed}) to 0 and actors.on_policy_share "
                 f"({share:.3g}) to 1"
             )
         return self
@@ -101,7 +102,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_m_step(self) -> "RunConfig":
-        if self.learner.objective != "joint":
+        if not self.learner.traits.trains_model:
             return self
         if self.task.name not in EM_TASKS:
             raise ValueError(

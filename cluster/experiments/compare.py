@@ -87,7 +87,7 @@ def _measured_alike(config: RunConfig) -> str:
     sections = config.model_dump(include={"lm", "task", "evaluation", "posterior"}, mode="json")
     seeded = not config.task.tests or config.evaluation.shots
     seed = config.seed if seeded else None
-    return json.dumps([sections, config.learner.reward_temperature.end, seed])
+    return json.dumps([sections, config.learner.trained_temperature(), seed])
 
 
 def _member(

@@ -33,7 +33,6 @@ from cluster.experiments.em import EMStep, em_steps
 
 BASE, GFLOWNET, EM = "base", "gflownet", "gflownet_em"
 TRAINED = ("sft", "ppo", GFLOWNET, EM)
-_NOT_GFLOWNET = ("ppo", "sft")
 _DECODED: Mapping[str, Mapping[str, Any]] = {
     "sample": {"evaluation.temperature": 1.0},
     "tempered": {},
@@ -147,7 +146,7 @@ def em_method_steps(shared: RunConfig, *, seed: int, comparison: str) -> tuple[E
 def _changes(shared: RunConfig, *, title: str, seed: int) -> dict[str, Any]:
     """What a method changes, by dotted key."""
     named = method(title)
-    temperature = named.temperature or shared.learner.reward_temperature.end
+    temperature = named.temperature or shared.learner.trained_temperature(shared.compare.steps)
     changes: dict[str, Any] = {
         "seed": seed,
         "learner.steps": shared.compare.steps or shared.learner.steps,
@@ -192,8 +191,7 @@ def _own(name: str, shared: RunConfig, temperature: float) -> Mapping[str, Any]:
                 "actors.on_policy_share": 1.0,
             }
         case "gflownet" | "gflownet_em":
-            imitates = shared.learner.objective in _NOT_GFLOWNET
-            return {"learner.objective": "subtb"} if imitates else {}
+            return {} if shared.learner.traits.uses_log_z else {"learner.objective": "subtb"}
         case "tempered":
             return {"evaluation.temperature": temperature}
         case _:

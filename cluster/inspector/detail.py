@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from buffer.browser import Tally
 from buffer.trajectory import Trajectory
 from cluster.inspector.rows import Decode, Row, row_of, split_text, tool_spans
-from learner.quality import log_weight
+from learner.step_metrics import log_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,6 @@ from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import MetricsTail
 from cluster.inspector.detail import Detail, detail_of
 from cluster.run.directory import RunDirectory, RunState
-from learner.schedule import reward_temperature
 from lm.hub import load_tokenizer
 
 # A person waits for a page, not a run: short.
@@ -76,4 +75,4 @@ class Sources:
     def _temperature(self) -> float:
         state = self.state()
         step = 0 if state is None else state.step
-        return reward_temperature(step, self._config.learner.reward_temperature)
+        return self._config.learner.reward_temperature.at(step)

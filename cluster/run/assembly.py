@@ -140,7 +140,7 @@ def build_objective(config: LearnerConfig) -> Objective:
 
 def _learned(config: RunConfig, base: LanguageModel, task: Task, buffer: Replay) -> Learned:
     """What the learner draws: from the buffer, unless it imitates."""
-    if config.learner.imitates:
+    if config.learner.traits.imitates:
         return imitation(config, base, task)
     objective = build_objective(config.learner)
     return Learned(replay=buffer, actions=task.actions, objective=objective)
@@ -168,7 +168,7 @@ def build_learner(
     model = attach_adapter(base, config.lora, config.seed)
     log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
     learned, gate = _learned(config, base, task, buffer), None
-    if gated and not config.learner.imitates:
+    if gated and not config.learner.traits.imitates:
         gate = AgreementGate(
             replay=learned.replay,
             model=model,
@@ -194,7 +194,6 @@ def build_learner(
         rng=np.random.default_rng([config.seed, 1]),
         checkpoints=store,
         log_z=log_z,
-        against_base=config.learner.objective == "ppo",
         gate=gate,
     )
     learner.take_up()
@@ -218,7 +217,7 @@ def identity_of(config: RunConfig, base: LanguageModel, task: Task) -> dict[str,
 def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapter: Path) -> None:
     """Leave the adapter; of an M-step also the language model that it made: `merged_folder`."""
     save_adapter(learner.model, adapter, base.fingerprint)
-    if config.learner.objective == "joint":
+    if config.learner.traits.trains_model:
         save_merged(config.lm, adapter_bytes(learner.model), merged_folder(adapter))
 
 

@@ -36,8 +36,8 @@ def evaluate(
     """
     started_s = time.monotonic()
     progress("loading the language model")
-    context = evaluation_context(config, adapter, progress=progress)
-    if adapter is not None and config.learner.objective == "joint":
+    context = evaluation_context(config, adapter, step=step, progress=progress)
+    if adapter is not None and config.learner.traits.trains_model:
         context = replace(
             context,
             adapter=Path(str(config.em.policy)),
@@ -49,16 +49,21 @@ def evaluate(
 
 
 def evaluation_context(
-    config: RunConfig, adapter: Path | None, *, progress: Callable[[str], None] = lambda stage: None
+    config: RunConfig,
+    adapter: Path | None,
+    *,
+    step: int | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> EvaluationContext:
     """What the task of a run is given to measure the base LM (None) or an adapter with."""
+    traits = config.learner.traits
     return EvaluationContext(
         language_model=SharedModel(config.lm),
         adapter=adapter,
-        imitates=adapter is not None and config.learner.objective == "sft",
+        imitates=adapter is not None and traits.imitates and not traits.trains_model,
         settings=config.evaluation,
         posterior=config.posterior,
-        temperature=config.learner.reward_temperature.end,
+        temperature=config.learner.trained_temperature(step),
         seed=config.seed,
         token_budget=config.reward.token_budget,
         tests=config.task.tests,

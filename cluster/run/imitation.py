@@ -17,8 +17,7 @@ from cluster.config.schema import RunConfig
 from cluster.run.evaluation import evaluation_context
 from learner.demonstrations import DemonstrationDraws
 from learner.objectives.base import Objective
-from learner.objectives.likelihood import MaximumLikelihood
-from learner.objectives.texts import TextLikelihood, text_actions
+from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood, text_actions
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
 from tasks.task import AnsweredTask, Task, TokenizerUnfit
@@ -40,7 +39,7 @@ def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
         NoDemonstrations, IllegalCompletion: sft has nothing that the policy could write.
         TokenizerUnfit: texts need an end-of-text token, and there is none.
     """
-    if config.learner.objective == "joint":
+    if config.learner.traits.trains_model:
         actions = _any_text(base)
         later = LaterDraws(lambda: _draws(config, task, list(rationales(config, task)), actions))
         return Learned(replay=later, actions=actions, objective=TextLikelihood())

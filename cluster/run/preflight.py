@@ -103,9 +103,9 @@ def check_model_and_data(config: RunConfig) -> None:
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
     check_lengths(config, task, context_limit(base.model))
-    if config.learner.imitates:
+    if config.learner.traits.imitates:
         imitation(config, base, task)
-    if config.learner.objective == "joint":
+    if config.learner.traits.trains_model:
         policy = Path(str(config.em.policy))
         check_adapter(policy)
         load_adapter(base, policy)

@@ -1,12 +1,14 @@
-"""What it means that learner and sampler agree on log q, and how far they may differ.
+"""Whether learner and sampler agree on log q: how far they may differ, and how often.
 
 Both compute the same numbers, the sampler token by token with a cache, the learner in one
 teacher-forced pass. Where their weights are the same, only rounding parts them.
 """
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from learner.batch import Batch, check_actions, collate
+from learner.broadcast import Unrecoverable
 from lm.actions import ActionSpace
 from lm.scoring import completion_log_probs
 
@@ -23,6 +26,11 @@ from lm.scoring import completion_log_probs
 # to 12 layers and 20,000 tokens. Deeper models round more; damage is larger still.
 _FLOAT32_TOLERANCE_NATS = 1e-3
 _ROUGH_TOLERANCE_NATS = 0.5
+
+_WINDOW_DRAWS = 50
+# Of fewer a share says little: a single damaged version of a single actor could end a run.
+_MIN_JUDGED = 100
+_NAMED_VERSIONS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -118,3 +126,74 @@ def incomparable(trajectory: Trajectory, learner_version: int) -> Comparison:
         log_q_token=nothing,
         log_q_stop=nothing,
     )
+
+
+class SamplersDisagree(Unrecoverable):
+    """Too many trajectories cannot have come from the weights that they name."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Draw:
+    """What one draw brought."""
+
+    judged: int  # trajectories whose actor and version were compared
+    wrong: Sequence[Comparison]
+
+
+class Disagreement:
+    """The share of wrong trajectories over the last draws.
+
+    Args:
+        max_share: of the trajectories whose actor and version were compared.
+        tolerance_nats: above which one was found wrong; for the messages.
+    """
+
+    def __init__(self, *, max_share: float, tolerance_nats: float) -> None:
+        self._max_share = max_share
+        self._tolerance_nats = tolerance_nats
+        self._draws: deque[_Draw] = deque(maxlen=_WINDOW_DRAWS)
+
+    def note(self, judged: int, wrong: Sequence[Comparison]) -> None:
+        """Count one draw: `wrong` of the `judged` trajectories."""
+        self._draws.append(_Draw(judged, wrong))
+
+    def check(self, evidence: Path) -> None:
+        """Raise SamplersDisagree when the share is above `max_share`; `evidence` is for people."""
+        judged = sum(draw.judged for draw in self._draws)
+        wrong = [outcome for draw in self._draws for outcome in draw.wrong]
+        if judged < _MIN_JUDGED or len(wrong) <= self._max_share * judged:
+            return
+        actors = sorted({outcome.trajectory.actor for outcome in wrong})
+        raise SamplersDisagree(
+            f"{len(wrong)} of {judged} trajectories in the last {len(self._draws)} draws disagree "
+            f"with the learner on log q, above learner.agreement_max_share = {self._max_share:g}: "
+            + "; ".join(
+                self.describe([o for o in wrong if o.trajectory.actor == actor]) for actor in actors
+            )
+            + f". They are kept in {evidence}. What these actors hold in memory, or their "
+            "software, is not the learner's: see to their machines, then go on from the last "
+            "checkpoint with --resume. Raise learner.agreement_tolerance_nats only if the gaps "
+            "are rounding"
+        )
+
+    def describe(self, wrong: Sequence[Comparison]) -> str:
+        """Wrong trajectories of one actor: who, of which versions, by how much."""
+        gap = max_gap(wrong)
+        return (
+            f"{wrong[0].trajectory.actor} at {_versions(wrong)} is off by up to {gap:.3g} nats "
+            f"where {self._tolerance_nats:g} are tolerated"
+        )
+
+
+def max_gap(outcomes: Iterable[Comparison]) -> float:
+    """Largest gap, nats; NaN if any recomputation gave NaN."""
+    gaps = [outcome.gap_nats for outcome in outcomes if outcome.log_q_stop.size]
+    return math.nan if any(map(math.isnan, gaps)) else max(gaps, default=math.nan)
+
+
+def _versions(wrong: Sequence[Comparison]) -> str:
+    versions = sorted({outcome.trajectory.policy_version for outcome in wrong})
+    listed = ", ".join(map(str, versions[-_NAMED_VERSIONS:]))
+    if len(versions) > _NAMED_VERSIONS:
+        return f"{len(versions)} versions, the last of them {listed}"
+    return f"{'versions' if len(versions) > 1 else 'version'} {listed}"

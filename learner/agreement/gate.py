@@ -10,8 +10,13 @@ from torch import nn
 
 from buffer.replay import BufferStarved, DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import Comparison, compare, incomparable, rounding_tolerance
-from learner.agreement.disagreement import Disagreement
+from learner.agreement.comparison import (
+    Comparison,
+    Disagreement,
+    compare,
+    incomparable,
+    rounding_tolerance,
+)
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine
 from learner.config import LearnerConfig

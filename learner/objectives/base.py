@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
+
+from learner.objectives.traits import Traits
 
 # What the squared residuals of an objective are divided by: their weights in the whole batch, so
 # that a trajectory with more of them counts for more (the reference code), or first those of their
@@ -44,6 +47,11 @@ class ObjectiveValue:
 class Objective(Protocol):
     """A pure function of a batch; its loss is the sum of `total` over the sum of `weight`."""
 
+    @property
+    def traits(self) -> Traits:
+        """What it needs and means."""
+        ...
+
     def weight(self, stop_BS: Tensor) -> Tensor:
         """Normaliser of these rows, scalar float64.
 
@@ -55,6 +63,14 @@ class Objective(Protocol):
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         """Sum of the loss over these rows."""
         ...
+
+
+class PerTrajectory:
+    """An objective with a single term for each trajectory: its loss is a mean over them."""
+
+    def weight(self, stop_BS: Tensor) -> Tensor:
+        """The number of rows."""
+        return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
 
 
 def sum_weights(weight_B: Tensor, normalisation: Normalisation) -> Tensor:

@@ -5,6 +5,7 @@ the limit of its lambda -> 0.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from learner.objectives.base import (
     sum_weights,
 )
 from learner.objectives.potential import count_states, log_z_of, state_potentials, with_root
+from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class DetailedBalance:
     """
 
     normalisation: Normalisation = "batch"
+
+    traits: ClassVar = TRAITS["db"]
 
     def weight(self, stop_BS: Tensor) -> Tensor:
         """Neighbours summed over the rows, or the number of rows that have any."""

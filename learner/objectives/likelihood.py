@@ -1,17 +1,17 @@
-"""Supervised fine-tuning: maximum likelihood of the completions it is shown."""
+"""Maximum likelihood: of a policy's completions, and of texts under the language model itself."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from learner.objectives.base import ObjectiveInput, ObjectiveValue
-from learner.objectives.potential import terminal_log_probs
+from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
+from learner.objectives.potential import last_stops, path_log_probs, terminal_log_probs
+from learner.objectives.traits import TRAITS
+from lm.actions import ActionSpace
 
 
 @dataclass(frozen=True)
-class MaximumLikelihood:
-    """Negative log-likelihood of whole completions, a mean over trajectories, nats.
+class MaximumLikelihood(PerTrajectory):
+    """Supervised fine-tuning: negative log-likelihood of completions, a mean over them, nats.
 
         - log q(Z ⊤ | X) = - sum_k log q(z_{k+1} | z_1:k) - log q(⊤ | Z)
 
@@ -20,10 +20,38 @@ class MaximumLikelihood:
     the policy becomes is what it is shown: `learner.demonstrations`.
     """
 
-    def weight(self, stop_BS: Tensor) -> Tensor:
-        """The number of rows."""
-        return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
+    traits: ClassVar = TRAITS["sft"]
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         log_q_B = terminal_log_probs(batch.log_pf_BT, batch.log_stop_BS, batch.stop_BS)
         return ObjectiveValue(total=-log_q_B.sum(), row_sums={"log_q_nats": log_q_B.detach().sum()})
+
+
+@dataclass(frozen=True)
+class TextLikelihood(PerTrajectory):
+    """Negative log-likelihood of whole texts, a mean over texts, nats.
+
+        - log p(text | X) = - sum_k log p(text_k | X text_1:k-1)
+
+    Unlike a completion, a text has no legal tokens and no stop action of its own: what ends it,
+    such as a full stop, is a token like any other. Rewards do not enter. Over texts Z Y with
+    Z ~ q(Z | X) this is what an M-step lowers: - E_q[log p(Z Y | X)], but for the sampling error
+    of a fixed set of Z.
+    """
+
+    traits: ClassVar = TRAITS["joint"]
+
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
+        end_B1 = last_stops(batch.stop_BS)[:, None]
+        log_p_B = path_log_probs(batch.log_pf_BT).gather(1, end_B1).squeeze(1)
+        return ObjectiveValue(total=-log_p_B.sum(), row_sums={"log_p_nats": log_p_B.detach().sum()})
+
+
+def text_actions(*, end_token: int, max_len: int) -> ActionSpace:
+    """The whole vocabulary at every place of a text.
+
+    Args:
+        end_token: stands for the stop action, which no text takes; in none of them.
+        max_len: tokens of the longest text, or more.
+    """
+    return ActionSpace(stop_token=end_token, legal_tokens=None, min_len=0, max_len=max_len)

@@ -7,12 +7,14 @@ value network: only whole completions have a reward.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from learner.objectives.base import ObjectiveInput, ObjectiveValue
+from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
 from learner.objectives.potential import last_stops, terminal_log_probs
+from learner.objectives.traits import TRAITS
 
 
 class NotOnPolicy(ValueError):
@@ -20,7 +22,7 @@ class NotOnPolicy(ValueError):
 
 
 @dataclass(frozen=True)
-class ClippedPolicyGradient:
+class ClippedPolicyGradient(PerTrajectory):
     """Clipped surrogate of the expected return, a mean over trajectories.
 
     With mu the policy that sampled Z, at its version, and p_0 the base LM as a policy (adapter off,
@@ -44,9 +46,7 @@ class ClippedPolicyGradient:
     clip: float = 0.2
     kl: float = 0.2
 
-    def weight(self, stop_BS: Tensor) -> Tensor:
-        """The number of rows."""
-        return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
+    traits: ClassVar = TRAITS["ppo"]
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         sampled_pf_BT, sampled_stop_BS = batch.sampled_log_pf_BT, batch.sampled_log_stop_BS

@@ -13,6 +13,7 @@ gives exactly at the optimum, and q(⊤ | prefix) does not enter. The paper's re
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from learner.objectives.potential import (
     state_potentials,
     terminal_potentials,
 )
+from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class RootedPrefixBalance:
     """
 
     normalisation: Normalisation = "batch"
+
+    traits: ClassVar = TRAITS["raptb"]
 
     def weight(self, stop_BS: Tensor) -> Tensor:
         """Prefixes summed over the rows, or the number of rows."""

@@ -1,7 +1,7 @@
 """Modified sub-trajectory balance (Hu et al. 2024, eq. 3) in time and memory linear in length."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from learner.objectives.base import (
     sum_weights,
 )
 from learner.objectives.potential import count_states, log_z_of, state_potentials, with_root
+from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class SubTB:
 
     decay: float = 1.0
     normalisation: Normalisation = "batch"
+
+    traits: ClassVar = TRAITS["subtb"]
 
     def weight(self, stop_BS: Tensor) -> Tensor:
         """Pair weights summed over the rows, or the number of rows that have pairs."""

@@ -5,16 +5,15 @@ alone: the limit of its lambda -> infinity.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from learner.objectives.base import ObjectiveInput, ObjectiveValue
+from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
 from learner.objectives.potential import log_z_of, state_potentials, terminal_potentials
+from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
-class TrajectoryBalance:
+class TrajectoryBalance(PerTrajectory):
     """Squared imbalance of whole trajectories, root to terminal state.
 
         (log Z(X) + log q(Z ⊤ | X) - log R(Z ⊤) / T)^2
@@ -25,9 +24,7 @@ class TrajectoryBalance:
     noise, disturb.
     """
 
-    def weight(self, stop_BS: Tensor) -> Tensor:
-        """The number of rows."""
-        return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
+    traits: ClassVar = TRAITS["tb"]
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         phi_BS = state_potentials(batch)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from actors.prompts import Prompt
-from learner.quality import ess_share
+from learner.step_metrics import ess_share
 from lm.decoding import BeamSearch
 from lm.embedding import SentenceEmbedder
 from tasks.evaluation.context import EvaluationContext
