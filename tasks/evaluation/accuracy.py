@@ -7,17 +7,17 @@ and never a number.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
-from typing import Literal
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from lm.sampling import Request
 from tasks.evaluation.context import Draw, EvaluationContext
-from tasks.evaluation.evaluation import Evaluation, Example, Metric
+from tasks.evaluation.evaluation import Evaluation, Example, Metric, mean_of
 from tasks.evaluation.few_shot import worked_examples
 from tasks.task import QuestionTask, TestItem
 
@@ -148,83 +148,50 @@ def vote(
 
 def vote_metrics(voted: Sequence[Voted], samples: int) -> dict[str, Metric]:
     """What came of the vote in each group of questions, by names such as '3 unseen'."""
-    metrics = {}
+    metrics: dict[str, Metric] = {}
     for group, same in _by_group(voted).items():
         unseen = [one.right for one in same if one.item.unseen]
-
-        def share(
-            label: str,
-            values: Iterable[float],
-            better: Literal["higher", "lower"] = "higher",
-            *,
-            count: int = len(same),
-            group: str = group,
-        ) -> Metric:
-            return Metric(
-                label=label,
-                value=_mean(values),
-                format=".1%",
-                better=better,
-                items=count,
-                group=group,
-            )
-
-        right = share("all items", [one.right for one in same])
-        metrics[group or "accuracy"] = right.model_copy(update={"shown": "chart"})
-        metrics[f"{group} unseen".strip()] = share("unseen items only", unseen, count=len(unseen))
-        wrong = [answer is None for one in same for answer in one.answers]
-        metrics[f"{group} unparsable".strip()] = share("answers unparsable", wrong, "lower")
-        metrics[f"{group} distinct_right".strip()] = Metric(
-            label="different right rationales of a question",
-            value=_mean(one.distinct_right for one in same),
-            format=".2f",
-            better="higher",
-            items=len(same),
-            samples=samples,
-            group=group,
-            shown="comparison",
-        )
+        none = [answer is None for one in same for answer in one.answers]
+        of_group = partial(Metric.mean, group=group, items=len(same))
+        figures = {
+            "": of_group("all items", [one.right for one in same], ".1%", shown="chart"),
+            "unseen": of_group("unseen items only", unseen, ".1%", items=len(unseen)),
+            "unparsable": of_group("answers unparsable", none, ".1%", "lower"),
+            "distinct_right": of_group(
+                "different right rationales of a question",
+                [one.distinct_right for one in same],
+                ".2f",
+                samples=samples,
+                shown="comparison",
+            ),
+        }
+        metrics |= {f"{group} {name}".strip() or "accuracy": m for name, m in figures.items()}
     return metrics
 
 
 def spread_metrics(voted: Sequence[Voted], samples: int) -> dict[str, Metric]:
     """How what the policy itself draws spreads in each group, by names such as '3 spread right'."""
-    figures: tuple[tuple[str, str, str, Callable[[Voted], float | None]], ...] = (
-        ("right", "rationales that lead to the right answer", ".1%", lambda one: one.share_right),
-        ("distinct_right", "different right rationales", ".2f", lambda one: one.distinct_right),
-        (
-            "edit_distance",
-            "edit distance of two rationales over the longer one's length",
-            ".3f",
-            lambda one: mean_edit_distance(one.rationales),
-        ),
-    )
-    return {
-        f"{group} spread {name}".strip(): Metric(
-            label=f"at temperature 1, {label}",
-            value=_mean(figure(one) for one in same),
-            format=read_as,
-            better="higher",
-            items=len(same),
-            samples=samples,
-            group=group,
-            shown="comparison",
+    metrics: dict[str, Metric] = {}
+    for group, same in _by_group(voted).items():
+        drawn = partial(
+            Metric.mean, group=group, items=len(same), samples=samples, shown="comparison"
         )
-        for group, same in _by_group(voted).items()
-        for name, label, read_as, figure in figures
-    }
+        right = [one.share_right for one in same]
+        distinct = [one.distinct_right for one in same]
+        distance = [mean_edit_distance(one.rationales) for one in same]
+        figures = {
+            "right": drawn("right rationales at temperature 1", right, ".1%"),
+            "distinct_right": drawn("different right ones at temperature 1", distinct, ".2f"),
+            "edit_distance": drawn("edit distance of two rationales at temperature 1", distance),
+        }
+        metrics |= {f"{group} spread {name}".strip(): m for name, m in figures.items()}
+    return metrics
 
 
 def mean_edit_distance(texts: Sequence[str]) -> float | None:
     """Edit distance over the longer one's length, in characters, mean over all pairs: 0 where all
     are equal, 1 where no two share anything. None for fewer than two texts."""
-    return _mean(Levenshtein.normalized_distance(*pair) for pair in combinations(texts, 2))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """Of the values that there are; None without any."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
+    return mean_of(Levenshtein.normalized_distance(*pair) for pair in combinations(texts, 2))
 
 
 def _by_group(voted: Sequence[Voted]) -> dict[str, list[Voted]]:

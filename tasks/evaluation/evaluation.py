@@ -4,10 +4,16 @@ Each figure says itself how it is called, written and compared, so that a table,
 comparison of methods needs to know nothing of the task.
 """
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that there are; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 class Metric(BaseModel):
@@ -30,6 +36,18 @@ class Metric(BaseModel):
     shown: Literal["chart", "table", "comparison"] = Field(
         default="table", description="In chart and table of a run, its table, or comparisons alone."
     )
+
+    @classmethod
+    def mean(
+        cls,
+        label: str,
+        values: Iterable[float | None],
+        format: str = ".3f",
+        better: Literal["higher", "lower"] = "higher",
+        **more: Any,
+    ) -> "Metric":
+        """Of the values that there are; None where there are none."""
+        return cls(label=label, value=mean_of(values), format=format, better=better, **more)
 
     @property
     def sample_size(self) -> str:

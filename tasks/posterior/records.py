@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import to_json
 
-from tasks.evaluation.evaluation import Evaluation, Metric
+from tasks.evaluation.evaluation import Evaluation, Metric, mean_of
 from tasks.posterior.bounds import Bounds, Interval
 from tasks.posterior.exact import ExactPosterior
 
@@ -128,9 +128,9 @@ class Assessment:
     def _means(self, reports: Sequence[PolicyReport]) -> dict[str, float | None]:
         pairs = zip(self.prompts, reports, strict=True)
         enumerated = [report for prompt, report in pairs if prompt.enumerable]
-        means = {name: mean(getattr(one, name) for one in enumerated) for name in FIGURES}
+        means = {name: mean_of(getattr(one, name) for one in enumerated) for name in FIGURES}
         known = (report.bounds for report in reports if report.bounds is not None)
-        return {**means, "elbo": mean(bounds.elbo.value for bounds in known)}
+        return {**means, "elbo": mean_of(bounds.elbo.value for bounds in known)}
 
 
 FIGURES = ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error", "valid", "coverage")
@@ -147,22 +147,16 @@ _METRICS: dict[str, tuple[str, str, Literal["higher", "lower"]]] = {
 }
 
 
-def mean(values: Iterator[float | None]) -> float | None:
-    """Of the values that there are; None without any."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
 def mean_bounds(bounds: Sequence[Bounds | None]) -> dict[str, float | dict[int, float] | None]:
     """Means of the estimates over prompts, by name; intervals stay with the prompts."""
     known = [one for one in bounds if one is not None]
     sizes = sorted({k for one in known for k in one.iwae})
     means: dict[str, float | dict[int, float] | None] = {
-        field.name: mean(_value(getattr(one, field.name)) for one in known)
+        field.name: mean_of(_value(getattr(one, field.name)) for one in known)
         for field in fields(Bounds)
         if field.name not in ("iwae", "samples", "posterior_samples")
     }
-    means["iwae"] = {k: value for k in sizes if (value := mean(_of_size(known, k))) is not None}
+    means["iwae"] = {k: value for k in sizes if (value := mean_of(_of_size(known, k))) is not None}
     return means
 
 

@@ -8,8 +8,7 @@ is 0 there, while the reward still asks the LM how likely the full stop is.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from functools import partial
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
@@ -41,19 +40,11 @@ class Continuation(PlainTask):
         written = write_sentences(self, context, prompts)
         log_r = [[sentence.log_reward for sentence in group] for group in written]
 
-        def log_likelihood(label: str, values: Sequence[float]) -> Metric:
-            return Metric(
-                label=f"log-likelihood of {label}, nats",
-                value=float(np.mean(values)),
-                format=".2f",
-                better="higher",
-                items=len(prompts),
-                samples=context.settings.samples,
-            )
-
+        mean = partial(Metric.mean, items=len(prompts), samples=context.settings.samples)
+        likeliest, every = [max(group) for group in log_r], [v for group in log_r for v in group]
         own = {
-            "max_log_likelihood": log_likelihood("the likeliest", [max(group) for group in log_r]),
-            "mean_log_likelihood": log_likelihood("all", [v for group in log_r for v in group]),
+            "max_log_likelihood": mean("log-likelihood of the likeliest, nats", likeliest, ".2f"),
+            "mean_log_likelihood": mean("log-likelihood of all, nats", every, ".2f"),
         }
         likeness = likeness_of(self.embedder)
         shared = sentence_metrics(self, context, prompts, written, likeness)

@@ -1,6 +1,7 @@
 """Measuring sentences that a policy writes, whatever they are for: how likely, how different."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -132,39 +133,22 @@ def sentence_metrics(
 ) -> dict[str, Metric]:
     """Diversity, nearness to the posterior, and how many of the prompts were trained on."""
     texts = [[sentence.text for sentence in group] for group in written]
-    items, samples = len(prompts), context.settings.samples
+    mean = partial(Metric.mean, items=len(prompts), samples=context.settings.samples)
     unlike = "words" if likeness is None else "embeddings"
     metrics = {
-        "diversity": Metric(
-            label=f"diversity, by {unlike}",
-            value=float(np.mean([diversity(group, likeness) for group in texts])),
-            better="higher",
-            items=items,
-            samples=samples,
-        )
-    }
-    repeated = [value for group in texts if (value := self_bleu4(group)) is not None]
-    if repeated:
-        metrics["self_bleu4"] = Metric(
-            label="self-BLEU-4",
-            value=float(np.mean(repeated)),
-            better="lower",
-            items=items,
-            samples=samples,
-        )
-    trained = {prompt.key for prompt in task.prompts}
-    seen = sum(prompt.key in trained for prompt in prompts)
-    return {
-        **metrics,
+        "diversity": mean(f"diversity, by {unlike}", [diversity(t, likeness) for t in texts]),
+        "self_bleu4": mean("self-BLEU-4", [self_bleu4(group) for group in texts], better="lower"),
         **_posterior_metrics(task, context, prompts, written),
-        "seen": Metric(
-            label="of the prompts, trained on too",
-            value=seen,
-            format=".0f",
-            better=None,
-            items=items,
-        ),
     }
+    trained = {prompt.key for prompt in task.prompts}
+    metrics["seen"] = Metric(
+        label="of the prompts, trained on too",
+        value=sum(prompt.key in trained for prompt in prompts),
+        format=".0f",
+        better=None,
+        items=len(prompts),
+    )
+    return {name: metric for name, metric in metrics.items() if metric.value is not None}
 
 
 def _posterior_metrics(
@@ -183,24 +167,10 @@ def _posterior_metrics(
     log_weight_PK = np.array(
         [[one.log_reward / temperature - one.log_q for one in group] for group in written]
     )
-    items, samples = log_weight_PK.shape
-    metrics = {
-        f"elbo_T{temperature:g}": Metric(
-            label="ELBO of log Z, nats",
-            value=float(log_weight_PK.mean()),
-            format=".2f",
-            better="higher",
-            items=items,
-            samples=samples,
-        )
-    }
-    if samples > 1:
-        metrics["ess_share"] = Metric(
-            label="effective share of samples",
-            value=float(np.mean([ess_share(row_K) for row_K in log_weight_PK])),
-            format=".1%",
-            better="higher",
-            items=items,
-            samples=samples,
-        )
+    mean = partial(Metric.mean, items=len(prompts), samples=settings.samples)
+    log_weights = log_weight_PK.flatten().tolist()
+    metrics = {f"elbo_T{temperature:g}": mean("ELBO of log Z, nats", log_weights, ".2f")}
+    if settings.samples > 1:
+        shares = [ess_share(row_K) for row_K in log_weight_PK]
+        metrics["ess_share"] = mean("effective share of samples", shares, ".1%")
     return metrics

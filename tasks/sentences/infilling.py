@@ -8,8 +8,7 @@ stop, the first token of Y.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from functools import partial
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
@@ -85,29 +84,21 @@ def _truth_metrics(
         for sentence in group
     ]
 
-    def metric(label: str, values: Sequence[float], form: str) -> Metric:
-        return Metric(
-            label=label,
-            value=float(np.mean(values)),
-            format=form,
-            better="higher",
-            items=len(items),
-            samples=max(len(group) for group in written),
-        )
-
+    samples = max(len(group) for group in written)
+    mean = partial(Metric.mean, items=len(items), samples=samples)
     bleu, gleu = [bleu4(*pair) for pair in pairs], [gleu4(*pair) for pair in pairs]
     metrics = {
-        "bleu4": metric("BLEU-4 against the true sentence", bleu, ".1%"),
-        "gleu4": metric("GLEU-4 against the true sentence", gleu, ".1%"),
-        "exact": metric("the true sentence itself", [z == true for z, true in pairs], ".1%"),
+        "bleu4": mean("BLEU-4 against the true sentence", bleu, ".1%"),
+        "gleu4": mean("GLEU-4 against the true sentence", gleu, ".1%"),
+        "exact": mean("the true sentence itself", [z == true for z, true in pairs], ".1%"),
     }
     if likeness is not None:
         alike = likeness(*map(list, zip(*pairs, strict=True)))
-        metrics["similarity"] = metric("cosine to the true sentence", alike, ".3f")
+        metrics["similarity"] = mean("cosine to the true sentence", alike)
     log_r = [sentence.log_reward for group in written for sentence in group]
     distinct = [len({sentence.text for sentence in group}) for group in written]
-    metrics["log_reward"] = metric("log reward, nats", log_r, ".2f")
-    metrics["distinct"] = metric("different sentences of a story", distinct, ".2f")
+    metrics["log_reward"] = mean("log reward, nats", log_r, ".2f")
+    metrics["distinct"] = mean("different sentences of a story", distinct, ".2f")
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,28 +92,17 @@ def _metrics(
     reasons: Sequence[Sequence[str]] | None,
 ) -> dict[str, Metric]:
     """Shares of right labels, and how different the reasons are."""
-
-    def metric(label: str, value: float, form: str = ".1%") -> Metric:
-        samples = probability_NK.shape[1]
-        return Metric(
-            label=label,
-            value=value,
-            format=form,
-            better="higher",
-            items=len(items),
-            samples=samples,
-        )
-
+    mean = partial(Metric.mean, items=len(items), samples=probability_NK.shape[1])
     by = "" if reasons is not None else ", without a reason"
-    right = _share_right(items, probability_NK.mean(axis=1))
-    metrics = {"accuracy": metric(f"reviews labelled right{by}", right)}
+    right = _right(items, probability_NK.mean(axis=1))
+    metrics = {"accuracy": mean(f"reviews labelled right{by}", right, ".1%")}
     if reasons is not None:
-        single = np.mean([_share_right(items, one_N) for one_N in probability_NK.T])
-        metrics["single"] = metric("... by one reason alone", float(single))
-    metrics["bare"] = metric("... without a reason", _share_right(items, bare_N))
+        single = [right for one_N in probability_NK.T for right in _right(items, one_N)]
+        metrics["single"] = mean("... by one reason alone", single, ".1%")
+    metrics["bare"] = mean("... without a reason", _right(items, bare_N), ".1%")
     if reasons is not None:
-        distinct = float(np.mean([len(set(same)) for same in reasons]))
-        metrics["distinct"] = metric("different reasons of a review", distinct, ".2f")
+        distinct = [len(set(same)) for same in reasons]
+        metrics["distinct"] = mean("different reasons of a review", distinct, ".2f")
     return metrics
 
 
@@ -178,11 +168,9 @@ def _edges(
         yield (*text, *answer[:at]), answer[at]
 
 
-def _share_right(items: Sequence[ReviewItem], objective_N: NDArray[np.float64]) -> float:
-    truths = [item.review.label for item in items]
-    return float(
-        np.mean([likelier_label(p) == truth for p, truth in zip(objective_N, truths, strict=True)])
-    )
+def _right(items: Sequence[ReviewItem], objective_N: NDArray[np.float64]) -> list[bool]:
+    pairs = zip(items, objective_N, strict=True)
+    return [likelier_label(objective) == item.review.label for item, objective in pairs]
 
 
 def likelier_label(objective: float) -> Label | None:
