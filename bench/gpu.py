@@ -38,7 +38,7 @@ from lm.model import LanguageModel, attach_adapter, freeze, vocab_size
 from lm.sampling import Request, Sampler
 from lm.scoring import completion_log_probs
 from reward.packed import suffix_log_rewards
-from reward.packing import plan
+from reward.packing import lay_out
 from reward.request import ScoreItem
 
 SHAPES = {"GPT-2 XL": GPT2Config(n_embd=1600, n_layer=48, n_head=25), "GPT-J 6B": GPTJConfig()}
@@ -144,8 +144,8 @@ def measure_scoring(model: PreTrainedModel, load: Load, repeats: int) -> tuple[f
     spent_s = seconds(
         lambda: suffix_log_rewards(model, items, load.token_budget), model.device, repeats
     )
-    batches = plan(items, load.token_budget).batches
-    packed = sum(row.width for batch in batches for row in batch.rows)
+    batches = lay_out(items, load.token_budget).batches
+    packed = sum(row.tree.width for batch in batches for row in batch.rows)
     heads = load.prompts * (load.prompt - 1)
     return spent_s, packed + heads, Weights.of(model).flops(packed + heads, packed)
 

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from bench.command import run_cases
-from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
+from tests.naive_rewards import naive_log_rewards
 
 ANSWER = 6
 TOKEN_BUDGET = 2048

@@ -1,10 +1,11 @@
-"""Draws each row's next action from the model's logits."""
+"""The policy's softmax over legal tokens and the stop action, and draws of the next action."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lm.actions import ActionSpace
@@ -16,15 +17,15 @@ class PolicyDiverged(FloatingPointError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """One action for each of N rows, with what the policy said about it, nats, temperature 1."""
+    """An action for each of N rows, with what the policy said about it, nats, temperature 1."""
 
     token: list[int]  # the stop token spells ⊤
     log_q: list[float]  # of that token
     log_stop: list[float]  # of ⊤ in the same state
 
 
-class Chooser:
-    """The policy's softmax over legal tokens and ⊤, on the columns of these alone.
+class ActionDistribution:
+    """log q of legal tokens and ⊤, on the columns of these alone.
 
     `id_C` has their token ids, ascending; column `stop_column` is ⊤.
     """
@@ -35,13 +36,20 @@ class Chooser:
         self.id_C = torch.from_numpy(ids).to(device)
         self.stop_column = int(np.searchsorted(ids, actions.stop_token))
 
-    def log_q(self, logits_NV: Tensor, may_stop: Sequence[bool]) -> Tensor:
-        """[N, C] nats, float32, columns as `id_C`; ⊤ is -inf where it may not be chosen."""
-        logits_NC = (logits_NV if self._every_token else logits_NV[:, self.id_C]).float()
-        if closed := [n for n, may in enumerate(may_stop) if not may]:
-            logits_NC = logits_NC.clone()
-            logits_NC[closed, self.stop_column] = -torch.inf
-        return torch.log_softmax(logits_NC, dim=-1)
+    def column(self, token_X: Tensor) -> Tensor:
+        """Where in `id_C` each token stands; an arbitrary column for an illegal one."""
+        if self._every_token:
+            return token_X
+        return torch.searchsorted(self.id_C, token_X).clamp_max_(len(self.id_C) - 1)
+
+    def log_q(self, logits_XV: Tensor, may_stop_X: NDArray[np.bool_]) -> Tensor:
+        """[X, C] nats, float32, columns as `id_C`, X any shape; ⊤ is -inf where it may not be."""
+        logits_XC = (logits_XV if self._every_token else logits_XV[..., self.id_C]).float()
+        if not may_stop_X.all():
+            closed_X = torch.from_numpy(~may_stop_X).to(logits_XC.device)
+            logits_XC = logits_XC.clone()
+            logits_XC[..., self.stop_column].masked_fill_(closed_X, -torch.inf)
+        return torch.log_softmax(logits_XC, dim=-1)
 
     def choose(
         self,
@@ -56,7 +64,7 @@ class Chooser:
         Raises PolicyDiverged when log q of a draw is not finite.
         """
         device = logits_NV.device
-        log_q_NC = self.log_q(logits_NV, may_stop)
+        log_q_NC = self.log_q(logits_NV, np.array(may_stop, dtype=np.bool_))
         temperature_N = torch.tensor(temperatures, device=device)
         weight_NC = torch.softmax(log_q_NC / temperature_N[:, None], dim=-1)
         if any(mass < 1 for mass in top_p):

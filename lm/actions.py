@@ -8,13 +8,14 @@ and the stop action ⊤, which is spelled by a token id of the model's vocabular
     t >= max_len            ⊤ is forced, log q(⊤) = 0
 
 A task whose rationale ends with a finished step may narrow this further: with `stop_after_tool`, ⊤
-has probability zero but right behind a tool's text.
+has probability zero but right after a tool's text.
 
 Text that a tool inserts is always inserted whole, so a completion may be longer than max_len.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,7 @@ class ActionSpace:
     legal_tokens: tuple[int, ...] | None  # token ids the policy may choose; None: the vocabulary
     min_len: int  # tokens, of tools too, before ⊤ opens
     max_len: int  # tokens, of tools too, at which ⊤ is forced
-    stop_after_tool: bool = False  # ⊤ opens only right behind text that a tool inserted
+    stop_after_tool: bool = False  # ⊤ opens only right after text that a tool inserted
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_len <= self.max_len:
@@ -73,6 +74,27 @@ class ActionSpace:
         mask_V[self.stop_token] = may_stop
         return mask_V
 
+    @overload
+    def may_stop(self, length: int, after_tool: bool) -> bool: ...
+
+    @overload
+    def may_stop(
+        self, length: NDArray[np.int64], after_tool: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]: ...
+
+    def may_stop(self, length: Any, after_tool: Any) -> Any:
+        """Whether ⊤ is open or forced after `length` tokens, unless a tool is speaking.
+
+        Args:
+            after_tool: whether a tool inserted the last of them.
+        """
+        narrowed = after_tool | self.must_stop(length) if self.stop_after_tool else True
+        return (length >= self.min_len) & narrowed
+
+    def must_stop(self, length: Any) -> Any:
+        """Whether ⊤ is forced after `length` tokens, unless a tool is speaking; int or array."""
+        return length >= self.max_len
+
     def stop_states(self, from_tool: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.bool_]:
         """[L + 1] True at every prefix where the policy may or must stop.
 
@@ -80,11 +102,8 @@ class ActionSpace:
         policy can produce is always one.
         """
         inserted_L = np.asarray(from_tool, dtype=np.bool_)
-        state_S = np.arange(len(inserted_L) + 1)
-        open_S = (state_S >= self.min_len) & ~np.append(inserted_L, False)
-        if self.stop_after_tool:
-            open_S &= np.append(False, inserted_L) | (state_S >= self.max_len)
-        return open_S
+        length_S = np.arange(len(inserted_L) + 1)
+        return self.may_stop(length_S, np.append(False, inserted_L)) & ~np.append(inserted_L, False)
 
     def stop_positions(self, from_tool: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.int32]:
         """[S] the stop states as ascending prefix lengths."""
@@ -103,7 +122,7 @@ class ActionSpace:
         if not self.stop_states(from_tool)[-1]:
             raise IllegalCompletion(
                 f"completion of {len(completion)} tokens ends where the policy cannot stop: not "
-                "right behind a tool's text (stop_after_tool)"
+                "right after a tool's text (stop_after_tool)"
             )
         chosen = ~np.asarray(from_tool, dtype=np.bool_)
         tokens = np.asarray(completion, dtype=np.int64)

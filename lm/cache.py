@@ -6,9 +6,13 @@ own position hold leftovers, which the caller's attention mask hides. Buffers ar
 and written in place; live rows always fill the first slots, so that a view selects them.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+
+from lm.attention import attention_mask
 
 
 class SlotCache(Cache):
@@ -87,3 +91,29 @@ class SlotCache(Cache):
         pad = (0, 0, 0, more)
         self._keys = [torch.nn.functional.pad(buffer, pad) for buffer in self._keys]
         self._values = [torch.nn.functional.pad(buffer, pad) for buffer in self._values]
+
+
+def whole_cache() -> DynamicCache:
+    """An empty cache of every position; one that a model makes keeps no more than its windows."""
+    return DynamicCache()
+
+
+def decode_step(
+    model: nn.Module, cache: SlotCache, tokens: Sequence[int], positions: Sequence[int]
+) -> Tensor:
+    """Feed rows 0..N-1 of the cache a token each, at these positions; [N, V] logits after them."""
+    device = next(model.parameters()).device
+    width = max(positions) + 1
+    position_N = torch.tensor(positions, device=device)
+    cache.place(position_N, width)
+    column_1W = torch.arange(width, device=device)[None]
+    logits_NV: Tensor = model(
+        input_ids=torch.tensor(tokens, device=device)[:, None],
+        position_ids=position_N[:, None],
+        attention_mask=attention_mask(
+            model, (column_1W <= position_N[:, None])[:, None], position_N[:, None], column_1W
+        ),
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[:, -1]
+    return logits_NV

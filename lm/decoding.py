@@ -14,13 +14,13 @@ and rank it within its group; what is returned is its log q itself.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lm.action_distribution import Chooser, PolicyDiverged
+from lm.action_distribution import ActionDistribution, PolicyDiverged
 from lm.actions import ActionSpace
-from lm.cache import SlotCache
-from lm.decode_step import extend
+from lm.cache import SlotCache, decode_step
 from lm.model import require_context, vocab_size
 from lm.prefill import Prefill
 
@@ -81,7 +81,7 @@ class BeamSearch:
         self._groups, self._width, self._penalty = groups, beams // groups, penalty
         self._prompts_at_once = max(1, max_rows // beams)
         self._device = next(model.parameters()).device
-        self._chooser = Chooser(actions, vocab_size(model), self._device)
+        self._distribution = ActionDistribution(actions, vocab_size(model), self._device)
 
     @torch.inference_mode()
     def search(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Hypothesis]]:
@@ -123,10 +123,10 @@ class BeamSearch:
                 break
             cache.reorder(slot_R[parent_R[live_N]])
             column_N = running.column_PGWT[..., length].flatten()[live_N]
-            logits_NV = extend(
+            logits_NV = decode_step(
                 self._model,
                 cache,
-                self._chooser.id_C[column_N].tolist(),
+                self._distribution.id_C[column_N].tolist(),
                 [len(prompts[p]) + length for p in (live_N // beams).tolist()],
             )
         for group in range(self._groups):  # ⊤ is forced, log q(⊤) = 0
@@ -136,8 +136,8 @@ class BeamSearch:
 
     def _log_q(self, logits_NV: Tensor, live_N: Tensor, running: _Beams, length: int) -> Tensor:
         """[P, G, W, C] nats of what may follow, -inf behind empty places."""
-        may_stop = length >= self._actions.min_len
-        log_q_NC = self._chooser.log_q(logits_NV, [may_stop] * len(live_N))
+        may_stop_N = np.full(len(live_N), self._actions.may_stop(length, after_tool=False))
+        log_q_NC = self._distribution.log_q(logits_NV, may_stop_N)
         if log_q_NC.isnan().any():
             raise PolicyDiverged(
                 "log q of this policy is not finite: its weights diverged; take an earlier adapter"
@@ -150,7 +150,7 @@ class BeamSearch:
     def _grow(self, running: _Beams, ended: _Beams, log_q_PGWC: Tensor, length: int) -> Tensor:
         """One action for each hypothesis; [P, G, W] the places that the new ones come from."""
         prompts, groups, width, actions = log_q_PGWC.shape
-        stop = self._chooser.stop_column
+        stop = self._distribution.stop_column
         taken_PC = log_q_PGWC.new_zeros(prompts, actions)
         parent_PGW = torch.zeros_like(running.length_PGW)
         first_P = torch.arange(prompts, device=self._device)[:, None] * groups * width
@@ -181,7 +181,7 @@ class BeamSearch:
     def _hypotheses(self, ended: _Beams) -> list[list[Hypothesis]]:
         found: list[list[Hypothesis]] = [[] for _ in ended.score_PGW]
         beams = self._groups * self._width
-        tokens_RT = self._chooser.id_C[ended.column_PGWT].flatten(0, 2).tolist()
+        tokens_RT = self._distribution.id_C[ended.column_PGWT].flatten(0, 2).tolist()
         lengths, log_q = ended.length_PGW.flatten().tolist(), ended.log_q_PGW.flatten().tolist()
         for place in ended.live().tolist():
             tokens = tuple(tokens_RT[place][: lengths[place]])

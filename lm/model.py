@@ -148,16 +148,24 @@ def adapted_layers(base: nn.Module, config: LoRAConfig) -> str | list[str]:
     return list(config.targets)
 
 
+def model_config(model: nn.Module | PretrainedConfig) -> PretrainedConfig:
+    """Of the language part of `model`, of the model an engine wraps, or of one to be loaded."""
+    config = (
+        model if isinstance(model, PretrainedConfig) else getattr(model, "module", model).config
+    )
+    assert isinstance(config, PretrainedConfig), type(config)
+    return config.get_text_config()
+
+
 def vocab_size(model: nn.Module | PretrainedConfig) -> int:
     """Width of the logits of `model`, of the model an engine wraps, or of a model to be loaded."""
-    return int(_config(model).vocab_size)
+    return int(model_config(model).vocab_size)
 
 
 def context_limit(model: nn.Module | PretrainedConfig) -> int:
-    """Longest text, in tokens, that `model` attends over in full."""
-    config = _config(model)
-    named = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-    return min((limit for limit in named if limit is not None), default=sys.maxsize)
+    """Longest text, in tokens, that `model` has positions for."""
+    limit = getattr(model_config(model), "max_position_embeddings", None)
+    return sys.maxsize if limit is None else int(limit)
 
 
 def require_context(model: nn.Module, num_tokens: int) -> None:
@@ -167,14 +175,6 @@ def require_context(model: nn.Module, num_tokens: int) -> None:
             f"a text of {num_tokens} tokens exceeds the {limit} tokens of the model's context; "
             "shorten the prompt or lower max_len"
         )
-
-
-def _config(model: nn.Module | PretrainedConfig) -> PretrainedConfig:
-    if isinstance(model, PretrainedConfig):
-        return model
-    config = getattr(model, "module", model).config
-    assert isinstance(config, PretrainedConfig), type(config)
-    return config
 
 
 def _in_attention(base: nn.Module, layer: str) -> bool:

@@ -1,36 +1,109 @@
-"""Completions of one prompt, packed behind a single copy of it.
+"""Texts packed into rows: what they begin with in common is read once.
 
-    x_1 .. x_P  z_1 .. z_L  z'_1 .. z'_L'  ..
+    x_1 .. x_P  z_1 .. z_L  z'_2 .. z'_L'  ..          (z'_1 = z_1)
 
-Each completion sees the prompt and itself, at the positions that follow the prompt, so that it is
-read as if it stood alone. A group of trajectories then costs its prompt once.
+A row is a tree. Each column sees the columns of its own text up to itself, at the positions that
+they have there, so that every text is read as if it stood alone. The learner packs the completions
+of a prompt so, the posterior's enumeration its prefixes, the rewards the prefixes with their Y.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
 
 # Tokens of completions that share a row, at most; a single one may be longer. Each looks at all of
 # the row's columns, if only to mask them, so wider rows stop paying.
 SHARED_WIDTH = 192
 
 
+class TokenTree:
+    """One row in the making. Texts should come in an order in which neighbours begin alike."""
+
+    def __init__(self, first_position: int = 0) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self._first_position = first_position
+        self._chains: list[tuple[int, int]] = []  # first column, and the column it stands behind
+        self._newest: NDArray[Any] = np.zeros(0, dtype=np.int64)
+        self._path: Indices = np.zeros(0, dtype=np.int64)  # columns of the newest text
+
+    @property
+    def width(self) -> int:
+        return len(self.tokens)
+
+    def shared_length(self, text: Sequence[int] | NDArray[Any]) -> int:
+        """Tokens at the head of `text` that the text added last has too."""
+        size = min(len(text), len(self._newest))
+        differs = self._newest[:size] != np.asarray(text)[:size]
+        return int(differs.argmax()) if differs.any() else size
+
+    def width_with(self, text: Sequence[int] | NDArray[Any]) -> int:
+        """Columns of the row once `text` has been added."""
+        return self.width + len(text) - self.shared_length(text)
+
+    def add(self, text: Sequence[int] | NDArray[Any]) -> Indices:
+        """Columns [N] of a text's tokens, of which `shared_length` are there already."""
+        shared = self.shared_length(text)
+        parent = int(self._path[shared - 1]) if shared else -1
+        self._newest = np.asarray(text)
+        added = self.branch(parent, self._newest[shared:])
+        self._path = np.concatenate([self._path[:shared], added])
+        return self._path
+
+    def branch(self, parent: int, tokens: Sequence[int] | NDArray[Any]) -> Indices:
+        """Append tokens that follow one another behind column `parent` (-1: nothing)."""
+        start, count = self.width, len(tokens)
+        first = self.positions[parent] + 1 if parent >= 0 else self._first_position
+        self.tokens.extend(np.asarray(tokens).tolist())
+        self.positions.extend(range(first, first + count))
+        if count:
+            self._chains.append((start, parent))
+        return np.arange(start, start + count)
+
+    def sees(self) -> NDArray[np.bool_]:
+        """[W, W] whether a column (first index) sees another (second)."""
+        sees_WW = np.zeros((self.width, self.width), dtype=np.bool_)
+        ends = [start for start, _ in self._chains[1:]] + [self.width]
+        for (start, parent), end in zip(self._chains, ends, strict=True):
+            if parent >= 0:
+                sees_WW[start:end] = sees_WW[parent]
+            sees_WW[start:end, start:end] = np.tri(end - start, dtype=np.bool_)
+        return sees_WW
+
+
+def pad(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """[R, W] rows side by side, zeros on the right."""
+    table_RW = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
+    for row, values in zip(table_RW, rows, strict=True):
+        row[: len(values)] = values
+    return table_RW
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Packing:
     """R rows of W columns, right-padded, for B completions of at most S - 1 tokens."""
 
-    ids_RW: NDArray[np.int64]
-    position_RW: NDArray[np.int64]
-    part_RW: NDArray[np.int64]  # 0 in the prompt, 1, 2, .. in its completions, -1 in the padding
-    row_B: NDArray[np.int64]
-    column_BS: NDArray[np.int64]  # whose output is state t: behind t tokens; beyond L as at L
+    trees: tuple[TokenTree, ...]  # R
+    row_B: Indices
+    column_BS: Indices  # whose output is state t: after t tokens; beyond L as at L
+
+    @property
+    def ids_RW(self) -> NDArray[np.int64]:
+        return pad([tree.tokens for tree in self.trees])
+
+    @property
+    def position_RW(self) -> NDArray[np.int64]:
+        return pad([tree.positions for tree in self.trees])
 
     @property
     def shared(self) -> bool:
         """Whether some row holds more than one completion; else causal attention will do."""
-        return len(self.ids_RW) < len(self.row_B)
+        return len(self.trees) < len(self.row_B)
 
     @property
     def first(self) -> int:
@@ -38,53 +111,34 @@ class Packing:
         return int(self.column_BS[:, 0].min())
 
     def sees_RWW(self) -> NDArray[np.bool_]:
-        """Whether a column sees another: one before it, in the prompt or in its own completion.
-
-        Padding sees itself, for a softmax over nothing is NaN.
-        """
-        of, at = self.part_RW[:, :, None], self.part_RW[:, None, :]
-        before = np.tri(self.ids_RW.shape[1], dtype=np.bool_)
-        return before & ((at == 0) | (of == at))
+        """Padding sees itself, for a softmax over nothing is NaN."""
+        width = max(tree.width for tree in self.trees)
+        sees_RWW = np.tile(np.eye(width, dtype=np.bool_), (len(self.trees), 1, 1))
+        for sees_WW, tree in zip(sees_RWW, self.trees, strict=True):
+            sees_WW[: tree.width, : tree.width] = tree.sees()
+        return sees_RWW
 
 
 def pack(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, shared_width: int
 ) -> Packing:
-    """Lay B completions out behind their prompts, none of these empty; neither is cut.
+    """Lay B completions out after their prompts, none of these empty; neither is cut.
 
     A row takes further completions of its prompt up to `shared_width` tokens in all.
     """
-    rows: list[list[int]] = []  # of row: its completions
-    widths: list[int] = []
+    trees: list[TokenTree] = []
     open_row: dict[tuple[int, ...], int] = {}  # prompt -> the row that is being filled
-    start_B, row_B = np.zeros((2, len(prompts)), dtype=np.int64)
+    row_B = np.zeros(len(prompts), dtype=np.int64)
+    num_states = 1 + max(len(completion) for completion in completions)
+    column_BS = np.zeros((len(prompts), num_states), dtype=np.int64)
     for b, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         key = tuple(prompt)
+        text = (*key, *completion)
         row = open_row.get(key)
-        if row is None or widths[row] + len(completion) > len(key) + shared_width:
-            row = open_row[key] = len(rows)
-            rows.append([])
-            widths.append(len(key))
-        rows[row].append(b)
-        row_B[b], start_B[b] = row, widths[row]
-        widths[row] += len(completion)
-    ids_RW, position_RW = np.zeros((2, len(rows), max(widths)), dtype=np.int64)
-    part_RW = np.full(ids_RW.shape, -1, dtype=np.int64)
-    for row, members in enumerate(rows):
-        prompt = prompts[members[0]]
-        ids_RW[row, : len(prompt)] = prompt
-        position_RW[row, : len(prompt)] = np.arange(len(prompt))
-        part_RW[row, : len(prompt)] = 0
-        for part, b in enumerate(members, start=1):
-            columns = slice(start_B[b], start_B[b] + len(completions[b]))
-            ids_RW[row, columns] = completions[b]
-            position_RW[row, columns] = len(prompt) + np.arange(len(completions[b]))
-            part_RW[row, columns] = part
-    num_states = 1 + max(len(completion) for completion in completions)
-    length_B = np.array([len(completion) for completion in completions])
-    behind_BS = np.minimum(np.arange(num_states), length_B[:, None])
-    prompt_end_B = np.array([len(prompt) - 1 for prompt in prompts])
-    column_BS = np.where(behind_BS > 0, start_B[:, None] + behind_BS - 1, prompt_end_B[:, None])
-    return Packing(
-        ids_RW=ids_RW, position_RW=position_RW, part_RW=part_RW, row_B=row_B, column_BS=column_BS
-    )
+        if row is None or trees[row].width_with(text) > len(key) + shared_width:
+            row = open_row[key] = len(trees)
+            trees.append(TokenTree())
+        row_B[b] = row
+        column_BS[b, : len(completion) + 1] = trees[row].add(text)[len(key) - 1 :]
+        column_BS[b, len(completion) + 1 :] = column_BS[b, len(completion)]
+    return Packing(trees=tuple(trees), row_B=row_B, column_BS=column_BS)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+
+from lm.cache import whole_cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +26,7 @@ class Prefill:
         ids_UP = torch.tensor([(*p, *[0] * (width - len(p))) for p in prompts], device=device)
         last_U = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
         kept_K, column_U = last_U.unique(return_inverse=True)
-        cache = DynamicCache()
+        cache = whole_cache()
         logits_UKV = model(
             input_ids=ids_UP,
             attention_mask=torch.ones_like(ids_UP),

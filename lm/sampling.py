@@ -10,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lm.action_distribution import Chooser
+from lm.action_distribution import ActionDistribution
 from lm.actions import ActionSpace
-from lm.cache import SlotCache
-from lm.decode_step import extend
+from lm.cache import SlotCache, decode_step
 from lm.model import context_limit, require_context, vocab_size
 from lm.prefill import Prefill, PromptStore
 
@@ -91,8 +90,7 @@ class Row:
 
     def may_stop(self, actions: ActionSpace) -> bool:
         """Whether ⊤ is open in the present state, unless a tool is speaking."""
-        behind_tool = bool(self.from_tool) and self.from_tool[-1]
-        return len(self.tokens) >= actions.min_len and (behind_tool or not actions.stop_after_tool)
+        return actions.may_stop(len(self.tokens), bool(self.from_tool) and self.from_tool[-1])
 
     def completion(self, actions: ActionSpace) -> Completion:
         return Completion(
@@ -127,7 +125,7 @@ class Sampler:
         self._cache: SlotCache | None = None
         self._device = weight.device
         self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
-        self._chooser = Chooser(actions, self._vocab_size, weight.device)
+        self._distribution = ActionDistribution(actions, self._vocab_size, weight.device)
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
@@ -193,7 +191,7 @@ class Sampler:
     ) -> list[int]:
         """One action per row: a tool's token, a chosen one, or ⊤. Returns the ended slots."""
         may_stop = [row.may_stop(self._actions) for row in rows]
-        choice = self._chooser.choose(
+        choice = self._distribution.choose(
             logits_NV,
             may_stop,
             [row.request.temperature for row in rows],
@@ -229,7 +227,7 @@ class Sampler:
 
     def _force_stop(self, row: Row, done: dict[int, Completion]) -> bool:
         """End `row` when nothing but ⊤ is left to it."""
-        if row.pending or len(row.tokens) < self._actions.max_len:
+        if row.pending or not self._actions.must_stop(len(row.tokens)):
             return False
         row.log_stop.append(0.0)
         done[row.index] = row.completion(self._actions)
@@ -254,4 +252,4 @@ class Sampler:
         positions = [row.position for row in rows]
         if max(positions) >= self._context_limit:  # a tool wrote past max_len
             require_context(self._model, max(positions) + 1)
-        return extend(self._model, cache, [row.tokens[-1] for row in rows], positions)
+        return decode_step(self._model, cache, [row.tokens[-1] for row in rows], positions)

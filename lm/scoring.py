@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from lm.action_distribution import ActionDistribution
 from lm.actions import ActionSpace
+from lm.attention import attention_mask
 from lm.model import require_context
 from lm.packing import SHARED_WIDTH, Packing, pack
 
@@ -52,28 +54,29 @@ def completion_log_probs(
     """
     batch = _Batch.collate(actions, prompts, completions, from_tool)
     require_context(model, batch.longest)
-    weight = next(model.parameters())
+    device = next(model.parameters()).device
     packing = pack(prompts, completions, shared_width=SHARED_WIDTH)
-    row_B, column_BS, next_BS, chosen_BT, may_stop_BS, open_BS = (
-        torch.from_numpy(array).to(weight.device)
+    row_B, column_BS, next_BS, chosen_BT, open_BS = (
+        torch.from_numpy(array).to(device)
         for array in (
             packing.row_B,
             packing.column_BS - packing.first,
             batch.next_BS,
             batch.chosen_BT,
-            batch.may_stop_BS,
             batch.open_BS,
         )
     )
     prompt_state_BH = None
     if with_prompt_state:
         with _head_inputs(model) as inputs:
-            logits_RJV = _logits(model, packing, weight)
+            logits_RJV = _logits(model, packing, device)
         prompt_state_BH = inputs[0].detach()[row_B, column_BS[:, 0]]
     else:
-        logits_RJV = _logits(model, packing, weight)
-    logits_BSV = logits_RJV[row_B[:, None], column_BS]
-    log_next_BS, log_stop_BS = _action_log_probs(actions, logits_BSV, next_BS, may_stop_BS)
+        logits_RJV = _logits(model, packing, device)
+    distribution = ActionDistribution(actions, logits_RJV.shape[-1], device)
+    log_q_BSC = distribution.log_q(logits_RJV[row_B[:, None], column_BS], batch.may_stop_BS)
+    log_next_BS = log_q_BSC.gather(-1, distribution.column(next_BS)[..., None]).squeeze(-1)
+    log_stop_BS = log_q_BSC[..., distribution.stop_column]
     zero = log_next_BS.new_zeros(())
     return LogProbs(
         log_pf_BT=torch.where(chosen_BT, log_next_BS[:, :-1], zero),
@@ -87,26 +90,21 @@ def prompt_state_size(model: nn.Module) -> int:
     return int(_output_head(model).weight.shape[-1])
 
 
-def _logits(model: nn.Module, packing: Packing, weight: Tensor) -> Tensor:
+def _logits(model: nn.Module, packing: Packing, device: torch.device) -> Tensor:
     """[R, J, V] from column `packing.first` on.
 
     Where each row is one text, causal attention needs no mask, not even for padding at the right.
-    The mask of shared prompts knows no sliding window: `require_context` holds texts inside one.
     """
-    ids_RW = torch.from_numpy(packing.ids_RW).to(weight.device)
+    ids_RW = torch.from_numpy(packing.ids_RW).to(device)
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(ids_RW)}
     if packing.shared:
-        seen = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        blocked = torch.full_like(seen, torch.finfo(weight.dtype).min)
-        sees_RWW = torch.from_numpy(packing.sees_RWW()).to(weight.device)
-        how = {
-            "attention_mask": torch.where(sees_RWW, seen, blocked)[:, None],
-            "position_ids": torch.from_numpy(packing.position_RW).to(weight.device),
-        }
-    else:
-        how = {"attention_mask": torch.ones_like(ids_RW)}
+        position_RW = torch.from_numpy(packing.position_RW).to(device)
+        sees_RWW = torch.from_numpy(packing.sees_RWW()).to(device)
+        how["attention_mask"] = attention_mask(model, sees_RWW, position_RW, position_RW)
+        how["position_ids"] = position_RW
     logits: Tensor = model(
         input_ids=ids_RW,
-        logits_to_keep=torch.arange(packing.first, ids_RW.shape[1], device=weight.device),
+        logits_to_keep=torch.arange(packing.first, ids_RW.shape[1], device=device),
         use_cache=False,
         **how,
     ).logits
@@ -129,32 +127,9 @@ def _output_head(model: nn.Module) -> Any:
     return language_model.get_output_embeddings()
 
 
-def _action_log_probs(
-    actions: ActionSpace, logits_BSV: Tensor, next_BS: Tensor, may_stop_BS: Tensor
-) -> tuple[Tensor, Tensor]:
-    """[B, S] log q of the next token and of ⊤; entries of illegal tokens are arbitrary."""
-    vocab_size = logits_BSV.shape[-1]
-    ids = actions.columns(vocab_size)
-    stop_column = int(np.searchsorted(ids, actions.stop_token))
-    if actions.legal_tokens is None:
-        logits_BSC, next_column_BS = logits_BSV.float(), next_BS
-    else:
-        column_of_id = np.zeros(vocab_size, dtype=np.int64)
-        column_of_id[ids] = np.arange(len(ids))
-        next_column_BS = torch.from_numpy(column_of_id).to(next_BS.device)[next_BS]
-        logits_BSC = logits_BSV[..., torch.from_numpy(ids).to(next_BS.device)].float()
-    is_stop_C = torch.arange(len(ids), device=next_BS.device) == stop_column
-    logits_BSC = logits_BSC.masked_fill(~may_stop_BS[..., None] & is_stop_C, -torch.inf)
-    log_q_BSC = torch.log_softmax(logits_BSC, dim=-1)
-    return (
-        log_q_BSC.gather(-1, next_column_BS[..., None]).squeeze(-1),
-        log_q_BSC[..., stop_column],
-    )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch:
-    """What is asked of each completion's states; right-padded."""
+    """The states of completions, right-padded."""
 
     longest: int  # tokens of the longest text
     next_BS: NDArray[np.int64]  # the token behind state t; zeros at the end
@@ -181,6 +156,5 @@ class _Batch:
             next_BS[b, : len(completion)] = completion
             chosen_BT[b, : len(completion)] = ~np.asarray(marks, dtype=np.bool_)
             may_stop_BS[b, : len(completion) + 1] = actions.stop_states(marks)
-        open_BS = may_stop_BS.copy()
-        open_BS[:, actions.max_len :] = False
+        open_BS = may_stop_BS & ~actions.must_stop(np.arange(tokens + 1))
         return _Batch(longest, next_BS, chosen_BT, may_stop_BS, open_BS)

@@ -7,7 +7,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from reward.packing import MicroBatch, plan
+from lm.model import CausalLM
+from reward.packed import edge_log_probs, score_limits
+from reward.packing import MicroBatch, lay_out
 from reward.request import ScoreItem, ScoreLimits
 
 Edges = list[NDArray[np.float32]]
@@ -42,8 +44,20 @@ class Rank(Protocol):
         ...
 
 
+class UnshardedRank:
+    """Rank 0 of a replica that has no other ranks: the whole frozen LM, without process group."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.limits: ScoreLimits = score_limits(model)
+        self._model = model.eval().requires_grad_(False)
+
+    def forward(self, share: Sequence[MicroBatch]) -> Edges:
+        """Log-probabilities of all edges of each micro-batch."""
+        return [edge_log_probs(self._model, batch) for batch in share]
+
+
 # Stands where a rank has no micro-batch left: every pass is a collective of all ranks.
-_FILLER = plan(
+_FILLER = lay_out(
     [
         ScoreItem(
             context=np.zeros(1, dtype=np.int32),

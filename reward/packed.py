@@ -13,8 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lm.attention import attention_mask
+from lm.cache import whole_cache
 from lm.model import CausalLM, context_limit, vocab_size
-from reward.packing import MicroBatch, plan, read
+from lm.packing import pad
+from reward.packing import MicroBatch, gather_scores, lay_out
 from reward.request import ScoreItem, ScoreLimits, Tokens, check_item
 
 # Rows of logits turned to float32 at a time: bounds memory where the vocabulary is large.
@@ -37,8 +40,8 @@ def suffix_log_rewards(
     limits = score_limits(model)
     for item in items:
         check_item(item, limits)
-    layout = plan(items, token_budget)
-    return read(items, layout, [edge_log_probs(model, batch) for batch in layout.batches])
+    layout = lay_out(items, token_budget)
+    return gather_scores(items, layout, [edge_log_probs(model, batch) for batch in layout.batches])
 
 
 def stop_log_rewards(
@@ -59,10 +62,7 @@ def stopping(item: ScoreItem, stop_token: int) -> ScoreItem:
 
 
 def score_limits(model: CausalLM) -> ScoreLimits:
-    """What the model can score.
-
-    The explicit mask knows no sliding window, so a model with one is held to texts inside it.
-    """
+    """What the model can score."""
     return ScoreLimits(vocab_size=vocab_size(model), max_length=context_limit(model))
 
 
@@ -72,43 +72,38 @@ def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
 
     Always two forward passes, so ranks that hold shards of one model stay in step.
     """
-    device, dtype = model.device, model.dtype
+    device = model.device
     # The last context token is the first column of every row; what precedes it is shared. A
     # one-token context leaves nothing, so its own token stands there, masked.
     heads = [context[:-1] if len(context) > 1 else context for context in batch.contexts]
-    head_ids_CP = torch.from_numpy(_padded(heads)).to(device)
-    cache = model(input_ids=head_ids_CP, use_cache=True, logits_to_keep=1).past_key_values
+    head_ids_CP = torch.from_numpy(pad([head.tolist() for head in heads])).to(device)
+    cache = whole_cache()
+    model(input_ids=head_ids_CP, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_select_indices(torch.tensor(batch.context_of_row, device=device))
 
-    ids_BQ = _padded([np.concatenate(row.tokens) for row in batch.rows])
-    positions_BQ = _padded([np.concatenate(row.positions) for row in batch.rows])
-    sees_BQK = _visible(batch, head_ids_CP.shape[1], ids_BQ.shape[1])
-    blocked = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=device)
-    seen = torch.zeros((), dtype=dtype, device=device)
+    trees = [row.tree for row in batch.rows]
+    position_BQ = torch.from_numpy(pad([tree.positions for tree in trees])).to(device)
+    head_1P = torch.arange(head_ids_CP.shape[1], device=device)[None]
+    position_BK = torch.cat([head_1P.expand(len(trees), -1), position_BQ], dim=1)
+    sees_BQK = torch.from_numpy(_visible(batch, head_ids_CP.shape[1])).to(device)
     logits_BQV = model(
-        input_ids=torch.from_numpy(ids_BQ).to(device),
-        position_ids=torch.from_numpy(positions_BQ).to(device),
-        attention_mask=torch.where(torch.from_numpy(sees_BQK).to(device), seen, blocked)[:, None],
+        input_ids=torch.from_numpy(pad([tree.tokens for tree in trees])).to(device),
+        position_ids=position_BQ,
+        attention_mask=attention_mask(model, sees_BQK, position_BQ, position_BK),
         past_key_values=cache,
         use_cache=True,
     ).logits
     return _predicted(logits_BQV, batch)
 
 
-def _padded(rows: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
-    """Rows side by side, zeros on the right."""
-    table = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
-    for number, row in enumerate(rows):
-        table[number, : len(row)] = row
-    return table
-
-
-def _visible(batch: MicroBatch, head_width: int, row_width: int) -> NDArray[np.bool_]:
+def _visible(batch: MicroBatch, head_width: int) -> NDArray[np.bool_]:
     """[B, Q, head + Q] what each column sees: its context's head, then columns of its own row."""
+    row_width = max(row.tree.width for row in batch.rows)
     sees = np.zeros((len(batch.rows), row_width, head_width + row_width), dtype=bool)
     for number, row in enumerate(batch.rows):
+        width = row.tree.width
         sees[number, :, : len(row.context) - 1] = True
-        sees[number, : row.width, head_width : head_width + row.width] = row.mask()
+        sees[number, :width, head_width : head_width + width] = row.tree.sees()
     return sees
 
 

@@ -1,10 +1,10 @@
 """A reward replica: takes items from many callers and scores them on W ranks in lockstep."""
 
 import logging
-from collections import deque
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition, Thread
 from time import monotonic
 
@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from reward.config import RewardConfig
 from reward.lockstep import Lockstep, Peer, Rank
-from reward.packing import plan, read
+from reward.packing import gather_scores, lay_out
 from reward.request import BadItem, ScoreItem, check_item
-from reward.score_cache import ScoreMemory
-from reward.stats import Ledger, ReplicaStats
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +27,49 @@ class ScoreFailed(RuntimeError):
 
 class ScoreTimeout(TimeoutError):
     """No scores within the deadline; another replica may be faster."""
+
+
+@dataclass(slots=True, kw_only=True)
+class ReplicaStats:
+    """Counts since the replica's start, and its queue now."""
+
+    queued_requests: int = 0
+    queued_items: int = 0
+    queued_s: float = 0.0  # in the queue, summed over requests
+    answered_requests: int = 0
+    answered_items: int = 0
+    computed_items: int = 0  # the rest of the answered ones was cached or asked for twice
+    computed_tokens: int = 0  # of padded passes
+    expired_requests: int = 0  # spent their deadline in the queue
+    failed_requests: int = 0
+    waiting_s: float = 0.0  # without requests
+    computing_s: float = 0.0
+    tokens_per_s: float = 0.0  # while computing
+
+
+class _ScoreCache:
+    """Scores by content, at most `capacity`, the least recently used forgotten. One thread.
+
+    Exact: the model is frozen, so an item's scores never change.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._scores: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
+
+    def get(self, keys: Iterable[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """Scores of those keys that are known."""
+        known = {key: self._scores[key] for key in keys if key in self._scores}
+        for key in known:
+            self._scores.move_to_end(key)
+        return known
+
+    def put(self, scores: Mapping[bytes, NDArray[np.float32]]) -> None:
+        for key, values in scores.items():
+            values.flags.writeable = False
+            self._scores[key] = values
+        while len(self._scores) > self._capacity:
+            self._scores.popitem(last=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -82,8 +123,8 @@ class RewardReplica:
         self._config = config
         self._limits = rank.limits
         self._lockstep = Lockstep(rank, peers, deadline_s=config.deadline_s)
-        self._memory = ScoreMemory(config.cache_items)
-        self._ledger = Ledger()
+        self._cache = _ScoreCache(config.cache_items)
+        self._stats = ReplicaStats()  # of the worker thread; others read it as it stands
         self._queue: deque[_Request] = deque()
         self._changed = Condition()
         self._refusal: str | None = None  # why nothing is scored any more
@@ -124,7 +165,7 @@ class RewardReplica:
         """Counters since the start and the present queue."""
         with self._changed:
             waiting = [len(request.items) for request in self._queue]
-        return self._ledger.stats(queued_requests=len(waiting), queued_items=sum(waiting))
+        return replace(self._stats, queued_requests=len(waiting), queued_items=sum(waiting))
 
     def close(self, timeout_s: float) -> None:
         """Fail what is queued and end the worker; ScoreTimeout if a pass outlasts the wait."""
@@ -152,7 +193,8 @@ class RewardReplica:
                 self._fail(round_of_requests, refusal)
             finally:
                 self._pass_deadline = None
-                self._ledger.computing_s += monotonic() - start
+                self._stats.computing_s += monotonic() - start
+                self._stats.tokens_per_s = self._stats.computed_tokens / self._stats.computing_s
 
     def _next_round(self) -> list[_Request]:
         """The requests of the next passes; none once the replica refuses."""
@@ -162,7 +204,7 @@ class RewardReplica:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._refusal is not None)
                 chosen = self._take()
-        self._ledger.waiting_s += monotonic() - start
+        self._stats.waiting_s += monotonic() - start
         return chosen
 
     def _take(self) -> list[_Request]:
@@ -172,7 +214,7 @@ class RewardReplica:
         while self._queue and room > 0:
             request = self._queue.popleft()
             left_s = request.deadline - monotonic()
-            self._ledger.queued_s += self._config.deadline_s - left_s
+            self._stats.queued_s += self._config.deadline_s - left_s
             if left_s < 0:
                 self._expire(request)
                 continue
@@ -182,19 +224,21 @@ class RewardReplica:
         return chosen
 
     def _answer(self, requests: Sequence[_Request]) -> None:
-        """Score what the requests ask for and is not remembered, each distinct item once."""
+        """Score what the requests ask for and is not cached, each distinct item once."""
         wanted = {item.key: item for request in requests for item in request.items}
-        known = self._memory.recall(wanted)
+        known = self._cache.get(wanted)
         fresh = {key: item for key, item in wanted.items() if key not in known}
         if fresh:
             items = list(fresh.values())
-            layout = plan(items, self._config.token_budget, self._lockstep.num_ranks)
-            scores = read(items, layout, self._lockstep.forward(layout.batches))
+            layout = lay_out(items, self._config.token_budget, self._lockstep.num_ranks)
+            scores = gather_scores(items, layout, self._lockstep.forward(layout.batches))
             known.update(zip(fresh, scores, strict=True))
-            self._memory.remember(dict(zip(fresh, scores, strict=True)))
-            self._ledger.computed(items, layout)
+            self._cache.put(dict(zip(fresh, scores, strict=True)))
+            self._stats.computed_items += len(items)
+            self._stats.computed_tokens += sum(batch.num_tokens for batch in layout.batches)
         for request in requests:
-            self._ledger.answered(len(request.items))
+            self._stats.answered_requests += 1
+            self._stats.answered_items += len(request.items)
             self._settle(request, [known[item.key] for item in request.items])
 
     def _settle(self, request: _Request, scores: Scores) -> None:
@@ -210,7 +254,7 @@ class RewardReplica:
         request.scores.set_result(scores)
 
     def _expire(self, request: _Request) -> None:
-        self._ledger.expired_requests += 1
+        self._stats.expired_requests += 1
         request.scores.set_exception(
             ScoreTimeout(
                 f"reward replica {self._name}: {len(request.items)} items spent the deadline of "
@@ -229,5 +273,5 @@ class RewardReplica:
 
     def _fail(self, requests: Sequence[_Request], reason: str) -> None:
         for request in requests:
-            self._ledger.failed_requests += 1
+            self._stats.failed_requests += 1
             request.scores.set_exception(ScoreFailed(reason))

@@ -16,10 +16,10 @@ from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
 from lm.model import LanguageModel
-from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 from tasks.posterior.weights import Completed
+from tests.naive_rewards import naive_log_rewards
 
 STOP, TRIGGER, OUTSIDE = 0, 3, 5
 LEGAL = (1, 2, TRIGGER, 4)

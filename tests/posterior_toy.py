@@ -15,9 +15,9 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits
-from reward.naive import naive_log_rewards
 from tasks.posterior.ceiling import PriorCeiling
 from tasks.posterior.enumeration import PrefixTree
+from tests.naive_rewards import naive_log_rewards
 from tests.sampling_toy import enumerable_policy
 
 STOP, CALL, VOCAB_SIZE = 0, 3, 6

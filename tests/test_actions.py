@@ -21,7 +21,7 @@ def test_a_stop_may_be_tied_to_the_end_of_a_tools_text_or_to_max_len() -> None:
     )
     assert actions.stop_positions([False, False, True, True, False, True]).tolist() == [4, 6]
     assert actions.stop_positions([False, True, *[False] * 5]).tolist() == [2, 7]
-    with pytest.raises(IllegalCompletion, match="not right behind a tool's text"):
+    with pytest.raises(IllegalCompletion, match="not right after a tool's text"):
         actions.check([2, 3, 4], [False, True, False])
 
 

@@ -31,8 +31,8 @@ from learner.engine import TorchEngine
 from learner.learner import Learner
 from lm.model import load_base
 from lm.sampling import Completion, Request
+from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
-from reward.unsharded import WholeRank
 from tests.damaged_run import DAMAGED
 
 STEPS = 6
@@ -138,7 +138,7 @@ class Cast:
 
         def actor(index: int) -> RolloutActor:
             # One each: a replica remembers scores, and what it scored together rounds together.
-            whole = WholeRank(load_base(config.lm).model)
+            whole = UnshardedRank(load_base(config.lm).model)
             scorer = RewardReplica(whole, [], config.reward, name=f"reward-{index}")
             self._replicas.append(scorer)
             return roles.build_actor(

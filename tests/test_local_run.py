@@ -20,8 +20,8 @@ from cluster.run.local import LocalRun
 from cluster.run.session import BufferAddress
 from lm.model import load_base
 from lm.scoring import completion_log_probs
-from reward.naive import naive_log_rewards
 from reward.request import ScoreItem
+from tests.naive_rewards import naive_log_rewards
 
 Finished = tuple[LocalRun, Path, RunConfig, ReplayBuffer]
 

@@ -7,12 +7,12 @@ from subprocess import run
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from reward.naive import naive_log_rewards
 from reward.packed import (
     edge_log_probs,
     score_limits,
@@ -20,8 +20,9 @@ from reward.packed import (
     stopping,
     suffix_log_rewards,
 )
-from reward.packing import plan
+from reward.packing import lay_out
 from reward.request import BadItem, ScoreItem
+from tests.naive_rewards import naive_log_rewards
 from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 NATS = 1e-4
@@ -90,7 +91,7 @@ def test_packed_equals_naive_on_every_architecture(
 @pytest.mark.parametrize("token_budget", [1, 40, 300, 100_000])
 def test_the_token_budget_changes_no_score(tiny_lm: LM, token_budget: int) -> None:
     model, items = tiny_lm("llama"), mixed_items(seed=2)
-    layout = plan(items, token_budget)
+    layout = lay_out(items, token_budget)
     for batch in layout.batches:
         assert batch.num_tokens <= token_budget or len(batch.rows) == 1
     assert_same(suffix_log_rewards(model, items, token_budget), naive_log_rewards(model, items))
@@ -141,44 +142,42 @@ def test_what_rationales_share_is_computed_once() -> None:
     prompt, answer = [1, 2, 3], [4, 5, 6]
     stem = item(prompt, [7, 8, 9], answer)
     longer = item(prompt, [7, 8, 9, 10], answer)
-    [row] = plan([longer, stem, stem], 1000).batches[0].rows
+    [row] = lay_out([longer, stem, stem], 1000).batches[0].rows
     tokens = 1 + 4
     copies = 5 * (len(answer) - 1)
-    assert row.width == tokens + copies
+    assert row.tree.width == tokens + copies
     assert row.num_edges == 4 + 5 * len(answer)
 
 
 def test_every_column_sees_exactly_its_own_prefix() -> None:
     branches = [item([1, 2], z, [4, 5, 6]) for z in ([7, 8], [7, 8, 9], [7, 3])]
-    [row] = plan(branches, 1000).batches[0].rows
-    sees = row.mask()
-    tokens, positions = np.concatenate(row.tokens), np.concatenate(row.positions)
+    [row] = lay_out(branches, 1000).batches[0].rows
+    sees = row.tree.sees()
+    tokens, positions = np.array(row.tree.tokens), np.array(row.tree.positions)
     allowed = {
         (*z[:t], *y) for z in ([7, 8, 9], [7, 3]) for t in range(4) for y in ([], [4], [4, 5])
     }
     texts = set()
-    for column in range(row.width):
+    for column in range(row.tree.width):
         seen = np.flatnonzero(sees[column])
         assert list(positions[seen]) == list(range(1, 1 + len(seen)))
         assert seen[-1] == column
         texts.add(tuple(tokens[seen].tolist()[1:]))
     assert texts == allowed
-    assert len(texts) == row.width
+    assert len(texts) == row.tree.width
 
 
 def test_changing_one_copy_of_the_answer_changes_no_other(tiny_lm: LM) -> None:
     model = tiny_lm("gpt2")
     one = item([1, 2, 3], [7, 8, 9], [4, 5, 6])
-    layout = plan([one], 1000)
+    layout = lay_out([one], 1000)
     before = edge_log_probs(model, layout.batches[0])
     [row] = layout.batches[0].rows
-    copies = row.branches[0].copies
-    column = copies[1, 0]
-    flat = np.concatenate(row.tokens)
-    flat[column] = 11
-    row.tokens = [flat]
+    _, column, *rest = row.sources[2]  # of the second copy: what it follows, and its own columns
+    copy = [column, *rest]
+    row.tree.tokens[column] = 11
     changed = edge_log_probs(model, layout.batches[0]) != before
-    own = [edge for edge, source in enumerate(np.concatenate(row.sources)) if source in copies[1]]
+    own = [edge for edge, source in enumerate(np.concatenate(row.sources)) if source in copy]
     assert np.flatnonzero(changed).tolist() == own
 
 
@@ -204,11 +203,28 @@ def test_an_item_that_cannot_be_scored_is_refused(
         suffix_log_rewards(tiny_lm("gpt2"), [good, replace(good, **broken)], 100)
 
 
-def test_a_sliding_window_bounds_what_can_be_scored(tiny_lm: LM) -> None:
-    model = tiny_lm("qwen2")
-    assert score_limits(model).max_length == 256
-    model.config.sliding_window = 32
-    assert score_limits(model).max_length == 32
+@pytest.mark.parametrize("windows", [(8, 0), (8, 2), (8, 1)], ids=["all", "none", "some"])
+def test_texts_longer_than_a_layers_window_are_scored_within_it(windows: tuple[int, int]) -> None:
+    window, first = windows
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        use_sliding_window=True,
+        sliding_window=window,
+        max_window_layers=first,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    assert score_limits(model).max_length == 64
+    items = mixed_items(seed=5)
+    assert max(one.length for one in items) > 2 * window
+    assert_same(suffix_log_rewards(model, items, 300), naive_log_rewards(model, items))
 
 
 def test_no_items_have_no_scores(tiny_lm: LM) -> None:
@@ -217,7 +233,7 @@ def test_no_items_have_no_scores(tiny_lm: LM) -> None:
 
 def test_the_packed_scorer_imports_neither_deepspeed_nor_ray_nor_redis() -> None:
     code = (
-        "import sys, reward.packed, reward.replica, reward.unsharded;"
+        "import sys, reward.packed, reward.replica, reward.lockstep;"
         "sys.exit(bool({'deepspeed', 'ray', 'redis'} & sys.modules.keys()))"
     )
     assert run([sys.executable, "-c", code], timeout=100, check=False).returncode == 0

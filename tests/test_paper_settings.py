@@ -15,9 +15,9 @@ from cluster.run.preflight import PromptTooLong, check_before_start
 from lm.config import LMConfig
 from lm.hub import ModelNotFound
 from lm.model import load_base
-from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from tasks.registry import build_task
+from tests.naive_rewards import naive_log_rewards
 from tests.paper_models import END_OF_TEXT, POSITIONS, save_model
 
 # Task -> the architecture of the paper's model.

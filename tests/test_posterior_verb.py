@@ -19,7 +19,7 @@ from cluster.run.directory import RunDirectory
 from lm.adapter import load_adapter, save_adapter
 from lm.model import CausalLM, attach_adapter, load_base
 from lm.scoring import completion_log_probs
-from reward.naive import naive_log_rewards
+from tests.naive_rewards import naive_log_rewards
 
 TOY = "tasks/toy.toml"
 SMALL = ("task.max_len=3", "posterior.prompts=2", "posterior.samples=400", "posterior.draws=400")

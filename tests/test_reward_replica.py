@@ -13,12 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from lm.process_group import RankLost
-from reward.lockstep import Edges, deal
+from reward.lockstep import Edges, UnshardedRank, deal
 from reward.packed import suffix_log_rewards
-from reward.packing import MicroBatch, plan
+from reward.packing import MicroBatch, lay_out
 from reward.replica import RewardReplica, ScoreFailed, ScoreTimeout
 from reward.request import BadItem, ScoreItem
-from reward.unsharded import WholeRank
 from tests.reward_toy import CONFIG, assert_same, make_items, make_model, replace_config
 from tests.tiny_lm import VOCAB_SIZE
 
@@ -27,11 +26,11 @@ class GatedRank:
     """A rank that waits at a gate in every forward, counts its passes, and may fail."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.limits = WholeRank(model).limits
+        self.limits = UnshardedRank(model).limits
         self.entered, self.gate = Event(), Event()
         self.error: Exception | None = None
         self.num_forwards = 0
-        self._rank = WholeRank(model)
+        self._rank = UnshardedRank(model)
 
     def forward(self, share: Sequence[MicroBatch]) -> Edges:
         self.num_forwards += 1
@@ -44,7 +43,7 @@ class GatedRank:
 
 def test_many_callers_each_get_their_own_scores() -> None:
     model = make_model("gpt2")
-    replica = RewardReplica(WholeRank(model), [], CONFIG, name="r0")
+    replica = RewardReplica(UnshardedRank(model), [], CONFIG, name="r0")
     requests = [make_items(3, seed) for seed in range(12)]
     with ThreadPoolExecutor(6) as callers:
         answers = list(callers.map(replica.score, requests))
@@ -75,7 +74,7 @@ def test_requests_that_wait_are_merged_into_one_round() -> None:
 
 
 def test_an_item_is_computed_once_however_often_it_is_asked_for() -> None:
-    replica = RewardReplica(WholeRank(make_model("gpt2")), [], CONFIG, name="r0")
+    replica = RewardReplica(UnshardedRank(make_model("gpt2")), [], CONFIG, name="r0")
     [one] = make_items(1)
     first = replica.score([one, one])
     again = replica.score([one])
@@ -86,7 +85,7 @@ def test_an_item_is_computed_once_however_often_it_is_asked_for() -> None:
 
 def test_the_memory_forgets_what_was_not_used_longest() -> None:
     config = replace_config(cache_items=2)
-    replica = RewardReplica(WholeRank(make_model("gpt2")), [], config, name="r0")
+    replica = RewardReplica(UnshardedRank(make_model("gpt2")), [], config, name="r0")
     a, b, c = make_items(3)
     for one in (a, b, a, c, a, b):  # c drives out b, and b is then computed again
         replica.score([one])
@@ -95,7 +94,7 @@ def test_the_memory_forgets_what_was_not_used_longest() -> None:
 
 
 def test_a_bad_item_fails_its_own_request_only() -> None:
-    replica = RewardReplica(WholeRank(make_model("gpt2")), [], CONFIG, name="r0")
+    replica = RewardReplica(UnshardedRank(make_model("gpt2")), [], CONFIG, name="r0")
     good, bad = make_items(2)
     bad = replace(bad, answer=np.array([VOCAB_SIZE], dtype=np.int32))
     with pytest.raises(BadItem, match=r"item 1 of 2: answer\[0\] is token 31, outside"):
@@ -176,7 +175,7 @@ def test_closing_fails_what_is_queued() -> None:
 
 
 def test_shares_have_equal_length_and_lose_nothing() -> None:
-    batches = plan(make_items(9), 60).batches
+    batches = lay_out(make_items(9), 60).batches
     for num_ranks in (1, 2, 3, 4):
         shares = deal(batches, num_ranks)
         assert len({len(share) for share in shares}) == 1
@@ -188,8 +187,8 @@ def test_shares_have_equal_length_and_lose_nothing() -> None:
 def test_errors_and_shares_travel() -> None:
     for error in (ScoreFailed("x"), ScoreTimeout("x"), BadItem("x"), RankLost("x")):
         assert repr(pickle.loads(pickle.dumps(error))) == repr(error)
-    batch = plan(make_items(3), 1000).batches[0]
+    batch = lay_out(make_items(3), 1000).batches[0]
     model = make_model("gpt2")
-    [sent] = WholeRank(model).forward([batch])
-    [received] = WholeRank(model).forward([pickle.loads(pickle.dumps(batch))])
+    [sent] = UnshardedRank(model).forward([batch])
+    [received] = UnshardedRank(model).forward([pickle.loads(pickle.dumps(batch))])
     np.testing.assert_array_equal(sent, received)

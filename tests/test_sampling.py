@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lm.action_distribution import Chooser, PolicyDiverged
+from lm.action_distribution import ActionDistribution, PolicyDiverged
 from lm.actions import ActionSpace
 from lm.sampling import Request, Sampler
 from tests.sampling_toy import CALL, MUTE, STOP, Echo, draw, mixed_requests, worst_disagreement
@@ -221,7 +221,7 @@ def test_an_action_of_probability_zero_is_not_drawn_by_vanishing_noise(
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda noise, generator: noise.zero_())
     actions = ActionSpace(stop_token=0, legal_tokens=None, min_len=1, max_len=2)
-    chooser = Chooser(actions, 4, torch.device("cpu"))
+    chooser = ActionDistribution(actions, 4, torch.device("cpu"))
     choice = chooser.choose(torch.zeros(1, 4), [False], [1.0], [1.0], torch.Generator())
     assert choice.token[0] != actions.stop_token
 

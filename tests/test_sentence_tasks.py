@@ -18,7 +18,6 @@ from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.reports.score_table import rows
 from cluster.run.evaluation import evaluate, evaluation_context
 from lm.model import load_base
-from reward.naive import naive_log_rewards
 from reward.packed import suffix_log_rewards
 from seed_lm.corpus import Share, documents
 from seed_lm.prose_files import write_files
@@ -35,6 +34,7 @@ from tasks.sentences.metrics import bleu4, diversity, gleu4, self_bleu4, word_di
 from tasks.sentences.prompt_files import load_prompts
 from tasks.sentences.story_files import KEYS, load_stories
 from tasks.task import Task
+from tests.naive_rewards import naive_log_rewards
 from tests.sentence_toy import sentence_config
 
 PROSE = (Share(Stories(), 1.0), Share(Exercises(), 0.2), Share(Scenes(), 1.0))

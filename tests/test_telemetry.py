@@ -20,7 +20,7 @@ from cluster.config.project import PROJECT_ROOT
 from cluster.distributed.clients import RemoteRegistry, RemoteScorer
 from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.telemetry import INSTRUMENTS, Source, Telemetry
-from reward.stats import ReplicaStats
+from reward.replica import ReplicaStats
 from tests.scoring_toy import Answering, Failing
 
 ALL = [each for group in INSTRUMENTS.values() for each in group]

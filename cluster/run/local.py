@@ -21,8 +21,8 @@ from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
 from learner.engine import TorchEngine
 from lm.model import load_base
+from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
-from reward.unsharded import WholeRank
 from tasks.evaluation.evaluation import Evaluation
 
 
@@ -85,7 +85,7 @@ class LocalRun:
         self._actor: RolloutActor | None = None
         if config.rollout_actors:
             self._replica = RewardReplica(
-                WholeRank(load_base(config.lm).model), [], config.reward, name="reward-0"
+                UnshardedRank(load_base(config.lm).model), [], config.reward, name="reward-0"
             )
             self._actor = assembly.build_actor(
                 config,

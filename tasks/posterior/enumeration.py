@@ -196,7 +196,7 @@ class PrefixTree:
         return _Node(tokens, (*node.from_tool, False), tuple(said))
 
     def _ended(self, node: _Node) -> bool:
-        return not node.pending and len(node.tokens) >= self._actions.max_len
+        return not node.pending and self._actions.must_stop(len(node.tokens))
 
     def _grow(self, number_N: NDArray[np.intp], visited: _Frontier) -> None:
         """Put the children of visited nodes into the frontier; reach where they may stop."""

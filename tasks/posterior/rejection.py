@@ -153,7 +153,7 @@ class Reading:
         if self._pending:
             self._from_tool.append(True)
             return token == self._pending.pop(0)
-        if len(self._from_tool) >= self._actions.max_len or token == self._actions.stop_token:
+        if self._actions.must_stop(len(self._from_tool)) or token == self._actions.stop_token:
             return False
         if self._legal is not None and token not in self._legal:
             return False
@@ -164,11 +164,9 @@ class Reading:
 
     def _note_end(self) -> None:
         """Z may end here if the policy may stop here."""
-        length, actions = len(self.tokens), self._actions
-        if not self._grows or self._pending or length < actions.min_len:
-            return
-        behind_tool = bool(self._from_tool) and self._from_tool[-1]
-        if behind_tool or not actions.stop_after_tool or length >= actions.max_len:
+        length = len(self.tokens)
+        after_tool = bool(self._from_tool) and self._from_tool[-1]
+        if self._grows and not self._pending and self._actions.may_stop(length, after_tool):
             self._ends.append(length)
 
 
