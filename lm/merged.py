@@ -5,6 +5,7 @@ An unmerged adapter adds some ten small operations to every linear layer of ever
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ class MergedModel:
 
     def __init__(self, language_model: LanguageModel) -> None:
         self.model: PreTrainedModel = language_model.model
+        self._layers = {name: m for name, m in self.model.named_modules() if hasattr(m, "weight")}
+        self._uses = Counter(id(module.weight) for module in self._layers.values())
         self._pristine: dict[str, Tensor] = {}  # layer -> W0, of every layer ever targeted
 
     def load(self, data: bytes) -> None:
@@ -38,9 +41,9 @@ class MergedModel:
         with torch.no_grad():
             for layer in deltas.keys() - self._pristine.keys():
                 self._untie(layer)
-                self._pristine[layer] = self._weight(layer).detach().clone()
+                self._pristine[layer] = self._layers[layer].weight.detach().clone()
             for layer, pristine in self._pristine.items():
-                weight = self._weight(layer)
+                weight = self._layers[layer].weight
                 if layer in deltas:
                     merged = pristine.float() + deltas[layer].to(weight.device)
                     weight.copy_(merged)
@@ -51,27 +54,22 @@ class MergedModel:
         """Take the adapter off: the weights are those of the base again, bit for bit."""
         with torch.no_grad():
             for layer, pristine in self._pristine.items():
-                self._weight(layer).copy_(pristine)
+                self._layers[layer].weight.copy_(pristine)
 
     def _untie(self, layer: str) -> None:
         """Give a layer that shares its weight a copy of its own.
 
         An adapter on an output head that is tied to the embedding changes the head alone.
         """
-        module, weight = self.model.get_submodule(layer), self._weight(layer)
-        if any(
-            other is not module and getattr(other, "weight", None) is weight
-            for other in self.model.modules()
-        ):
-            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        module = self._layers[layer]
+        if self._uses[id(module.weight)] > 1:
+            self._uses[id(module.weight)] -= 1
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+            self._uses[id(module.weight)] = 1
             self.model.config.tie_word_embeddings = False  # else a saved model would load tied
-
-    def _weight(self, layer: str) -> nn.Parameter:
-        return self.model.get_submodule(layer).weight
 
     def _deltas(self, adapter: AdapterWeights) -> dict[str, Tensor]:
         """Layer -> (alpha / rank) B A, in the layout of that layer's weight, float32."""
-        layers = {name: m for name, m in self.model.named_modules() if hasattr(m, "weight")}
         prefix, suffix = "base_model.model.", ".lora_A.weight"
         deltas = {}
         for name, down in adapter.tensors.items():
@@ -79,15 +77,15 @@ class MergedModel:
                 continue
             layer = name.removeprefix(prefix).removesuffix(suffix)
             up = adapter.tensors.get(name.replace("lora_A", "lora_B"))
-            if layer not in layers or up is None:
+            if layer not in self._layers or up is None:
                 raise AdapterMismatch(f"adapter targets {layer}, which this base model has not")
             delta = (adapter.alpha / adapter.rank) * (up @ down)
-            if isinstance(layers[layer], Conv1D):  # stores [in, out]
+            if isinstance(self._layers[layer], Conv1D):  # stores [in, out]
                 delta = delta.T
-            if delta.shape != layers[layer].weight.shape:
+            if delta.shape != self._layers[layer].weight.shape:
                 raise AdapterMismatch(
                     f"adapter changes {layer} by a matrix {tuple(delta.shape)}, "
-                    f"its weight is {tuple(layers[layer].weight.shape)}"
+                    f"its weight is {tuple(self._layers[layer].weight.shape)}"
                 )
             deltas[layer] = delta
         return deltas

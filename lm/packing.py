@@ -28,7 +28,7 @@ class TokenTree:
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self._first_position = first_position
-        self._chains: list[tuple[int, int]] = []  # first column, and the column it stands behind
+        self._branches: list[tuple[int, Indices, int]] = []  # first column, parents, tokens of each
         self._newest: NDArray[Any] = np.zeros(0, dtype=np.int64)
         self._path: Indices = np.zeros(0, dtype=np.int64)  # columns of the newest text
 
@@ -49,30 +49,31 @@ class TokenTree:
     def add(self, text: Sequence[int] | NDArray[Any]) -> Indices:
         """Columns [N] of a text's tokens, of which `shared_length` are there already."""
         shared = self.shared_length(text)
-        parent = int(self._path[shared - 1]) if shared else -1
+        parent = self._path[shared - 1] if shared else -1
         self._newest = np.asarray(text)
-        added = self.branch(parent, self._newest[shared:])
-        self._path = np.concatenate([self._path[:shared], added])
+        added = self.branch(np.array([parent]), self._newest[shared:])
+        self._path = np.concatenate([self._path[:shared], added[0]])
         return self._path
 
-    def branch(self, parent: int, tokens: Sequence[int] | NDArray[Any]) -> Indices:
-        """Append tokens that follow one another behind column `parent` (-1: nothing)."""
+    def branch(self, parent_K: Indices, tokens: Sequence[int] | NDArray[Any]) -> Indices:
+        """Append N tokens after each of K columns (-1: after nothing); their columns [K, N]."""
         start, count = self.width, len(tokens)
-        first = self.positions[parent] + 1 if parent >= 0 else self._first_position
-        self.tokens.extend(np.asarray(tokens).tolist())
-        self.positions.extend(range(first, first + count))
-        if count:
-            self._chains.append((start, parent))
-        return np.arange(start, start + count)
+        self.tokens.extend(np.asarray(tokens).tolist() * len(parent_K))
+        for parent in parent_K.tolist():
+            first = self.positions[parent] + 1 if parent >= 0 else self._first_position
+            self.positions.extend(range(first, first + count))
+        if self.width > start:
+            self._branches.append((start, parent_K, count))
+        return np.arange(start, self.width).reshape(len(parent_K), count)
 
     def sees(self) -> NDArray[np.bool_]:
         """[W, W] whether a column (first index) sees another (second)."""
         sees_WW = np.zeros((self.width, self.width), dtype=np.bool_)
-        ends = [start for start, _ in self._chains[1:]] + [self.width]
-        for (start, parent), end in zip(self._chains, ends, strict=True):
-            if parent >= 0:
-                sees_WW[start:end] = sees_WW[parent]
-            sees_WW[start:end, start:end] = np.tri(end - start, dtype=np.bool_)
+        for start, parent_K, count in self._branches:
+            columns_KN = start + np.arange(len(parent_K) * count).reshape(-1, count)
+            if parent_K[0] >= 0:
+                sees_WW[columns_KN] = sees_WW[parent_K, None]
+            sees_WW[columns_KN[:, :, None], columns_KN[:, None]] = np.tri(count, dtype=np.bool_)
         return sees_WW
 
 

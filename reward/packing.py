@@ -53,10 +53,11 @@ class ScoredRow:
         tail = item.completion[shared:]
         self._copy_of_state = np.append(self._copy_of_state[: shared + 1], np.full(len(tail), -1))
         self._edges = np.append(self._edges[:shared], self._predict(path[shared:-1], tail))
-        for stop in item.stops[self._copy_of_state[item.stops] < 0]:
-            copy = self.tree.branch(int(path[stop]), self._answer[:-1])
-            edges = self._predict(np.append(path[stop], copy), self._answer)
-            self._copy_of_state[stop] = edges[0]
+        new_K = item.stops[self._copy_of_state[item.stops] < 0]
+        copy_KN = self.tree.branch(path[new_K], self._answer[:-1])
+        source_KA = np.concatenate([path[new_K, None], copy_KN], axis=1)
+        edges = self._predict(source_KA.ravel(), np.tile(self._answer, len(new_K)))
+        self._copy_of_state[new_K] = edges[:: len(self._answer)]
         return self._edges, self._copy_of_state[item.stops]
 
     def _predict(self, sources: Indices, targets: Tokens) -> Indices:

@@ -173,8 +173,8 @@ def test_changing_one_copy_of_the_answer_changes_no_other(tiny_lm: LM) -> None:
     layout = lay_out([one], 1000)
     before = edge_log_probs(model, layout.batches[0])
     [row] = layout.batches[0].rows
-    _, column, *rest = row.sources[2]  # of the second copy: what it follows, and its own columns
-    copy = [column, *rest]
+    copy = row.sources[1].reshape(-1, 3)[1, 1:]  # columns of the second one
+    column = int(copy[0])
     row.tree.tokens[column] = 11
     changed = edge_log_probs(model, layout.batches[0]) != before
     own = [edge for edge, source in enumerate(np.concatenate(row.sources)) if source in copy]
