@@ -221,6 +221,24 @@ def test_a_trajectory_is_opened_by_keyboard_and_shows_its_group(page: Page) -> N
     expect(page.locator("#curves figure")).to_have_count(3)
 
 
+def test_keys_lead_through_the_table(page: Page) -> None:
+    links = page.locator("tbody td:first-child a")
+    for key, row in (("j", 0), ("j", 1), ("j", 2), ("k", 1)):
+        page.keyboard.press(key)
+        expect(links.nth(row)).to_be_focused()
+    page.keyboard.press("n")
+    expect(page.locator(".pages")).to_contain_text("page 2 of 7")
+    page.keyboard.press("p")
+    expect(page.locator(".pages")).to_contain_text("page 1 of 7")
+    page.keyboard.press("/")
+    expect(page.get_by_label("search")).to_be_focused()
+    page.keyboard.type("j/n")
+    expect(page.get_by_label("search")).to_have_value("j/n")
+    page.keyboard.press("Escape")
+    page.keyboard.press("j")
+    expect(links.first).to_be_focused()
+
+
 def test_what_a_model_writes_is_shown_and_not_obeyed(page: Page) -> None:
     page.get_by_label("task").select_option("hostile")
     page.get_by_role("button", name="Apply").click()
@@ -281,8 +299,9 @@ def test_the_dashboard_lists_the_inspector_in_its_serve_tab(
 
 def test_nothing_sticks_out_of_the_window(page: Page, inspected: Inspected, tmp_path: Path) -> None:
     # The pictures are kept for whoever wants to look.
-    for place, name in (("/", "table"), (f"/trajectory/{sums(300)[30].id}", "trajectory")):
-        for width in (1360, 700):
+    detail = f"/trajectory/{sums(300)[30].id}"
+    for place, name in (("/", "table"), (detail, "trajectory"), ("/curves", "curves")):
+        for width in (1360, 700, 360):
             page.set_viewport_size({"width": width, "height": 900})
             page.goto(inspected.base + place)
             assert page.evaluate("document.documentElement.scrollWidth") <= width

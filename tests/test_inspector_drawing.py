@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.inspector.charts import Chart, Series, number, ticks
+from cluster.inspector.charts import Chart, Series, number, outermost, ticks
 from cluster.inspector.curves import MetricsTail, draw_curves, thin
 from cluster.inspector.rows import Piece, split_pieces, split_text, tool_spans
 from tests.inspector_toy import HOSTILE, TOKENIZER, encode
@@ -157,3 +157,15 @@ def test_thinning_keeps_the_mean_and_the_ends_in_sight() -> None:
     assert found[0][0] < 10 and found[-1][0] > 3990
     assert sum(y for _, y in found) / 400 == pytest.approx(sum(y for _, y in points) / 4000)
     assert list(thin(points[:3])) == points[:3]
+
+
+@given(heights=st.lists(st.floats(-10, 10), max_size=300), at_most=st.integers(2, 50))
+def test_long_series_keep_their_lowest_and_highest_points(
+    heights: list[float], at_most: int
+) -> None:
+    points = [(float(x), y) for x, y in enumerate(heights)]
+    found = list(outermost(points, at_most=at_most))
+    assert len(found) <= at_most and found == sorted(found) and set(found) <= set(points)
+    assert len(points) > at_most or found == points
+    for end in (min, max):
+        assert end(y for _, y in [*found, (0, 0)]) == end(y for _, y in [*points, (0, 0)])

@@ -4,9 +4,10 @@ Scaling and ticks are matplotlib's; the marks are written here, since its SVG ha
 page's policy forbids and takes too long for a page that refreshes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from operator import itemgetter
 from typing import Literal
 from xml.etree.ElementTree import Element, SubElement, tostring
 
@@ -157,3 +158,17 @@ def number(value: float) -> str:
     if abs(value) >= 10_000 or abs(value) < 1e-3:
         return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.4g}"
+
+
+def outermost(
+    points: Sequence[tuple[float, float]], *, at_most: int
+) -> Iterator[tuple[float, float]]:
+    """All points, or of equally many neighbours the lowest and the highest."""
+    if len(points) <= at_most:
+        yield from points
+        return
+    size = -(-2 * len(points) // at_most)
+    for start in range(0, len(points), size):
+        group = points[start : start + size]
+        ends = {min(group, key=itemgetter(1)), max(group, key=itemgetter(1))}
+        yield from sorted(ends)

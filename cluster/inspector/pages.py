@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from cluster.inspector.charts import Chart, Series, number
+from cluster.inspector.charts import Chart, Mark, Series, number, outermost
 from cluster.inspector.detail import Detail
 from cluster.inspector.queries import Query
 from cluster.reports.html_page import page_environment
@@ -17,6 +17,7 @@ from cluster.run.directory import RunState
 from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
 
 REFRESH_S = 5
+MOST_STEPS = 200  # stop states in a chart
 _SHOWN = 400  # characters of a rationale, where it stands among others
 _COLUMNS = (  # heading, order, its explanation
     ("rationale", None, "What the policy wrote; a tool's text is marked."),
@@ -41,7 +42,7 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-_STYLE, _SCRIPT = _asset("style.css"), _asset("refresh.js")
+_STYLE, _SCRIPT = _asset("style.css"), _asset("page.js")
 # Nothing but this very style and this very script, and nothing from anywhere else.
 POLICY = (
     f"default-src 'none'; style-src {_hash(_STYLE)}; script-src {_hash(_SCRIPT)}; "
@@ -68,6 +69,7 @@ class Pages:
             script=_SCRIPT,
             refresh=REFRESH_S,
             shown=_SHOWN,
+            most_steps=MOST_STEPS,
             columns=_COLUMNS,
             query_of=Query,
         )
@@ -105,17 +107,14 @@ def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
     """The four quantities of a trajectory's prefixes, by their caption."""
     steps = [prefix for prefix, _ in detail.steps]
     residuals = [(p.length, p.residual) for p in steps if p.residual is not None]
-    drawn: dict[str, tuple[Series, float | None]] = {
-        "log R, nats": (_dots([(p.length, p.log_reward) for p in steps]), None),
-        "log q(stop), nats": (_dots([(p.length, p.log_q_stop) for p in steps]), None),
+    drawn = {
+        "log R, nats": (_series([(p.length, p.log_reward) for p in steps]), None),
+        "log q(stop), nats": (_series([(p.length, p.log_q_stop) for p in steps]), None),
         "potential φ, nats; dashed: −log Z": (
-            _dots([(p.length, p.potential) for p in steps]),
+            _series([(p.length, p.potential) for p in steps]),
             -detail.log_z,
         ),
-        "SubTB residual, nats": (
-            Series(residuals, "bars", [f"after {t} tokens: {number(r)}" for t, r in residuals]),
-            None,
-        ),
+        "SubTB residual, nats": (_series(residuals, "bars"), None),
     }
     return {
         caption: Chart(
@@ -130,8 +129,9 @@ def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
     }
 
 
-def _dots(points: Sequence[tuple[int, float]]) -> Series:
-    return Series(points, "dots", [f"after {t} tokens: {number(y)}" for t, y in points])
+def _series(points: Sequence[tuple[int, float]], kind: Mark = "dots") -> Series:
+    shown = list(outermost(points, at_most=MOST_STEPS))
+    return Series(shown, kind, [f"after {t} tokens: {number(y)}" for t, y in shown])
 
 
 def nats(value: float | None) -> str:
