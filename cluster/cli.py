@@ -180,6 +180,11 @@ def _throughput(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="waits stand for model compute (throughput.simulation); all else is real",
     )
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where the picture goes (default: throughput-TASK.png in the folder of runs)",
+    )
 
 
 def _status(parser: argparse.ArgumentParser) -> None:

@@ -108,7 +108,11 @@ class LearnerConfig(BaseModel):
 
     publish_every_steps: int = Field(default=1, gt=0, description="Steps between two adapters.")
     checkpoint_every_steps: int = Field(default=100, gt=0, description="Steps between checkpoints.")
-    checkpoint_every_s: float = Field(default=600.0, gt=0, description="Seconds between them.")
+    checkpoint_every_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds between them, and so the most work that a replaced learner repeats.",
+    )
     checkpoints_kept: int = Field(default=2, gt=0, description="Older ones are removed.")
 
     ranks: int = Field(default=1, gt=0, description="Processes that share one step.")

@@ -68,7 +68,7 @@ class EndlessSession:
     def open(self) -> None:
         """Nothing is needed."""
 
-    def start(self, report: object) -> Any:
+    def start(self, report: object, stop: object) -> Any:
         return TrainedRun()
 
     def evaluate(self, adapter: Path | None, report: object) -> Endless:
@@ -121,3 +121,44 @@ def test_scores_of_another_version_are_told_and_count_for_nothing(tmp_path: Path
     assert len(told) == 1 and str(directory.scores_file) in told[0] and "measured again" in told[0]
     directory.scores_file.write_text(Scores(before=BASE).model_dump_json())
     assert read_scores(directory, told.append) == Scores(before=BASE) and len(told) == 1
+
+
+def test_a_run_that_its_time_limit_ended_says_so(tmp_path: Path) -> None:
+    class Unfinished(TrainedRun):
+        finished = False
+
+        def tick(self) -> None:
+            """Nothing."""
+
+        def counts(self) -> dict[str, dict[str, int]]:
+            return {"desired": {"actors": 1}, "actual": {"actors": 1}}
+
+    class Measured:
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> Any:
+            return BASE
+
+    class Session(EndlessSession):
+        def start(self, report: object, stop: object) -> Any:
+            return Unfinished()
+
+        def evaluate(self, adapter: Path | None, report: object) -> Any:
+            return Measured()
+
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    terminal: Any = SimpleNamespace(event=print, show=lambda state: None)
+    config = load_config("tasks/toy.toml", ["cluster.time_limit_s=0.01", "learner.steps=40"])
+    Driver(
+        config,
+        directory,
+        Session(),
+        terminal,
+        buffer_revived=lambda: "",
+        buffer_stats=lambda: NOTHING,
+    ).drive()
+    state = directory.state()
+    assert state is not None and (state.phase, state.ended) == ("out of time", True)
+    assert state.message == "cluster.time_limit_s = 0.01 was over at step 3 of 40: --resume goes on"

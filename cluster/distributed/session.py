@@ -85,7 +85,9 @@ class RaySession:
         except SourceMixture as error:
             raise StartFailed(f"could not start the {name}: {error_line(error)}") from None
 
-    def start(self, report: Callable[[str], None]) -> Supervisor:
+    def start(
+        self, report: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+    ) -> Supervisor:
         """Launch every worker group."""
         return Supervisor(self._config, self._launcher, self._context, report)
 

@@ -12,6 +12,7 @@ from cluster.config.file import load_config
 from cluster.experiments.throughput_experiment import Experiment
 from cluster.experiments.throughput_records import as_object
 from cluster.experiments.throughput_report import draw_throughput, show
+from cluster.run.directory import RUNS
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         address=config.cluster.ray_address(),
         report=lambda text: progress.print(Text(text), soft_wrap=True),
     ).run()
-    plot = Path.cwd() / f"throughput-{config.task_name}.png"
+    plot = Path(arguments.output or RUNS / f"throughput-{config.task_name}.png").absolute()
+    plot.parent.mkdir(parents=True, exist_ok=True)
     draw_throughput(rows, plot)
     if not arguments.json:
         console = Console()

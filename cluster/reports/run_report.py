@@ -48,6 +48,9 @@ def show_conclusion(directory: RunDirectory, scores: Scores) -> None:
     for example in scores.after.examples if scores.after is not None else ():
         show_example(console, scores, example)
     console.print(Text(f"report: {directory.report_file}\nadapter: {directory.adapter}"))
+    state = directory.state()
+    if state is not None and state.step < state.steps:
+        console.print(Text(f"{state.phase}: {state.message}"))
 
 
 def _charted(known: Evaluation | None) -> dict[str, float]:

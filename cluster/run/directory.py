@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -20,10 +20,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # The kernel gives start times in clock ticks; rounding must not look like another process.
 _START_TOLERANCE_S = 1.0
 
-RunPhase = Literal["starting", "evaluating", "training", "stopping", "stopped", "done", "failed"]
+# Out of time: ended by cluster.time_limit_s, with steps left.
+EndPhase = Literal["stopped", "out of time", "done", "failed"]
+RunPhase = Literal["starting", "evaluating", "training", "stopping"] | EndPhase
 # Refused: nothing was changed. Given up: an added part did not come up, the run does without.
 ScaleOutcome = Literal["refused", "under way", "done", "given up"]
-ENDED: tuple[RunPhase, ...] = ("stopped", "done", "failed")
+ENDED: tuple[RunPhase, ...] = get_args(EndPhase)
 
 
 class RunExists(FileExistsError):

@@ -79,7 +79,7 @@ class Driver:
             self._enter("starting")
             self._session.open()
             self._train()
-            self._enter("done" if self._measure() else "stopped")
+            self._end(measured=self._measure())
             return self._scores
         except BaseException as error:
             self._enter("failed", message=first_line(error))
@@ -87,10 +87,21 @@ class Driver:
         finally:
             self._session.close()
 
+    def _end(self, *, measured: bool) -> None:
+        """Enter the last phase, and say why where steps are left."""
+        at = f"at step {self._state.step} of {self._state.steps}"
+        if not measured:
+            self._enter("stopped", message=f"stopped on request {at}")
+        elif self._state.step < self._state.steps:
+            limit = f"cluster.time_limit_s = {self._config.cluster.time_limit_s:g}"
+            self._enter("out of time", message=f"{limit} was over {at}: --resume goes on")
+        else:
+            self._enter("done")
+
     def _train(self) -> None:
         """Bring the run up, step it to its end, stop it in order; meanwhile measure the base."""
         before = self._session.evaluate(None, self._event) if self._scores.before is None else None
-        run = self._session.start(self._event)
+        run = self._session.start(self._event, self._asked_to_stop)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
                 while not (run.finished or self._should_end()):
@@ -162,7 +173,7 @@ class Driver:
     def _should_end(self) -> bool:
         stopped = self._asked_to_stop()
         if self._progress.time_is_up:
-            self._event(f"time limit of {self._config.cluster.time_limit_s:g} s reached")
+            self._event(f"time limit of {self._config.cluster.time_limit_s:g} s is over")
             return True
         return stopped
 

@@ -5,6 +5,7 @@ Actor and learner take turns, so the same seed gives the same trajectories and t
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import monotonic
@@ -20,6 +21,7 @@ from cluster.run.evaluation import evaluate
 from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
 from learner.engine import TorchEngine
+from learner.learner import StoppedWaiting
 from lm.model import load_base
 from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
@@ -40,6 +42,8 @@ class RollingReplay:
             try:
                 return self._buffer.draw(replace(request, timeout_s=0.0))
             except BufferStarved:
+                if request.stop():
+                    return []
                 if monotonic() >= deadline_s:
                     raise
                 self._roll_out()
@@ -53,6 +57,9 @@ class LocalRun:
     """One actor, one reward rank and one learner rank, stepped by the driver.
 
     Where the learner imitates, the learner alone.
+
+    Args:
+        stop: ends a wait for groups.
     """
 
     def __init__(
@@ -62,8 +69,11 @@ class LocalRun:
         directory: RunDirectory,
         buffer: BufferAddress,
         report: Callable[[str], None],
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._config = config
+        self._stop = stop
+        self._damaged = False
         self._groups_per_step = config.learner.groups_per_step
         self._adapter = directory.adapter
         self._base, task = assembly.load_task(config)
@@ -100,6 +110,7 @@ class LocalRun:
             assembly.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
         self._learner.publish()
         self.learner_rows: list[dict[str, float]] = []
+        self._deepest, self._progressed_s = 0, monotonic()
 
     @property
     def finished(self) -> bool:
@@ -112,13 +123,23 @@ class LocalRun:
         return {"step": self._learner.completed_steps, "version": self._learner.version}
 
     def tick(self) -> None:
-        """Roll out until the learner has its groups, then take one step.
+        """Roll out once while the learner lacks groups, else take one step.
 
         Groups that are too old or wrong to be drawn are made up for during the step.
+
+        Raises:
+            BufferStarved: the groups in the buffer have not become more for
+                `learner.starvation_timeout_s`.
         """
-        while self._actor is not None and self._buffer.depth() < self._groups_per_step:
+        if self._actor is not None and (depth := self._buffer.depth()) < self._groups_per_step:
+            self._check_progress(depth)
             self._roll_out()
-        self.learner_rows.append(self._learner.step())
+            return
+        self._damaged = True
+        with suppress(StoppedWaiting):
+            self.learner_rows.append(self._learner.step(self._stop))
+        self._damaged = False
+        self._deepest, self._progressed_s = 0, monotonic()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """One actor and one replica, wanted and had; none of either for demonstrations."""
@@ -132,14 +153,30 @@ class LocalRun:
         return {key: value for key, value in stats.items() if key != "version"}
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Store what is in flight and checkpoint; nothing can be left to kill."""
+        """Store what is in flight and checkpoint; nothing can be left to kill.
+
+        After an error in a step the last checkpoint stays the newest, and the adapter as it was.
+        """
         if self._actor is not None:
             self._actor.flush()
-        self._learner.checkpoint()
-        assembly.save_result(self._config, self._learner, self._base, self._adapter)
+        if not self._damaged:
+            self._learner.checkpoint()
+            assembly.save_result(self._config, self._learner, self._base, self._adapter)
         if self._replica is not None:
             self._replica.close(timeout_s)
         return []
+
+    def _check_progress(self, depth: int) -> None:
+        if depth > self._deepest:
+            self._deepest, self._progressed_s = depth, monotonic()
+        limit_s = self._config.learner.starvation_timeout_s
+        if monotonic() - self._progressed_s > limit_s:
+            raise BufferStarved(
+                f"the buffer has held at most {self._deepest} groups for {limit_s:.0f} s "
+                f"(learner.starvation_timeout_s), and a step needs "
+                f"learner.groups_per_step = {self._groups_per_step}: lower it, or raise "
+                f"buffer.fresh_capacity, buffer.max_age or buffer.max_draws"
+            )
 
     def _roll_out(self) -> None:
         if self._actor is not None:
@@ -159,13 +196,16 @@ class LocalSession:
     def open(self) -> None:
         """Nothing is needed."""
 
-    def start(self, report: Callable[[str], None]) -> LocalRun:
-        """Build actor, replica and learner."""
+    def start(self, report: Callable[[str], None], stop: Callable[[], bool]) -> LocalRun:
+        """Build actor, replica and learner, which bear with a Redis that has to be replaced."""
+        buffer, cluster = self._config.buffer, self._config.cluster
+        reply_s = buffer.timeout_s + cluster.silence_timeout_s
         return LocalRun(
-            self._config,
+            self._config.changed({"buffer.timeout_s": reply_s}),
             directory=self._directory,
             buffer=self._buffer,
             report=report,
+            stop=stop,
         )
 
     def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> "Future[Evaluation]":

@@ -93,8 +93,8 @@ class Session(Protocol):
         """Get what every run needs, before any part of it starts."""
         ...
 
-    def start(self, report: Callable[[str], None]) -> Run:
-        """Start every part of the run."""
+    def start(self, report: Callable[[str], None], stop: Callable[[], bool]) -> Run:
+        """Start every part of the run; `stop` ends waits of parts in this process."""
         ...
 
     def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> PendingMeasurement:
