@@ -162,3 +162,24 @@ def test_a_run_that_its_time_limit_ended_says_so(tmp_path: Path) -> None:
     state = directory.state()
     assert state is not None and (state.phase, state.ended) == ("out of time", True)
     assert state.message == "cluster.time_limit_s = 0.01 was over at step 3 of 40: --resume goes on"
+
+
+def test_a_measurement_of_an_earlier_step_is_not_shown_beside_a_later_policy(
+    tmp_path: Path,
+) -> None:
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    terminal: Any = SimpleNamespace(event=print, show=lambda state: None)
+    for step, kept in ((2, False), (3, True)):  # the run is at step 3
+        after = BASE.model_copy(update={"step": step})
+        directory.scores_file.write_text(Scores(before=BASE, after=after).model_dump_json())
+        driver = Driver(
+            load_config("tasks/toy.toml"),
+            directory,
+            EndlessSession(),
+            terminal,
+            buffer_revived=lambda: "",
+            buffer_stats=lambda: NOTHING,
+        )
+        driver.request_stop()
+        assert driver.drive() == Scores(before=BASE, after=after if kept else None)

@@ -23,8 +23,8 @@ class Stop(Exception):
 class Buffer:
     address = BufferAddress(url="redis://10.0.0.7:1/0", password=None)
 
-    def revive(self) -> bool:
-        return False
+    def revived(self) -> str:
+        return ""
 
     def stats(self) -> None:
         raise AssertionError
@@ -40,7 +40,7 @@ def test_workers_get_what_the_run_folder_says(
     def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[Buffer]:
         yield Buffer()
 
-    def evaluate(run: session.RaySession, adapter: Path | None) -> None:
+    def evaluate(run: session.RaySession, *_: object) -> None:
         told.append(run._context.config)
         raise Stop
 
@@ -50,14 +50,15 @@ def test_workers_get_what_the_run_folder_says(
     monkeypatch.setattr(session.ray, "shutdown", lambda: None)
     here = SimpleNamespace(gcs_address="127.0.0.1:1")
     monkeypatch.setattr(session.ray, "get_runtime_context", lambda: here)
-    monkeypatch.setattr(session, "may_grow", lambda: True)
+    for module in (verb, session):
+        monkeypatch.setattr(module, "may_grow", lambda: True)
     monkeypatch.setattr(session, "check_fit", lambda *_: None)
     monkeypatch.setattr(session, "living_nodes", lambda: [])
     for service in ("weight_store", "replica_registry"):
         monkeypatch.setattr(Launcher, service, lambda _: None)
     monkeypatch.setattr(session.RaySession, "_check_service", lambda *_: None)
     monkeypatch.setattr(session.RaySession, "evaluate", evaluate)
-    monkeypatch.setattr(verb, "check_before_start", lambda *_, **__: None)
+    monkeypatch.setattr(verb, "check_before_start", lambda *_, **__: {})
     monkeypatch.setattr(verb, "buffer_server", buffer_server)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     directory = RunDirectory("r", root=tmp_path)

@@ -11,14 +11,16 @@ from rich.console import Console
 
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
-from cluster.distributed.ray_cluster import join_cluster, namespace_of
+from cluster.distributed.ray_cluster import join_cluster, living_nodes, may_grow, namespace_of
 from cluster.distributed.session import RaySession
 from cluster.reports.run_report import conclude, show_conclusion
 from cluster.run.directory import RunDirectory, new_name, write_whole
 from cluster.run.driver import Driver
+from cluster.run.identity import keep_identity
 from cluster.run.local import LocalSession
 from cluster.run.own_buffer import buffer_server
 from cluster.run.preflight import check_before_start
+from cluster.run.resources import check_fit
 from cluster.run.session import Session
 from cluster.run.terminal import Terminal
 from tasks.evaluation.evaluation import Evaluation, Scores
@@ -62,11 +64,14 @@ def train(
         what `check_before_start` and `Driver.drive` raise.
     """
     address = None if local else config.cluster.ray_address(address)
-    check_before_start(config, directory, resume=resume, address=address, local=local)
+    identity = check_before_start(config, directory, resume=resume, address=address, local=local)
     if address is not None:
         config = join_cluster(config, address, namespace_of(directory.name))
+        if not may_grow():
+            check_fit(config, living_nodes())
     directory.begin(resume=resume)
     try:
+        keep_identity(directory, identity)
         write_whole(directory.config_file, resolved_toml(config))
         if before is not None and not directory.scores_file.exists():
             write_whole(directory.scores_file, Scores(before=before).model_dump_json(indent=2))

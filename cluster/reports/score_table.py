@@ -44,7 +44,7 @@ def rows(before: Evaluation | None, after: Evaluation | None) -> list[Row]:
 
 def table(before: Evaluation | None, after: Evaluation | None) -> Table:
     """The rows for a terminal; without `before` a single column of values."""
-    titles = ("items", "before", "after") if before is not None else ("items", "")
+    titles = ("items", "before", after_title(after)) if before is not None else ("items", "")
     drawn = Table(box=None)
     if before is not None:
         drawn.title, drawn.title_justify = "before training and after it", "left"
@@ -55,6 +55,11 @@ def table(before: Evaluation | None, after: Evaluation | None) -> Table:
         old = (row.before,) if before is not None else ()
         drawn.add_row(escape(row.label), row.items, *old, f"[bold]{row.after}[/bold]")
     return drawn
+
+
+def after_title(after: Evaluation | None) -> str:
+    """What is said above the figures of the policy: the step that they belong to."""
+    return "after" if after is None or after.step is None else f"after step {after.step}"
 
 
 def _gained(old: float | None, new: float | None, better: str | None) -> bool:

@@ -158,6 +158,7 @@ class RunDirectory:
         self.name = name
         self.path = (root / name).absolute()
         self.config_file = self.path / "config.toml"
+        self.identity_file = self.path / "identity.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.state_file = self.path / "state.json"
         self.scores_file = self.path / "scores.json"

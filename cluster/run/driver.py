@@ -121,6 +121,7 @@ class Driver:
                 self._state = self._state.model_copy(update={"killed": killed})
                 self._state_written_s = float("-inf")  # the last figures must be in the state
                 self._watch(run, log)
+        self._forget_older_policy()
         if before is not None and not self._stop_requested:
             self._enter("evaluating")
             if self._waited_for(before):
@@ -137,6 +138,12 @@ class Driver:
         after = pending.result().model_copy(update={"step": self._state.step})
         self._keep(self._scores.model_copy(update={"after": after}))
         return True
+
+    def _forget_older_policy(self) -> None:
+        """Keep no measurement of a policy that has learned on since."""
+        after = self._scores.after
+        if after is not None and (after.step is None or after.step < self._state.step):
+            self._keep(self._scores.model_copy(update={"after": None}))
 
     def _scale_on_request(self, run: Run) -> None:
         """Take a request to scale, and answer it in the state, which is written next."""

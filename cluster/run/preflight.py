@@ -6,6 +6,7 @@ Each room raises its own errors; this calls them in order of price.
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
@@ -13,7 +14,9 @@ from buffer.endpoint import PortInUse, is_free, port_in_use
 from buffer.executable import find_executable
 from buffer.folder import configured_password
 from cluster.config.schema import RunConfig
+from cluster.run.assembly import identity_of
 from cluster.run.directory import RunDirectory
+from cluster.run.identity import check_same_run, identity_of_run
 from cluster.run.imitation import imitation
 from cluster.run.resources import Node, check_fit
 from learner.log_z import check_log_z
@@ -42,8 +45,10 @@ def check_before_start(
     resume: bool,
     address: str | None,
     local: bool,
-) -> None:
-    """Everything that can be known of a run before its first process.
+) -> dict[str, Any]:
+    """Check all that can be known of a run before its first process; writes nothing.
+
+    Returns what the run is known by when it goes on: `cluster.run.identity`.
 
     Args:
         address: of a Ray cluster that exists; None starts one on this machine.
@@ -55,6 +60,7 @@ def check_before_start(
         ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the models and the data.
         PromptTooLong: about both.
         LogZUnused, NoDemonstrations: about the objective.
+        UserError: the run that is to go on was begun as another.
     """
     directory.check(resume=resume)
     if local:
@@ -66,7 +72,11 @@ def check_before_start(
     check_buffer(config.buffer)
     here = local or address is None
     # The cluster's nodes have the GPUs; this machine need not have one.
-    check_model_and_data(config if here else on_cpu(config))
+    weights = check_model_and_data(config if here else on_cpu(config))
+    identity = identity_of_run(config, weights)
+    if resume:
+        check_same_run(directory, identity, weights)
+    return identity
 
 
 def check_local(config: RunConfig) -> None:
@@ -93,10 +103,11 @@ def check_buffer(config: BufferConfig) -> None:
         raise PortInUse(port_in_use(config.address, config.port))
 
 
-def check_model_and_data(config: RunConfig) -> None:
+def check_model_and_data(config: RunConfig) -> dict[str, str]:
     """Raise unless the model loads and every file of the task is such as it can use.
 
-    Reads the weights: files that do not belong together show only then.
+    Reads the weights: files that do not belong together show only then. Returns what a checkpoint
+    of the run is known by.
     """
     base = load_base(config.lm)
     adapted_layers(base.model, config.lora)
@@ -110,6 +121,7 @@ def check_model_and_data(config: RunConfig) -> None:
         check_adapter(policy)
         load_adapter(base, policy)
     task.check_evaluation()
+    return identity_of(config, base, task)
 
 
 def check_lengths(config: RunConfig, task: Task, limit: int) -> None:

@@ -1,0 +1,98 @@
+"""What a run cannot change when it goes on: everything that decides a log-reward or a record.
+
+The buffer of a run that goes on holds what was scored before. With another reward, other legal
+texts or other data the old and the new would be mixed in silence, so such a change is refused.
+Whatever is not known to be harmless counts.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.config.file import load_config
+from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
+from cluster.run.directory import RunDirectory, write_whole
+from tasks.custom_config import CustomTaskConfig
+
+# Which prompts come how often, what is measured, where and how fast models run. Base weights and
+# adapter are compared as such, wherever they lie.
+_HARMLESS: Mapping[str, frozenset[str]] = {
+    "task": frozenset({"tests", "embedder", "demonstration_weight", "question_weight"}),
+    "lm": frozenset({"model", "device"}),
+    "reward": frozenset({"replicas", "ranks", "token_budget", "deadline_s", "cache_items"}),
+}
+
+
+def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Dotted key -> JSON value; of a file that a task names, the digest of its content.
+
+    Args:
+        weights: what a checkpoint is known by, see `cluster.run.assembly.identity_of`.
+    """
+    identity: dict[str, Any] = dict(weights)
+    for section, harmless in _HARMLESS.items():
+        settings = getattr(config, section).model_dump(mode="json", exclude=set(harmless))
+        for key, value in settings.items():
+            identity[f"{section}.{key}"] = _content(value)
+    if isinstance(config.task, CustomTaskConfig):
+        source = sys.modules[type(config.task).__module__].__file__
+        identity["task.name (its source)"] = _content(source)
+    return identity
+
+
+def check_same_run(
+    directory: RunDirectory, identity: Mapping[str, Any], weights: Mapping[str, str]
+) -> None:
+    """Raise UserError unless a run that goes on is the one that was begun; changes nothing."""
+    for key, before, now in _differences(_kept(directory, weights), identity):
+        content = "digest " if "sha256:" in f"{before}{now}" else ""
+        raise UserError(
+            f"run {directory.name!r} was begun with {key} = {content}{before}, and {content}{now} "
+            f"is asked for now: what its buffer and its checkpoints hold would not fit what is to "
+            f"come. Resume it as it was ({directory.config_file}), or begin another run"
+        )
+
+
+def keep_identity(directory: RunDirectory, identity: Mapping[str, Any]) -> None:
+    """Write down what the run is, once; runs that go on are compared with it."""
+    if not directory.identity_file.exists():
+        write_whole(directory.identity_file, json.dumps(identity, indent=1))
+
+
+def _kept(directory: RunDirectory, weights: Mapping[str, str]) -> dict[str, Any]:
+    """What the run was begun as; of one older than this file, what its configuration says."""
+    try:
+        kept: dict[str, Any] = json.loads(directory.identity_file.read_text())
+    except FileNotFoundError:
+        return identity_of_run(load_config(str(directory.config_file)), weights)
+    return kept
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*before, *now]):
+        if before.get(key) != now.get(key):
+            yield key, before.get(key), now.get(key)
+
+
+def _content(value: Any) -> Any:
+    """A value, with the names of files replaced by what the files hold."""
+    if isinstance(value, list):
+        return [_content(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _content(item) for key, item in value.items()}
+    if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value):
+        return value
+    path = Path(value)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in (file for file in files if file.is_file()):
+        digest.update(f"{file.relative_to(path)}\n".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
