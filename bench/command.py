@@ -19,9 +19,10 @@ def run_cases(
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds of each side")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(case, arguments.repeats) for case in cases]
+    rows = []
+    for case in cases:
+        rows.append(measure(case, arguments.repeats))
+        if not arguments.json:
+            print("  ".join(f"{name}={value}" for name, value in rows[-1].items()), flush=True)
     if arguments.json:
         print(json.dumps({"rows": rows}))
-        return
-    for row in rows:
-        print("  ".join(f"{name}={value}" for name, value in row.items()))

@@ -91,13 +91,14 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         return _Unreadable(f"not JSON: {error}")
+    except RecursionError:
+        return _Unreadable("not JSON of a record: brackets in brackets, too deep to read")
 
 
 def _list(path: str, text: str) -> list[Any]:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}; repair or regenerate it") from error
+    values = _parsed(text)
+    if isinstance(values, _Unreadable):
+        raise DataError(f"{path}: {values}; repair or regenerate it")
     if not isinstance(values, list) or not values:
         raise DataError(
             f"{path}: must hold a list of records, at least one; JSON Lines end in .jsonl"

@@ -31,13 +31,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: missing file, bad TOML, or any key or value that the schema refuses.
     """
     file = locate(path)
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"{path}: no such file, neither here nor in {PROJECT_ROOT}")
     try:
         text = file.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
         table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of too many digits are ValueErrors
         raise ConfigError(f"{path}: not TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read it ({error.strerror})") from error
     overridden = parse_overrides(overrides)
     for key, value in overridden.items():
         try:
@@ -55,7 +57,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
             return f"{in_file} and {_COMMAND_LINE}" if key in lines else _COMMAND_LINE
         return in_file
 
-    return validated(RunConfig, _located(table), place)
+    try:
+        return validated(RunConfig, _located(table), place)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: tables or arrays in one another, too deep to read") from error
 
 
 def parse_overrides(items: Sequence[str], origin: str = _COMMAND_LINE) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def parse_overrides(items: Sequence[str], origin: str = _COMMAND_LINE) -> dict[s
             raise ConfigError(f"{origin}: {shown} is no override; write section.key=value")
         try:
             value = tomllib.loads(f"value = {text.strip()}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()  # a string needs no quotes here: shells eat them
         changes.pop(key, None)  # the last one wins, also over keys in between
         changes[key] = _absolute(key, value)

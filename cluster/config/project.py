@@ -48,7 +48,7 @@ def _of_the_machine(error: OSError) -> str | None:
 
 def locate(path: str) -> Path:
     """`path` where it exists: from the working directory, else from the project's root."""
-    given = Path(path).expanduser()
+    given = Path(os.path.expanduser(path))
     # os.path: a text that is no path, or too long for one, does not exist.
     if os.path.exists(given) or not os.path.exists(PROJECT_ROOT / given):
         return given
