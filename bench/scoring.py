@@ -127,7 +127,9 @@ def _cached(model: CausalLM, item: ScoreItem) -> NDArray[np.float32]:
     first_S = log_next_NV[read_S - 1, answer_Y[0]].double()
 
     cache = trunk.past_key_values
-    cache.batch_repeat_interleave(len(read_S))
+    for layer in cache.layers:  # as views: every row reads the same keys and values
+        layer.keys = layer.keys.expand(len(read_S), -1, -1, -1)
+        layer.values = layer.values.expand(len(read_S), -1, -1, -1)
     sees_SN = torch.arange(len(trunk_N)) < read_S[:, None]
     sees_SK = torch.cat([sees_SN, torch.ones(len(read_S), len(answer_Y), dtype=torch.bool)], dim=1)
     answer_SY = answer_Y.expand(len(read_S), -1)
