@@ -17,6 +17,10 @@ class LMConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is one, else cpu."
     )
+    probe: bool = Field(
+        default=True,
+        description="Refuse a base whose packed and cached passes differ from plain ones.",
+    )
 
 
 class LoRAConfig(BaseModel):

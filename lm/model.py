@@ -4,6 +4,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -163,9 +164,17 @@ def vocab_size(model: nn.Module | PretrainedConfig) -> int:
 
 
 def context_limit(model: nn.Module | PretrainedConfig) -> int:
-    """Longest text, in tokens, that `model` has positions for."""
-    limit = getattr(model_config(model), "max_position_embeddings", None)
-    return sys.maxsize if limit is None else int(limit)
+    """Longest text, in tokens, that `model` has positions for.
+
+    Where rotary positions are stretched for a batch by its longest text (dynamic, longrope), only
+    texts up to where that begins are computed as they are alone.
+    """
+    config: Any = model_config(model)
+    limits = [getattr(config, "max_position_embeddings", None)]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        limits.append(rope.get("original_max_position_embeddings"))
+    return min((int(limit) for limit in limits if limit is not None), default=sys.maxsize)
 
 
 def require_context(model: nn.Module, num_tokens: int) -> None:

@@ -1,6 +1,6 @@
 """A base LM that a process loads once, and uses as the frozen LM and as policies by turns."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +21,14 @@ class SharedModel:
     One user at a time: whoever holds an adapter on it changes it for everybody.
     """
 
-    def __init__(self, config: LMConfig) -> None:
+    def __init__(
+        self,
+        config: LMConfig,
+        check: Callable[[LMConfig, LanguageModel], None] = lambda config, base: None,
+    ) -> None:
+        """`check`: is shown the base once it is loaded; raises where that must not be used."""
         self._config = config
+        self._check = check
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -32,7 +38,9 @@ class SharedModel:
     @cached_property
     def base(self) -> LanguageModel:
         """With the weights; raises as load_base."""
-        return load_base(self._config)
+        base = load_base(self._config)
+        self._check(self._config, base)
+        return base
 
     @cached_property
     def _merged(self) -> MergedModel:

@@ -8,6 +8,7 @@ from pathlib import Path
 from cluster.config.schema import RunConfig
 from cluster.run.directory import merged_folder
 from lm.shared import SharedModel
+from reward.probe import check_base
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.registry import build_task
@@ -58,7 +59,7 @@ def evaluation_context(
     """What the task of a run is given to measure the base LM (None) or an adapter with."""
     traits = config.learner.traits
     return EvaluationContext(
-        language_model=SharedModel(config.lm),
+        language_model=SharedModel(config.lm, check_base),
         adapter=adapter,
         imitates=adapter is not None and traits.imitates and not traits.trains_model,
         settings=config.evaluation,
