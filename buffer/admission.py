@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+# Tokens from which on an edit distance costs more than a bound of it.
+_LONG = 512
+_BUCKETS = 4096
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
@@ -132,20 +136,43 @@ def near_duplicates(
     Returns:
         [N, M] bool.
     """
+    near_NM = np.zeros((len(rows), len(columns)), np.bool_)
     if not rows or not columns or tolerance == 0:
-        return np.zeros((len(rows), len(columns)), np.bool_)
-    lengths = np.add.outer([row.size for row in rows], [column.size for column in columns])
-    limit = tolerance * lengths
-    distance = cdist(
-        [as_text(row) for row in rows],
-        [as_text(column) for column in columns],
-        scorer=Levenshtein.distance,
-        # Beyond the loosest limit the exact distance is of no use and costs time.
-        score_cutoff=int(np.ceil(limit.max())),
-        dtype=np.int32,
+        return near_NM
+    row_N, column_M = (np.array([each.size for each in side]) for side in (rows, columns))
+    limit_NM = tolerance * np.add.outer(row_N, column_M)
+    apart_NM = np.abs(np.subtract.outer(row_N, column_M))
+    if max(row_N.max(), column_M.max()) >= _LONG:
+        apart_NM = (apart_NM + _bag_differences(rows, columns)) / 2
+    texts = [as_text(column) for column in columns]
+    for row, limit_M, apart_M, near_M in zip(rows, limit_NM, apart_NM, near_NM, strict=True):
+        open_K = np.flatnonzero(apart_M < limit_M)
+        (distance_K,) = cdist(
+            [as_text(row)],
+            [texts[column] for column in open_K],
+            scorer=Levenshtein.distance,
+            # Beyond the loosest limit the exact distance is of no use and costs time.
+            score_cutoff=int(np.ceil(limit_M.max())),
+            dtype=np.int32,
+        )
+        near_M[open_K] = distance_K < limit_M[open_K]
+    return near_NM
+
+
+def _bag_differences(
+    rows: Sequence[NDArray[np.int32]], columns: Sequence[NDArray[np.int32]]
+) -> NDArray[np.int64]:
+    """[N, M] tokens, in any order, that one completion of a pair has and the other lacks, or fewer.
+
+    An edit changes it by 2, or by 1 if it changes the length by 1: so half its sum with the
+    difference of lengths bounds the edit distance from below (Bartolini et al. 2002).
+    """
+    # Tokens that share a bucket can only hide a difference.
+    row_NB, column_MB = (
+        np.stack([np.bincount(each % _BUCKETS, minlength=_BUCKETS) for each in side]).astype("i4")
+        for side in (rows, columns)
     )
-    near: NDArray[np.bool_] = distance < limit
-    return near
+    return np.stack([np.abs(column_MB - row_B).sum(axis=1) for row_B in row_NB])
 
 
 def as_text(tokens: NDArray[np.int32]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 
 from buffer.admission import near_duplicates
 from buffer.config import BufferConfig
@@ -219,17 +220,39 @@ def test_any_sequence_of_calls_does_what_the_plain_model_does(
     assert buffer.depth() == sum(not model.draws[number] for _, number, _ in model.fresh)
 
 
-@given(st.lists(TOKENS, max_size=5), st.lists(TOKENS, max_size=5), st.sampled_from([0, 0.1, 0.3]))
+@pytest.mark.parametrize(("long", "buckets"), [(512, 4096), (0, 4096), (0, 2)])
+@given(
+    rows=st.lists(TOKENS, max_size=5),
+    columns=st.lists(TOKENS, max_size=5),
+    tolerance=st.sampled_from([0, 0.1, 0.3, 0.6]),
+)
 def test_near_means_what_the_definition_says(
-    rows: list[list[int]], columns: list[list[int]], tolerance: float
+    long: int, buckets: int, rows: list[list[int]], columns: list[list[int]], tolerance: float
 ) -> None:
-    found = near_duplicates(
-        [np.array(row, np.int32) for row in rows],
-        [np.array(column, np.int32) for column in columns],
-        tolerance=tolerance,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("buffer.admission._LONG", long)
+        patch.setattr("buffer.admission._BUCKETS", buckets)
+        found = near_duplicates(
+            [np.array(row, np.int32) for row in rows],
+            [np.array(column, np.int32) for column in columns],
+            tolerance=tolerance,
+        )
     expected = [
         [edit_distance(tuple(r), tuple(c)) < tolerance * (len(r) + len(c)) for c in columns]
         for r in rows
     ]
     assert found.tolist() == expected
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**32), kept=st.sampled_from([0.3, 0.5, 0.7, 1.0]))
+def test_long_completions_are_near_by_their_edit_distance_too(seed: int, kept: float) -> None:
+    rng = np.random.default_rng(seed)
+    whole = rng.integers(0, 50, 700, dtype=np.int32)
+    others = [whole[rng.random(700) < kept], rng.permutation(whole), whole[: rng.integers(0, 700)]]
+    found = near_duplicates([whole], others, tolerance=0.25)
+    expected = [
+        Levenshtein.distance(whole.tolist(), each.tolist()) < 0.25 * (700 + each.size)
+        for each in others
+    ]
+    assert found.tolist() == [expected]
