@@ -1,7 +1,8 @@
 """Records in files: JSON Lines, JSON with one list, or CSV with a header, each of them checked.
 
-A file is CSV if its name ends in .csv, one list if it ends in .json, else JSON Lines. A byte order
-mark is taken off. Every bad record is told, with its line and with what a record needs.
+A file is CSV if its name ends in .csv, one list if it begins with a bracket or its name ends in
+.json, else JSON Lines. A byte order mark is taken off. Every bad record is told, with its line and
+with what a record needs.
 """
 
 import csv
@@ -77,7 +78,7 @@ def _values(path: str, text: str) -> Iterator[tuple[str, Any]]:
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
         yield from _csv_rows(path, text)
-    elif suffix == ".json":
+    elif suffix == ".json" or text.lstrip().startswith("["):
         for number, value in enumerate(_list(path, text), start=1):
             yield f"{path}: item {number}", value
     else:
