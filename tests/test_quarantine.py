@@ -47,6 +47,14 @@ def test_files_are_bounded_and_nothing_is_lost(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) > 2
 
 
+def test_of_too_many_files_the_first_and_the_newest_stay(tmp_path: Path) -> None:
+    quarantine = Quarantine(tmp_path, max_file_bytes=1, max_files=4)
+    for number in range(9):
+        quarantine.keep([outcome(number)])
+        assert len(list(tmp_path.iterdir())) <= 4
+    assert versions(tmp_path) == [0, 6, 7, 8]
+
+
 def test_nothing_is_created_before_there_is_something_to_keep(tmp_path: Path) -> None:
     Quarantine(tmp_path / "quarantine")
     assert not (tmp_path / "quarantine").exists()

@@ -16,15 +16,26 @@ from buffer.trajectory import pack, unpack
 from learner.agreement.comparison import Comparison
 
 _MAX_FILE_BYTES = 64 << 20
-_PATTERN = "[0-9][0-9][0-9][0-9].records"
+_MAX_FILES = 16
+_PATTERN = "[0-9][0-9][0-9][0-9]*.records"
 
 
 class Quarantine:
-    """Keeps all that it is given, in files of bounded size; none is ever overwritten."""
+    """Keeps what it is given, in files of bounded size; of too many the oldest goes.
 
-    def __init__(self, folder: Path, *, max_file_bytes: int = _MAX_FILE_BYTES) -> None:
+    The first stays: what went wrong at the beginning says most.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_file_bytes: int = _MAX_FILE_BYTES,
+        max_files: int = _MAX_FILES,
+    ) -> None:
         self._folder = folder
         self._max_file_bytes = max_file_bytes
+        self._max_files = max_files
         self._path: Path | None = None
         self._size = 0
 
@@ -42,8 +53,11 @@ class Quarantine:
 
     def _next_path(self) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(path.stem) for path in self._folder.glob(_PATTERN)]
-        return self._folder / f"{max(taken, default=0) + 1:04d}.records"
+        kept = sorted(self._folder.glob(_PATTERN))
+        for path in kept[1 : max(len(kept) - self._max_files + 2, 1)]:
+            path.unlink()
+        last = int(kept[-1].stem) if kept else 0
+        return self._folder / f"{last + 1:04d}.records"
 
 
 def read_quarantine(folder: Path) -> Iterator[Comparison]:
