@@ -4,12 +4,15 @@ It overlaps: while one batch is being scored, the next is being sampled. A traje
 the actor until the buffer has acknowledged it.
 """
 
+import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
+import msgpack
 import numpy as np
 
 from actors.config import ActorConfig
@@ -24,10 +27,13 @@ from actors.rollout import (
     score_items,
     trajectories,
 )
+from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group
 from lm.adapter import checksum
 
 _log = logging.getLogger(__name__)
 _PACE_POLL_S = 0.02
+
+_InFlight = Callable[[], list[list[Trajectory]]]  # waits for the scores of a batch; its groups
 
 
 class CorruptWeights(ValueError):
@@ -93,7 +99,7 @@ class RolloutActor:
         self._weights = weights
         self._config = config
         self._rng = rng
-        self._in_flight: deque[tuple[Rollouts, PendingScores]] = deque()
+        self._in_flight: deque[_InFlight] = deque()  # oldest first
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Sample, score and store until `stop()`; then finish what is in flight.
@@ -112,7 +118,7 @@ class RolloutActor:
         self._refresh_weights()
         rollouts = self._sample()
         pending = self._scorer.submit(score_items(rollouts, self._query))
-        self._in_flight.append((rollouts, pending))
+        self._in_flight.append(partial(self._scored, rollouts, pending))
         if len(self._in_flight) >= self._config.max_in_flight:
             self._store_oldest()
 
@@ -120,6 +126,36 @@ class RolloutActor:
         """Wait for every scoring in flight and store its batch."""
         while self._in_flight:
             self._store_oldest()
+
+    def save(self) -> bytes:
+        """All that sampling on needs, but for the policy; waits for the scores in flight."""
+        in_flight = [
+            pack_group([pack_group([pack(t) for t in group]) for group in finish()])
+            for finish in self._in_flight
+        ]
+        random = [self._rng.bit_generator.state, self._prompts.rng.bit_generator.state]
+        stats = asdict(self.stats)
+        data: bytes = msgpack.packb([json.dumps(random), stats, in_flight])
+        return data
+
+    def restore(self, data: bytes) -> None:
+        """Sample on from the moment of `save`, with weights to be fetched anew."""
+        random, stats, in_flight = msgpack.unpackb(data)
+        self._rng.bit_generator.state, self._prompts.rng.bit_generator.state = json.loads(random)
+        self.stats = ActorStats(**(stats | {"version": -1}))
+        for batch in in_flight:
+            groups = [list(unpack_group(group)) for group in read_array(batch, max_len=MAX_GROUP)]
+            self._in_flight.append(partial(list, groups))
+
+    def _scored(self, rollouts: Rollouts, pending: PendingScores) -> list[list[Trajectory]]:
+        """The groups of a batch, once it is scored."""
+        return trajectories(
+            rollouts,
+            pending.result(self._config.score_timeout_s),
+            task=self._task_name,
+            actor=self.name,
+            verdict=self._verdict,
+        )
 
     def _pace(self, stop: Callable[[], bool]) -> bool:
         """Wait until the buffer wants more groups; False when stopped instead."""
@@ -171,17 +207,9 @@ class RolloutActor:
         return rollouts
 
     def _store_oldest(self) -> None:
-        rollouts, pending = self._in_flight[0]
         started = time.monotonic()
-        log_rewards = pending.result(self._config.score_timeout_s)
+        groups = self._in_flight[0]()
         scored = time.monotonic()
-        groups = trajectories(
-            rollouts,
-            log_rewards,
-            task=self._task_name,
-            actor=self.name,
-            verdict=self._verdict,
-        )
         for group in groups:
             self._buffer.add(group)
         self._in_flight.popleft()

@@ -1,7 +1,7 @@
 """Demonstrations into the replay buffer: known rationales, scored like any other trajectory."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from actors.reward_query import RewardQuery
 from actors.rollout import Verdict
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
+from reward.request import ScoreItem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,33 +43,52 @@ def seed_demonstrations(
     verdict: Verdict,
     scorer: Scorer,
     buffer: SeedSink,
+    token_budget: int,
     timeout_s: float,
 ) -> int:
     """Score the demonstrations and put them into replay; how many.
 
-    Doing it again changes nothing: the buffer knows them by content.
+    They are scored and stored portion by portion, so that any number of them, and any speed of the
+    reward model, only takes its time. Doing it again changes nothing: the buffer knows them by
+    content.
+
+    Args:
+        token_budget: tokens that are scored in one request; a single demonstration may exceed it.
+        timeout_s: longest wait for the rewards of one request.
 
     Raises:
-        IllegalCompletion: a demonstration that the policy could never produce.
-        TimeoutError, RuntimeError: the scoring failed; nothing was stored.
+        IllegalCompletion: a demonstration that the policy could never produce; nothing was stored.
+        TimeoutError, RuntimeError: a scoring failed; what came before it was stored.
     """
     stops = [_stops(demonstration, actions) for demonstration in demonstrations]
     items = [
         query.item(demonstration.prompt, demonstration.completion, stops_S)
         for demonstration, stops_S in zip(demonstrations, stops, strict=True)
     ]
-    if not items:
-        return 0
-    log_rewards = scorer.submit(items).result(timeout_s)
-    buffer.seed(
-        [
-            _trajectory(demonstration, stops_S, log_reward_S, task=task, verdict=verdict)
-            for demonstration, stops_S, log_reward_S in zip(
-                demonstrations, stops, log_rewards, strict=True
-            )
-        ]
-    )
+    for portion in _portions(items, token_budget):
+        log_rewards = scorer.submit(items[portion]).result(timeout_s)
+        buffer.seed(
+            [
+                _trajectory(demonstration, stops_S, log_reward_S, task=task, verdict=verdict)
+                for demonstration, stops_S, log_reward_S in zip(
+                    demonstrations[portion], stops[portion], log_rewards, strict=True
+                )
+            ]
+        )
     return len(items)
+
+
+def _portions(items: Sequence[ScoreItem], token_budget: int) -> Iterator[slice]:
+    """Consecutive items, each portion of at most `token_budget` tokens or of one item."""
+    first, tokens = 0, 0
+    for place, item in enumerate(items):
+        size = item.context.size + item.completion.size + item.stops.size * item.answer.size
+        if place > first and tokens + size > token_budget:
+            yield slice(first, place)
+            first, tokens = place, 0
+        tokens += size
+    if items:
+        yield slice(first, len(items))
 
 
 def unscored_demonstrations(

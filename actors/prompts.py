@@ -47,9 +47,9 @@ class PromptStream:
             )
         self._prompts = tuple(prompts)
         self._probabilities = weights / weights.sum()
-        self._rng = rng
+        self.rng = rng
 
     def take(self, count: int) -> list[Prompt]:
         """The next `count` prompts."""
-        drawn = self._rng.choice(len(self._prompts), size=count, p=self._probabilities)
+        drawn = self.rng.choice(len(self._prompts), size=count, p=self._probabilities)
         return [self._prompts[index] for index in drawn]

@@ -16,6 +16,11 @@ class BufferConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    kind: Literal["redis", "memory"] = Field(
+        "redis",
+        description="Where it is: in a Redis, or in the process of a --local run, which then goes"
+        " on after a kill exactly as if it had not been killed; saved with each checkpoint.",
+    )
     url: str | None = Field(
         None,
         description="A Redis to use (redis://host:port/db, unix:///path); None: the run starts"

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from threading import RLock
-from typing import Self
 
 import msgpack
 
@@ -41,7 +40,7 @@ class _State:
 
 
 class MemoryStore:
-    """A `Store` that lives and dies with its process; `save` and `load` carry it across."""
+    """A `Store` that lives and dies with its process; `save` and `restore` carry it across."""
 
     place = "this process"
 
@@ -49,9 +48,8 @@ class MemoryStore:
         self._state = _State()
         self._lock = RLock()
 
-    @classmethod
-    def load(cls, data: bytes) -> Self:
-        """The store that `save` gave; raises ForeignSave."""
+    def restore(self, data: bytes) -> None:
+        """Hold what `save` gave, and nothing else; raises ForeignSave."""
         try:
             version, *values = msgpack.unpackb(data, strict_map_key=False)
         except (ValueError, TypeError) as error:
@@ -60,10 +58,10 @@ class MemoryStore:
             raise ForeignSave(
                 f"the saved buffer has format {version!r}, this program reads {FORMAT}"
             )
-        store = cls()
-        for entry, value in zip(fields(_State), values, strict=True):
-            getattr(store._state, entry.name).update(value)
-        return store
+        with self._lock:
+            self._state = _State()
+            for entry, value in zip(fields(_State), values, strict=True):
+                getattr(self._state, entry.name).update(value)
 
     def save(self) -> bytes:
         """All of it, as of one instant."""

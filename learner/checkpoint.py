@@ -1,7 +1,8 @@
 """Checkpoints: a folder per version, written whole or not at all, read without pickle.
 
 step-00000040/state.safetensors    parameters, optimizer moments, torch's random state
-step-00000040/meta.json            version, identity, other random states, checksum
+step-00000040/meta.json            version, identity, other random states, checksums
+step-00000040/companion            what else of the run belongs to this moment, where it was saved
 published                          highest version that actors may have seen
 """
 
@@ -21,6 +22,7 @@ FORMAT = 1
 PUBLISHED_FILE = "published"
 STATE_FILE = "state.safetensors"
 META_FILE = "meta.json"
+COMPANION_FILE = "companion"
 
 
 class CheckpointDamaged(ValueError):
@@ -62,14 +64,19 @@ class Checkpoints:
         self._identity = dict(identity)
         self._keep = keep
 
-    def save(self, snapshot: Snapshot) -> Path:
-        """Write a snapshot; when this returns it survives a loss of power."""
+    def save(self, snapshot: Snapshot, companion: bytes | None = None) -> Path:
+        """Write a snapshot; when this returns it survives a loss of power.
+
+        Args:
+            companion: what is to be restored with it, see `read_companion`.
+        """
         state = save({name: t.contiguous() for name, t in snapshot.tensors.items()})
         meta = {
             "format": FORMAT,
             "version": snapshot.version,
             "identity": self._identity,
             "checksum": _checksum(state),
+            "companion": None if companion is None else _checksum(companion),
             "facts": snapshot.facts,
         }
         final = self._folder / f"step-{snapshot.version:08d}"
@@ -78,6 +85,8 @@ class Checkpoints:
             shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
         _write_durably(partial / STATE_FILE, state)
+        if companion is not None:
+            _write_durably(partial / COMPANION_FILE, companion)
         _write_durably(partial / META_FILE, json.dumps(meta, indent=1).encode())
         _sync_folder(partial)
         if final.exists():
@@ -139,6 +148,24 @@ class Checkpoints:
             raise CheckpointDamaged(f"checkpoint {path}: {STATE_FILE} was altered; {remedy}")
         self._check_identity(path, identity)
         return len(meta).to_bytes(8, "little") + meta + state
+
+    def read_companion(self) -> bytes | None:
+        """What was saved with the newest checkpoint; None if nothing was.
+
+        Raises CheckpointDamaged.
+        """
+        path = self.latest()
+        expected = path and json.loads((path / META_FILE).read_bytes()).get("companion")
+        if path is None or expected is None:
+            return None
+        companion = path / COMPANION_FILE
+        data = companion.read_bytes() if companion.exists() else b""
+        if _checksum(data) != expected:
+            raise CheckpointDamaged(
+                f"checkpoint {path}: {COMPANION_FILE} was altered; remove {path} to resume from "
+                "the checkpoint before it"
+            )
+        return data
 
     def _check_identity(self, path: Path, saved: dict[str, str]) -> None:
         for name in sorted(self._identity | saved):

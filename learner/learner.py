@@ -33,6 +33,18 @@ class WeightSink(Protocol):
         ...
 
 
+class Companion(Protocol):
+    """The rest of a run that goes back together with the learner."""
+
+    def save(self) -> bytes:
+        """All that it needs to go on from this moment."""
+        ...
+
+    def restore(self, data: bytes) -> None:
+        """Go back to the moment of `save`."""
+        ...
+
+
 class StoppedWaiting(RuntimeError):
     """The learner was asked to stop while it waited for groups."""
 
@@ -61,6 +73,8 @@ class Learner:
         log_z: the head inside `model` that learns log Z; None: from the group.
         gate: the one in front of `replay`, if any, which is to know what is published.
         checkpoints: None keeps none.
+        companion: the whole rest of the run, where it is restored with the learner. A version that
+            was lost is then used again, since nothing holds trajectories of it any more.
     """
 
     def __init__(
@@ -77,6 +91,7 @@ class Learner:
         checkpoints: Checkpoints | None = None,
         log_z: LogZ | None = None,
         gate: AgreementGate | None = None,
+        companion: Companion | None = None,
     ) -> None:
         self.version = 0
         self.completed_steps = 0
@@ -97,7 +112,8 @@ class Learner:
         self._rng = rng
         self._checkpoints = checkpoints
         self._log_z = log_z
-        self._gate = gate
+        self.gate = gate
+        self._companion = companion
         self._device = next(model.parameters()).device
         self._checkpoint_steps = 0
         self._checkpoint_s = monotonic()
@@ -119,8 +135,7 @@ class Learner:
                 on_step(self.step(stop))
             except StoppedWaiting:
                 break
-            if self._rank_zero_decides(self._checkpoint_due):
-                self.checkpoint()
+            self.checkpoint_when_due()
         self.checkpoint()
 
     def step(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
@@ -155,7 +170,7 @@ class Learner:
         metrics = describe_groups(groups, self.version) | describe_quality(groups, temperature)
         metrics |= describe_cost(groups, against_base=self._objective.traits.needs_base)
         metrics |= tally.gathered(self._engine)
-        metrics |= {} if self._gate is None else self._gate.metrics()
+        metrics |= {} if self.gate is None else self.gate.metrics()
         self.version += 1
         self.completed_steps += 1
         computed_s = monotonic()
@@ -178,9 +193,14 @@ class Learner:
             data = adapter_bytes(self.model)
             if self._checkpoints is not None:
                 self._checkpoints.note_published(self.version)
-            if self._gate is not None:
-                self._gate.keep(self.version, data)
+            if self.gate is not None:
+                self.gate.keep(self.version, data)
             self._weights.publish(data, version=self.version, checksum=checksum(data))
+
+    def checkpoint_when_due(self) -> None:
+        """Checkpoint once there were enough steps or seconds since the last."""
+        if self._rank_zero_decides(self._checkpoint_due):
+            self.checkpoint()
 
     def checkpoint(self) -> None:
         """Save everything that `restore` needs."""
@@ -192,7 +212,8 @@ class Learner:
             "completed_steps": self.completed_steps,
         }
         if self._checkpoints is not None and self._engine.rank == 0:
-            self._checkpoints.save(Snapshot(self.version, tensors, facts))
+            companion = None if self._companion is None else self._companion.save()
+            self._checkpoints.save(Snapshot(self.version, tensors, facts), companion)
         self._checkpoint_steps, self._checkpoint_s = self.completed_steps, monotonic()
 
     def take_up(self) -> None:
@@ -202,7 +223,7 @@ class Learner:
         """
         if self._rank_zero_decides(self._has_checkpoint):
             self.restore()
-        else:
+        elif self._companion is None:
             self.version = self._last_published() + 1
 
     def restore(self) -> None:
@@ -222,9 +243,12 @@ class Learner:
         self._engine.load_state(tensors)
         self._rng.bit_generator.state = snapshot.facts["numpy_generator"]
         self.completed_steps = self._checkpoint_steps = snapshot.facts["completed_steps"]
-        published = self._last_published()
-        lost_later_ones = published > snapshot.version
-        self.version = published + 1 if lost_later_ones else snapshot.version
+        self.version = snapshot.version
+        rest = self._checkpoints.read_companion() if self._checkpoints and self._companion else None
+        if self._companion is not None and rest is not None:
+            self._companion.restore(rest)
+        elif (published := self._last_published()) > snapshot.version:
+            self.version = published + 1
 
     def _draw(self, stop: Callable[[], bool]) -> list[Group]:
         request = DrawRequest(

@@ -249,6 +249,7 @@ def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:
         "verdict": lambda prompt, tokens: True,
         "scorer": ArithmeticScores(),
         "buffer": buffer,
+        "token_budget": 99,
         "timeout_s": 1.0,
     }
     actions = ActionSpace(stop_token=0, legal_tokens=(4, 6), min_len=0, max_len=5)
@@ -261,3 +262,41 @@ def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:
     narrow = ActionSpace(stop_token=0, legal_tokens=(4,), min_len=0, max_len=5)
     with pytest.raises(IllegalCompletion, match="not a legal token"):
         seed_demonstrations([demonstration], actions=narrow, **arguments)
+
+
+class SlowScores(ArithmeticScores):
+    """A second for each 12 tokens of a request, or no answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def submit(self, items: Sequence[ScoreItem]) -> "ArithmeticScores.Pending":
+        self.sizes.append(len(items))
+        tokens = sum(
+            i.context.size + i.completion.size + i.stops.size * i.answer.size for i in items
+        )
+        self.failure = TimeoutError(f"{tokens} tokens in a second") if tokens > 12 else None
+        return super().submit(items)
+
+
+def test_any_number_of_demonstrations_is_scored_within_the_time_for_one_portion() -> None:
+    shown = [
+        Demonstration(prompt=PROMPTS[0], completion=(4,) * (n % 3), from_tool=(False,) * (n % 3))
+        for n in range(40)
+    ]
+    scorer, buffer = SlowScores(), ListBuffer()
+    stored = seed_demonstrations(
+        shown,
+        task="toy",
+        actions=ActionSpace(stop_token=0, legal_tokens=(4,), min_len=0, max_len=5),
+        query=QUERY,
+        verdict=lambda prompt, tokens: None,
+        scorer=scorer,
+        buffer=buffer,
+        token_budget=12,
+        timeout_s=1.0,
+    )
+    assert stored == len(buffer.seeded) == sum(scorer.sizes) == 40
+    assert [len(t.completion) for t in buffer.seeded] == [n % 3 for n in range(40)]
+    assert max(scorer.sizes) > 1, "portions of one each would be slow"

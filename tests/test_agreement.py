@@ -24,6 +24,7 @@ from cluster.config.project import PROJECT_ROOT
 from cluster.config.schema import RunConfig
 from cluster.run import assembly as roles
 from cluster.run.directory import RunDirectory
+from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
 from learner.agreement.comparison import SamplersDisagree
 from learner.agreement.quarantine import read_quarantine
@@ -120,7 +121,9 @@ class Cast:
         store = WeightStore()
         self._replicas: list[RewardReplica] = []
         self.buffer = roles.build_buffer(
-            config, run=folder.name, url=server.url, password=server.password
+            config,
+            run=folder.name,
+            place=BufferAddress(url=server.url, password=server.password),
         )
         self.warnings: list[str] = []
         self.learner: Learner = roles.build_learner(
@@ -133,8 +136,8 @@ class Cast:
             weights=store,
             warn=self.warnings.append,
         )
-        self.gate = Observed(self.learner._gate)
-        self.learner._replay = self.learner._gate = self.gate  # type: ignore[assignment]
+        self.gate = Observed(self.learner.gate)
+        self.learner._replay = self.learner.gate = self.gate  # type: ignore[assignment]
 
         def actor(index: int) -> RolloutActor:
             # One each: a replica remembers scores, and what it scored together rounds together.

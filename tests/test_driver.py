@@ -41,7 +41,7 @@ class Endless:
 class TrainedRun:
     """A run whose learner has done its steps."""
 
-    learner_rows: tuple[dict[str, float], ...] = ()
+    learner_rows: list[dict[str, float]] = []  # noqa: RUF012
     running = finished = settled = True
     given_up = ""
     learner_status = {"step": 3, "version": 3}  # noqa: RUF012

@@ -374,7 +374,7 @@ def learn(
     )
     gate = make_gate(model, folder, replay=learner._replay)
     if gated:
-        learner._replay = learner._gate = gate
+        learner._replay = learner.gate = gate
     learner.publish()
     rows = [learner.step() for _ in range(STEPS)]
     for row in rows:
@@ -416,7 +416,7 @@ def end_in_disagreement(engine: Any, folder: Path) -> None:
     groups = [as_group(damaged.group("short", version=0, size=40)) for _ in range(3)]
     learner, model = make_learner(replay=QueueReplay(*groups), make_engine=lambda *_: engine)
     gate = make_gate(model, folder / "quarantine", replay=learner._replay)
-    learner._replay = learner._gate = gate
+    learner._replay = learner.gate = gate
     learner.publish()
     expected = SamplersDisagree if engine.rank == 0 else Unrecoverable
     with pytest.raises(expected, match="actor-7 at version 0"):

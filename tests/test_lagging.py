@@ -148,7 +148,8 @@ def held_back(folder: Path, server: RedisServer) -> tuple[LocalRun, Watched, Rep
     while not run.finished:
         run.tick()
     run.stop(timeout_s=30)
-    buffer = roles.build_buffer(config, run="test", url=server.url, password=server.password)
+    address = BufferAddress(url=server.url, password=server.password)
+    buffer = roles.build_buffer(config, run="test", place=address)
     return run, watched, buffer
 
 

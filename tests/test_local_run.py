@@ -64,7 +64,8 @@ def finished(folder: Path, server: RedisServer) -> Finished:
     while not run.finished:
         run.tick()
     run.stop(timeout_s=30)
-    buffer = roles.build_buffer(config, run="test", url=server.url, password=server.password)
+    address = BufferAddress(url=server.url, password=server.password)
+    buffer = roles.build_buffer(config, run="test", place=address)
     return run, folder, config, buffer
 
 

@@ -47,11 +47,13 @@ def run_of(clock: Clock, depths: Any, learner: Any) -> tuple[LocalRun, list[floa
     run._buffer = SimpleNamespace(depth=lambda: next(depths))
     run._learner, run._replica, run._adapter, run._base = learner, None, None, None
     run._deepest, run._progressed_s, run.learner_rows = 0, 0.0, []
+    run._memory = None
     return run, rolled
 
 
 def test_a_tick_rolls_out_once_so_that_a_stop_is_heeded_between_two(clock: Clock) -> None:
-    run, rolled = run_of(clock, iter([0, 2, 4]), SimpleNamespace(step=lambda stop: {"loss": 1.0}))
+    learner = SimpleNamespace(step=lambda stop: {"loss": 1.0}, checkpoint_when_due=lambda: None)
+    run, rolled = run_of(clock, iter([0, 2, 4]), learner)
     run.tick()
     run.tick()
     assert len(rolled) == 2 and run.learner_rows == []
@@ -97,7 +99,11 @@ def test_after_an_error_in_a_step_the_last_checkpoint_stays_the_newest(
     def diverge(stop: object) -> None:
         raise ArithmeticError("the gradient is not finite")
 
-    learner = SimpleNamespace(step=diverge, checkpoint=lambda: saved.append("checkpoint"))
+    learner = SimpleNamespace(
+        step=diverge,
+        checkpoint=lambda: saved.append("checkpoint"),
+        checkpoint_when_due=lambda: None,
+    )
     run, _ = run_of(clock, iter([4, 4]), learner)
     with pytest.raises(ArithmeticError):
         run.tick()

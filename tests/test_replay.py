@@ -272,7 +272,8 @@ def test_a_buffer_in_memory_is_carried_over_whole() -> None:
     for version in (1, 2):
         buffer.add([toy_trajectory((version,) * n, policy_version=version) for n in (1, 4, 4)])
     buffer.draw(toy_request(num_replayed=2, version=2))
-    carried = MemoryStore.load(store.save())
+    carried = MemoryStore()
+    carried.restore(store.save())
     assert carried.save() == store.save()
     later = ReplayBuffer(carried, config=SMALL)
     assert later.stats() == buffer.stats() and later.audit().ok
@@ -291,4 +292,4 @@ def test_a_buffer_in_memory_is_carried_over_whole() -> None:
 )
 def test_a_saved_buffer_of_another_kind_is_refused(data: bytes, why: str) -> None:
     with pytest.raises(ForeignSave, match=why):
-        MemoryStore.load(data)
+        MemoryStore().restore(data)

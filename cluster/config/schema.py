@@ -117,6 +117,29 @@ class RunConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_a_step_can_be_made(self) -> "RunConfig":
+        """Refuse what would roll out for ever: the learner would never have its groups."""
+        if self.learner.traits.imitates:
+            return self
+        needed, age = self.learner.groups_per_step, self.buffer.max_age
+        for name, most in (
+            ("buffer.fresh_capacity", self.buffer.fresh_capacity),
+            ("actors.max_ready_groups", self.actors.max_ready_groups),
+        ):
+            if most < needed:
+                raise ValueError(
+                    f"learner.groups_per_step ({needed}) groups never wait at once where {name} is "
+                    f"{most}: raise the latter, or lower the former"
+                )
+        if self.max_lag_versions < 0:
+            raise ValueError(
+                f"learner.publish_every_steps ({self.learner.publish_every_steps}) leaves actors "
+                f"further behind than buffer.max_age ({age}) versions, and the buffer drops what "
+                "they sample: publish more often, or raise the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_lag(self) -> "RunConfig":
         if self.actors.lag_versions > max(self.max_lag_versions, 0):
             raise ValueError(

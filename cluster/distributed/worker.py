@@ -110,12 +110,7 @@ class Worker:
 
     def _connect_buffer(self) -> ReplayBuffer:
         context = self._context
-        return build_buffer(
-            self._config,
-            run=context.directory.name,
-            url=context.buffer.url,
-            password=context.buffer.password,
-        )
+        return build_buffer(self._config, run=context.directory.name, place=context.buffer)
 
 
 def with_patience(config: RunConfig) -> RunConfig:

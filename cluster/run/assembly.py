@@ -23,13 +23,14 @@ from buffer.replay import Replay, ReplayBuffer
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory, merged_folder
 from cluster.run.imitation import Learned, imitation
+from cluster.run.session import BufferAddress
 from learner.agreement.gate import AgreementGate
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine
 from learner.checkpoint import Checkpoints
 from learner.config import LearnerConfig
 from learner.engine import Engine
-from learner.learner import Learner, WeightSink
+from learner.learner import Companion, Learner, WeightSink
 from learner.log_z import attach_log_z
 from learner.objectives.base import Objective
 from learner.objectives.db import DetailedBalance
@@ -46,9 +47,11 @@ from tasks.task import Task
 MakeEngine = Callable[[Any, LearnerConfig], Engine]
 
 
-def build_buffer(config: RunConfig, *, run: str, url: str, password: str | None) -> ReplayBuffer:
+def build_buffer(config: RunConfig, *, run: str, place: BufferAddress) -> ReplayBuffer:
     """A client of the run's replay buffer, once it has been answered."""
-    client = connect(url, password=password, timeout_s=config.buffer.timeout_s)
+    if place.memory is not None:
+        return ReplayBuffer(place.memory, config=config.buffer)
+    client = connect(place.url, password=place.password, timeout_s=config.buffer.timeout_s)
     return ReplayBuffer(RedisStore(client, run=run), config=config.buffer)
 
 
@@ -84,7 +87,9 @@ def build_actor(
     )
 
 
-def model_policy(config: RunConfig, base: LanguageModel, task: Task) -> Callable[[int], Policy]:
+def model_policy(
+    config: RunConfig, base: LanguageModel, task: Task
+) -> Callable[[int], SamplingPolicy]:
     """Makes the policy of a base LM, which becomes the policy's own, from a seed."""
     return lambda seed: SamplingPolicy(
         base,
@@ -117,6 +122,7 @@ def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: Replay
         verdict=task.verdict,
         scorer=scorer_of(task, scorer),
         buffer=buffer,
+        token_budget=config.reward.token_budget,
         timeout_s=config.actors.score_timeout_s,
     )
 
@@ -157,6 +163,7 @@ def build_learner(
     weights: WeightSink,
     warn: Callable[[str], None],
     gated: bool = True,
+    companion: Companion | None = None,
 ) -> Learner:
     """One rank of the learner, where an earlier one of the run has left off: `Learner.take_up`.
 
@@ -164,6 +171,7 @@ def build_learner(
         directory: of the run, for checkpoints and quarantined trajectories.
         warn: takes one line when there are some of the latter.
         gated: whether samplers are held to the learner's own log q.
+        companion: the rest of the run, where it goes back with the learner.
     """
     model = attach_adapter(base, config.lora, config.seed)
     log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
@@ -195,6 +203,7 @@ def build_learner(
         checkpoints=store,
         log_z=log_z,
         gate=gate,
+        companion=companion,
     )
     learner.take_up()
     return learner

@@ -59,7 +59,6 @@ class Driver:
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
         self._stop_requested = False
-        self._recorded = 0
         self._scores = read_scores(directory, terminal.event)
 
     def request_stop(self) -> None:
@@ -192,9 +191,9 @@ class Driver:
         step = int(status.get("step", self._state.step))
         totals = run.actor_totals()
         self._progress.observe(trajectories=totals.get("trajectories", 0.0), step=step)
-        for row in run.learner_rows[self._recorded :]:
+        for row in run.learner_rows:
             log.write(self._progress.row(row, step=int(row["progress/step"])))
-        self._recorded = len(run.learner_rows)
+        run.learner_rows.clear()
         self._state = self._state.model_copy(
             update={
                 "step": step,

@@ -11,7 +11,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+import msgpack
+import torch
+
 from actors.actor import RolloutActor
+from actors.policy import SamplingPolicy
 from buffer.replay import BufferStarved, DrawRequest, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
@@ -26,6 +30,9 @@ from lm.model import load_base
 from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
 from tasks.evaluation.evaluation import Evaluation
+from tasks.task import Task
+
+NO_CACHE = {"reward.cache_items": 0}
 
 
 class RollingReplay:
@@ -56,7 +63,8 @@ class RollingReplay:
 class LocalRun:
     """One actor, one reward rank and one learner rank, stepped by the driver.
 
-    Where the learner imitates, the learner alone.
+    Where the learner imitates, the learner alone. With the buffer in memory, each checkpoint holds
+    the whole run, and whoever resumes it goes on bit for bit as if it had not been killed.
 
     Args:
         stop: ends a wait for groups.
@@ -77,10 +85,13 @@ class LocalRun:
         self._groups_per_step = config.learner.groups_per_step
         self._adapter = directory.adapter
         self._base, task = assembly.load_task(config)
-        store = WeightStore()
-        self._buffer = assembly.build_buffer(
-            config, run=directory.name, url=buffer.url, password=buffer.password
-        )
+        self._weights = WeightStore()
+        self._memory = buffer.memory
+        self._buffer = assembly.build_buffer(config, run=directory.name, place=buffer)
+        self._replica: RewardReplica | None = None
+        self._actor: RolloutActor | None = None
+        self._policy: SamplingPolicy | None = None
+        self._saved: dict[str, Any] = {}
         self._learner = assembly.build_learner(
             config,
             base=self._base,
@@ -88,29 +99,80 @@ class LocalRun:
             directory=directory,
             make_engine=TorchEngine,
             buffer=RollingReplay(self._buffer, self._roll_out),
-            weights=store,
+            weights=self._weights,
             warn=report,
+            companion=None if self._memory is None else self,
         )
-        self._replica: RewardReplica | None = None
-        self._actor: RolloutActor | None = None
         if config.rollout_actors:
-            self._replica = RewardReplica(
-                UnshardedRank(load_base(config.lm).model), [], config.reward, name="reward-0"
-            )
-            self._actor = assembly.build_actor(
-                config,
-                policy=assembly.model_policy(config, load_base(config.lm), task),
-                task=task,
-                name="actor-0",
-                seed=(config.seed, 0, self._learner.version),
-                buffer=self._buffer,
-                scorer=self._replica,
-                weights=store,
-            )
-            assembly.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
-        self._learner.publish()
+            self._begin_rollouts(task)
+        self._go_on()
         self.learner_rows: list[dict[str, float]] = []
         self._deepest, self._progressed_s = 0, monotonic()
+
+    def _begin_rollouts(self, task: Task) -> None:
+        """Bring up reward replica and actor; the demonstrations go into the buffer."""
+        config = self._config
+        # A remembered score was rounded with others than it would be with now.
+        scoring = config.reward if self._memory is None else config.changed(NO_CACHE).reward
+        self._replica = RewardReplica(
+            UnshardedRank(load_base(config.lm).model), [], scoring, name="reward-0"
+        )
+        make_policy = assembly.model_policy(config, load_base(config.lm), task)
+
+        def policy(seed: int) -> SamplingPolicy:
+            self._policy = make_policy(seed)
+            return self._policy
+
+        self._actor = assembly.build_actor(
+            config,
+            policy=policy,
+            task=task,
+            name="actor-0",
+            seed=(config.seed, 0, self._learner.version),
+            buffer=self._buffer,
+            scorer=self._replica,
+            weights=self._weights,
+        )
+        if not self._saved:
+            assembly.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
+
+    def save(self) -> bytes:
+        """The run but for the learner, with the buffer in memory; see `Companion.save`."""
+        published = self._weights.newer_than(-1)
+        parts = {
+            "buffer": None if self._memory is None else self._memory.save(),
+            "gate": self._learner.gate and self._learner.gate.save(),
+            "weights": published and [published.version, published.data, published.checksum],
+            "actor": self._actor and self._actor.save(),
+            "policy": self._policy and self._policy.random_state,
+            "torch": torch.get_rng_state().numpy().tobytes(),
+        }
+        data: bytes = msgpack.packb(parts)
+        return data
+
+    def restore(self, data: bytes) -> None:
+        """See `Companion.restore`; called while the parts are being built."""
+        self._saved = msgpack.unpackb(data)
+
+    def _go_on(self) -> None:
+        """Give every part what was saved of it; publish where nothing was."""
+        saved = {name: part for name, part in self._saved.items() if part is not None}
+        if self._memory is not None and "buffer" in saved:
+            self._memory.restore(saved["buffer"])
+        if self._learner.gate is not None and "gate" in saved:
+            self._learner.gate.restore(saved["gate"])
+        if self._actor is not None and self._policy is not None and "actor" in saved:
+            self._actor.restore(saved["actor"])
+            self._policy.random_state = saved["policy"]
+        # Measuring the base, and building the parts, may have drawn from it or not.
+        torch.manual_seed(self._config.seed)
+        if "torch" in saved:
+            torch.set_rng_state(torch.frombuffer(bytearray(saved["torch"]), dtype=torch.uint8))
+        if "weights" in saved:
+            version, weights, checksum = saved["weights"]
+            self._weights.publish(weights, version=version, checksum=checksum)
+        else:
+            self._learner.publish()
 
     @property
     def finished(self) -> bool:
@@ -140,6 +202,7 @@ class LocalRun:
             self.learner_rows.append(self._learner.step(self._stop))
         self._damaged = False
         self._deepest, self._progressed_s = 0, monotonic()
+        self._learner.checkpoint_when_due()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """One actor and one replica, wanted and had; none of either for demonstrations."""
@@ -157,7 +220,7 @@ class LocalRun:
 
         After an error in a step the last checkpoint stays the newest, and the adapter as it was.
         """
-        if self._actor is not None:
+        if self._actor is not None and self._memory is None:
             self._actor.flush()
         if not self._damaged:
             self._learner.checkpoint()

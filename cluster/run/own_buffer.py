@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 
 from buffer.connection import BufferUnreachable, redacted
 from buffer.folder import configured_password
+from buffer.memory import MemoryStore
 from buffer.server import RedisServer
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
@@ -44,9 +45,7 @@ class OwnBuffer:
         self._stopping = threading.Event()
         self._wanted, self._answered = threading.Event(), threading.Event()
         try:
-            self._replay = build_buffer(
-                config, run=directory.name, url=self.address.url, password=self.address.password
-            )
+            self._replay = build_buffer(config, run=directory.name, place=self.address)
             self._stats = self._replay.stats()
         except BaseException:
             self._end_server()
@@ -143,9 +142,28 @@ class OwnBuffer:
             self._server.stop(timeout_s=_STOP_S)
 
 
+class MemoryBuffer:
+    """A buffer in the process of the run: nothing to keep alive."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.address = BufferAddress(memory=MemoryStore())
+        self._replay = build_buffer(config, run="", place=self.address)
+
+    def revived(self) -> str:
+        """It never is."""
+        return ""
+
+    def stats(self) -> ReplayStats:
+        """What is in the buffer now."""
+        return self._replay.stats()
+
+
 @contextmanager
-def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[OwnBuffer]:
-    """The run's Redis, for as long as the run lasts."""
+def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[OwnBuffer | MemoryBuffer]:
+    """The run's buffer, for as long as the run lasts."""
+    if config.buffer.kind == "memory":
+        yield MemoryBuffer(config)
+        return
     buffer = OwnBuffer(config, directory)
     try:
         yield buffer

@@ -64,6 +64,11 @@ def check_before_start(
         UserError: the run that is to go on was begun as another.
     """
     directory.check(resume=resume)
+    if config.buffer.kind == "memory" and not local:
+        raise LocalIsOne(
+            'buffer.kind = "memory" keeps the buffer in one process, which the parts of a run over '
+            "Ray are not: add --local, or leave it out"
+        )
     if local:
         check_local(config)
     elif address is None:
@@ -95,6 +100,8 @@ def check_local(config: RunConfig) -> None:
 
 def check_buffer(config: BufferConfig) -> None:
     """Raise unless the Redis of `config` answers, or one could be started as it says."""
+    if config.kind == "memory":
+        return
     password = configured_password(config)
     if config.url is not None:
         connect(config.url, password=password, timeout_s=config.timeout_s).close()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from buffer.memory import MemoryStore
 from buffer.stats import ReplayStats
 from tasks.evaluation.evaluation import Evaluation
 
@@ -12,7 +13,7 @@ from tasks.evaluation.evaluation import Evaluation
 class Run(Protocol):
     """A run as its driver sees it."""
 
-    learner_rows: list[dict[str, float]]
+    learner_rows: list[dict[str, float]]  # metrics of steps; the driver takes them away
 
     @property
     def finished(self) -> bool:
@@ -66,10 +67,11 @@ class DistributedRun(Run, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferAddress:
-    """Where the run's Redis is."""
+    """Where the run's buffer is: in a Redis or, where `memory` is one, in this process."""
 
-    url: str
-    password: str | None = field(repr=False)
+    url: str = ""
+    password: str | None = field(default=None, repr=False)
+    memory: MemoryStore | None = None
 
 
 class PendingMeasurement(Protocol):

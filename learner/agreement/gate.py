@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 
+import msgpack
 import numpy as np
 from torch import nn
 
@@ -136,6 +137,22 @@ class AgreementGate:
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """See `Replay.discard`."""
         self._replay.discard(trajectories)
+
+    def save(self) -> bytes:
+        """What it knows of earlier draws: adapters, and who agreed or was wrong at which version.
+
+        Not the share of what was wrong lately: that is counted anew.
+        """
+        known = [sorted(self._agreed), sorted(self._wrong)]
+        data: bytes = msgpack.packb([self._past.save(), known])
+        return data
+
+    def restore(self, data: bytes) -> None:
+        """Know what was known at the moment of `save`."""
+        adapters, (agreed, wrong) = msgpack.unpackb(data, strict_map_key=False, use_list=False)
+        for version, adapter in adapters.items():
+            self._past.keep(version, adapter)
+        self._agreed, self._wrong = set(agreed), set(wrong)
 
     def metrics(self) -> dict[str, float]:
         """Of the last `draw`."""

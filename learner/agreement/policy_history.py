@@ -39,6 +39,10 @@ class PastPolicies:
                 break
             num_bytes -= len(self._adapters.pop(oldest))
 
+    def save(self) -> dict[int, bytes]:
+        """Every adapter that is kept, by version."""
+        return dict(self._adapters)
+
     @contextmanager
     def as_of(self, version: int) -> Iterator[None]:
         """The model holds the weights of `version` inside, and its own again afterwards.

@@ -1,0 +1,76 @@
+"""How a run in one process ends, or is refused, where it cannot go on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from buffer.memory import MemoryStore
+from cluster.config.file import ConfigError, load_config
+from cluster.run.directory import RunDirectory
+from cluster.run.local import LocalRun
+from cluster.run.preflight import LocalIsOne, check_before_start
+from cluster.run.session import BufferAddress
+from learner.engine import NonFiniteUpdate, trainable_parameters
+
+MEMORY = ["buffer.kind=memory", "learner.groups_per_step=3", "actors.groups_per_batch=2"]
+
+
+def start(folder: Path, *changes: str) -> LocalRun:
+    return LocalRun(
+        load_config("tasks/toy.toml", [*MEMORY, *changes]),
+        directory=RunDirectory("test", root=folder),
+        buffer=BufferAddress(memory=MemoryStore()),
+        report=print,
+    )
+
+
+def test_a_learner_that_diverged_leaves_the_last_good_checkpoint_and_no_adapter(
+    tmp_path: Path,
+) -> None:
+    settings = ["learner.steps=5", "learner.checkpoint_every_steps=2"]
+    run = start(tmp_path, *settings)
+    while run.learner_status["step"] < 3:
+        run.tick()
+    with torch.no_grad():
+        for parameter in trainable_parameters(run._learner.model).values():
+            parameter.fill_(float("nan"))
+    with pytest.raises(NonFiniteUpdate):
+        while True:
+            run.tick()
+    run.stop(timeout_s=30)
+    kept = [path.name for path in (tmp_path / "test" / "checkpoints").glob("step-*")]
+    assert kept == ["step-00000002"]
+    assert not (tmp_path / "test" / "adapter").exists()
+    again = start(tmp_path, *settings)
+    assert again.learner_status == {"step": 2, "version": 2}
+    while not again.finished:
+        again.tick()
+    again.stop(timeout_s=30)
+    assert (tmp_path / "test" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (["buffer.fresh_capacity=2"], "buffer.fresh_capacity is 2"),
+        (["actors.max_ready_groups=2"], "actors.max_ready_groups is 2"),
+        (["learner.publish_every_steps=9", "buffer.max_age=7"], "publish more often"),
+    ],
+)
+def test_a_configuration_that_can_make_no_step_is_refused(changes: list[str], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load_config("tasks/toy.toml", [*MEMORY, *changes])
+    load_config("tasks/toy.toml", [*MEMORY, "learner.publish_every_steps=8", "buffer.max_age=7"])
+    load_config("tasks/arithmetic.toml", ["learner.objective=sft", *changes])
+
+
+def test_a_buffer_in_memory_is_refused_over_ray(tmp_path: Path) -> None:
+    with pytest.raises(LocalIsOne, match="add --local"):
+        check_before_start(
+            load_config("tasks/toy.toml", MEMORY),
+            RunDirectory("test", root=tmp_path),
+            resume=False,
+            address=None,
+            local=False,
+        )
