@@ -4,7 +4,8 @@ import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
@@ -181,6 +182,19 @@ def test_metrics_are_appended_and_a_torn_line_costs_only_itself(tmp_path: Path) 
     with MetricsLog(path) as log:
         log.write({"step": 4})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 4]
+
+
+def test_a_row_that_a_full_disk_cut_short_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write({"step": 1})
+        file: Any = log._file
+        log._file = cast("Any", SimpleNamespace(name="f", write=lambda line: file.write(line[:5])))
+        with pytest.raises(OSError, match="No space left"):
+            log.write({"step": 2})
+        log._file = file
+        log.write({"step": 2})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
 def test_metrics_that_are_no_numbers_survive(tmp_path: Path) -> None:

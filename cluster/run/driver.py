@@ -59,6 +59,8 @@ class Driver:
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
         self._stop_requested = False
+        self._unwritten: list[dict[str, float]] = []
+        self._disk_error = ""
         self._scores = read_scores(directory, terminal.event)
 
     def request_stop(self) -> None:
@@ -191,9 +193,11 @@ class Driver:
         step = int(status.get("step", self._state.step))
         totals = run.actor_totals()
         self._progress.observe(trajectories=totals.get("trajectories", 0.0), step=step)
-        for row in run.learner_rows:
-            log.write(self._progress.row(row, step=int(row["progress/step"])))
+        self._unwritten += [
+            self._progress.row(row, step=int(row["progress/step"])) for row in run.learner_rows
+        ]
         run.learner_rows.clear()
+        self._write_rows(log)
         self._state = self._state.model_copy(
             update={
                 "step": step,
@@ -263,8 +267,27 @@ class Driver:
                 run.record_metrics(metrics, buffer)
             update["metrics"] = metrics
         self._state = self._state.model_copy(update=update)
-        self._directory.write_state(self._state)
+        try:
+            self._directory.write_state(self._state)
+        except OSError as error:
+            self._bear_with(error)
         self._terminal.show(self._state)
+
+    def _write_rows(self, log: MetricsLog) -> None:
+        try:
+            while self._unwritten:
+                log.write(self._unwritten[0])
+                self._unwritten.pop(0)
+        except OSError as error:
+            self._bear_with(error)
+        else:
+            self._disk_error = ""
+
+    def _bear_with(self, error: OSError) -> None:
+        """Report a disk that takes nothing, once; what is due is written when it takes it again."""
+        if (text := f"{error.filename}: {error.strerror}") != self._disk_error:
+            self._disk_error = text
+            self._event(f"could not write {text}; the run goes on and tries again")
 
 
 def _is_up(run: Run) -> bool:

@@ -1,6 +1,8 @@
 """`metrics.jsonl`: one JSON object a line, appended and never rewritten."""
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,20 +11,23 @@ from types import TracebackType
 class MetricsLog:
     """Appends rows of metrics; each is on its way to the disk when `write` returns.
 
-    A crash can leave half a line at the end. Opening the log again ends that line, so that no row
-    is ever glued to it.
+    A crash or a full disk can leave half a line at the end. The next row begins a line of its own,
+    so that no row is ever glued to it.
     """
 
     def __init__(self, path: Path) -> None:
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = path.open("a", encoding="utf-8")
-        if torn:
-            self._file.write("\n")
+        self._torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one row."""
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        """Append one row; raises OSError where the disk does not take all of it."""
+        line = json.dumps(dict(row)).encode() + b"\n"
+        if self._torn:
+            line = b"\n" + line
+        self._torn = True
+        if self._file.write(line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+        self._torn = False
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from buffer.connection import BufferUnreachable, redacted
 from buffer.folder import configured_password
 from buffer.memory import MemoryStore
-from buffer.server import RedisServer
+from buffer.server import RedisServer, ServerFailed
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
 from cluster.run.assembly import build_buffer
@@ -19,6 +19,7 @@ from cluster.run.display import first_line
 from cluster.run.session import BufferAddress
 
 _STOP_S = 30.0
+_LOG_LINES = 3
 _POLL_S = 0.2
 _PROBE_S = 1.0
 _STATS_S = 2.0  # for an answer, before the last one is repeated
@@ -31,8 +32,9 @@ class OwnBuffer:
 
     A server of the run that dies is started again on its files and its port; one that does not
     answer for `cluster.silence_timeout_s`, as long as any other part of the run may take, is
-    killed first. It is kept alive to the very end: who ends a run often signals all of its
-    processes at once (`ray job stop`, systemd, Slurm), and an orderly stop still needs the buffer.
+    killed first. Like any other part it may die `cluster.max_restarts` times. It is kept alive to
+    the very end: who ends a run often signals all of its processes at once (`ray job stop`,
+    systemd, Slurm), and an orderly stop still needs the buffer.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
@@ -41,6 +43,7 @@ class OwnBuffer:
         self._server = self._start() if config.buffer.url is None else None
         self._event = ""
         self._failure: Exception | None = None
+        self._deaths = 0
         self._last_error = ""
         self._stopping = threading.Event()
         self._wanted, self._answered = threading.Event(), threading.Event()
@@ -99,6 +102,7 @@ class OwnBuffer:
             looked_s = now
             try:
                 if self._server is not None and not self._server.alive():
+                    self._count_death()
                     self._server = self._start()
                     self._answered_s = time.monotonic()
                     why = f"did not answer for {limit_s:.0f} s and was killed" if silent else "died"
@@ -109,6 +113,15 @@ class OwnBuffer:
             except Exception as error:  # the driver's to report, in its own thread
                 self._failure = error
                 return
+
+    def _count_death(self) -> None:
+        self._deaths += 1
+        if self._deaths > (limit := self._config.cluster.max_restarts):
+            log = (self._directory.buffer / "redis.log").read_text(errors="replace")
+            raise ServerFailed(
+                f"redis-server died {self._deaths} times (cluster.max_restarts = {limit}); "
+                f"redis.log ends with: {' / '.join(log.splitlines()[-_LOG_LINES:])}"
+            )
 
     def _end_silent(self, limit_s: float) -> None:
         if self._server is None:
