@@ -161,6 +161,14 @@ class Job:
         end_family(self.process)
         self.process = self._start("--resume")
 
+    def measure_again(self) -> None:
+        """Have the base LM measured anew, if it has been: by a sitting of its own."""
+        if self.directory.scores_file.exists():
+            self.process.terminate()
+            self.process.wait(timeout=ROW_TIMEOUT_S)
+            self.directory.scores_file.unlink()
+            self.resume()
+
     def said(self, since: int) -> list[str]:
         """Lines of the log after its first `since` bytes."""
         return self.log.read_bytes()[since:].decode(errors="replace").splitlines()
@@ -297,6 +305,7 @@ SIGNS = ("replacing", "started again", "could not write")
 def measure(job: Job, part: str, fault: str) -> Row:
     """Strike once and see what comes of it; the run is whole again afterwards."""
     if part == "evaluator":
+        job.measure_again()
         job.wait(lambda: bool(job.processes("EvaluationWorker")) and job.is_whole())
     else:
         job.wait_until_stepping()
