@@ -121,6 +121,14 @@ def advantages(log_reward: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def lengths_near(lengths: Sequence[int], *, tolerance: float) -> tuple[int, int]:
+    """From and to which length a completion can be near one of these; crossed where none can."""
+    if tolerance == 0:
+        return 1, 0
+    ratio = (1 - tolerance) / (1 + tolerance)
+    return math.floor(ratio * min(lengths)), math.ceil(max(lengths) / ratio)
+
+
 def near_duplicates(
     rows: Sequence[NDArray[np.int32]], columns: Sequence[NDArray[np.int32]], *, tolerance: float
 ) -> NDArray[np.bool_]:

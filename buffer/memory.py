@@ -13,6 +13,7 @@ from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats, summarise
 from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Change, Commit, StoredItem
+from buffer.trajectory import MalformedTrajectory, unpack
 
 FORMAT = 1
 
@@ -124,6 +125,17 @@ class MemoryStore:
             return self._state.revision[prompt], [
                 StoredItem(id, log_reward, self._state.payload.get(id))
                 for id, log_reward in self._ranked(prompt)
+            ]
+
+    def read_completions(
+        self, prompt: str, shortest: int, longest: int
+    ) -> tuple[int, list[StoredItem]]:
+        """See `Store.read_completions`."""
+        with self._lock:
+            revision, items = self.read_prompt(prompt)
+            return revision, [
+                StoredItem(id, score, completion(payload, shortest, longest))
+                for id, score, payload in items
             ]
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
@@ -250,3 +262,14 @@ class MemoryStore:
     def _keep_evidence(self, name: str, data: bytes) -> None:
         if len(self._state.quarantine) < KEPT_EVIDENCE:
             self._state.quarantine[name] = data
+
+
+def completion(payload: bytes | None, shortest: int, longest: int) -> bytes | None:
+    """Its tokens, as `Store.read_completions` gives them."""
+    if shortest > longest:
+        return b""
+    try:
+        tokens = unpack(payload or b"").completion
+    except MalformedTrajectory:
+        return None
+    return tokens.tobytes() if shortest <= tokens.size <= longest else b""

@@ -18,7 +18,10 @@ from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Change, Comm
 
 FORMAT = b"2"
 OLD_FORMAT = b"1"  # differs in the scores of `priority` alone
-SCRIPTS = ("commit", "draw", "fetch", "quarantine", "read", "snapshot", "summary", "upgrade")
+SCRIPTS = (
+    *("commit", "completions", "draw", "fetch", "quarantine", "read"),
+    *("snapshot", "summary", "upgrade"),
+)
 ID_LENGTH = 32
 
 
@@ -92,11 +95,13 @@ class RedisStore:
 
     def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
         """See `Store.read_prompt`."""
-        revision, ranked, payloads = self.call("read", prompt)
-        return int(revision), [
-            StoredItem(id.decode(), float(score), payload)
-            for (id, score), payload in zip(by_two(ranked), payloads, strict=True)
-        ]
+        return stored_items(*self.call("read", prompt))
+
+    def read_completions(
+        self, prompt: str, shortest: int, longest: int
+    ) -> tuple[int, list[StoredItem]]:
+        """See `Store.read_completions`."""
+        return stored_items(*self.call("completions", prompt, shortest, longest))
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
         """See `Store.rank`."""
@@ -225,6 +230,16 @@ def address(client: redis.Redis) -> str:
     """Where a client connects to, without its password."""
     settings = client.get_connection_kwargs()
     return settings.get("path") or f"{settings.get('host')}:{settings.get('port')}"
+
+
+def stored_items(
+    revision: bytes, ranked: Sequence[bytes], records: Sequence[bytes | None]
+) -> tuple[int, list[StoredItem]]:
+    """What read.lua and completions.lua answer."""
+    return int(revision), [
+        StoredItem(id.decode(), float(score), record)
+        for (id, score), record in zip(by_two(ranked), records, strict=True)
+    ]
 
 
 def by_two(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

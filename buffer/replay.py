@@ -144,7 +144,7 @@ class ReplayBuffer:
     def trajectories(self) -> Iterator[Trajectory]:
         """Everything in replay, prompt by prompt, the best of each prompt first."""
         for prompt in self._store.prompts():
-            yield from reversed(self._reader.prompt(prompt).trajectories.values())
+            yield from reversed(self._reader.trajectories(prompt))
 
     def _fresh(self, request: DrawRequest) -> list[tuple[Trajectory, ...]]:
         """The freshest eligible groups; none at all once `stop()` holds in a wait."""

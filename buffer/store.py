@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
-from buffer.admission import Plan
+import numpy as np
+
+from buffer.admission import Item, Plan
 from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats
-from buffer.trajectory import MalformedTrajectory, Trajectory, unpack, unpack_group
+from buffer.trajectory import MAX_TOKEN, MalformedTrajectory, Trajectory, unpack, unpack_group
 
 # Unreadable payloads that are kept as evidence.
 KEPT_EVIDENCE = 100
@@ -64,7 +66,7 @@ class StoredItem(NamedTuple):
 
     id: str
     log_reward: float  # it is ranked by, nats
-    payload: bytes | None  # None where the store has lost it
+    data: bytes | None  # its payload or a part of that; None where the store has lost it
 
 
 class Store(Protocol):
@@ -94,6 +96,16 @@ class Store(Protocol):
 
     def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
         """Revision and replay of one prompt, the worst item first, equals by id."""
+        ...
+
+    def read_completions(
+        self, prompt: str, shortest: int, longest: int
+    ) -> tuple[int, list[StoredItem]]:
+        """As `read_prompt`, but of each item the tokens of its completion: little-endian, 32 bits.
+
+        No bytes for a completion whose length lies outside the two, None for one that cannot be
+        read. Where `shortest` is above `longest` nothing is read.
+        """
         ...
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
@@ -134,8 +146,7 @@ class StoredPrompt:
     """The replay of one prompt as of one revision; worst first."""
 
     revision: int
-    trajectories: dict[str, Trajectory]  # by id
-    log_reward: dict[str, float]  # by id: the terminal log-reward it is ranked by, nats
+    items: list[Item]  # without completions that none of the lengths asked for can be near
 
 
 class Reader:
@@ -148,15 +159,27 @@ class Reader:
         self._store = store
         self._warn = warn
 
-    def prompt(self, prompt: str) -> StoredPrompt:
-        """Everything readable in the replay of one prompt."""
-        revision, items = self._store.read_prompt(prompt)
-        trajectories, log_reward = {}, {}
-        for id, score, payload in items:
-            if (trajectory := self.item(id, prompt, payload)) is not None:
-                trajectories[id] = trajectory
-                log_reward[id] = score
-        return StoredPrompt(revision, trajectories, log_reward)
+    def prompt(self, prompt: str, lengths: tuple[int, int]) -> StoredPrompt:
+        """The replay of one prompt as `plan` sees it.
+
+        Args:
+            lengths: from and to which completions are read; the others count as empty.
+        """
+        revision, found = self._store.read_completions(prompt, *lengths)
+        items = []
+        for id, log_reward, data in found:
+            if data is None or np.frombuffer(data, "<u4").max(initial=0) >= MAX_TOKEN:
+                self._quarantine(id, prompt, "its completion is missing or damaged")
+            else:
+                completion = np.frombuffer(data, "<i4").astype(np.int32, copy=False)
+                items.append(Item(id, completion, log_reward))
+        return StoredPrompt(revision, items)
+
+    def trajectories(self, prompt: str) -> list[Trajectory]:
+        """Everything readable in the replay of one prompt, worst first."""
+        _, found = self._store.read_prompt(prompt)
+        read = (self.item(id, prompt, payload) for id, _, payload in found)
+        return [trajectory for trajectory in read if trajectory is not None]
 
     def item(self, id: str, prompt: str, payload: bytes | None) -> Trajectory | None:
         """One replay payload, None if it went into quarantine."""
@@ -165,9 +188,12 @@ class Reader:
                 raise MalformedTrajectory("its payload is missing")
             return unpack(payload)
         except MalformedTrajectory as error:
-            self._store.quarantine_item(id, prompt)
-            self._warn(f"quarantined trajectory {id} of prompt {prompt!r}: {error}")
+            self._quarantine(id, prompt, str(error))
             return None
+
+    def _quarantine(self, id: str, prompt: str, reason: str) -> None:
+        self._store.quarantine_item(id, prompt)
+        self._warn(f"quarantined trajectory {id} of prompt {prompt!r}: {reason}")
 
     def group(self, number: int, payload: bytes) -> tuple[Trajectory, ...] | None:
         """One fresh group, None if it went into quarantine, which one bad member suffices for."""

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from buffer.admission import Item, plan
+from buffer.admission import Item, lengths_near, plan
 from buffer.config import BufferConfig
 from buffer.store import Arrival, Change, Commit, Reader, Store, Write
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group
@@ -68,17 +68,17 @@ class Writer:
 
     def _plan(self, prompt: str, offered: Offered, *, keep_stored: bool) -> Change:
         """The change that the offered trajectories make to their prompt as it is stored now."""
-        stored = self._reader.prompt(prompt)
+        tolerance = self._config.near_duplicate_tolerance
+        lengths = lengths_near([each.completion.size for _, each in offered], tolerance=tolerance)
+        stored = self._reader.prompt(prompt, lengths)
         if keep_stored:
-            offered = [(data, each) for data, each in offered if each.id not in stored.trajectories]
+            known = {item.id for item in stored.items}
+            offered = [(data, each) for data, each in offered if each.id not in known]
         newcomers = [Item(t.id, t.completion, t.terminal_log_reward) for _, t in offered]
         changes = plan(
-            [
-                Item(id, trajectory.completion, stored.log_reward[id])
-                for id, trajectory in stored.trajectories.items()
-            ],
+            stored.items,
             newcomers,
-            tolerance=self._config.near_duplicate_tolerance,
+            tolerance=tolerance,
             quota=self._config.quota_per_prompt,
             keep_stored=keep_stored,
         )

@@ -9,6 +9,7 @@ import redis
 from buffer.config import BufferConfig
 from buffer.redis_store import ForeignKeys, RedisStore
 from buffer.replay import ReplayBuffer
+from buffer.trajectory import pack
 from tests.buffer_toy import random_trajectory, toy_request, toy_trajectory
 
 
@@ -38,6 +39,26 @@ def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis
     assert b"\xc1 not msgpack" in client.hvals(f"{prefix}:quarantine")
     audit = buffer.audit()
     assert audit.ok, audit.discrepancies
+
+
+def test_an_add_survives_whatever_its_prompt_holds(client: redis.Redis) -> None:
+    whole = pack(toy_trajectory(range(300)))
+    at = whole.index(np.arange(300, dtype="<i4").tobytes())
+    huge = whole[:at] + b"\xff\xff\x7f\x7f" + whole[at + 4 :]
+    cut = [whole[:end] for end in (0, 1, 5, 9, 30, at, at + 40, at + 1199)]
+    for number, damaged in enumerate([huge, b"\x9d\x01" + whole[:9], b"\xff" * 300, *cut]):
+        run, warnings = uuid4().hex, list[str]()
+        buffer = ReplayBuffer(
+            RedisStore(client, run=run), config=BufferConfig(), warn=warnings.append
+        )
+        buffer.add([toy_trajectory(range(300))])
+        (stored,) = buffer.trajectories()
+        client.hset(f"{{amortize:{run}}}:payload", stored.id, damaged)
+        buffer.add([toy_trajectory(range(1, 290))])
+        assert [t.completion.size for t in buffer.trajectories()] == [289], number
+        (warning,) = warnings
+        assert f"quarantined trajectory {stored.id}" in warning
+        assert buffer.audit().ok
 
 
 def test_the_audit_sees_what_a_counter_or_an_index_hides(client: redis.Redis) -> None:

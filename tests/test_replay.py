@@ -8,7 +8,10 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from buffer.admission import lengths_near
 from buffer.config import BufferConfig
 from buffer.memory import ForeignSave, MemoryStore
 from buffer.replay import BufferStarved, ReplayBuffer
@@ -246,9 +249,9 @@ def test_an_eviction_between_reading_and_writing_makes_the_plan_anew(
     ours.add([toy_trajectory((1,), log_reward=-2.0), toy_trajectory((2, 2, 2), log_reward=-1.0)])
     read = Reader.prompt
 
-    def read_then_lose_it(reader: Reader, prompt: str) -> StoredPrompt:
-        found = read(reader, prompt)
-        if prompt == "p" and len(found.trajectories) == 2:
+    def read_then_lose_it(reader: Reader, prompt: str, lengths: tuple[int, int]) -> StoredPrompt:
+        found = read(reader, prompt, lengths)
+        if prompt == "p" and len(found.items) == 2:
             theirs.add([toy_trajectory((2,), prompt="q", log_reward=-1.0)])
         return found
 
@@ -257,6 +260,32 @@ def test_an_eviction_between_reading_and_writing_makes_the_plan_anew(
     assert (report.conflicts, report.duplicates, report.evicted_capacity) == (1, 0, 1)
     audit = ours.audit()
     assert audit.ok, audit.discrepancies
+
+
+def test_only_completions_whose_length_matters_are_read(make_store: MakeStore) -> None:
+    store = make_store(uuid4().hex)
+    group = [
+        toy_trajectory(range(n), log_reward=-n, answer=np.full(n, 9, np.int32))
+        for n in (1, 30, 300)
+    ]
+    ReplayBuffer(store, config=BufferConfig()).add(group)
+    whole = [(each.id, each.completion.tobytes()) for each in reversed(group)]
+    for lengths in ((0, 300), (1, 30), (2, 29), (300, 300), (1, 0)):
+        revision, items = store.read_completions("p", *lengths)
+        assert revision == store.read_prompt("p")[0]
+        within = [lengths[0] <= len(data) // 4 <= lengths[1] for _, data in whole]
+        assert [(item.id, item.data) for item in items] == [
+            (id, data if inside else b"") for (id, data), inside in zip(whole, within, strict=True)
+        ]
+
+
+@given(length=st.integers(0, 60), other=st.integers(0, 60), tolerance=st.floats(0.01, 0.99))
+def test_lengths_that_are_not_read_are_those_that_cannot_be_near(
+    length: int, other: int, tolerance: float
+) -> None:
+    shortest, longest = lengths_near([length], tolerance=tolerance)
+    if not shortest <= other <= longest:
+        assert abs(length - other) >= tolerance * (length + other) - 1e-9
 
 
 def test_two_runs_on_one_server_do_not_meet(make_store: MakeStore) -> None:

@@ -39,3 +39,14 @@ local function forget_group(seq)
   call('HDEL', key('groups'), seq)
   call('HDEL', key('draws'), seq)
 end
+
+-- Where the block of bytes after byte `at` of a msgpack record begins and ends, counted from 1;
+-- cmsgpack knows no binary.
+local function block(record, at)
+  local kind, begin, size = string.byte(record, at + 1)
+  if kind == 0xc4 then begin, size = at + 3, string.byte(record, at + 2)
+  elseif kind == 0xc5 then begin, size = at + 4, struct.unpack('>H', record, at + 2)
+  elseif kind == 0xc6 then begin, size = at + 6, struct.unpack('>I4', record, at + 2)
+  else error('not a block of bytes') end
+  return begin, begin + size - 1
+end

@@ -3,16 +3,6 @@
 -- Returns {msgpack of {task, prompt key, length, from tool, log-reward, version, time, correct} | nil,
 --          ...}; nil for what is gone or cannot be read.
 
--- cmsgpack knows no binary: where the block after byte `at` begins and ends, counted from 1.
-local function block(payload, at)
-  local kind, begin, size = string.byte(payload, at + 1)
-  if kind == 0xc4 then begin, size = at + 3, string.byte(payload, at + 2)
-  elseif kind == 0xc5 then begin, size = at + 4, struct.unpack('>H', payload, at + 2)
-  elseif kind == 0xc6 then begin, size = at + 6, struct.unpack('>I4', payload, at + 2)
-  else error('not a block of bytes') end
-  return begin, begin + size - 1
-end
-
 local function summary(payload)
   local at, _, task, prompt, sizes = cmsgpack.unpack_limit(payload, 4, 1)
   local _, integers_end = block(payload, at)

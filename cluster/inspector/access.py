@@ -1,4 +1,4 @@
-"""Who may look: only requests to this machine's loopback, only with the run's token.
+"""Access control: requests to this machine's loopback that carry the run's token pass.
 
 A page of any other site can make a browser send requests to 127.0.0.1, even under a name of its
 own (DNS rebinding): so the Host header must name the loopback, and the token, which such a page
@@ -51,7 +51,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """Lets a request through to `app`, or answers it with the reason why not.
+    """Passes a request to `app`, or answers it with the reason for the refusal.
 
     A token in the address is taken once: it moves into a cookie that no script can read and that
     no other site can make the browser send.

@@ -1,4 +1,4 @@
-"""The inspector as a web application: addresses, and which page each of them is."""
+"""The inspector as a web application: which page answers which address."""
 
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ _LIVE = ("starting", "evaluating", "training", "stopping")
 
 
 def base_of(request: Request) -> str:
-    """What every address of the inspector begins with."""
+    """The prefix of every address of the inspector."""
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
@@ -67,7 +67,7 @@ def build_app(sources: Sources, *, token: str) -> FastAPI:
 
 
 def explain_errors(app: FastAPI, sources: Sources, pages: Pages) -> None:
-    """Pages for what can go wrong."""
+    """Answer errors with a page that explains them."""
 
     def explain(kind: type[Exception] | int, status: int, title: str, text: str = "") -> None:
         def answer(request: Request, error: Exception) -> HTMLResponse:

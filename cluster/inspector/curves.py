@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics file, which is read on from where the last look ended."""
+"""Curves of a run from its metrics file, of which each look reads the lines that are new."""
 
 import json
 import math
@@ -32,7 +32,7 @@ class Curve:
 class MetricsTail:
     """The rows of a metrics file by step; safe to share between threads.
 
-    A run that was resumed writes the steps behind its checkpoint again: the later row counts.
+    A run that was resumed writes the steps after its checkpoint again: the later row counts.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The Redis of the run that is looked at: somebody else's while the run goes on, ours after it."""
+"""Finds the Redis of the inspected run: the driver's while that lives, else one started here."""
 
 import socket
 from types import TracebackType
@@ -14,7 +14,7 @@ _STOP_TIMEOUT_S = 30.0
 
 
 class BufferKeeper:
-    """Where the run's Redis is; starts one on the run's files where no driver has one.
+    """Holds the address of the run's Redis; starts one on the run's files where no driver has one.
 
     A server that was started here is only read from, and ends with this object. While the driver
     lives, the server is the driver's, and nothing is started.

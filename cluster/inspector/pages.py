@@ -1,4 +1,4 @@
-"""From what is known to HTML. Every text passes `escaped`; only charts and links are ours."""
+"""Renders the pages. Every text passes `escaped`; only charts, style and script are ours."""
 
 import base64
 import hashlib
@@ -90,7 +90,7 @@ class Pages:
 
 
 def facts(state: RunState | None) -> Mapping[str, str]:
-    """What stands on top of every page."""
+    """The figures on top of every page, by label."""
     if state is None:
         return {}
     known = {"phase": phase(state), "step": f"{state.step} of {state.steps}"}

@@ -23,7 +23,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry(Summary):
-    """One trajectory in the index: what can be known of it without decoding its rationale."""
+    """A trajectory in the index; its rationale is not decoded."""
 
     prompt: str
     tally: Tally
@@ -35,7 +35,7 @@ class Entry(Summary):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Entry):
-    """One trajectory as it is shown, its texts decoded, without its per-token arrays."""
+    """A trajectory as it is shown, its texts decoded, without its per-token arrays."""
 
     pieces: tuple[Piece, ...]
     answer: str

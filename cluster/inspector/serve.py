@@ -50,7 +50,7 @@ def prefix(run: str) -> str:
 
 
 def application_name(run: str) -> str:
-    """What the dashboard's Serve tab lists."""
+    """Name under which the dashboard's Serve tab lists the inspector of a run."""
     return f"inspector-{run}"
 
 

@@ -1,4 +1,4 @@
-"""Everything of one run that the pages show, opened for reading."""
+"""Opens everything of one run that the pages show: its buffer, metrics, state and tokenizer."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ _REDIS_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What a process on this machine needs in order to look at a run."""
+    """Run, buffer and token that a process on this machine shows a run with."""
 
     config: RunConfig
     run: str
@@ -52,7 +52,7 @@ class Sources:
         self.catalogue = Catalogue(self._browser, self._decode)
 
     def state(self) -> RunState | None:
-        """What the driver last wrote."""
+        """State of the run as the driver last wrote it."""
         return self.directory.state()
 
     def detail(self, id: str) -> Detail:
