@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from learner.objectives.traits import TRAITS, ObjectiveName, Traits
 
+# Parameters above which activations are recomputed, unless something else is asked for.
+LARGE = 50_000_000
+
 
 class RewardTemperatureConfig(BaseModel):
     """Linear from `start` to `end` over `steps` optimizer steps, then flat (paper, appendix)."""
@@ -38,6 +41,12 @@ class LearnerConfig(BaseModel):
         gt=0,
         description="Columns of one pass, the completions of a prompt sharing it: bounds the "
         "memory; a larger group takes several passes, and one more without gradients.",
+    )
+
+    checkpointing: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Recompute activations in the backward pass instead of keeping them; auto: of "
+        "a model above 50 million parameters.",
     )
 
     learning_rate: float = Field(gt=0, description="Peak of the schedule.")
@@ -122,6 +131,12 @@ class LearnerConfig(BaseModel):
     collective_timeout_s: float = Field(
         default=600.0, gt=0, description="Longest wait of one rank for the others."
     )
+
+    def recomputes(self, num_parameters: int) -> bool:
+        """Whether activations of a model of this size are recomputed."""
+        if self.checkpointing == "auto":
+            return num_parameters > LARGE
+        return self.checkpointing
 
     @property
     def traits(self) -> Traits:

@@ -23,6 +23,7 @@ from learner.objectives.potential import state_potentials, terminal_potentials
 from learner.step_metrics import Tally, describe_cost, describe_groups, describe_quality
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, checksum
+from lm.model import recompute_activations
 
 
 class WeightSink(Protocol):
@@ -115,6 +116,8 @@ class Learner:
         self.gate = gate
         self._companion = companion
         self._device = next(model.parameters()).device
+        if config.recomputes(sum(parameter.numel() for parameter in model.parameters())):
+            recompute_activations(model)
         self._checkpoint_steps = 0
         self._checkpoint_s = monotonic()
 

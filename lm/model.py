@@ -4,11 +4,13 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -83,6 +85,29 @@ def freeze(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - not declared on nn.Module
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Let backward passes recompute what happens inside a layer, instead of keeping it.
+
+    A pass then keeps two hidden states a layer and what one layer needs: a thirtieth of it all, at
+    the price of another forward pass. Values and gradients stay the same.
+
+    Raises ModelUnusable when the architecture does not say what its layers are.
+    """
+    base: Any = getattr(model, "module", model)
+    kinds = set(getattr(base, "_no_split_modules", None) or ())
+    layers = [module for module in base.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ModelUnusable(
+            f"learner.checkpointing: a {type(base).__name__} does not name its layers, so their "
+            "activations cannot be recomputed; set learner.checkpointing = false"
+        )
+    for layer in layers:
+        # No layer draws random numbers: every dropout rate is zero.
+        layer.forward = partial(
+            checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+        )
 
 
 def fingerprint(model: PreTrainedModel) -> str:

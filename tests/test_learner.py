@@ -152,6 +152,16 @@ def test_a_group_in_parts_teaches_what_it_teaches_whole(objective: Objective, lo
         torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
 
 
+def test_recomputed_activations_change_nothing() -> None:
+    learners = [make_learner(checkpointing=recomputed) for recomputed in (False, True)]
+    (kept, kept_model), (recomputed, recomputed_model) = learners
+    for _ in range(2):
+        one, two = kept.step(), recomputed.step()
+        assert two["loss/value"] == pytest.approx(one["loss/value"], rel=1e-6)
+    for mine, theirs in zip(gradients_of(recomputed_model), gradients_of(kept_model), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
 def gradients_of(model: Any) -> list[torch.Tensor]:
     """Of the step taken last."""
     gradients = [p.grad for p in model.parameters() if p.requires_grad]

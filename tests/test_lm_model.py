@@ -29,6 +29,7 @@ from lm.model import (
     attach_adapter,
     context_limit,
     load_base,
+    recompute_activations,
     vocab_size,
 )
 from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
@@ -265,3 +266,35 @@ def test_shipping_format_is_plain_hugging_face(folder: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder)
     for ours_weight, weight in zip(ours.model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(ours_weight, weight)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recomputed_activations_keep_less_and_give_the_same_gradient(
+    tiny_lm: Callable[[str], PreTrainedModel], architecture: str
+) -> None:
+    kept: list[int] = []
+    gradients = []
+    for recomputed in (False, True):
+        base = LanguageModel(model=tiny_lm(architecture), tokenizer=None, fingerprint="")
+        model = attach_adapter(base, LoRAConfig(rank=2), seed=0)
+        if recomputed:
+            recompute_activations(model)
+        sizes: list[int] = []
+
+        def note(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(input_ids=torch.arange(2, 30)[None], use_cache=False).logits.sum()
+        kept.append(sum(sizes))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert kept[1] < kept[0] / 5
+    for mine, theirs in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_names_no_layers_cannot_recompute_them() -> None:
+    with pytest.raises(ModelUnusable, match=r"learner\.checkpointing = false"):
+        recompute_activations(torch.nn.Linear(2, 2))
