@@ -133,10 +133,9 @@ class BatchLoss:
             [t.prompt.tolist() for t in distinct],
             [t.completion.tolist() for t in distinct],
             [t.from_tool.tolist() for t in distinct],
-            with_prompt_state=self._log_z is not None,
         )
         short = batch.stop_BS.shape[1] - log_probs.log_stop_BS.shape[1]
         terms = pad(log_probs.log_pf_BT, (0, short)), pad(log_probs.log_stop_BS, (0, short))
-        if self._log_z is None or log_probs.prompt_state_BH is None:
+        if self._log_z is None:
             return terms
         return *terms, self._log_z(log_probs.prompt_state_BH)

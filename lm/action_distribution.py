@@ -32,19 +32,20 @@ class ActionDistribution:
 
     def __init__(self, actions: ActionSpace, vocab_size: int, device: torch.device) -> None:
         ids = actions.columns(vocab_size)
-        self._every_token = len(ids) == vocab_size
+        self.every_token = len(ids) == vocab_size
         self.id_C = torch.from_numpy(ids).to(device)
         self.stop_column = int(np.searchsorted(ids, actions.stop_token))
 
     def column(self, token_X: Tensor) -> Tensor:
         """Where in `id_C` each token stands; an arbitrary column for an illegal one."""
-        if self._every_token:
+        if self.every_token:
             return token_X
         return torch.searchsorted(self.id_C, token_X).clamp_max_(len(self.id_C) - 1)
 
     def log_q(self, logits_XV: Tensor, may_stop_X: NDArray[np.bool_]) -> Tensor:
-        """[X, C] nats, float32, columns as `id_C`, X any shape; ⊤ is -inf where it may not be."""
-        logits_XC = (logits_XV if self._every_token else logits_XV[..., self.id_C]).float()
+        """[X, C] nats, float32 at least, columns as `id_C`, X any shape; a closed ⊤ is -inf."""
+        logits_XC = logits_XV if self.every_token else logits_XV[..., self.id_C]
+        logits_XC = logits_XC.to(torch.promote_types(logits_XC.dtype, torch.float32))
         if not may_stop_X.all():
             closed_X = torch.from_numpy(~may_stop_X).to(logits_XC.device)
             logits_XC = logits_XC.clone()

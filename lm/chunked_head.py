@@ -18,10 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from lm.action_distribution import ActionDistribution
 
 # Logits that exist at a time: 64 MB in float32.
 CHUNK_ENTRIES = 2**24
@@ -50,7 +54,8 @@ class OutputHead:
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, V], in float32 at least."""
-        return self._finished(self.module(hidden_ND))
+        # Not called as a module: around that, sharded weights would be gathered and given up.
+        return self._finished(self.module.forward(hidden_ND))
 
     def linear_logits(self, hidden_ND: Tensor, weight_CD: Tensor, bias_C: Tensor | None) -> Tensor:
         """[N, C], in float32 at least, with these rows of the module's weight and bias."""
@@ -81,58 +86,41 @@ class OutputHead:
         return logits
 
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
-class Actions:
-    """What is asked of N states."""
-
-    id_C: Tensor | None  # int64, token ids of legal tokens and ⊤; None: the whole vocabulary
-    stop_column: int  # of ⊤ among the C
-    next_N: Tensor  # int64, column of the next token
-    may_stop_N: Tensor  # bool, elsewhere ⊤ has probability zero
-
-    def of_states(self, states: slice) -> "Actions":
-        return Actions(
-            id_C=self.id_C,
-            stop_column=self.stop_column,
-            next_N=self.next_N[states],
-            may_stop_N=self.may_stop_N[states],
-        )
-
-    def picked(self, logits_NC: Tensor) -> tuple[Tensor, Tensor]:
-        """[N] log q of the next token and of ⊤, at temperature 1; -inf for ⊤ where it is closed."""
-        is_stop_C = torch.arange(logits_NC.shape[1], device=logits_NC.device) == self.stop_column
-        logits_NC = logits_NC.masked_fill(~self.may_stop_N[:, None] & is_stop_C, -torch.inf)
-        log_q_NC = logits_NC.log_softmax(dim=-1)
-        log_next_N = log_q_NC.gather(1, self.next_N[:, None]).squeeze(1)
-        return log_next_N, log_q_NC[:, self.stop_column]
-
-
 def action_log_probs(
-    head: OutputHead, hidden_ND: Tensor, actions: Actions, chunk_entries: int = CHUNK_ENTRIES
+    head: OutputHead,
+    hidden_ND: Tensor,
+    distribution: ActionDistribution,
+    next_N: Tensor,
+    may_stop_N: NDArray[np.bool_],
+    chunk_entries: int = CHUNK_ENTRIES,
 ) -> tuple[Tensor, Tensor]:
     """[N] log q of the next token and of ⊤ in each state, nats, float32 at least, differentiable.
 
     Args:
         hidden_ND: what the head is given.
+        next_N: int64, token ids; of an illegal one log q is arbitrary.
+        may_stop_N: elsewhere ⊤ has probability zero, log q -inf.
         chunk_entries: logits to hold at a time; those of one state at least.
     """
+    column_N, stop = distribution.column(next_N), distribution.stop_column
     if head.frozen_linear:
         weight_CD, bias_C = head.module.weight, head.module.bias
-        if actions.id_C is not None:
-            weight_CD = weight_CD[actions.id_C]
-            bias_C = None if bias_C is None else bias_C[actions.id_C]
+        if not distribution.every_token:
+            weight_CD = weight_CD[distribution.id_C]
+            bias_C = None if bias_C is None else bias_C[distribution.id_C]
+        closed_N = torch.from_numpy(~may_stop_N).to(hidden_ND.device)
         chunk = max(1, chunk_entries // len(weight_CD))
         log_next_N, log_stop_N = _FrozenHead.apply(
-            hidden_ND, weight_CD, bias_C, head, actions, chunk
+            hidden_ND, weight_CD, bias_C, head, column_N, closed_N, stop, chunk
         )
         return log_next_N, log_stop_N
 
-    def of_chunk(hidden_ND: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
-        logits_NV = head.logits(hidden_ND)
-        return actions.picked(logits_NV if actions.id_C is None else logits_NV[:, actions.id_C])
+    def of_chunk(states: slice) -> tuple[Tensor, Tensor]:
+        log_q_NC = distribution.log_q(head.logits(hidden_ND[states]), may_stop_N[states])
+        return log_q_NC.gather(1, column_N[states, None]).squeeze(1), log_q_NC[:, stop]
 
     parts = [
-        checkpoint(of_chunk, hidden_ND[states], actions.of_states(states), use_reentrant=False)
+        checkpoint(of_chunk, states, use_reentrant=False)
         for states in _chunks(len(hidden_ND), max(1, chunk_entries // head.vocab_size))
     ]
     log_next, log_stop = zip(*parts, strict=True)
@@ -171,12 +159,13 @@ def head_replaced(model: nn.Module, compute: Callable[[Tensor], None]) -> Iterat
     """Within the block a pass of `model` ends in `compute(hidden)` where it would compute logits.
 
     It happens inside the call of the head, because a model whose weights are sharded holds those
-    of a layer during its call alone. The logits that the pass returns mean nothing. One thread at
-    a time.
+    of a layer during its call alone. The logits that the pass returns mean nothing. One pass, and
+    one thread at a time.
     """
     head = OutputHead.of(model).module
 
     def forward(hidden: Tensor) -> Tensor:
+        del head.forward
         compute(hidden)
         return hidden[..., :1, :1]
 
@@ -184,7 +173,7 @@ def head_replaced(model: nn.Module, compute: Callable[[Tensor], None]) -> Iterat
     try:
         yield
     finally:
-        del head.forward
+        vars(head).pop("forward", None)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -201,17 +190,19 @@ class _FrozenHead(torch.autograd.Function):
         weight_CD: Tensor,
         bias_C: Tensor | None,
         head: OutputHead,
-        actions: Actions,
+        next_N: Tensor,
+        closed_N: Tensor,
+        stop: int,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
+        """`next_N` and `stop` are columns, as the rows of `weight_CD`."""
         learns = ctx.needs_input_grad[0]
-        stop = actions.stop_column
         log_next, log_stop, slopes, rests = [], [], [], []
         for states in _chunks(len(hidden_ND), chunk):
-            next_N1 = actions.next_N[states, None]
+            next_N1 = next_N[states, None]
             logits_NC = head.linear_logits(hidden_ND[states], weight_CD, bias_C)
             slope = head.slope(logits_NC)
-            logits_NC[:, stop].masked_fill_(~actions.may_stop_N[states], -torch.inf)
+            logits_NC[:, stop].masked_fill_(closed_N[states], -torch.inf)
             log_total_N = logits_NC.logsumexp(dim=-1)
             log_next.append(logits_NC.gather(1, next_N1).squeeze(1) - log_total_N)
             log_stop.append(logits_NC[:, stop] - log_total_N)
@@ -225,7 +216,7 @@ class _FrozenHead(torch.autograd.Function):
         if learns:
             slope_N2 = torch.cat(slopes) if slopes else log_next_N.new_full((1, 2), head.scale)
             ctx.save_for_backward(
-                weight_CD, torch.cat(rests), log_next_N, log_stop_N, slope_N2, actions.next_N
+                weight_CD, torch.cat(rests), log_next_N, log_stop_N, slope_N2, next_N
             )
             ctx.stop_column = stop
         return log_next_N, log_stop_N
@@ -243,7 +234,7 @@ class _FrozenHead(torch.autograd.Function):
         grad_ND = (slope_N2[:, 0] * of_next_N)[:, None] * weight_CD[next_N]
         grad_ND += (slope_N2[:, 1] * of_stop_N)[:, None] * weight_CD[ctx.stop_column]
         grad_ND -= (grad_next_N + grad_stop_N)[:, None] * rest_ND
-        return grad_ND.to(rest_ND.dtype), None, None, None, None, None
+        return grad_ND.to(rest_ND.dtype), *[None] * 7
 
 
 def _chunks(size: int, chunk: int) -> Iterator[slice]:

@@ -1,7 +1,6 @@
 """Log-probabilities of given completions under the policy: one teacher-forced pass."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lm.action_distribution import ActionDistribution
 from lm.actions import ActionSpace
 from lm.attention import attention_mask
+from lm.chunked_head import OutputHead, action_log_probs, head_replaced
 from lm.model import require_context
 from lm.packing import SHARED_WIDTH, Packing, pack
 
@@ -23,7 +23,7 @@ class LogProbs:
 
     log_pf_BT: Tensor  # log q(z_{t+1} | z_1:t); 0 at tool tokens and padding
     log_stop_BS: Tensor  # log q(⊤ | z_1:t), S = T + 1; 0 where forced, 0 (no meaning) elsewhere
-    prompt_state_BH: Tensor | None  # what the output head saw behind the prompt, detached; if asked
+    prompt_state_BH: Tensor  # what the output head is given after the prompt, detached
 
 
 def completion_log_probs(
@@ -32,8 +32,6 @@ def completion_log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     from_tool: Sequence[Sequence[bool]],
-    *,
-    with_prompt_state: bool = False,
 ) -> LogProbs:
     """log q of every token and of stopping at every state, in one teacher-forced pass.
 
@@ -46,7 +44,6 @@ def completion_log_probs(
         prompts: B token-id sequences, none empty.
         completions: B token-id sequences, stop token excluded; may be empty.
         from_tool: B mark sequences, True where a tool inserted the token.
-        with_prompt_state: give `prompt_state_BH` too, out of the same pass.
 
     Raises:
         IllegalCompletion: the policy gives a completion probability zero.
@@ -56,42 +53,47 @@ def completion_log_probs(
     require_context(model, batch.longest)
     device = next(model.parameters()).device
     packing = pack(prompts, completions, shared_width=SHARED_WIDTH)
-    row_B, column_BS, next_BS, chosen_BT, open_BS = (
+    head = OutputHead.of(model)
+    # Logits are worth their memory where a token was chosen or ⊤ could have been.
+    chosen_BS = np.pad(batch.chosen_BT, ((0, 0), (0, 1)))
+    b_N, s_N = np.nonzero(chosen_BS | batch.open_BS)
+    row_N, column_N, next_N = (
         torch.from_numpy(array).to(device)
-        for array in (
-            packing.row_B,
-            packing.column_BS - packing.first,
-            batch.next_BS,
-            batch.chosen_BT,
-            batch.open_BS,
-        )
+        for array in (packing.row_B[b_N], packing.column_BS[b_N, s_N], batch.next_BS[b_N, s_N])
     )
-    prompt_state_BH = None
-    if with_prompt_state:
-        with _head_inputs(model) as inputs:
-            logits_RJV = _logits(model, packing, device)
-        prompt_state_BH = inputs[0].detach()[row_B, column_BS[:, 0]]
-    else:
-        logits_RJV = _logits(model, packing, device)
-    distribution = ActionDistribution(actions, logits_RJV.shape[-1], device)
-    log_q_BSC = distribution.log_q(logits_RJV[row_B[:, None], column_BS], batch.may_stop_BS)
-    log_next_BS = log_q_BSC.gather(-1, distribution.column(next_BS)[..., None]).squeeze(-1)
-    log_stop_BS = log_q_BSC[..., distribution.stop_column]
-    zero = log_next_BS.new_zeros(())
+    found: list[Tensor] = []
+
+    def of_hidden(hidden_RWD: Tensor) -> None:
+        distribution = ActionDistribution(actions, head.vocab_size, device)
+        hidden_ND = hidden_RWD[row_N, column_N]
+        may_stop_N = batch.may_stop_BS[b_N, s_N]
+        found.extend(action_log_probs(head, hidden_ND, distribution, next_N, may_stop_N))
+        found.append(hidden_RWD.detach()[packing.row_B, packing.column_BS[:, 0]])
+
+    with head_replaced(model, of_hidden):
+        _run(model, packing, device)
+    log_next_N, log_stop_N, prompt_state_BH = found
+
+    def spread(values_N: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
+        """Values of states at their places, 0 where `wanted` does not hold."""
+        wanted_N = wanted[b_N, s_N]
+        place = tuple(torch.from_numpy(i[wanted_N]).to(device) for i in (b_N, s_N))
+        return values_N.new_zeros(wanted.shape).index_put(place, values_N[wanted_N])
+
     return LogProbs(
-        log_pf_BT=torch.where(chosen_BT, log_next_BS[:, :-1], zero),
-        log_stop_BS=torch.where(open_BS, log_stop_BS, zero),
+        log_pf_BT=spread(log_next_N, chosen_BS)[:, :-1],
+        log_stop_BS=spread(log_stop_N, batch.open_BS),
         prompt_state_BH=prompt_state_BH,
     )
 
 
 def prompt_state_size(model: nn.Module) -> int:
     """Width H of `prompt_state_BH`."""
-    return int(_output_head(model).weight.shape[-1])
+    return int(OutputHead.of(model).module.weight.shape[-1])
 
 
-def _logits(model: nn.Module, packing: Packing, device: torch.device) -> Tensor:
-    """[R, J, V] from column `packing.first` on.
+def _run(model: nn.Module, packing: Packing, device: torch.device) -> None:
+    """Pass the rows through the model.
 
     Where each row is one text, causal attention needs no mask, not even for padding at the right.
     """
@@ -102,29 +104,7 @@ def _logits(model: nn.Module, packing: Packing, device: torch.device) -> Tensor:
         sees_RWW = torch.from_numpy(packing.sees_RWW()).to(device)
         how["attention_mask"] = attention_mask(model, sees_RWW, position_RW, position_RW)
         how["position_ids"] = position_RW
-    logits: Tensor = model(
-        input_ids=ids_RW,
-        logits_to_keep=torch.arange(packing.first, ids_RW.shape[1], device=device),
-        use_cache=False,
-        **how,
-    ).logits
-    return logits
-
-
-@contextmanager
-def _head_inputs(model: nn.Module) -> Iterator[list[Tensor]]:
-    """What the output head is given inside the block, one tensor for each forward pass."""
-    inputs: list[Tensor] = []
-    hook = _output_head(model).register_forward_pre_hook(lambda head, args: inputs.append(args[0]))
-    try:
-        yield inputs
-    finally:
-        hook.remove()
-
-
-def _output_head(model: nn.Module) -> Any:
-    language_model: Any = getattr(model, "module", model)
-    return language_model.get_output_embeddings()
+    model(input_ids=ids_RW, use_cache=False, **how)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,11 +16,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lm.chunked_head import Actions, OutputHead, action_log_probs, head_replaced, target_log_probs
+from lm.action_distribution import ActionDistribution
+from lm.actions import ActionSpace
+from lm.chunked_head import OutputHead, action_log_probs, head_replaced, target_log_probs
 from tests.tiny_lm import ARCHITECTURES
 
 WIDTH, VOCAB, STATES, STOP = 5, 23, 14, 3
-LEGAL = torch.tensor([1, 2, 3, 8, 9, 21])
+LEGAL = (1, 2, 8, 9, 21)
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 31}
 SMALL |= {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "pad_token_id": 0}
 FINISHED: list[PretrainedConfig] = [
@@ -69,68 +72,70 @@ def head_of(kind: str) -> OutputHead:
 HEADS = ("matrix", "bias, scale and softcap", "trained matrix", "adapter")
 
 
-def asked(legal: Tensor | None) -> Actions:
-    """States where ⊤ is open and closed, and two whose next token is named as ⊤ is."""
-    ids = torch.arange(VOCAB) if legal is None else legal
-    next_N = torch.randint(len(ids), (STATES,), generator=torch.Generator().manual_seed(2))
-    stop = int((ids == STOP).nonzero())
-    next_N[next_N == stop] = 0
-    next_N[[4, 5]] = stop
-    may_stop_N = torch.arange(STATES) % 3 > 0
-    return Actions(id_C=legal, stop_column=stop, next_N=next_N, may_stop_N=may_stop_N)
+# Two states have no next token and name ⊤ in its place.
+NEXT = torch.tensor([1, 2, 8, 9, STOP, STOP, 21, 1, 2, 8, 9, 21, 1, 2])
+MAY_STOP = np.arange(STATES) % 3 > 0
 
 
-def plain(head: OutputHead, hidden_ND: Tensor, actions: Actions) -> tuple[Tensor, Tensor]:
+def policy(legal: tuple[int, ...] | None, vocab_size: int = VOCAB) -> ActionDistribution:
+    actions = ActionSpace(stop_token=STOP, legal_tokens=legal, min_len=0, max_len=9)
+    return ActionDistribution(actions, vocab_size, torch.device("cpu"))
+
+
+def plain(
+    head: OutputHead, hidden_ND: Tensor, legal: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor]:
     """All logits at once, as the policy is defined."""
     logits_NV = head.scale * head.module(hidden_ND)
     if head.softcap is not None:
         logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
-    logits_NC = logits_NV if actions.id_C is None else logits_NV[:, actions.id_C]
-    closed_NC = torch.zeros_like(logits_NC, dtype=torch.bool)
-    closed_NC[~actions.may_stop_N, actions.stop_column] = True
-    log_q_NC = logits_NC.masked_fill(closed_NC, -torch.inf).log_softmax(-1)
-    return log_q_NC.gather(1, actions.next_N[:, None])[:, 0], log_q_NC[:, actions.stop_column]
+    closed_NV = torch.zeros_like(logits_NV, dtype=torch.bool)
+    if legal is not None:
+        closed_NV[:] = True
+        closed_NV[:, [*legal, STOP]] = False
+    closed_NV[~MAY_STOP, STOP] = True
+    log_q_NV = logits_NV.masked_fill(closed_NV, -torch.inf).log_softmax(-1)
+    return log_q_NV.gather(1, NEXT[:, None])[:, 0], log_q_NV[:, STOP]
 
 
-def loss(log_probs: tuple[Tensor, Tensor], actions: Actions, seed: int) -> Tensor:
+def loss(log_probs: tuple[Tensor, Tensor], seed: int) -> Tensor:
     """Both targets with weights of their own, where they mean something."""
     weight_2N = torch.randn(2, STATES, generator=torch.Generator().manual_seed(seed)).double()
     log_next_N, log_stop_N = log_probs
-    is_stop_N = actions.next_N == actions.stop_column
-    total = (weight_2N[0] * log_next_N.masked_fill(is_stop_N & ~actions.may_stop_N, 0.0)).sum()
-    return total + (weight_2N[1] * torch.where(actions.may_stop_N, log_stop_N, 0.0)).sum()
+    may_stop_N = torch.from_numpy(MAY_STOP)
+    total = (weight_2N[0] * torch.where((NEXT != STOP) | may_stop_N, log_next_N, 0.0)).sum()
+    return total + (weight_2N[1] * torch.where(may_stop_N, log_stop_N, 0.0)).sum()
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("legal", [None, LEGAL], ids=["vocabulary", "legal"])
 @pytest.mark.parametrize("chunk_entries", [1, 3 * VOCAB, 10_000])
 def test_values_and_gradients_are_those_of_all_logits_at_once(
-    kind: str, legal: Tensor | None, chunk_entries: int
+    kind: str, legal: tuple[int, ...] | None, chunk_entries: int
 ) -> None:
-    head, actions = head_of(kind), asked(legal)
+    head = head_of(kind)
     hidden_ND = torch.randn(STATES, WIDTH).double().requires_grad_(True)
     wanted = [hidden_ND, *(p for p in head.module.parameters() if p.requires_grad)]
-    found = action_log_probs(head, hidden_ND, actions, chunk_entries)
-    expected = plain(head, hidden_ND, actions)
+    found = action_log_probs(head, hidden_ND, policy(legal), NEXT, MAY_STOP, chunk_entries)
+    expected = plain(head, hidden_ND, legal)
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
-    grads = torch.autograd.grad(loss(found, actions, 3), wanted)
-    for mine, theirs in zip(
-        grads, torch.autograd.grad(loss(expected, actions, 3), wanted), strict=True
-    ):
+    grads = torch.autograd.grad(loss(found, 3), wanted)
+    for mine, theirs in zip(grads, torch.autograd.grad(loss(expected, 3), wanted), strict=True):
         assert theirs.abs().max() > 1e-3
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("legal", [None, LEGAL], ids=["vocabulary", "legal"])
-def test_the_gradient_is_the_slope_of_the_value(kind: str, legal: Tensor | None) -> None:
-    head, actions = head_of(kind), asked(legal)
+def test_the_gradient_is_the_slope_of_the_value(kind: str, legal: tuple[int, ...] | None) -> None:
+    head = head_of(kind)
     hidden_ND = torch.randn(STATES, WIDTH).double().requires_grad_(True)
     trained = [p for p in head.module.parameters() if p.requires_grad]
 
     def value(hidden_ND: Tensor, *trained: Tensor) -> Tensor:
-        return loss(action_log_probs(head, hidden_ND, actions, 3 * VOCAB), actions, 4)
+        found = action_log_probs(head, hidden_ND, policy(legal), NEXT, MAY_STOP, 3 * VOCAB)
+        return loss(found, 4)
 
     assert torch.autograd.gradcheck(value, (hidden_ND, *trained))
 
@@ -141,13 +146,12 @@ def test_a_token_that_is_nearly_certain_keeps_its_gradient_in_bfloat16() -> None
     hidden_ND = torch.randn(1, WIDTH).double()
     with torch.no_grad():
         matrix.weight[7] += hidden_ND[0] * (9 - matrix(hidden_ND)[0, 7]) / hidden_ND.square().sum()
-    actions = Actions(
-        id_C=None, stop_column=STOP, next_N=torch.tensor([7]), may_stop_N=torch.tensor([True])
-    )
     grads = []
     for dtype in (torch.float64, torch.bfloat16):
         matrix, state_ND = matrix.to(dtype), hidden_ND.to(dtype).requires_grad_(True)
-        log_next_N, _ = action_log_probs(OutputHead(matrix), state_ND, actions)
+        log_next_N, _ = action_log_probs(
+            OutputHead(matrix), state_ND, policy(None), torch.tensor([7]), np.array([True])
+        )
         grads.append(torch.autograd.grad(log_next_N.sum(), state_ND)[0].double())
     assert log_next_N.dtype == torch.float32 and -1e-1 < log_next_N.item() < -1e-4
     assert (grads[1] - grads[0]).norm() < 0.05 * grads[0].norm()
@@ -157,16 +161,15 @@ def test_no_more_than_a_chunk_of_logits_exists_forward_and_backward() -> None:
     states, vocab, chunk_entries = 4000, 5000, 200_000
     for trained in (False, True):
         matrix = nn.Linear(8, vocab, bias=False).requires_grad_(trained)
-        actions = Actions(
-            id_C=None,
-            stop_column=STOP,
-            next_N=torch.randint(vocab, (states,)),
-            may_stop_N=torch.ones(states, dtype=torch.bool),
-        )
         hidden_ND = torch.randn(states, 8, requires_grad=True)
         with torch.profiler.profile(profile_memory=True) as profile:
             log_next_N, log_stop_N = action_log_probs(
-                OutputHead(matrix), hidden_ND, actions, chunk_entries
+                OutputHead(matrix),
+                hidden_ND,
+                policy(None, vocab),
+                torch.randint(vocab, (states,)),
+                np.ones(states, dtype=np.bool_),
+                chunk_entries,
             )
             (log_next_N + log_stop_N).sum().backward()
         sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.nbytes() > 0]

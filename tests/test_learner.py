@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import lm.packing
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
@@ -324,12 +325,9 @@ def test_groups_of_one_prompt_share_their_log_z() -> None:
 
 
 def columns(rows: Sequence[Trajectory]) -> int:
-    """Of a pass in which each prompt stands once, before its completions, which here are short."""
-    groups: dict[str, int] = {}
-    for t in rows:
-        groups.setdefault(t.prompt_key, t.prompt.size)
-        groups[t.prompt_key] += t.completion.size
-    return len(groups) * max(groups.values())
+    """What the model is given for these rows, padding included."""
+    texts = [t.prompt.tolist() for t in rows], [t.completion.tolist() for t in rows]
+    return lm.packing.pack(*texts, shared_width=lm.packing.SHARED_WIDTH).ids_RW.size
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -357,7 +355,7 @@ def test_micro_batches_hold_every_group_once_within_the_budget(
     for part in parts:
         distinct = collate(part, torch.device("cpu")).distinct
         assert len(part) == 1 or columns(distinct) <= token_budget
-    assert len(parts) == {1: 3, 25: 3}.get(token_budget, len(parts))
+    assert len(parts) == {1: 3, 25: 2}.get(token_budget, len(parts))
     if token_budget == 10_000:
         assert len(parts) == num_ranks
 

@@ -47,7 +47,6 @@ def predicted(model: Any) -> list[float]:
             list(PROMPTS.values()),
             [[1, 1]] * len(PROMPTS),
             [[False] * 2] * len(PROMPTS),
-            with_prompt_state=True,
         )
         log_z_B: torch.Tensor = model.log_z(scored.prompt_state_BH)
     return log_z_B.tolist()

@@ -149,10 +149,8 @@ def test_the_prompt_state_is_the_last_hidden_state_of_the_prompt_alone(
 ) -> None:
     model = tiny_lm(architecture)
     actions = ActionSpace(stop_token=1, legal_tokens=None, min_len=0, max_len=7)
-    scored = completion_log_probs(
-        model, actions, PROMPTS, COMPLETIONS, MARKS, with_prompt_state=True
-    )
-    assert scored.prompt_state_BH is not None and not scored.prompt_state_BH.requires_grad
+    scored = completion_log_probs(model, actions, PROMPTS, COMPLETIONS, MARKS)
+    assert not scored.prompt_state_BH.requires_grad
     assert scored.prompt_state_BH.shape == (len(PROMPTS), prompt_state_size(model))
     for prompt, state_H in zip(PROMPTS, scored.prompt_state_BH, strict=True):
         alone = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
