@@ -145,7 +145,7 @@ def measure_scoring(model: PreTrainedModel, load: Load, repeats: int) -> tuple[f
         lambda: suffix_log_rewards(model, items, load.token_budget), model.device, repeats
     )
     batches = lay_out(items, load.token_budget).batches
-    packed = sum(row.tree.width for batch in batches for row in batch.rows)
+    packed = sum(row.width for batch in batches for row in batch.rows)
     heads = load.prompts * (load.prompt - 1)
     return spent_s, packed + heads, Weights.of(model).flops(packed + heads, packed)
 

@@ -1,6 +1,7 @@
 """Micro-batches over the ranks of one replica: every rank makes the same number of passes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from time import monotonic
 from typing import Protocol
 
@@ -86,7 +87,10 @@ class Lockstep:
         bounded by its process group. Raises what a rank raises.
         """
         # In order of size, so that those which meet in one pass cost their ranks about the same.
-        order = sorted(range(len(batches)), key=lambda number: -batches[number].num_tokens)
+        order = sorted(
+            range(len(batches)),
+            key=lambda number: (-batches[number].num_passes, -batches[number].num_tokens),
+        )
         shares = deal([batches[number] for number in order], self.num_ranks)
         deadline = monotonic() + self._deadline_s
         pending = [peer.forward(share) for peer, share in zip(self._peers, shares[1:], strict=True)]
@@ -106,6 +110,14 @@ class Lockstep:
 
 
 def deal(batches: Sequence[MicroBatch], num_ranks: int) -> list[list[MicroBatch]]:
-    """Shares of equal length, filled up where needed: batch b is pass b // W of rank b % W."""
+    """Shares of equal length, filled up where needed: batch b is round b // W of rank b % W.
+
+    All batches of a round make as many passes as the one that needs most.
+    """
     filled = [*batches, *[_FILLER] * (-len(batches) % num_ranks)]
-    return [filled[rank::num_ranks] for rank in range(num_ranks)]
+    rounds = [filled[first : first + num_ranks] for first in range(0, len(filled), num_ranks)]
+    in_step = [
+        [replace(batch, min_passes=max(other.num_passes for other in meeting)) for batch in meeting]
+        for meeting in rounds
+    ]
+    return [[meeting[rank] for meeting in in_step] for rank in range(num_ranks)]

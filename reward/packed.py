@@ -3,10 +3,12 @@
 Works for any causal LM of transformers that takes a 4-D additive mask, `position_ids` and a cache
 (GPT-2, GPT-J, GPT-NeoX, Llama, Qwen2 are tested), with sdpa or eager attention. A micro-batch is
 two forward passes: the distinct contexts, then the packed rows on the contexts' cached keys and
-values. Precision: log-softmax in float32 whatever the weights are in, sums in float64.
+values; wide rows have their copies of Y in further ones, on those of their stems. Precision:
+log-softmax in float32 whatever the weights are in, a chunk of states at a time; sums in float64.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +17,12 @@ from torch import Tensor
 
 from lm.attention import attention_mask
 from lm.cache import whole_cache
+from lm.chunked_head import OutputHead, head_replaced, target_log_probs
 from lm.model import CausalLM, context_limit, vocab_size
 from lm.packing import pad
 from reward.packing import MicroBatch, gather_scores, lay_out
-from reward.request import ScoreItem, ScoreLimits, Tokens, check_item
-
-# Rows of logits turned to float32 at a time: bounds memory where the vocabulary is large.
-LOGITS_CHUNK = 4096
+from reward.request import ScoreItem, ScoreLimits, check_item
+from reward.row import Columns
 
 
 def suffix_log_rewards(
@@ -70,9 +71,9 @@ def score_limits(model: CausalLM) -> ScoreLimits:
 def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
     """Log-probability of every edge of the micro-batch's rows, row after row, in nats.
 
-    Always two forward passes, so ranks that hold shards of one model stay in step.
+    Always `batch.num_passes` forward passes, so ranks that hold shards of one model stay in step.
     """
-    device = model.device
+    device, num_rows = model.device, len(batch.rows)
     # The last context token is the first column of every row; what precedes it is shared. A
     # one-token context leaves nothing, so its own token stands there, masked.
     heads = [context[:-1] if len(context) > 1 else context for context in batch.contexts]
@@ -81,44 +82,92 @@ def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
     model(input_ids=head_ids_CP, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_select_indices(torch.tensor(batch.context_of_row, device=device))
 
-    trees = [row.tree for row in batch.rows]
-    position_BQ = torch.from_numpy(pad([tree.positions for tree in trees])).to(device)
-    head_1P = torch.arange(head_ids_CP.shape[1], device=device)[None]
-    position_BK = torch.cat([head_1P.expand(len(trees), -1), position_BQ], dim=1)
-    sees_BQK = torch.from_numpy(_visible(batch, head_ids_CP.shape[1])).to(device)
-    logits_BQV = model(
-        input_ids=torch.from_numpy(pad([tree.tokens for tree in trees])).to(device),
-        position_ids=position_BQ,
-        attention_mask=attention_mask(model, sees_BQK, position_BQ, position_BK),
-        past_key_values=cache,
-        use_cache=True,
-    ).logits
-    return _predicted(logits_BQV, batch)
+    head_width = head_ids_CP.shape[1]
+    past_BK = np.tile(np.arange(head_width), (num_rows, 1))  # positions of what is cached
+    log_probs = [np.zeros(row.num_edges, dtype=np.float32) for row in batch.rows]
+    for number, columns in enumerate(batch.passes()):
+        # A row whose copies are all done has a column that nobody asks anything.
+        position_BQ = pad([part.positions or [0] for part in columns])
+        position_BK = np.concatenate([past_BK, position_BQ], axis=1)
+        sees_BQK = _visible(batch, columns, position_BQ.shape[1], head_width, past_BK.shape[1])
+        found = _pass(model, cache, batch, columns, position_BQ, position_BK, sees_BQK)
+        for values, part, log_prob_E in zip(log_probs, columns, found, strict=True):
+            values[part.edges] = log_prob_E
+        if number == 0:
+            past_BK = position_BK
+        else:
+            cache.crop(-position_BQ.shape[1])
+    return np.concatenate(log_probs)
 
 
-def _visible(batch: MicroBatch, head_width: int) -> NDArray[np.bool_]:
-    """[B, Q, head + Q] what each column sees: its context's head, then columns of its own row."""
-    row_width = max(row.tree.width for row in batch.rows)
-    sees = np.zeros((len(batch.rows), row_width, head_width + row_width), dtype=bool)
-    for number, row in enumerate(batch.rows):
-        width = row.tree.width
+def _pass(
+    model: CausalLM,
+    cache: Any,
+    batch: MicroBatch,
+    columns: Sequence[Columns],
+    position_BQ: NDArray[np.int64],
+    position_BK: NDArray[np.int64],
+    sees_BQK: NDArray[np.bool_],
+) -> list[NDArray[np.float32]]:
+    """Pass columns through the model, on what is cached; log p of their edges, row by row."""
+    ids, at, at_past, sees = (
+        torch.from_numpy(table).to(model.device)
+        for table in (pad([c.tokens or [0] for c in columns]), position_BQ, position_BK, sees_BQK)
+    )
+    found: list[NDArray[np.float32]] = []
+
+    def of_hidden(hidden_BQD: Tensor) -> None:
+        found.extend(_predicted(model, hidden_BQD, batch, columns))
+
+    with head_replaced(model, of_hidden):
+        model(
+            input_ids=ids,
+            position_ids=at,
+            attention_mask=attention_mask(model, sees, at, at_past),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return found
+
+
+def _visible(
+    batch: MicroBatch, columns: Sequence[Columns], width: int, head_width: int, past_width: int
+) -> NDArray[np.bool_]:
+    """[B, Q, past + Q] what each column sees: its context's head, the stem, and of the pass.
+
+    The stem is in the pass itself, or after the head in what is cached.
+    """
+    sees = np.zeros((len(columns), width, past_width + width), dtype=bool)
+    for number, (row, part) in enumerate(zip(batch.rows, columns, strict=True)):
+        size, stem = len(part.tokens), row.stem.width
         sees[number, :, : len(row.context) - 1] = True
-        sees[number, :width, head_width : head_width + width] = row.tree.sees()
+        sees[number, :size, head_width : head_width + stem] = part.sees_QK[:, :stem]
+        own = part.sees_QK[:, stem:]
+        start = past_width if past_width > head_width else head_width + stem
+        sees[number, :size, start : start + own.shape[1]] = own
     return sees
 
 
-def _predicted(logits_BQV: Tensor, batch: MicroBatch) -> NDArray[np.float32]:
-    """log p(target | source) of all edges, [E] float32."""
-    width, vocab = logits_BQV.shape[1:]
-    sources = np.concatenate(
-        [number * width + source for number, row in enumerate(batch.rows) for source in row.sources]
+def _predicted(
+    model: CausalLM, hidden_BQD: Tensor, batch: MicroBatch, columns: Sequence[Columns]
+) -> list[NDArray[np.float32]]:
+    """log p(target | source) of the edges of these columns, row by row."""
+    device, width = hidden_BQD.device, hidden_BQD.shape[1]
+    source_E = np.concatenate([n * width + part.sources for n, part in enumerate(columns)])
+    target_E = np.concatenate(
+        [
+            np.concatenate(row.targets)[part.edges]
+            for row, part in zip(batch.rows, columns, strict=True)
+        ]
     )
-    targets: Tokens = np.concatenate([target for row in batch.rows for target in row.targets])
-    source_E = torch.from_numpy(sources).to(logits_BQV.device)
-    target_E = torch.from_numpy(targets.astype(np.int64)).to(logits_BQV.device)
-    flat_NV = logits_BQV.reshape(-1, vocab)
-    log_total_N = torch.cat(
-        [chunk.float().logsumexp(dim=-1) for chunk in flat_NV.split(LOGITS_CHUNK)]
+    order_E = source_E.argsort(kind="stable")
+    state_N, place_E = np.unique(source_E[order_E], return_inverse=True)
+    sorted_E = target_log_probs(
+        OutputHead.of(model),
+        hidden_BQD.flatten(0, 1)[torch.from_numpy(state_N).to(device)],
+        torch.from_numpy(place_E).to(device),
+        torch.from_numpy(target_E[order_E].astype(np.int64)).to(device),
     )
-    log_prob_E = flat_NV[source_E, target_E].float() - log_total_N[source_E]
-    return log_prob_E.cpu().numpy()
+    log_prob_E = np.empty(len(source_E), dtype=np.float32)
+    log_prob_E[order_E] = sorted_E.float().cpu().numpy()
+    return np.split(log_prob_E, np.cumsum([len(part.edges) for part in columns])[:-1])

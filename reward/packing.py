@@ -1,13 +1,6 @@
-"""Every prefix of a rationale scored with its answer in one pass: rows, micro-batches, and back.
+"""Rationales to be scored, in micro-batches of packed rows, and back from edges to scores.
 
-A row holds, after its cached context x_1..x_{P-1},
-
-    x_P  z_1 .. z_n  y_1..y_{A-1} @s0  y_1..y_{A-1} @s1 ..      (one copy of Y per stop state)
-
-where the copy at s sees the context, z_1..z_s and itself, at the positions that follow z_s. The
-last token of Y is only predicted, never read. Rationales of one context and answer share a row as
-a prefix tree, so tokens and copies that they have in common are computed once. Equation: the
-`suffix` reward of Hu et al. 2024 (arXiv 2310.04363), section 3.
+Equation: the `suffix` reward of Hu et al. 2024 (arXiv 2310.04363), section 3.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,76 +9,68 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lm.packing import SHARED_WIDTH, Indices, TokenTree
+from lm.packing import Indices
 from reward.request import ScoreItem, Tokens
+from reward.row import Columns, ScoredRow
 
-
-class ScoredRow:
-    """A packed row. An edge is one prediction: a source column and the token predicted there.
-
-    Grows by rationales in lexicographic order: each shares most with the last one.
-    """
-
-    def __init__(self, context: Tokens, answer: Tokens) -> None:
-        self.context = context  # [P] x_1 .. x_P
-        self.tree = TokenTree(first_position=len(context) - 1)
-        self.sources: list[Indices] = []
-        self.targets: list[Tokens] = []
-        self.num_edges = 0
-        self._answer = answer
-        self._edges: Indices = np.zeros(0, dtype=np.int64)  # of the newest rationale's tokens
-        self._copy_of_state: Indices = np.full(1, -1)  # first edge of the copy at each state, or -1
-        self.tree.add(context[-1:])
-
-    def takes(self, item: ScoreItem) -> bool:
-        """Whether the item has the row's context and answer, and fits even if it shares no copy."""
-        if not np.array_equal(item.context, self.context):
-            return False
-        if not np.array_equal(item.answer, self._answer):
-            return False
-        copies = len(item.stops) * (len(self._answer) - 1)
-        return self.tree.width_with(_behind(item)) + copies <= SHARED_WIDTH
-
-    def add(self, item: ScoreItem) -> tuple[Indices, Indices]:
-        """Add a rationale; the edges of its tokens [L] and the first of each copy of Y [S]."""
-        shared = self.tree.shared_length(_behind(item)) - 1  # tokens of Z
-        path = self.tree.add(_behind(item))
-        tail = item.completion[shared:]
-        self._copy_of_state = np.append(self._copy_of_state[: shared + 1], np.full(len(tail), -1))
-        self._edges = np.append(self._edges[:shared], self._predict(path[shared:-1], tail))
-        new_K = item.stops[self._copy_of_state[item.stops] < 0]
-        copy_KN = self.tree.branch(path[new_K], self._answer[:-1])
-        source_KA = np.concatenate([path[new_K, None], copy_KN], axis=1)
-        edges = self._predict(source_KA.ravel(), np.tile(self._answer, len(new_K)))
-        self._copy_of_state[new_K] = edges[:: len(self._answer)]
-        return self._edges, self._copy_of_state[item.stops]
-
-    def _predict(self, sources: Indices, targets: Tokens) -> Indices:
-        """Numbers of the new edges."""
-        self.sources.append(sources)
-        self.targets.append(targets)
-        self.num_edges += len(sources)
-        return np.arange(self.num_edges - len(sources), self.num_edges)
-
-
-def _behind(item: ScoreItem) -> Tokens:
-    """[L + 1] what a row holds of the item beside its copies: x_P z_1 .. z_L."""
-    return np.append(item.context[-1:], item.completion)
+# A row wider than this passes through the model in portions, at most this many columns of copies
+# at a time: copies do not see one another, and attention among them is wasted.
+ONE_PASS_WIDTH = 512
+PORTION = 384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Rows of one forward pass, with the distinct contexts that they follow."""
+    """Rows that pass through the model side by side, after the distinct contexts that they follow.
+
+    The contexts take one pass, the rows another; in portions, their stems take one and their
+    copies as many as they need.
+    """
 
     contexts: tuple[Tokens, ...]
     rows: tuple[ScoredRow, ...]
     context_of_row: tuple[int, ...]
+    portion: int | None = None  # columns of copies that a row has in one pass; None: all, at once
+    min_passes: int = 2  # passes beyond the last copy are made for the sake of other ranks
+
+    @property
+    def num_passes(self) -> int:
+        needed = 2
+        if self.portion is not None:
+            needed += max(-(-row.num_copies // self._copies(row)) for row in self.rows)
+        return max(needed, self.min_passes)
+
+    @property
+    def peak_tokens(self) -> int:
+        """Tokens that are held at a time, padding included."""
+        return self._num_tokens(self.portion or 0)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the padded pass: what it costs."""
+        """Tokens of all passes, padding included: what they cost."""
+        return self._num_tokens((self.portion or 0) * (self.num_passes - 2))
+
+    def passes(self) -> Iterator[list[Columns]]:
+        """The columns of each row in each pass after that of the contexts."""
+        if self.portion is None:
+            yield [row.columns(slice(None), with_stem=True) for row in self.rows]
+        else:
+            yield [row.columns(slice(0), with_stem=True) for row in self.rows]
+        for number in range(self.num_passes - 2):
+            yield [
+                row.columns(slice(number * size, (number + 1) * size), with_stem=False)
+                for row in self.rows
+                for size in [self._copies(row)]
+            ]
+
+    def _copies(self, row: ScoredRow) -> int:
+        """Copies of a row in one pass."""
+        return max(1, (self.portion or 0) // max(1, row.copy_width))
+
+    def _num_tokens(self, portions: int) -> int:
         context_width = max(len(context) for context in self.contexts)
-        row_width = max(row.tree.width for row in self.rows)
+        at_once = [row.width if self.portion is None else row.stem.width for row in self.rows]
+        row_width = max(at_once) + portions
         return len(self.contexts) * context_width + len(self.rows) * row_width
 
 
@@ -109,31 +94,42 @@ class Layout:
 
 
 def lay_out(items: Sequence[ScoreItem], token_budget: int, num_ranks: int = 1) -> Layout:
-    """Lay items out in micro-batches of at most `token_budget` tokens (a lone row may be larger).
+    """Lay items out in micro-batches that hold at most `token_budget` tokens at a time.
 
-    Where the items are too few to fill `num_ranks` micro-batches, these become smaller, so that
-    every rank gets its part.
+    A lone row may be larger: by its context and its stem, whose copies pass in portions. Where the
+    items are too few to fill `num_ranks` micro-batches, these become smaller, so that every rank
+    gets its part.
     """
     rows, edges = _build_rows(items)
+    portion = min(PORTION, token_budget)
     if rows and num_ranks > 1:
         heads = {row.context.tobytes(): len(row.context) for row in rows}
-        total = sum(heads.values()) + sum(row.tree.width for row in rows)
+        total = sum(heads.values()) + sum(row.width for row in rows)
         # One row more than the even part: else a remainder would cost all ranks another pass.
-        slack = max(heads.values()) + max(row.tree.width for row in rows)
+        slack = max(heads.values()) + max(row.width for row in rows)
         token_budget = min(token_budget, total // num_ranks + slack)
-    batches, rows_of_batch = [], []
-    for chosen in _split(rows, token_budget):
-        distinct = {rows[number].context.tobytes(): number for number in chosen}
-        slot = {key: index for index, key in enumerate(distinct)}
-        batches.append(
-            MicroBatch(
-                contexts=tuple(rows[number].context for number in distinct.values()),
-                rows=tuple(rows[number] for number in chosen),
-                context_of_row=tuple(slot[rows[number].context.tobytes()] for number in chosen),
-            )
-        )
-        rows_of_batch.append(tuple(chosen))
-    return Layout(batches=batches, rows_of_batch=rows_of_batch, edges=edges)
+    at_once = min(ONE_PASS_WIDTH, token_budget)
+    whole = [n for n, row in enumerate(rows) if row.width <= at_once or not row.copy_width]
+    parted = sorted(set(range(len(rows))) - set(whole))
+    chosen: list[tuple[int | None, list[int]]]
+    chosen = [(None, part) for part in _split(rows, whole, token_budget, portion=None)]
+    chosen += [(portion, part) for part in _split(rows, parted, token_budget, portion=portion)]
+    return Layout(
+        batches=[_micro_batch([rows[n] for n in part], size) for size, part in chosen],
+        rows_of_batch=[tuple(part) for _, part in chosen],
+        edges=edges,
+    )
+
+
+def _micro_batch(rows: Sequence[ScoredRow], portion: int | None) -> MicroBatch:
+    distinct = {row.context.tobytes(): row.context for row in rows}
+    slot = {key: index for index, key in enumerate(distinct)}
+    return MicroBatch(
+        contexts=tuple(distinct.values()),
+        rows=tuple(rows),
+        context_of_row=tuple(slot[row.context.tobytes()] for row in rows),
+        portion=portion,
+    )
 
 
 def _build_rows(items: Sequence[ScoreItem]) -> tuple[list[ScoredRow], list[ItemEdges]]:
@@ -157,28 +153,30 @@ def _build_rows(items: Sequence[ScoreItem]) -> tuple[list[ScoredRow], list[ItemE
     return rows, edges
 
 
-def _split(rows: Sequence[ScoredRow], token_budget: int) -> Iterator[list[int]]:
+def _split(
+    rows: Sequence[ScoredRow], members: Sequence[int], token_budget: int, *, portion: int | None
+) -> Iterator[list[int]]:
     """Deal rows to micro-batches: those of one context together, then those of similar width."""
+    width = {n: rows[n].width if portion is None else rows[n].stem.width + portion for n in members}
     widest: dict[bytes, int] = {}
-    for row in rows:
-        key = row.context.tobytes()
-        widest[key] = max(widest.get(key, 0), row.tree.width)
+    for n in members:
+        key = rows[n].context.tobytes()
+        widest[key] = max(widest.get(key, 0), width[n])
     order = sorted(
-        range(len(rows)),
-        key=lambda i: (widest[(key := rows[i].context.tobytes())], key, rows[i].tree.width),
+        members, key=lambda n: (widest[(key := rows[n].context.tobytes())], key, width[n])
     )
     chosen: list[int] = []
     contexts: set[bytes] = set()
     context_width = row_width = 0
     for number in order:
-        row = rows[number]
-        grown = contexts | {row.context.tobytes()}
-        context_width = max(context_width, len(row.context))
-        row_width = max(row_width, row.tree.width)
+        context = rows[number].context
+        grown = contexts | {context.tobytes()}
+        context_width = max(context_width, len(context))
+        row_width = max(row_width, width[number])
         if chosen and len(grown) * context_width + (len(chosen) + 1) * row_width > token_budget:
             yield chosen
-            chosen, grown = [], {row.context.tobytes()}
-            context_width, row_width = len(row.context), row.tree.width
+            chosen, grown = [], {context.tobytes()}
+            context_width, row_width = len(context), width[number]
         chosen.append(number)
         contexts = grown
     if chosen:

@@ -98,9 +98,7 @@ def test_splitting_into_micro_batches_changes_nothing() -> None:
 def test_it_does_not_change_the_policy_it_reads() -> None:
     model = make_policy()
     attach_log_z(model)
-    scored = completion_log_probs(
-        model, ACTIONS, [[5, 6]], [[1]], [[False]], with_prompt_state=True
-    )
+    scored = completion_log_probs(model, ACTIONS, [[5, 6]], [[1]], [[False]])
     model.log_z(scored.prompt_state_BH).sum().backward()
     assert all(p.grad is None for n, p in model.named_parameters() if "lora" in n)
     assert model.log_z.weight.grad is not None

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from subprocess import run
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -93,8 +94,39 @@ def test_the_token_budget_changes_no_score(tiny_lm: LM, token_budget: int) -> No
     model, items = tiny_lm("llama"), mixed_items(seed=2)
     layout = lay_out(items, token_budget)
     for batch in layout.batches:
-        assert batch.num_tokens <= token_budget or len(batch.rows) == 1
+        assert batch.peak_tokens <= token_budget or len(batch.rows) == 1
     assert_same(suffix_log_rewards(model, items, token_budget), naive_log_rewards(model, items))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_portions_equal_naive_on_every_architecture(
+    tiny_lm: LM, architecture: str, attention: str
+) -> None:
+    model = tiny_lm(architecture)
+    if architecture != "gptj":
+        model.set_attn_implementation(attention)
+    items = mixed_items(seed=5)
+    with mock.patch("reward.packing.ONE_PASS_WIDTH", 20), mock.patch("reward.packing.PORTION", 8):
+        batches = lay_out(items, token_budget=200).batches
+        assert {batch.portion for batch in batches} == {None, 8}
+        assert max(len(batch.rows) for batch in batches if batch.portion) > 1
+        assert max(batch.num_passes for batch in batches) > 4
+        scores = suffix_log_rewards(model, items, token_budget=200)
+    assert_same(scores, naive_log_rewards(model, items))
+
+
+def test_passes_made_for_other_ranks_change_no_score(tiny_lm: LM) -> None:
+    model = tiny_lm("llama")
+    for token_budget in (1, 1000):
+        [batch] = lay_out([item([1, 2, 3], [7, 8, 9], [4, 5, 6])], token_budget).batches
+        longer = replace(batch, min_passes=batch.num_passes + 2)
+        with mock.patch.object(model, "forward", wraps=model.forward) as forward:
+            expected = edge_log_probs(model, batch)
+            passes = forward.call_count
+            assert passes == batch.num_passes
+            np.testing.assert_allclose(edge_log_probs(model, longer), expected, rtol=0, atol=1e-5)
+            assert forward.call_count == passes + longer.num_passes
 
 
 def test_a_stop_reward_is_the_probability_of_prefix_and_stop_token(tiny_lm: LM) -> None:
@@ -145,26 +177,27 @@ def test_what_rationales_share_is_computed_once() -> None:
     [row] = lay_out([longer, stem, stem], 1000).batches[0].rows
     tokens = 1 + 4
     copies = 5 * (len(answer) - 1)
-    assert row.tree.width == tokens + copies
+    assert row.width == tokens + copies
     assert row.num_edges == 4 + 5 * len(answer)
 
 
 def test_every_column_sees_exactly_its_own_prefix() -> None:
     branches = [item([1, 2], z, [4, 5, 6]) for z in ([7, 8], [7, 8, 9], [7, 3])]
     [row] = lay_out(branches, 1000).batches[0].rows
-    sees = row.tree.sees()
-    tokens, positions = np.array(row.tree.tokens), np.array(row.tree.positions)
+    columns = row.columns(slice(None), with_stem=True)
+    sees = columns.sees_QK
+    tokens, positions = np.array(columns.tokens), np.array(columns.positions)
     allowed = {
         (*z[:t], *y) for z in ([7, 8, 9], [7, 3]) for t in range(4) for y in ([], [4], [4, 5])
     }
     texts = set()
-    for column in range(row.tree.width):
+    for column in range(row.width):
         seen = np.flatnonzero(sees[column])
         assert list(positions[seen]) == list(range(1, 1 + len(seen)))
         assert seen[-1] == column
         texts.add(tuple(tokens[seen].tolist()[1:]))
     assert texts == allowed
-    assert len(texts) == row.tree.width
+    assert len(texts) == row.width
 
 
 def test_changing_one_copy_of_the_answer_changes_no_other(tiny_lm: LM) -> None:
@@ -173,12 +206,46 @@ def test_changing_one_copy_of_the_answer_changes_no_other(tiny_lm: LM) -> None:
     layout = lay_out([one], 1000)
     before = edge_log_probs(model, layout.batches[0])
     [row] = layout.batches[0].rows
-    copy = row.sources[1].reshape(-1, 3)[1, 1:]  # columns of the second one
-    column = int(copy[0])
-    row.tree.tokens[column] = 11
-    changed = edge_log_probs(model, layout.batches[0]) != before
-    own = [edge for edge, source in enumerate(np.concatenate(row.sources)) if source in copy]
-    assert np.flatnonzero(changed).tolist() == own
+    columns = row.columns(slice(None), with_stem=True)
+    second = row.stem.width + row.copy_width + np.arange(row.copy_width)
+    columns.tokens[second[0]] = 11
+    with mock.patch.object(row, "columns", return_value=columns):
+        changed = edge_log_probs(model, layout.batches[0]) != before
+    own = np.isin(columns.sources, second)
+    assert sorted(np.flatnonzero(changed)) == sorted(columns.edges[own])
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_copies_in_portions_are_those_of_the_whole_row(copies: int) -> None:
+    branches = [item([1, 2], z, [4, 5, 6]) for z in ([7, 8], [7, 8, 9], [7, 3])]
+    [row] = lay_out(branches, 1000).batches[0].rows
+    whole, stem = row.columns(slice(None), with_stem=True), row.stem.width
+    parts = [
+        row.columns(slice(first, first + copies), with_stem=False)
+        for first in range(0, row.num_copies, copies)
+    ]
+    alone = row.columns(slice(0), with_stem=True)
+    assert alone.tokens == row.stem.tokens
+    np.testing.assert_array_equal(alone.sees_QK, whole.sees_QK[:stem, :stem])
+    assert sum((part.tokens for part in parts), alone.tokens) == whole.tokens
+    assert sum((part.positions for part in parts), alone.positions) == whole.positions
+    start = stem
+    for part in parts:
+        end = start + len(part.tokens)
+        expected = np.concatenate(
+            [whole.sees_QK[start:end, :stem], whole.sees_QK[start:end, start:end]], axis=1
+        )
+        np.testing.assert_array_equal(part.sees_QK, expected)
+        assert not whole.sees_QK[start:end, stem:start].any()
+        sources = dict(zip(part.edges, part.sources + start, strict=True))
+        assert sources == {
+            edge: source
+            for edge, source in zip(whole.edges, whole.sources, strict=True)
+            if start <= source < end
+        }
+        start = end
+    edges = np.concatenate([part.edges for part in (alone, *parts)])
+    assert sorted(edges) == list(range(row.num_edges))
 
 
 @pytest.mark.parametrize(
