@@ -105,3 +105,11 @@ def test_log_z_is_the_mean_over_the_group_at_the_tempered_reward() -> None:
     # log q: -0.5 a token and -0.25 for the stop
     expected = np.mean([-2.0 / 0.5 + 0.75, -6.0 / 0.5 + 1.25])
     assert estimate_log_z(group, temperature=0.5) == pytest.approx(expected)
+
+
+def test_demonstrations_do_not_count_in_log_z() -> None:
+    sampled = toy_trajectory((1, 2))
+    shown = replace(toy_trajectory((3,), log_reward=9.0), behaviour="demonstration")
+    alone = estimate_log_z([sampled], temperature=1.0)
+    assert estimate_log_z([shown, sampled], temperature=1.0) == alone
+    assert np.isnan(estimate_log_z([shown], temperature=1.0))

@@ -190,3 +190,10 @@ def test_the_verb_shows_a_finished_run_without_ray_and_ends_in_order(
     assert silent(finished)
     config = config_of(finished).buffer
     RedisServer.start(finished.buffer, run=finished.name, config=config).stop(timeout_s=10.0)
+
+
+def test_a_run_whose_buffer_was_in_memory_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    directory = make_run(tmp_path)
+    config = config_of(directory).changed({"buffer.kind": "memory"})
+    with pytest.raises(NeverServed, match="in memory"), BufferKeeper(config, directory):
+        raise AssertionError("there is nothing to serve")

@@ -9,7 +9,7 @@ from buffer.memory import MemoryStore
 from cluster.config.file import ConfigError, load_config
 from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
-from cluster.run.preflight import LocalIsOne, check_before_start
+from cluster.run.preflight import LocalIsOne, NoRoom, check_before_start, check_model_and_data
 from cluster.run.session import BufferAddress
 from learner.engine import NonFiniteUpdate, trainable_parameters
 
@@ -74,3 +74,8 @@ def test_a_buffer_in_memory_is_refused_over_ray(tmp_path: Path) -> None:
             address=None,
             local=False,
         )
+
+
+def test_a_buffer_with_less_room_than_prompts_is_refused() -> None:
+    with pytest.raises(NoRoom, match=r"buffer\.capacity \(2\) is below the \d+ prompts"):
+        check_model_and_data(load_config("tasks/arithmetic.toml", ["buffer.capacity=2"]))

@@ -5,6 +5,7 @@ replica gave it. The learner computes log q afresh under its current weights, so
 another number.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -124,5 +125,7 @@ def estimate_log_z(trajectories: Sequence[Trajectory], *, temperature: float) ->
     """log Z of a prompt from some of its trajectories, nats: the mean of log R / T - log q.
 
     VarGrad's estimate (Richter et al. 2020), here from recorded log q of several versions.
+    Demonstrations have none, since no policy sampled them, and do not count; NaN of them alone.
     """
-    return float(np.mean([log_weight(t, temperature) for t in trajectories]))
+    sampled = [t for t in trajectories if t.behaviour != "demonstration"]
+    return float(np.mean([log_weight(t, temperature) for t in sampled])) if sampled else math.nan

@@ -32,6 +32,11 @@ class BufferKeeper:
             BufferUnreachable, NeverServed: the run should have a Redis, and has none that answers.
             FolderInUse, ForeignFolder, NoRedisServer, ...: it could not be started.
         """
+        if self._config.buffer.kind == "memory":
+            raise NeverServed(
+                f'run {self._directory.name} keeps its buffer in memory (buffer.kind = "memory"), '
+                "where nobody else can look: see its report, or train with a buffer in Redis"
+            )
         if not self._answers():
             if not self._is_ours_to_start():
                 self._connect()  # says who does not answer

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -112,7 +113,7 @@ def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
         "log q(stop), nats": (_series([(p.length, p.log_q_stop) for p in steps]), None),
         "potential φ, nats; dashed: −log Z": (
             _series([(p.length, p.potential) for p in steps]),
-            -detail.log_z,
+            None if math.isnan(detail.log_z) else -detail.log_z,
         ),
         "SubTB residual, nats": (_series(residuals, "bars"), None),
     }
@@ -136,7 +137,9 @@ def _series(points: Sequence[tuple[int, float]], kind: Mark = "dots") -> Series:
 
 def nats(value: float | None) -> str:
     """A log-probability or log-reward, in a column of its like."""
-    return "" if value is None else f"{value:.3f}".replace("-", "−")
+    if value is None or math.isnan(value):
+        return "" if value is None else "unknown"
+    return f"{value:.3f}".replace("-", "−")
 
 
 def times(count: int) -> str:

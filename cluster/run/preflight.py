@@ -35,6 +35,10 @@ class NoAdapter(FileNotFoundError):
     """A folder that should hold an adapter does not."""
 
 
+class NoRoom(ValueError):
+    """The replay buffer has less room than the task has prompts."""
+
+
 class PromptTooLong(ValueError):
     """A prompt that leaves no room in the model for what is written behind it."""
 
@@ -59,7 +63,7 @@ def check_before_start(
         LocalIsOne, DoesNotFit: more processes than there is room for.
         WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
         ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the models and the data.
-        PromptTooLong: about both.
+        PromptTooLong, NoRoom: about both, and the buffer.
         LogZUnused, NoDemonstrations: about the objective.
         UserError: the run that is to go on was begun as another.
     """
@@ -122,6 +126,7 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
     adapted_layers(base.model, config.lora)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
+    check_room(config, task)
     check_lengths(config, task, context_limit(base.model))
     if config.learner.traits.imitates:
         imitation(config, base, task)
@@ -131,6 +136,16 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
         load_adapter(base, policy)
     task.check_evaluation()
     return identity_of(config, base, task)
+
+
+def check_room(config: RunConfig, task: Task) -> None:
+    """Raise NoRoom where the buffer could not keep each prompt's best trajectory."""
+    prompts, capacity = len({prompt.key for prompt in task.prompts}), config.buffer.capacity
+    if prompts > capacity and not config.learner.traits.imitates:
+        raise NoRoom(
+            f"buffer.capacity ({capacity}) is below the {prompts} prompts of task {task.name!r}, "
+            "each of which is to keep its best trajectory: raise it"
+        )
 
 
 def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
