@@ -20,8 +20,8 @@ from actors.prompts import PromptStream
 from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
 from actors.reward_query import RewardQuery
 from actors.rollout import (
+    IsCorrect,
     Rollouts,
-    Verdict,
     plan_groups,
     requests,
     score_items,
@@ -52,7 +52,7 @@ class ActorStats:
     trajectories: int = 0
     tokens: int = 0
     sampled: int = 0  # trajectories, stored or not yet
-    judged: int = 0
+    gradable: int = 0  # trajectories whose answer is known to be right or wrong
     correct: int = 0
     log_reward_sum: float = 0.0  # nats, of the final states
     version: int = 0
@@ -67,7 +67,7 @@ class RolloutActor:
 
     Args:
         name: who this is, written into every trajectory.
-        task_name, query, verdict: what the task says of its prompts.
+        task_name, query, is_correct: what the task says of its prompts.
         version: policy version of the weights that `policy` holds now.
     """
 
@@ -77,7 +77,7 @@ class RolloutActor:
         name: str,
         task_name: str,
         query: RewardQuery,
-        verdict: Verdict,
+        is_correct: IsCorrect,
         prompts: PromptStream,
         policy: Policy,
         scorer: Scorer,
@@ -91,7 +91,7 @@ class RolloutActor:
         self.stats = ActorStats(version=version)
         self._task_name = task_name
         self._query = query
-        self._verdict = verdict
+        self._is_correct = is_correct
         self._prompts = prompts
         self._policy = policy
         self._scorer = scorer
@@ -154,7 +154,7 @@ class RolloutActor:
             pending.result(self._config.score_timeout_s),
             task=self._task_name,
             actor=self.name,
-            verdict=self._verdict,
+            is_correct=self._is_correct,
         )
 
     def _pace(self, stop: Callable[[], bool]) -> bool:
@@ -221,5 +221,5 @@ class RolloutActor:
         for trajectory in (t for group in groups for t in group):
             stats.trajectories += 1
             stats.log_reward_sum += float(trajectory.log_reward[-1])
-            stats.judged += trajectory.correct is not None
+            stats.gradable += trajectory.correct is not None
             stats.correct += trajectory.correct is True

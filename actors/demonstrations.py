@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from actors.prompts import Prompt
 from actors.protocols import Scorer
 from actors.reward_query import RewardQuery
-from actors.rollout import Verdict
+from actors.rollout import IsCorrect
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
 from reward.request import ScoreItem
@@ -40,7 +40,7 @@ def seed_demonstrations(
     task: str,
     actions: ActionSpace,
     query: RewardQuery,
-    verdict: Verdict,
+    is_correct: IsCorrect,
     scorer: Scorer,
     buffer: SeedSink,
     token_budget: int,
@@ -69,7 +69,7 @@ def seed_demonstrations(
         log_rewards = scorer.submit(items[portion]).result(timeout_s)
         buffer.seed(
             [
-                _trajectory(demonstration, stops_S, log_reward_S, task=task, verdict=verdict)
+                _trajectory(demonstration, stops_S, log_reward_S, task=task, is_correct=is_correct)
                 for demonstration, stops_S, log_reward_S in zip(
                     demonstrations[portion], stops[portion], log_rewards, strict=True
                 )
@@ -92,7 +92,11 @@ def _portions(items: Sequence[ScoreItem], token_budget: int) -> Iterator[slice]:
 
 
 def unscored_demonstrations(
-    demonstrations: Sequence[Demonstration], *, task: str, actions: ActionSpace, verdict: Verdict
+    demonstrations: Sequence[Demonstration],
+    *,
+    task: str,
+    actions: ActionSpace,
+    is_correct: IsCorrect,
 ) -> list[Trajectory]:
     """The demonstrations as trajectories for a learner that asks for no reward: theirs says 0.
 
@@ -105,7 +109,7 @@ def unscored_demonstrations(
             stops_S := _stops(demonstration, actions),
             np.zeros(len(stops_S), dtype=np.float32),
             task=task,
-            verdict=verdict,
+            is_correct=is_correct,
         )
         for demonstration in demonstrations
     ]
@@ -117,7 +121,7 @@ def _trajectory(
     log_reward_S: NDArray[np.float32],
     *,
     task: str,
-    verdict: Verdict,
+    is_correct: IsCorrect,
 ) -> Trajectory:
     prompt, completion = demonstration.prompt, demonstration.completion
     return Trajectory(
@@ -129,14 +133,14 @@ def _trajectory(
         from_tool=np.array(demonstration.from_tool, dtype=np.bool_),
         stops=stops_S,
         log_reward=log_reward_S,
-        log_q_token=np.zeros(len(completion), dtype=np.float32),
-        log_q_stop=np.zeros(len(stops_S), dtype=np.float32),
+        behaviour_log_prob=np.zeros(len(completion), dtype=np.float32),
+        behaviour_log_stop=np.zeros(len(stops_S), dtype=np.float32),
         policy_version=0,
         behaviour="demonstration",
         temperature=1.0,
         actor="data",
         created_s=time.time(),
-        correct=verdict(prompt, completion),
+        correct=is_correct(prompt, completion),
     )
 
 

@@ -1,6 +1,6 @@
-"""What a task asks of its reward: which text the frozen LM scores behind every prefix, or none."""
+"""How a task is rewarded: the text that the frozen LM scores after every prefix, or a function."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,3 +40,26 @@ class RewardQuery:
             stops=stops,
             answer=np.array(answer, dtype=np.int32),
         )
+
+
+class DirectScorer:
+    """A Scorer for tasks whose log-reward is a function.
+
+    Args:
+        log_reward: log R in nats at every stop state of an item, [S].
+    """
+
+    def __init__(self, log_reward: Callable[[ScoreItem], NDArray[np.float32]]) -> None:
+        self._log_reward = log_reward
+
+    def submit(self, items: Sequence[ScoreItem]) -> "_Scored":
+        """Score at once."""
+        return _Scored([self._log_reward(item) for item in items])
+
+
+class _Scored:
+    def __init__(self, log_rewards: list[NDArray[np.float32]]) -> None:
+        self._log_rewards = log_rewards
+
+    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
+        return self._log_rewards

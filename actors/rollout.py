@@ -17,7 +17,7 @@ from reward.request import ScoreItem
 # buffer takes equal bytes for one group sent twice, and a peaked policy samples equal groups.
 _GROUP_APART_S = 1e-6
 
-Verdict = Callable[[Prompt, Sequence[int]], bool | None]
+IsCorrect = Callable[[Prompt, Sequence[int]], bool | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ def trajectories(
     *,
     task: str,
     actor: str,
-    verdict: Verdict,
+    is_correct: IsCorrect,
 ) -> list[list[Trajectory]]:
     """Join completions with their log-rewards ([S] nats each, in order): one list a group."""
     scores = iter(log_rewards)
@@ -102,14 +102,14 @@ def trajectories(
                 from_tool=completion.from_tool,
                 stops=completion.stops,
                 log_reward=next(scores),
-                log_q_token=completion.log_q_token,
-                log_q_stop=completion.log_q_stop,
+                behaviour_log_prob=completion.log_q_token,
+                behaviour_log_stop=completion.log_q_stop,
                 policy_version=rollouts.policy_version,
                 behaviour=plan.behaviour,
                 temperature=plan.temperature,
                 actor=actor,
                 created_s=rollouts.sampled_s + number * _GROUP_APART_S,
-                correct=verdict(plan.prompt, completion.tokens.tolist()),
+                correct=is_correct(plan.prompt, completion.tokens.tolist()),
             )
             for completion in group
         ]

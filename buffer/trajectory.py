@@ -47,14 +47,14 @@ class Trajectory:
     from_tool: NDArray[np.bool_]  # [L] inserted by the environment
     stops: NDArray[np.int32]  # [S] strictly increasing prefix lengths; the last is L
     log_reward: NDArray[np.float32]  # [S] nats, untempered: log R(z_1:t stop)
-    log_q_token: NDArray[np.float32]  # [L] nats, as sampled, at temperature 1; 0 at tool tokens
-    log_q_stop: NDArray[np.float32]  # [S] nats; 0 where the stop was forced
+    behaviour_log_prob: NDArray[np.float32]  # [L] nats, as sampled, at T = 1; 0 at tool tokens
+    behaviour_log_stop: NDArray[np.float32]  # [S] nats; 0 where the stop was forced
     policy_version: int  # of the weights that sampled it; 0 for demonstrations
     behaviour: str  # one of BEHAVIOURS
     temperature: float  # 1.0 on policy
     actor: str  # who sampled it
     created_s: float  # unix seconds
-    correct: bool | None  # the task's verdict, None where the task has none
+    correct: bool | None  # whether the answer is right; None where the task cannot tell
 
     def __post_init__(self) -> None:
         check_scalars(self)
@@ -80,8 +80,8 @@ class Trajectory:
     @property
     def log_q(self) -> float:
         """log q(Z ⊤) of the whole completion under the policy that sampled it, nats."""
-        path = float(self.log_q_token.sum(dtype=np.float64))
-        return path + float(self.log_q_stop[-1])
+        path = float(self.behaviour_log_prob.sum(dtype=np.float64))
+        return path + float(self.behaviour_log_stop[-1])
 
     @property
     def terminal_log_reward(self) -> float:
@@ -128,19 +128,23 @@ def check_tokens(trajectory: Trajectory) -> None:
 def check_logs(trajectory: Trajectory) -> None:
     """Raise MalformedTrajectory for log-rewards and log-probabilities that cannot be."""
     num_stops, length = trajectory.stops.size, trajectory.completion.size
-    logs = rows(trajectory, ("log_reward", "log_q_token", "log_q_stop"), np.float32)
-    sizes = (trajectory.log_reward.size, trajectory.log_q_token.size, trajectory.log_q_stop.size)
+    logs = rows(trajectory, ("log_reward", "behaviour_log_prob", "behaviour_log_stop"), np.float32)
+    sizes = (
+        trajectory.log_reward.size,
+        trajectory.behaviour_log_prob.size,
+        trajectory.behaviour_log_stop.size,
+    )
     if sizes != (num_stops, length, num_stops):
         raise MalformedTrajectory(
-            f"log_reward, log_q_token, log_q_stop have {sizes} entries for {num_stops} stop states"
-            f" and {length} tokens"
+            f"log_reward, behaviour_log_prob, behaviour_log_stop have {sizes} entries for "
+            f"{num_stops} stop states and {length} tokens"
         )
     if not np.logical_and.reduce(np.isfinite(logs)):
         raise MalformedTrajectory("a log-reward or log-probability is not finite")
     if np.maximum.reduce(logs[num_stops:]) > LOG_PROBABILITY_SLACK:
         raise MalformedTrajectory("a log-probability lies above 0")
-    if np.logical_or.reduce(trajectory.log_q_token[trajectory.from_tool]):
-        raise MalformedTrajectory("log_q_token must be 0 at tool tokens")
+    if np.logical_or.reduce(trajectory.behaviour_log_prob[trajectory.from_tool]):
+        raise MalformedTrajectory("behaviour_log_prob must be 0 at tool tokens")
 
 
 def rows(
@@ -163,7 +167,7 @@ def pack(trajectory: Trajectory) -> bytes:
     All integers stand in one little-endian block and all logs in another: two copies per record.
     """
     integers = (trajectory.prompt, trajectory.answer, trajectory.completion, trajectory.stops)
-    logs = (trajectory.log_reward, trajectory.log_q_token, trajectory.log_q_stop)
+    logs = (trajectory.log_reward, trajectory.behaviour_log_prob, trajectory.behaviour_log_stop)
     record = (
         FORMAT,
         trajectory.task,
@@ -216,8 +220,8 @@ def unpack(data: bytes) -> Trajectory:
         from_tool=np.frombuffer(from_tool, np.bool_),
         stops=tokens[completion_at + length :],
         log_reward=floats[:num_stops],
-        log_q_token=floats[num_stops : num_stops + length],
-        log_q_stop=floats[num_stops + length :],
+        behaviour_log_prob=floats[num_stops : num_stops + length],
+        behaviour_log_stop=floats[num_stops + length :],
         policy_version=fields[7],
         behaviour=fields[8],
         temperature=fields[9],

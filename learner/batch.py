@@ -29,8 +29,8 @@ class Batch:
     stop_BS: Tensor  # bool, the policy may stop here
     log_reward_BS: Tensor  # nats, untempered; 0 where stop_BS is False
     chosen_BT: Tensor  # bool, the policy chose this token: neither a tool's nor padding
-    recorded_log_pf_BT: Tensor  # nats, what the sampler recorded: for the agreement gate, and PPO
-    recorded_log_stop_BS: Tensor
+    behaviour_log_prob_BT: Tensor  # nats, as the sampler recorded: for the agreement gate and PPO
+    behaviour_log_stop_BS: Tensor
 
 
 def merge_prompts(groups: Sequence[Group]) -> list[Group]:
@@ -105,9 +105,9 @@ def collate(groups: Sequence[Group], device: torch.device) -> Batch:
         length = trajectory.completion.size
         stop_BS[row, trajectory.stops] = True
         log_reward_BS[row, trajectory.stops] = trajectory.log_reward
-        log_stop_BS[row, trajectory.stops] = trajectory.log_q_stop
+        log_stop_BS[row, trajectory.stops] = trajectory.behaviour_log_stop
         chosen_BT[row, :length] = ~trajectory.from_tool
-        log_pf_BT[row, :length] = trajectory.log_q_token
+        log_pf_BT[row, :length] = trajectory.behaviour_log_prob
     distinct: dict[tuple[bytes, ...], int] = {}
     row_B = [distinct.setdefault(content(t), len(distinct)) for t in trajectories]
     first_B = [row_B.index(row) for row in range(len(distinct))]
@@ -123,8 +123,8 @@ def collate(groups: Sequence[Group], device: torch.device) -> Batch:
         stop_BS=to_device(stop_BS),
         log_reward_BS=to_device(log_reward_BS),
         chosen_BT=to_device(chosen_BT),
-        recorded_log_pf_BT=to_device(log_pf_BT),
-        recorded_log_stop_BS=to_device(log_stop_BS),
+        behaviour_log_prob_BT=to_device(log_pf_BT),
+        behaviour_log_stop_BS=to_device(log_stop_BS),
     )
 
 

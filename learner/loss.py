@@ -113,8 +113,8 @@ class BatchLoss:
             stop_BS=batch.stop_BS,
             group_B=batch.group_B,
             log_z_B=None if self._log_z is None else terms[2][row_B],
-            sampled_log_pf_BT=batch.recorded_log_pf_BT,
-            sampled_log_stop_BS=batch.recorded_log_stop_BS,
+            behaviour_log_prob_BT=batch.behaviour_log_prob_BT,
+            behaviour_log_stop_BS=batch.behaviour_log_stop_BS,
             base_log_pf_BT=None if base is None else base[0][row_B],
             base_log_stop_BS=None if base is None else base[1][row_B],
         )

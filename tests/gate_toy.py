@@ -46,8 +46,8 @@ class ToySampler:
             make_trajectory(
                 prompt_key,
                 drawn.tokens.tolist(),
-                log_q_token=drawn.log_q_token,
-                log_q_stop=drawn.log_q_stop,
+                behaviour_log_prob=drawn.log_q_token,
+                behaviour_log_stop=drawn.log_q_stop,
                 policy_version=version,
                 actor=self._actor,
             )

@@ -123,7 +123,7 @@ def make_actor(**replaced: Any) -> tuple[RolloutActor, dict[str, Any]]:
         name="actor-0",
         task_name="toy",
         query=QUERY,
-        verdict=lambda prompt, tokens: tokens[0] == 1,
+        is_correct=lambda prompt, tokens: tokens[0] == 1,
         rng=np.random.default_rng(1),
         **parts,
     )
@@ -246,7 +246,7 @@ def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:
     arguments: dict[str, Any] = {
         "task": "toy",
         "query": QUERY,
-        "verdict": lambda prompt, tokens: True,
+        "is_correct": lambda prompt, tokens: True,
         "scorer": ArithmeticScores(),
         "buffer": buffer,
         "token_budget": 99,
@@ -291,7 +291,7 @@ def test_any_number_of_demonstrations_is_scored_within_the_time_for_one_portion(
         task="toy",
         actions=ActionSpace(stop_token=0, legal_tokens=(4,), min_len=0, max_len=5),
         query=QUERY,
-        verdict=lambda prompt, tokens: None,
+        is_correct=lambda prompt, tokens: None,
         scorer=scorer,
         buffer=buffer,
         token_budget=12,

@@ -47,13 +47,13 @@ def shake(model: Any, seed: int, scale: float = 0.3) -> bytes:
 
 def recorded_off_by(gap: float, trajectory: Trajectory) -> Trajectory:
     """The same, but for its first stop state."""
-    log_q_stop = trajectory.log_q_stop.copy()
+    log_q_stop = trajectory.behaviour_log_stop.copy()
     log_q_stop[0] -= gap
     return make_trajectory(
         trajectory.prompt_key,
         trajectory.completion.tolist(),
-        log_q_token=trajectory.log_q_token,
-        log_q_stop=log_q_stop,
+        behaviour_log_prob=trajectory.behaviour_log_prob,
+        behaviour_log_stop=log_q_stop,
         policy_version=trajectory.policy_version,
         actor=trajectory.actor,
     )
@@ -138,8 +138,8 @@ def test_below_the_tolerance_nothing_happens_and_above_it_only_the_wrong_one_goe
     assert gate.metrics()["agreement/checked"] == 4
     (kept,) = read_quarantine(tmp_path)
     assert kept.gap_nats == pytest.approx(0.011, abs=1e-4)
-    np.testing.assert_allclose(kept.log_q_stop, group[3].log_q_stop, atol=1e-5)
-    np.testing.assert_allclose(kept.log_q_token, group[3].log_q_token, atol=1e-5)
+    np.testing.assert_allclose(kept.log_q_stop, group[3].behaviour_log_stop, atol=1e-5)
+    np.testing.assert_allclose(kept.log_q_token, group[3].behaviour_log_prob, atol=1e-5)
 
 
 def test_one_that_is_wrong_has_all_of_its_actor_compared_and_condemns_only_itself(

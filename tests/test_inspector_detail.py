@@ -28,8 +28,8 @@ def recorded(draw: st.DrawFn) -> Trajectory:
         from_tool=from_tool,
         stops=stops,
         log_reward=-(20 * rng.random(stops.size)).astype(np.float32),
-        log_q_token=np.where(from_tool, 0.0, -3 * rng.random(length)).astype(np.float32),
-        log_q_stop=-(2 * rng.random(stops.size)).astype(np.float32),
+        behaviour_log_prob=np.where(from_tool, 0.0, -3 * rng.random(length)).astype(np.float32),
+        behaviour_log_stop=-(2 * rng.random(stops.size)).astype(np.float32),
     )
 
 
@@ -39,8 +39,8 @@ def test_every_prefix_is_as_its_definition_says(trajectory: Trajectory, temperat
     assert [prefix.length for prefix in prefixes] == trajectory.stops.tolist()
     before = None if trajectory.stops[0] == 0 else 4.0  # the root's potential is -log Z
     for s, prefix in enumerate(prefixes):
-        path = sum(float(trajectory.log_q_token[k]) for k in range(prefix.length))
-        log_reward, stop = float(trajectory.log_reward[s]), float(trajectory.log_q_stop[s])
+        path = sum(float(trajectory.behaviour_log_prob[k]) for k in range(prefix.length))
+        log_reward, stop = float(trajectory.log_reward[s]), float(trajectory.behaviour_log_stop[s])
         phi = path + stop - log_reward / temperature
         assert (prefix.log_reward, prefix.log_q_stop) == (log_reward, stop)
         assert prefix.log_path == pytest.approx(path, abs=1e-9)
@@ -60,8 +60,8 @@ def test_under_the_posterior_every_potential_is_minus_log_z_and_no_residual_is_l
     trajectory = replace(
         toy_trajectory((1, 2, 3, 4, 5)),
         log_reward=log_reward_S.astype(np.float32),
-        log_q_stop=(log_reward_S - log_flow_S).astype(np.float32),
-        log_q_token=(log_flow_S[1:] - log_flow_S[:-1]).astype(np.float32),
+        behaviour_log_stop=(log_reward_S - log_flow_S).astype(np.float32),
+        behaviour_log_prob=(log_flow_S[1:] - log_flow_S[:-1]).astype(np.float32),
     )
     log_z = float(log_flow_S[0])
     np.testing.assert_allclose(potentials(trajectory, temperature=1.0), -log_z, atol=1e-5)
@@ -87,8 +87,8 @@ def test_potentials_and_log_z_are_those_that_the_learner_computes(
     )
     for row, t in enumerate(trajectories):
         stops = torch.from_numpy(t.stops.astype(np.int64))
-        batch.log_pf_BT[row, : t.completion.size] = torch.from_numpy(t.log_q_token.copy())
-        batch.log_stop_BS[row, stops] = torch.from_numpy(t.log_q_stop.copy()).double()
+        batch.log_pf_BT[row, : t.completion.size] = torch.from_numpy(t.behaviour_log_prob.copy())
+        batch.log_stop_BS[row, stops] = torch.from_numpy(t.behaviour_log_stop.copy()).double()
         batch.log_reward_BS[row, stops] = torch.from_numpy(t.log_reward / temperature).double()
         batch.stop_BS[row, stops] = True
     phi_BS = state_potentials(batch)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from actors.lagging import LaggingWeights
+from actors.weight_sources import LaggingWeights
 from buffer.config import BufferConfig
 from buffer.replay import DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer

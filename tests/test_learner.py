@@ -192,8 +192,8 @@ def with_recorded(trajectory: Trajectory, log_q: float) -> Trajectory:
     return make_trajectory(
         trajectory.prompt_key,
         trajectory.completion.tolist(),
-        log_q_token=np.full(trajectory.completion.size, log_q, dtype=np.float32),
-        log_q_stop=np.full(trajectory.stops.size, log_q, dtype=np.float32),
+        behaviour_log_prob=np.full(trajectory.completion.size, log_q, dtype=np.float32),
+        behaviour_log_stop=np.full(trajectory.stops.size, log_q, dtype=np.float32),
     )
 
 
@@ -210,7 +210,7 @@ def test_agreement_compares_only_what_the_current_version_sampled() -> None:
     log_q_token = log_probs.log_pf_BT[0].numpy().copy()
     log_q_stop = log_probs.log_stop_BS[0, 1:].numpy().copy()
     log_q_token[1] -= 0.25
-    recorded = {"log_q_token": log_q_token, "log_q_stop": log_q_stop}
+    recorded = {"behaviour_log_prob": log_q_token, "behaviour_log_stop": log_q_stop}
     stale = make_trajectory("short", (2, 2), policy_version=7)
     taught = make_trajectory("short", (1, 1), behaviour="demonstration")
     group = Group(
@@ -301,7 +301,7 @@ def test_a_trajectory_sampled_under_other_stop_rules_is_refused() -> None:
         (1, 2),
         stops=np.array([2], dtype=np.int32),
         log_reward=np.zeros(1, dtype=np.float32),
-        log_q_stop=np.zeros(1, dtype=np.float32),
+        behaviour_log_stop=np.zeros(1, dtype=np.float32),
     )
     learner, _ = make_learner(replay=FixedReplay([group]))
     with pytest.raises(IllegalCompletion, match="must share the task's settings"):

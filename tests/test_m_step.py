@@ -114,7 +114,9 @@ def groups_of(
     for prompt, z, count in texts:
         text = (*z, *(prompt.answer[::-1] if backwards else prompt.answer))
         one = Demonstration(prompt=prompt, completion=text, from_tool=(False,) * len(text))
-        [shown] = unscored_demonstrations([one], task="toy", actions=actions, verdict=_no_verdict)
+        [shown] = unscored_demonstrations(
+            [one], task="toy", actions=actions, is_correct=_no_verdict
+        )
         groups.append(Group(prompt_key=prompt.key, fresh=(shown,) * count, replayed=()))
     return groups
 

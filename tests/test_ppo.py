@@ -31,8 +31,8 @@ def moved_batch(seed: int = 0) -> ObjectiveInput:
 
     return dataclasses.replace(
         batch,
-        sampled_log_pf_BT=moved(batch.log_pf_BT),
-        sampled_log_stop_BS=moved(batch.log_stop_BS),
+        behaviour_log_prob_BT=moved(batch.log_pf_BT),
+        behaviour_log_stop_BS=moved(batch.log_stop_BS),
         base_log_pf_BT=moved(batch.log_pf_BT),
         base_log_stop_BS=moved(batch.log_stop_BS),
     )
@@ -40,13 +40,13 @@ def moved_batch(seed: int = 0) -> ObjectiveInput:
 
 def brute_force(batch: ObjectiveInput, clip: float) -> Tensor:
     """By loops over rows and actions; PPO's own form, with the constant that ours leaves out."""
-    assert batch.sampled_log_pf_BT is not None and batch.sampled_log_stop_BS is not None
+    assert batch.behaviour_log_prob_BT is not None and batch.behaviour_log_stop_BS is not None
     assert batch.base_log_pf_BT is not None and batch.base_log_stop_BS is not None
     now = list(rows_of(batch))
     then, base = (
         list(rows_of(dataclasses.replace(batch, log_pf_BT=tokens, log_stop_BS=stops)))
         for tokens, stops in (
-            (batch.sampled_log_pf_BT, batch.sampled_log_stop_BS),
+            (batch.behaviour_log_prob_BT, batch.behaviour_log_stop_BS),
             (batch.base_log_pf_BT, batch.base_log_stop_BS),
         )
     )
@@ -91,9 +91,8 @@ def test_padding_of_any_value_changes_nothing_and_gets_no_gradient() -> None:
         real = token_BT if name.endswith("BT") else batch.stop_BS
         return torch.where(real, getattr(batch, name), math.nan).detach().requires_grad_()
 
-    names = [
-        f"{whose}log_{what}" for whose in ("", "sampled_", "base_") for what in ("pf_BT", "stop_BS")
-    ]
+    names = [f"{whose}log_{what}" for whose in ("", "base_") for what in ("pf_BT", "stop_BS")]
+    names += ["behaviour_log_prob_BT", "behaviour_log_stop_BS"]
     junk: dict[str, Any] = {name: padded(name) for name in names}
     changed = dataclasses.replace(batch, **junk)
     loss = loss_of(changed, objective)
@@ -110,8 +109,8 @@ def on_policy(
     return dataclasses.replace(
         batch,
         group_B=groups,
-        sampled_log_pf_BT=batch.log_pf_BT.detach(),
-        sampled_log_stop_BS=batch.log_stop_BS.detach(),
+        behaviour_log_prob_BT=batch.log_pf_BT.detach(),
+        behaviour_log_stop_BS=batch.log_stop_BS.detach(),
         base_log_pf_BT=base.log_pf_BT.detach(),
         base_log_stop_BS=base.log_stop_BS.detach(),
     )
@@ -217,7 +216,7 @@ def test_the_learner_gives_it_the_base_lm_and_what_was_recorded() -> None:
     # A fresh adapter is the base LM; after a step it is no longer, and the base is what it was.
     torch.testing.assert_close(first.base_log_pf_BT, first.log_pf_BT.detach())
     assert not torch.allclose(second.base_log_pf_BT, second.log_pf_BT, atol=1e-3)
-    assert first.sampled_log_pf_BT is not None and (first.sampled_log_pf_BT == 0).all()
+    assert first.behaviour_log_prob_BT is not None and (first.behaviour_log_prob_BT == 0).all()
     assert metrics["tokens/base"] == metrics["tokens/learned"] > 0
     before = adapter_of(model)
     with adapter_off(model):

@@ -29,8 +29,8 @@ def weighted(
         key,
         [1] * len(log_q),
         log_reward=np.array([77.0] * earlier + [log_reward], dtype=np.float32),
-        log_q_token=np.array(log_q, dtype=np.float32),
-        log_q_stop=np.array([-55.0] * earlier + [log_stop], dtype=np.float32),
+        behaviour_log_prob=np.array(log_q, dtype=np.float32),
+        behaviour_log_stop=np.array([-55.0] * earlier + [log_stop], dtype=np.float32),
         **changes,
     )
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from actors.direct_scorer import DirectScorer
+from actors.reward_query import DirectScorer
 from cluster.config.file import PROJECT_ROOT, load_config
 from lm.config import LMConfig
 from lm.model import load_base

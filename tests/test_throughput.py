@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from actors.protocols import PublishedWeights
-from actors.turns import TakingTurns
+from actors.weight_sources import TakingTurns
 from cluster.__main__ import main
 from cluster.cli import parse
 from cluster.config.file import load_config

@@ -23,7 +23,7 @@ from buffer.trajectory import (
 from tests.buffer_toy import toy_trajectory
 
 ARRAYS = ("prompt", "answer", "completion", "from_tool", "stops")
-LOGS = ("log_reward", "log_q_token", "log_q_stop")
+LOGS = ("log_reward", "behaviour_log_prob", "behaviour_log_stop")
 SCALARS = ("task", "prompt_key", "policy_version", "behaviour", "temperature", "actor")
 
 
@@ -55,8 +55,8 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         from_tool=from_tool,
         stops=stops,
         log_reward=draw(logs(stops.size, highest=1e6)),
-        log_q_token=np.where(from_tool, 0, draw(logs(length, highest=0.0))).astype(np.float32),
-        log_q_stop=draw(logs(stops.size, highest=0.0)),
+        behaviour_log_prob=np.float32(~from_tool) * draw(logs(length, highest=0.0)),
+        behaviour_log_stop=draw(logs(stops.size, highest=0.0)),
         policy_version=draw(st.integers(0, 2**53 - 1)),
         behaviour=draw(st.sampled_from(["on_policy", "tempered", "demonstration"])),
         temperature=draw(st.floats(0.01, 10.0)),
@@ -163,9 +163,9 @@ def test_a_field_of_any_other_content_is_malformed_or_valid(
         ("log_reward", np.zeros(3, np.float32), "entries"),
         ("log_reward", np.array([0, 0, 0, np.inf], np.float32), "not finite"),
         ("log_reward", np.array([np.inf, -np.inf, 0, 0], np.float32), "not finite"),
-        ("log_q_token", np.array([0, np.nan, 0], np.float32), "not finite"),
-        ("log_q_token", np.array([0, 0.5, 0], np.float32), "above 0"),
-        ("log_q_stop", np.array([0, 0.5, 0, 0], np.float32), "above 0"),
+        ("behaviour_log_prob", np.array([0, np.nan, 0], np.float32), "not finite"),
+        ("behaviour_log_prob", np.array([0, 0.5, 0], np.float32), "above 0"),
+        ("behaviour_log_stop", np.array([0, 0.5, 0, 0], np.float32), "above 0"),
         ("policy_version", -1, "policy_version"),
         ("policy_version", True, "policy_version"),
         ("behaviour", "greedy", "behaviour"),
@@ -192,7 +192,7 @@ def test_a_log_probability_at_a_tool_token_is_refused() -> None:
             from_tool=tool,
             stops=np.array([0, 2, 3], np.int32),
             log_reward=np.zeros(3, np.float32),
-            log_q_stop=np.zeros(3, np.float32),
+            behaviour_log_stop=np.zeros(3, np.float32),
         )
 
 

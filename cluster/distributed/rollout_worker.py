@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from actors.protocols import TrajectorySink
-from actors.turns import TakingTurns
+from actors.weight_sources import TakingTurns
 from cluster.distributed.clients import NobodyScores, RemoteRegistry, RemoteScorer
 from cluster.distributed.rollout_log import LoggedSink
 from cluster.distributed.worker import Meeting, RunContext, Worker

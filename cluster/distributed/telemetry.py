@@ -49,7 +49,7 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
     Source.ACTOR: (
         _counter("actor_trajectories", "trajectories", "Trajectories stored in the buffer."),
         _counter("actor_tokens", "tokens", "Tokens sampled."),
-        _counter("actor_judged_trajectories", "judged", "Trajectories that the task could judge."),
+        _counter("actor_judged_trajectories", "gradable", "Trajectories that are right or wrong."),
         _counter("actor_correct_trajectories", "correct", "Of those, the correct ones."),
         _gauge("actor_policy_version", "version", "Version of the weights it samples from."),
         _counter("actor_sampling_seconds", "sampling_s", "Time spent sampling."),

@@ -87,7 +87,7 @@ def prefixes_of(trajectory: Trajectory, *, temperature: float, log_z: float) -> 
         trajectory.stops,
         trajectory.log_reward,
         path_log_probs(trajectory),
-        trajectory.log_q_stop,
+        trajectory.behaviour_log_stop,
         potential_S,
         residual_S,
     )
@@ -108,7 +108,7 @@ def prefixes_of(trajectory: Trajectory, *, temperature: float, log_z: float) -> 
 
 def path_log_probs(trajectory: Trajectory) -> NDArray[np.float64]:
     """log q of the tokens up to each stop state, [S] nats; a tool's tokens have probability 1."""
-    steps_L = np.cumsum(trajectory.log_q_token, dtype=np.float64)
+    steps_L = np.cumsum(trajectory.behaviour_log_prob, dtype=np.float64)
     return np.concatenate([[0.0], steps_L])[trajectory.stops]
 
 
@@ -117,7 +117,7 @@ def potentials(trajectory: Trajectory, *, temperature: float) -> NDArray[np.floa
 
     [S] nats; at the optimum all of a prompt equal -log Z.
     """
-    log_q_S = path_log_probs(trajectory) + trajectory.log_q_stop
+    log_q_S = path_log_probs(trajectory) + trajectory.behaviour_log_stop
     return log_q_S - trajectory.log_reward.astype(np.float64) / temperature
 
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from actors.actor import RolloutActor
 from actors.demonstrations import seed_demonstrations
-from actors.direct_scorer import DirectScorer
-from actors.lagging import LaggingWeights
 from actors.policy import SamplingPolicy
 from actors.prompts import PromptStream
 from actors.protocols import Policy, Scorer, TrajectorySink, WeightSource
+from actors.reward_query import DirectScorer
+from actors.weight_sources import LaggingWeights
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
 from buffer.replay import Replay, ReplayBuffer
@@ -76,7 +76,7 @@ def build_actor(
         name=name,
         task_name=task.name,
         query=task.reward_query,
-        verdict=task.verdict,
+        is_correct=task.verdict,
         prompts=PromptStream(task.prompts, np.random.default_rng(prompt_seed)),
         policy=policy(int(sampler_seed.generate_state(1)[0])),
         scorer=scorer_of(task, scorer),
@@ -119,7 +119,7 @@ def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: Replay
         task=task.name,
         actions=task.actions,
         query=task.reward_query,
-        verdict=task.verdict,
+        is_correct=task.verdict,
         scorer=scorer_of(task, scorer),
         buffer=buffer,
         token_budget=config.reward.token_budget,

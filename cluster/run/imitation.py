@@ -101,7 +101,7 @@ def _draws(
 ) -> DemonstrationDraws:
     """As many at a time as another objective has trajectories."""
     trajectories = unscored_demonstrations(
-        shown, task=task.name, actions=actions, verdict=lambda prompt, completion: None
+        shown, task=task.name, actions=actions, is_correct=lambda prompt, completion: None
     )
     rows_per_group = config.actors.group_size + config.learner.replayed_per_group
     return DemonstrationDraws(trajectories, rows=config.learner.groups_per_step * rows_per_group)

@@ -55,7 +55,7 @@ def log_q_gaps(batch: Batch, log_pf_BT: Tensor, log_stop_BS: Tensor) -> tuple[Te
     """
     counted_BN = torch.cat([batch.chosen_BT, batch.stop_BS], dim=1)
     recomputed_BN = torch.cat([log_pf_BT, log_stop_BS], dim=1).detach()
-    recorded_BN = torch.cat([batch.recorded_log_pf_BT, batch.recorded_log_stop_BS], dim=1)
+    recorded_BN = torch.cat([batch.behaviour_log_prob_BT, batch.behaviour_log_stop_BS], dim=1)
     return (recomputed_BN - recorded_BN).abs().masked_fill(~counted_BN, 0.0), counted_BN
 
 

@@ -30,8 +30,8 @@ class ObjectiveInput:
     log_z_B: Tensor | None = None  # learned log Z of each row's prompt; None: from the group
     # The same as log_pf_BT and log_stop_BS, without gradient: as the sampler recorded them at its
     # own version, and under the base LM. For reward maximisation alone; None: nobody asked.
-    sampled_log_pf_BT: Tensor | None = None
-    sampled_log_stop_BS: Tensor | None = None
+    behaviour_log_prob_BT: Tensor | None = None
+    behaviour_log_stop_BS: Tensor | None = None
     base_log_pf_BT: Tensor | None = None
     base_log_stop_BS: Tensor | None = None
 

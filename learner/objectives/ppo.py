@@ -49,7 +49,7 @@ class ClippedPolicyGradient(PerTrajectory):
     traits: ClassVar = TRAITS["ppo"]
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
-        sampled_pf_BT, sampled_stop_BS = batch.sampled_log_pf_BT, batch.sampled_log_stop_BS
+        sampled_pf_BT, sampled_stop_BS = batch.behaviour_log_prob_BT, batch.behaviour_log_stop_BS
         base_pf_BT, base_stop_BS = batch.base_log_pf_BT, batch.base_log_stop_BS
         if sampled_pf_BT is None or sampled_stop_BS is None:
             raise NotOnPolicy("PPO needs the log q that the samplers recorded")

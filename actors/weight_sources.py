@@ -1,8 +1,12 @@
-"""Weights that arrive late on purpose, to measure what staleness does."""
+"""Weights that arrive late, or in turns, on purpose: to measure what staleness does."""
 
+import time
 from collections import deque
+from collections.abc import Callable
 
 from actors.protocols import PublishedWeights, WeightSource
+
+_POLL_S = 0.005
 
 
 class LaggingWeights:
@@ -42,3 +46,42 @@ class LaggingWeights:
         is_due = self._newest - self._seen[oldest].version >= self._lag
         must_go = self._newest - version > self._max_lag
         return self._seen[oldest] if is_due or must_go else None
+
+
+class TakingTurns:
+    """Sampling and learning in turns: every published version once, after a wait for the next.
+
+    With one actor that stores a batch before it asks (`max_in_flight` 1), and a learner that draws
+    just that batch, nobody works while another does.
+
+    Args:
+        source: where the newest appears.
+        stop: ends a wait.
+        timeout_s: longest wait.
+    """
+
+    def __init__(
+        self, source: WeightSource, stop: Callable[[], bool], *, timeout_s: float = 600.0
+    ) -> None:
+        self._source = source
+        self._stop = stop
+        self._timeout_s = timeout_s
+        self._begun = False
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """The first weights newer than `version`; None at the start, or when stopped.
+
+        Raises:
+            TimeoutError: the learner published nothing for `timeout_s`.
+        """
+        began = time.monotonic()
+        while (fresh := self._source.newer_than(version)) is None and self._begun:
+            if self._stop():
+                break
+            if (waited := time.monotonic() - began) > self._timeout_s:
+                raise TimeoutError(
+                    f"learner: no version after {version} was published within {waited:.0f} s"
+                )
+            time.sleep(_POLL_S)
+        self._begun = True
+        return fresh
