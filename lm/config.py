@@ -17,6 +17,11 @@ class LMConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is one, else cpu."
     )
+    bos: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Whether a start token stands in front of every text that the model reads; "
+        "auto: as its tokenizer puts one.",
+    )
     probe: bool = Field(
         default=True,
         description="Refuse a base whose packed and cached passes differ from plain ones.",

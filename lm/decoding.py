@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lm.action_distribution import ActionDistribution, PolicyDiverged
 from lm.actions import ActionSpace
 from lm.cache import SlotCache, decode_step
-from lm.model import require_context, vocab_size
+from lm.model import require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill
 
 
@@ -97,6 +97,7 @@ class BeamSearch:
             raise ValueError("empty prompt: a search needs at least one token to start from")
         longest = max((len(prompt) for prompt in prompts), default=0)
         require_context(self._model, longest + self._actions.max_len)
+        prompts = [(*text_prefix_of(self._model), *prompt) for prompt in prompts]
         size = self._prompts_at_once
         parts = (prompts[at : at + size] for at in range(0, len(prompts), size))
         return [found for part in parts for found in self._search(part)]

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm.config import LMConfig, LoRAConfig
 from lm.hub import ModelUnusable, explained, load_model_config, load_tokenizer
+from lm.spelling import text_prefix
 
 # What a causal LM is called outside this room, which alone knows the library behind it.
 CausalLM = PreTrainedModel
@@ -28,6 +29,7 @@ CausalLM = PreTrainedModel
 # Of each weight tensor this many values, evenly spread, enter the fingerprint: a 6B model is
 # hashed in a second, and no two trainings agree on all of them.
 FINGERPRINT_VALUES = 4096
+_TEXT_PREFIX = "text_prefix"  # attribute of a base, which an adapter and an engine pass on
 # What from_pretrained, moving files or another library version may change, weights staying.
 VOLATILE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 VOLATILE_CONFIG |= {"use_cache", "_attn_implementation_autoset"}
@@ -71,6 +73,7 @@ def load_base(config: LMConfig) -> LanguageModel:
         )
     freeze(model)
     model.to(device)
+    set_text_prefix(model, text_prefix(config, tokenizer))
     return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=fingerprint(model))
 
 
@@ -183,13 +186,24 @@ def model_config(model: nn.Module | PretrainedConfig) -> PretrainedConfig:
     return config.get_text_config()
 
 
+def set_text_prefix(model: nn.Module, token_ids: tuple[int, ...]) -> None:
+    """Let these tokens stand in front of every text that is read by this model."""
+    setattr(model, _TEXT_PREFIX, token_ids)
+
+
+def text_prefix_of(model: nn.Module) -> tuple[int, ...]:
+    """Token ids in front of every text, as whoever runs a pass through `model` puts them there."""
+    prefix: tuple[int, ...] = getattr(getattr(model, "module", model), _TEXT_PREFIX, ())
+    return prefix
+
+
 def vocab_size(model: nn.Module | PretrainedConfig) -> int:
     """Width of the logits of `model`, of the model an engine wraps, or of a model to be loaded."""
     return int(model_config(model).vocab_size)
 
 
 def context_limit(model: nn.Module | PretrainedConfig) -> int:
-    """Longest text, in tokens, that `model` has positions for.
+    """Longest text, in tokens, that `model` has positions for behind its `text_prefix_of`.
 
     Where rotary positions are stretched for a batch by its longest text (dynamic, longrope), only
     texts up to where that begins are computed as they are alone.
@@ -199,7 +213,8 @@ def context_limit(model: nn.Module | PretrainedConfig) -> int:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         limits.append(rope.get("original_max_position_embeddings"))
-    return min((int(limit) for limit in limits if limit is not None), default=sys.maxsize)
+    longest = min((int(limit) for limit in limits if limit is not None), default=sys.maxsize)
+    return longest - (len(text_prefix_of(model)) if isinstance(model, nn.Module) else 0)
 
 
 def require_context(model: nn.Module, num_tokens: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lm.action_distribution import ActionDistribution
 from lm.actions import ActionSpace
 from lm.attention import attention_mask
-from lm.model import require_context
+from lm.model import require_context, text_prefix_of
 from lm.packing import TokenTree
 
 Prefix = tuple[int, ...]
@@ -67,6 +67,7 @@ def next_logits(model: nn.Module, prefixes: Sequence[Prefix]) -> Tensor:
     if not prefixes or not all(prefixes):
         raise ValueError("next_logits needs at least one prefix, and none of them empty")
     require_context(model, max(len(prefix) for prefix in prefixes))
+    prefixes = [(*text_prefix_of(model), *prefix) for prefix in prefixes]
     order = sorted(range(len(prefixes)), key=lambda n: prefixes[n])
     trees: list[TokenTree] = []
     columns: list[list[int]] = []  # of each tree: where its prefixes end

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm.action_distribution import ActionDistribution
 from lm.actions import ActionSpace
 from lm.cache import SlotCache, decode_step
-from lm.model import context_limit, require_context, vocab_size
+from lm.model import context_limit, require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill, PromptStore
 
 
@@ -67,11 +67,21 @@ class Tool(Protocol):
 class Row:
     """A completion in the making. `log_stop` has one entry per stop state passed so far."""
 
-    __slots__ = ("from_tool", "index", "log_q", "log_stop", "pending", "request", "tokens")
+    __slots__ = (
+        "from_tool",
+        "index",
+        "log_q",
+        "log_stop",
+        "pending",
+        "prompt",
+        "request",
+        "tokens",
+    )
 
-    def __init__(self, index: int, request: Request) -> None:
+    def __init__(self, index: int, request: Request, prompt: tuple[int, ...]) -> None:
         self.index = index
         self.request = request
+        self.prompt = prompt  # with what stands in front of every text
         self.tokens: list[int] = []
         self.from_tool: list[bool] = []
         self.log_q: list[float] = []
@@ -81,7 +91,7 @@ class Row:
     @property
     def position(self) -> int:
         """Of the newest token, in prompt and completion."""
-        return len(self.request.prompt) + len(self.tokens) - 1
+        return len(self.prompt) + len(self.tokens) - 1
 
     def append(self, token: int, log_q: float, *, from_tool: bool) -> None:
         self.tokens.append(token)
@@ -124,6 +134,7 @@ class Sampler:
         self._max_rows = max_rows
         self._cache: SlotCache | None = None
         self._device = weight.device
+        self._text_prefix = text_prefix_of(model)
         self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
         self._distribution = ActionDistribution(actions, self._vocab_size, weight.device)
 
@@ -134,10 +145,13 @@ class Sampler:
         Raises ValueError when a text outgrows the model, PolicyDiverged when logits are NaN.
         """
         done: dict[int, Completion] = {}
-        everyone = (Row(index, request) for index, request in enumerate(requests))
+        everyone = (
+            Row(index, request, (*self._text_prefix, *request.prompt))
+            for index, request in enumerate(requests)
+        )
         waiting = deque(row for row in everyone if not self._force_stop(row, done))
         rows: list[Row] = []  # rows[i] lives in slot i of the cache
-        store = PromptStore(self._model, [row.request.prompt for row in waiting])
+        store = PromptStore(self._model, [row.prompt for row in waiting])
         cache = self._take_cache(waiting)
         logits_NV = torch.empty(0, self._vocab_size, device=self._device)
         while rows or waiting:
@@ -156,9 +170,9 @@ class Sampler:
         """
         cache, self._cache = self._cache, None
         slots = min(self._max_rows, len(waiting))
-        longest = max((len(row.request.prompt) for row in waiting), default=0)
+        longest = max((len(row.prompt) for row in waiting), default=0)
         columns = longest + self._actions.max_len
-        require_context(self._model, columns)
+        require_context(self._model, columns - len(self._text_prefix))
         if cache is None or cache.slots < slots or cache.columns < columns:
             return SlotCache(slots=slots, columns=columns)
         return cache
@@ -169,7 +183,7 @@ class Sampler:
         """Give free slots to waiting rows; [K, V] logits after their prompts."""
         count = min(self._max_rows - len(rows), len(waiting))
         new = [waiting.popleft() for _ in range(count)]
-        taken = store.take([row.request.prompt for row in new])
+        taken = store.take([row.prompt for row in new])
         admitted: dict[Prefill, list[tuple[Row, int]]] = {}
         for row, (prefill, source) in zip(new, taken, strict=True):
             admitted.setdefault(prefill, []).append((row, source))
@@ -250,6 +264,7 @@ class Sampler:
     def _decode(self, rows: Sequence[Row], cache: SlotCache) -> Tensor:
         """Feed every row's newest token; [N, V] logits for its next action."""
         positions = [row.position for row in rows]
-        if max(positions) >= self._context_limit:  # a tool wrote past max_len
-            require_context(self._model, max(positions) + 1)
+        longest = max(positions) + 1 - len(self._text_prefix)
+        if longest > self._context_limit:  # a tool wrote past max_len
+            require_context(self._model, longest)
         return decode_step(self._model, cache, [row.tokens[-1] for row in rows], positions)

@@ -13,7 +13,7 @@ from lm.action_distribution import ActionDistribution
 from lm.actions import ActionSpace
 from lm.attention import attention_mask
 from lm.chunked_head import OutputHead, action_log_probs, head_replaced
-from lm.model import require_context
+from lm.model import require_context, text_prefix_of
 from lm.packing import SHARED_WIDTH, Packing, pack
 
 
@@ -52,6 +52,7 @@ def completion_log_probs(
     batch = _Batch.collate(actions, prompts, completions, from_tool)
     require_context(model, batch.longest)
     device = next(model.parameters()).device
+    prompts = [(*text_prefix_of(model), *prompt) for prompt in prompts]
     packing = pack(prompts, completions, shared_width=SHARED_WIDTH)
     head = OutputHead.of(model)
     # Logits are worth their memory where a token was chosen or ⊤ could have been.

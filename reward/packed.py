@@ -18,7 +18,7 @@ from torch import Tensor
 from lm.attention import attention_mask
 from lm.cache import whole_cache
 from lm.chunked_head import OutputHead, head_replaced, target_log_probs
-from lm.model import CausalLM, context_limit, vocab_size
+from lm.model import CausalLM, context_limit, text_prefix_of, vocab_size
 from lm.packing import pad
 from reward.packing import MicroBatch, gather_scores, lay_out
 from reward.request import ScoreItem, ScoreLimits, check_item
@@ -74,10 +74,11 @@ def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
     Always `batch.num_passes` forward passes, so ranks that hold shards of one model stay in step.
     """
     device, num_rows = model.device, len(batch.rows)
-    # The last context token is the first column of every row; what precedes it is shared. A
-    # one-token context leaves nothing, so its own token stands there, masked.
-    heads = [context[:-1] if len(context) > 1 else context for context in batch.contexts]
-    head_ids_CP = torch.from_numpy(pad([head.tolist() for head in heads])).to(device)
+    # The last context token is the first column of every row; what precedes it is shared. Where
+    # nothing does, the token itself stands there, masked.
+    prefix = text_prefix_of(model)
+    heads = [[*prefix, *context[:-1].tolist()] or context.tolist() for context in batch.contexts]
+    head_ids_CP = torch.from_numpy(pad(heads)).to(device)
     cache = whole_cache()
     model(input_ids=head_ids_CP, past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_select_indices(torch.tensor(batch.context_of_row, device=device))
@@ -87,9 +88,11 @@ def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
     log_probs = [np.zeros(row.num_edges, dtype=np.float32) for row in batch.rows]
     for number, columns in enumerate(batch.passes()):
         # A row whose copies are all done has a column that nobody asks anything.
-        position_BQ = pad([part.positions or [0] for part in columns])
+        position_BQ = pad([part.positions or [0] for part in columns]) + len(prefix)
         position_BK = np.concatenate([past_BK, position_BQ], axis=1)
-        sees_BQK = _visible(batch, columns, position_BQ.shape[1], head_width, past_BK.shape[1])
+        sees_BQK = _visible(
+            batch, columns, position_BQ.shape[1], len(prefix), head_width, past_BK.shape[1]
+        )
         found = _pass(model, cache, batch, columns, position_BQ, position_BK, sees_BQK)
         for values, part, log_prob_E in zip(log_probs, columns, found, strict=True):
             values[part.edges] = log_prob_E
@@ -131,7 +134,12 @@ def _pass(
 
 
 def _visible(
-    batch: MicroBatch, columns: Sequence[Columns], width: int, head_width: int, past_width: int
+    batch: MicroBatch,
+    columns: Sequence[Columns],
+    width: int,
+    prefix: int,
+    head_width: int,
+    past_width: int,
 ) -> NDArray[np.bool_]:
     """[B, Q, past + Q] what each column sees: its context's head, the stem, and of the pass.
 
@@ -140,7 +148,7 @@ def _visible(
     sees = np.zeros((len(columns), width, past_width + width), dtype=bool)
     for number, (row, part) in enumerate(zip(batch.rows, columns, strict=True)):
         size, stem = len(part.tokens), row.stem.width
-        sees[number, :, : len(row.context) - 1] = True
+        sees[number, :, : prefix + len(row.context) - 1] = True
         sees[number, :size, head_width : head_width + stem] = part.sees_QK[:, :stem]
         own = part.sees_QK[:, stem:]
         start = past_width if past_width > head_width else head_width + stem

@@ -16,7 +16,14 @@ from lm.actions import ActionSpace
 from lm.cache import SlotCache, decode_step
 from lm.config import LMConfig
 from lm.hub import ModelUnusable
-from lm.model import CausalLM, LanguageModel, context_limit, model_config, vocab_size
+from lm.model import (
+    CausalLM,
+    LanguageModel,
+    context_limit,
+    model_config,
+    text_prefix_of,
+    vocab_size,
+)
 from lm.prefill import Prefill
 from lm.scoring import completion_log_probs
 from reward.packed import suffix_log_rewards
@@ -115,7 +122,8 @@ def _random_texts(model: CausalLM) -> list[_Text]:
 
 def _plain(model: CausalLM, text: _Text) -> float:
     """log p of the completion by one pass over the text alone: no cache, mask or position."""
-    ids_1N = torch.tensor([[*text.prompt, *text.completion]], device=model.device)
+    ids_1N = torch.tensor([[*text_prefix_of(model), *text.prompt, *text.completion]])
+    ids_1N = ids_1N.to(model.device)
     kept = len(text.completion) + 1
     logits_KV = model(input_ids=ids_1N, use_cache=False, logits_to_keep=kept).logits[0, -kept:]
     token_T1 = torch.tensor(text.completion, device=model.device)[:, None]
@@ -156,7 +164,10 @@ def _scored(model: CausalLM, texts: Sequence[_Text]) -> NDArray[np.float64]:
 def _decoded(model: CausalLM, texts: Sequence[_Text]) -> NDArray[np.float64]:
     """[N] log p of each completion, a token at a time through the sampler's cache."""
     order = sorted(range(len(texts)), key=lambda n: -len(texts[n].completion))
-    rows = [texts[n] for n in order]  # those that end first are last
+    prefix = text_prefix_of(model)
+    rows = [
+        texts[n]._replace(prompt=(*prefix, *texts[n].prompt)) for n in order
+    ]  # those that end first are last
     prompts = list(dict.fromkeys(text.prompt for text in rows))
     source_N = torch.tensor([prompts.index(text.prompt) for text in rows], device=model.device)
     prefill = Prefill.run(model, prompts)

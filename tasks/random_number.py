@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
+from lm.spelling import TokenizerUnfit, spell, spell_after
 from reward.request import ScoreItem
 from tasks.config import RandomNumberConfig
 from tasks.custom import PlainTask
-from tasks.task import Tokenizer, TokenizerUnfit
+from tasks.task import Tokenizer
 
 _DIGITS = re.compile(r" ?[0-9]+")
 
@@ -67,7 +68,7 @@ def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> Ran
     if stop is None:
         raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
     numbers = {
-        tuple(tokenizer.encode(f" {number}", add_special_tokens=False)): number
+        spell_after(tokenizer, config.question, f" {number}"): number
         for number in range(config.low, config.high + 1)
     }
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
@@ -84,7 +85,7 @@ def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> Ran
             Prompt(
                 key=f"{config.low} to {config.high}",
                 text=config.question,
-                prompt=tuple(tokenizer.encode(config.question, add_special_tokens=False)),
+                prompt=spell(tokenizer, config.question),
                 answer=(),
             ),
         ),

@@ -30,10 +30,6 @@ class Tokenizer(Protocol):
     def eos_token_id(self) -> int | None: ...
 
 
-class TokenizerUnfit(ValueError):
-    """A tokenizer that cannot spell what a task needs as single tokens."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestItem:
     """A question to evaluate on, with its true answer."""

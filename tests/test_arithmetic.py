@@ -15,10 +15,11 @@ from actors.prompts import Prompt
 from lm.config import LMConfig
 from lm.model import load_base
 from lm.sampling import Completion, Request
+from lm.spelling import spell
 from seed_lm import arithmetic_files
 from tasks.arithmetic.data import load_demonstrations, load_items
 from tasks.arithmetic.expression import OPERATORS, Expression, Operator, answer_text, parse_question
-from tasks.arithmetic.task import Arithmetic, build_arithmetic, encode
+from tasks.arithmetic.task import Arithmetic, build_arithmetic
 from tasks.config import ArithmeticConfig
 from tasks.evaluation.accuracy import (
     Voted,
@@ -174,7 +175,7 @@ def test_demonstrations_are_what_the_policy_would_have_sampled(task: Arithmetic)
                 assert all(one.from_tool[at : at + len(output)]) and not one.from_tool[at - 1]
                 at += len(output)
         assert sum(one.from_tool) == sum(
-            len(encode(task.tokenizer, f" {step.result}")) for step in expression.steps
+            len(spell(task.tokenizer, f" {step.result}")) for step in expression.steps
         )
 
 
@@ -207,21 +208,21 @@ def test_the_verdict_is_right_exactly_when_the_last_result_is(
     prompt = Prompt(
         key="",
         text=expression.question,
-        prompt=encode(task.tokenizer, expression.question),
-        answer=encode(task.tokenizer, answer_text(expression.value)),
+        prompt=spell(task.tokenizer, expression.question),
+        answer=spell(task.tokenizer, answer_text(expression.value)),
     )
     for cut in range(1, len(expression.steps) + 1):
         steps = expression.steps[:cut]
-        tokens = encode(task.tokenizer, " " + ", ".join(step.text for step in steps))
+        tokens = spell(task.tokenizer, " " + ", ".join(step.text for step in steps))
         assert task.verdict(prompt, tokens) == (steps[-1].result == eval(expression.text))
-    assert not task.verdict(prompt, encode(task.tokenizer, f" {expression.value}"))
+    assert not task.verdict(prompt, spell(task.tokenizer, f" {expression.value}"))
     assert not task.verdict(prompt, ())
 
 
 def test_the_longest_chain_of_six_operands_fits(task: Arithmetic) -> None:
     question = "Question: 0 - 9 - 9 - 9 - 9 - 9 = ? Answer:"
     steps = parse_question(question).steps
-    tokens = encode(task.tokenizer, " " + ", ".join(step.text for step in steps))
+    tokens = spell(task.tokenizer, " " + ", ".join(step.text for step in steps))
     assert len(tokens) <= task.actions.max_len
 
 
@@ -253,7 +254,7 @@ class Script:
 
     def _complete(self, text: str) -> Completion:
         self.asked.append(text)
-        tokens = encode(self._tokenizer, self._reply(text, len(self.asked) - 1))
+        tokens = spell(self._tokenizer, self._reply(text, len(self.asked) - 1))
         marks, none = np.zeros(len(tokens), dtype=np.bool_), np.zeros(0, dtype=np.float32)
         return Completion(
             tokens=np.array(tokens, dtype=np.int32),
@@ -270,7 +271,7 @@ def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestItem:
     expression = parse_question(text)
     return TestItem(
         text=text,
-        prompt=encode(task.tokenizer, text),
+        prompt=spell(task.tokenizer, text),
         answer=expression.value,
         group=str(len(expression.operands)),
         unseen=unseen,

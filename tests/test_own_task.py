@@ -119,7 +119,7 @@ def test_a_key_that_the_class_wants_is_missed(project: Path) -> None:
     [
         ("nowhere:Task", None, "no module nowhere, neither in"),
         ("last_word:Nothing", None, "last_word.py) has no class Nothing"),
-        ("last_word:encode", None, "is no subclass of tasks.custom.CustomTask with a build()"),
+        ("last_word:spell", None, "is no subclass of tasks.custom.CustomTask with a build()"),
         (
             "unbuilt:Task",
             "from tasks.custom import CustomTask as T\nclass Task(T): pass\n",

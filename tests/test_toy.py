@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from cluster.config.file import load_config
 from lm.config import LMConfig
 from lm.model import LanguageModel, load_base
+from lm.spelling import TokenizerUnfit
 from seed_lm import toy
 from tasks.config import ToyConfig
 from tasks.registry import build_task
-from tasks.task import QuestionTask, TokenizerUnfit
+from tasks.task import QuestionTask
 from tasks.toy.task import LETTERS, LetterSum
 
 MODEL = Path(toy.__file__).parent.parent / "tasks" / "toy" / "model"

@@ -20,7 +20,8 @@ from learner.objectives.base import Objective
 from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood, text_actions
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
-from tasks.task import AnsweredTask, Task, TokenizerUnfit
+from lm.spelling import TokenizerUnfit
+from tasks.task import AnsweredTask, Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

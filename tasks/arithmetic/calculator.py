@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from lm.spelling import spell_after
 from tasks.task import Tokenizer
 
 MAX_DIGITS = 9  # of an operand: what is longer is no sum that a rationale needs
@@ -31,4 +32,4 @@ class Calculator:
             return []
         left, right = int(match[1]), int(match[3])
         result = left + right if match[2] == "+" else left - right
-        return self._tokenizer.encode(f" {result}", add_special_tokens=False)
+        return list(spell_after(self._tokenizer, expression, f" {result}"))

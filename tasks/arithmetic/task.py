@@ -13,6 +13,7 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
+from lm.spelling import TokenizerUnfit, check_spelling, spell, spell_after
 from tasks.arithmetic.calculator import Calculator
 from tasks.arithmetic.data import Item, load_demonstrations, load_items
 from tasks.arithmetic.expression import answer_text
@@ -21,11 +22,12 @@ from tasks.custom import PlainTask
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
-from tasks.task import TestItem, Tokenizer, TokenizerUnfit
+from tasks.task import TestItem, Tokenizer
 
 STOP_TEXT = "."
 LONGEST_ANSWER = -9999  # no sum of a readable rationale takes more characters
 LEGAL_CHARACTERS = frozenset("0123456789+-=, ")
+_STEP = " 1 + 1 = 2"  # what an answer stands behind, as far as that matters to its spelling
 _LAST_RESULT = re.compile(r"= (-?[0-9]+)$")
 _ANSWER = re.compile(r"\. The answer is (-?[0-9]+)\.")
 
@@ -55,7 +57,7 @@ class Arithmetic(PlainTask):
         return tuple(
             TestItem(
                 text=item.expression.question,
-                prompt=encode(self.tokenizer, item.expression.question),
+                prompt=spell(self.tokenizer, item.expression.question),
                 answer=item.answer,
                 group=str(len(item.expression.operands)),
                 unseen=item.expression.question not in seen,
@@ -66,10 +68,6 @@ class Arithmetic(PlainTask):
     def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
         """Answers to test questions, by number of operands."""
         return evaluate_answers(self, context, groups="operands")
-
-
-def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmetic:
@@ -108,7 +106,7 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
 
 def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace:
     """All tokens that spell digits, signs, commas and spaces; raises TokenizerUnfit."""
-    stop = encode(tokenizer, STOP_TEXT)
+    stop = spell_after(tokenizer, _STEP, STOP_TEXT)
     if len(stop) != 1:
         raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
@@ -130,7 +128,7 @@ def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:
         stop_token=tokenizer.eos_token_id,
         legal_tokens=None,
         min_len=1,
-        max_len=len(encode(tokenizer, answer_text(LONGEST_ANSWER))),
+        max_len=len(spell_after(tokenizer, _STEP, answer_text(LONGEST_ANSWER))),
     )
 
 
@@ -145,16 +143,15 @@ def demonstrate(
     tokens: list[int] = []
     from_tool: list[bool] = []
     for number, step in enumerate(steps):
-        tokens += encode(tokenizer, f", {step}" if number else f" {step}")
+        said = prompt.text + tokenizer.decode(tokens)
+        tokens += spell_after(tokenizer, said, f", {step}" if number else f" {step}")
         output = tool.output(tokens)
         from_tool += [False] * (len(tokens) - len(from_tool)) + [True] * len(output)
         tokens += output
     text = tokenizer.decode(tokens)
-    if tuple(tokens) != encode(tokenizer, text):
-        raise TokenizerUnfit(
-            f"this tokenizer splits {text!r} otherwise than step by step, so the calculator's "
-            "results would not be spelled as the model knows them"
-        )
+    answer = tokenizer.decode(list(prompt.answer))
+    pieces = [(prompt.text, prompt.prompt), (text, tuple(tokens)), (answer, prompt.answer)]
+    check_spelling(tokenizer, pieces)
     return Demonstration(prompt=prompt, completion=tuple(tokens), from_tool=tuple(from_tool))
 
 
@@ -162,8 +159,8 @@ def _prompt(item: Item, weight: float, tokenizer: Tokenizer) -> Prompt:
     return Prompt(
         key=item.expression.text,
         text=item.expression.question,
-        prompt=encode(tokenizer, item.expression.question),
-        answer=encode(tokenizer, answer_text(item.answer)),
+        prompt=spell(tokenizer, item.expression.question),
+        answer=spell_after(tokenizer, _STEP, answer_text(item.answer)),
         weight=weight,
     )
 
@@ -175,4 +172,4 @@ def _reward_context(worked: Sequence[Item], tokenizer: Tokenizer) -> tuple[int, 
         f"{answer_text(item.answer)}\n"
         for item in worked
     ]
-    return encode(tokenizer, "".join(lines))
+    return spell(tokenizer, "".join(lines))

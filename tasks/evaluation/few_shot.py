@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 
 from actors.prompts import Prompt
+from lm.spelling import spell_after
 from tasks.task import AnsweredTask, Task, Tokenizer
 
 Tokens = tuple[int, ...]
@@ -44,7 +45,7 @@ def _check(count: int, has: str, number: int) -> None:
 
 
 def _chosen(known: Sequence[Tokens], tokenizer: Tokenizer, count: int, seed: int) -> Tokens:
-    newline = tokenizer.encode("\n", add_special_tokens=False)
+    newline = spell_after(tokenizer, ".", "\n")
     chosen = random.Random(seed).sample(list(known), count)
     return tuple(token for text in chosen for token in (*text, *newline))
 

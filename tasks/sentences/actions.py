@@ -3,16 +3,12 @@
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from lm.actions import ActionSpace, IllegalCompletion
-from tasks.task import Tokenizer, TokenizerUnfit
+from lm.spelling import ANY_WORD, TokenizerUnfit, check_spelling, spell_after
+from tasks.task import Tokenizer
 
 STOP_TEXT = "."
 # Ends a sentence, a line or a quotation, or stands for bytes that are no text.
 _IMPOSSIBLE = frozenset('.!?:;\n\r\t"“”<>|\ufffd')
-
-
-def encode(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
-    """Token ids of `text` alone."""
-    return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 def sentence_actions(
@@ -22,7 +18,7 @@ def sentence_actions(
 
     Raises TokenizerUnfit where the full stop, or what stands for it, is no token of its own.
     """
-    stop = encode(tokenizer, stop_text)
+    stop = spell_after(tokenizer, ANY_WORD, stop_text)
     if len(stop) != 1:
         raise TokenizerUnfit(f"this tokenizer spells {stop_text!r} as {len(stop)} tokens, not one")
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
@@ -35,10 +31,14 @@ def demonstrate(
     prompt: Prompt, sentence: str, actions: ActionSpace, tokenizer: Tokenizer
 ) -> Demonstration | None:
     """`sentence`, with its full stop, behind `prompt`; None where the policy cannot write it."""
-    tokens = encode(tokenizer, f" {sentence.removesuffix(STOP_TEXT)}")
-    from_tool = (False,) * len(tokens)
+    text = f" {sentence.removesuffix(STOP_TEXT)}"
     try:
+        tokens = spell_after(tokenizer, prompt.text, text)
+        from_tool = (False,) * len(tokens)
         actions.check(tokens, from_tool)
-    except IllegalCompletion:
+        stop = (actions.stop_token,)
+        pieces = [(prompt.text, prompt.prompt), (text, tokens), (STOP_TEXT, stop)]
+        check_spelling(tokenizer, pieces)
+    except (IllegalCompletion, TokenizerUnfit):
         return None
     return Demonstration(prompt=prompt, completion=tokens, from_tool=from_tool)

@@ -12,11 +12,12 @@ from functools import partial
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
+from lm.spelling import spell
 from tasks.config import ContinuationConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Metric
-from tasks.sentences.actions import demonstrate, encode, sentence_actions
+from tasks.sentences.actions import demonstrate, sentence_actions
 from tasks.sentences.evaluation import likeness_of, sentence_metrics, write_sentences
 from tasks.sentences.prompt_files import load_continued, load_prompts
 from tasks.task import Tokenizer
@@ -84,6 +85,6 @@ def _prompt(text: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(
         key=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         text=text,
-        prompt=encode(tokenizer, text),
+        prompt=spell(tokenizer, text),
         answer=(),
     )

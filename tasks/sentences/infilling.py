@@ -12,11 +12,12 @@ from functools import partial
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
+from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
 from tasks.config import InfillingConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
-from tasks.sentences.actions import STOP_TEXT, demonstrate, encode, sentence_actions
+from tasks.sentences.actions import STOP_TEXT, demonstrate, sentence_actions
 from tasks.sentences.evaluation import (
     Sentence,
     likeness_of,
@@ -142,10 +143,14 @@ def exercise_prompt(beginning: str, ending: str) -> str:
 def prompt_of(story: Story, tokenizer: Tokenizer) -> Prompt:
     """The policy reads beginning and ending, the frozen LM the beginning alone."""
     shown = exercise_prompt(story.beginning, story.ending)
+    ending = f"{STOP_TEXT} {story.ending}"
+    scored, answer = spell(tokenizer, story.beginning), spell_after(tokenizer, ANY_WORD, ending)
+    middle = spell_after(tokenizer, story.beginning, ANY_WORD)
+    check_spelling(tokenizer, [(story.beginning, scored), (ANY_WORD, middle), (ending, answer)])
     return Prompt(
         key=hashlib.blake2b(shown.encode(), digest_size=16).hexdigest(),
         text=shown,
-        prompt=encode(tokenizer, shown),
-        answer=encode(tokenizer, f"{STOP_TEXT} {story.ending}"),
-        scored=encode(tokenizer, story.beginning),
+        prompt=spell(tokenizer, shown),
+        answer=answer,
+        scored=scored,
     )

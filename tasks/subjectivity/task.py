@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
+from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
 from tasks.config import SubjectivityConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.records import DataError
-from tasks.sentences.actions import encode, sentence_actions
+from tasks.sentences.actions import sentence_actions
 from tasks.subjectivity.data import (
     LABELS,
     Label,
@@ -59,17 +60,24 @@ def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subj
     actions = sentence_actions(
         tokenizer, min_len=config.min_len, max_len=config.max_len, stop_text=_STOP
     )
-    answers = {label: encode(tokenizer, answer_text(label)) for label in LABELS}
-    bare_answers = {label: encode(tokenizer, bare_answer_text(label)) for label in LABELS}
+    answers = {label: spell_after(tokenizer, ANY_WORD, answer_text(label)) for label in LABELS}
+    bare_answers = {
+        label: spell_after(tokenizer, question(ANY_WORD), bare_answer_text(label))
+        for label in LABELS
+    }
 
     def prompt_of(review: LabelledReview) -> Prompt:
         asked = question(review.text)
         pair = f"{asked} {review.label}"
+        prompt, answer = spell(tokenizer, asked), answers[review.label]
+        reason = spell_after(tokenizer, asked, ANY_WORD)
+        whole = [(asked, prompt), (ANY_WORD, reason), (answer_text(review.label), answer)]
+        check_spelling(tokenizer, whole)
         return Prompt(
             key=hashlib.blake2b(pair.encode(), digest_size=16).hexdigest(),
             text=asked,
-            prompt=encode(tokenizer, asked),
-            answer=answers[review.label],
+            prompt=prompt,
+            answer=answer,
         )
 
     labelled = _labelled(config)

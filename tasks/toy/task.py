@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
+from lm.spelling import TokenizerUnfit, spell
 from tasks.config import ToyConfig
 from tasks.custom import PlainTask
-from tasks.task import Tokenizer, TokenizerUnfit
+from tasks.task import Tokenizer
 
 LETTERS = "abcd"
 # X, Y. No Z holds the question mark that ends X, or one prompt with the beginning of a completion
@@ -57,8 +58,8 @@ def build_toy(config: ToyConfig, tokenizer: Tokenizer) -> PlainTask:
             Prompt(
                 key=f"{question} {answer}",
                 text=question,
-                prompt=tuple(tokenizer.encode(question, add_special_tokens=False)),
-                answer=tuple(tokenizer.encode(answer, add_special_tokens=False)),
+                prompt=spell(tokenizer, question),
+                answer=spell(tokenizer, answer),
             )
             for question, answer in QUESTIONS
         ),

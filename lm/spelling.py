@@ -1,0 +1,82 @@
+"""Text as token ids, as the model reads it: what stands in front, and how pieces join.
+
+A tokenizer may put a start token in front of a text (Gemma, Llama), and may spell a piece otherwise
+by itself than behind other text (a space in front of the first word; a full stop behind a word).
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from lm.config import LMConfig
+from lm.hub import ModelUnusable
+
+# Stands before a piece whose own beginning is not known, such as a full stop behind any word.
+ANY_WORD = " It"
+
+
+class TokenizerUnfit(ValueError):
+    """A tokenizer that cannot spell what a task needs as it needs it."""
+
+
+class Encoder(Protocol):
+    """A tokenizer, as far as it spells."""
+
+    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
+
+
+def text_prefix(config: LMConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that stand in front of every text that the model reads, by `lm.bos`.
+
+    Raises ModelUnusable where a start token is wanted that the tokenizer has not.
+    """
+    if config.bos is False:
+        return ()
+    if config.bos is True:
+        if tokenizer.bos_token_id is None:
+            raise ModelUnusable(
+                f"lm.bos is true, but the tokenizer of model {config.model!r} has no start token "
+                "(bos_token); set lm.bos to 'auto' or false"
+            )
+        return (int(tokenizer.bos_token_id),)
+    bare = tokenizer.encode(ANY_WORD, add_special_tokens=False)
+    whole = tokenizer.encode(ANY_WORD)
+    starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return tuple(whole[: next(starts, 0)])
+
+
+def spell(tokenizer: Encoder, text: str) -> tuple[int, ...]:
+    """Token ids of a text from its beginning; the start token, which every model adds, left out."""
+    return tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def spell_after(tokenizer: Encoder, before: str, text: str) -> tuple[int, ...]:
+    """Token ids of `text` as it stands behind `before`.
+
+    Raises TokenizerUnfit where the two are not spelled one after the other.
+    """
+    head, whole = spell(tokenizer, before), spell(tokenizer, before + text)
+    if whole[: len(head)] != head:
+        raise TokenizerUnfit(
+            f"this tokenizer spells {before[-30:] + text[:30]!r} as pieces that run across the "
+            f"seam between {before[-30:]!r} and {text[:30]!r}; take another base, or other texts"
+        )
+    return whole[len(head) :]
+
+
+def check_spelling(tokenizer: Encoder, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Raise TokenizerUnfit unless the pieces, put together, spell the text that they make.
+
+    Args:
+        pieces: texts in their order, such as X, Z and Y, each with its token ids.
+    """
+    text = "".join(piece for piece, _ in pieces)
+    together = tuple(token for _, tokens in pieces for token in tokens)
+    if spell(tokenizer, text) != together:
+        parts = " | ".join(repr(piece[-30:]) for piece, _ in pieces)
+        raise TokenizerUnfit(
+            f"this tokenizer spells the pieces {parts} otherwise than the text that they make: the "
+            "model would be trained on a spelling that it does not know; take another base, or "
+            "other texts"
+        )
