@@ -8,9 +8,9 @@ import pytest
 
 from cluster.config.file import load_config
 from cluster.config.schema import ClusterConfig
-from cluster.distributed import clients, measurement, supervisor
+from cluster.distributed import clients, measurement, services, supervisor, worker_group
 from cluster.distributed.clients import RemoteScorer
-from cluster.distributed.services import ReplicaRegistry
+from cluster.distributed.services import ReplicaRegistry, ServiceWatch
 from cluster.distributed.waiting import PeerDied, PeerTimeout
 from cluster.distributed.worker import RunContext, Worker
 from cluster.distributed.worker_group import Phase, WorkerGroup
@@ -249,3 +249,79 @@ def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up_or_be_sil
     silence_s = config.cluster.silence_timeout_s
     assert patient.buffer.timeout_s > silence_s  # for Redis
     assert patient.cluster.answer_timeout_s > silence_s  # for the weight store
+
+
+class Pinged:
+    """The handle of a service that answers while `answers` holds."""
+
+    def __init__(self) -> None:
+        self.answers = True
+        self.restarts = 0
+        self.ping = SimpleNamespace(remote=lambda: self)
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Pinged:
+    def restart(handle: Pinged, *, no_restart: bool) -> None:
+        assert not no_restart
+        handle.restarts += 1
+        handle.answers = True
+
+    monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs if refs[0].answers else [], []))
+    monkeypatch.setattr("ray.kill", restart)
+    return Pinged()
+
+
+def test_a_service_that_is_silent_is_restarted_after_its_time(
+    service: Pinged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(lambda now_s: None)
+    monkeypatch.setattr(services, "time", clock)
+    handle: Any = service
+    watch = ServiceWatch("weight store", handle, timeout_s=60)
+
+    def said(seconds: int) -> list[str]:
+        lines = []
+        for _ in range(seconds):
+            clock.sleep(1.0)
+            lines.append(watch.poll())
+        return [line for line in lines if line]
+
+    assert said(200) == []
+    service.answers = False
+    assert said(50) == []
+    assert said(20) == [
+        "weight store: no answer for 60 s (cluster.silence_timeout_s); replacing it"
+    ]
+    assert service.restarts == 1
+    assert said(200) == []
+
+    # Answers that came while the driver was stopped are yet to be looked at.
+    service.answers = False
+    clock.sleep(500.0)
+    assert watch.poll() == ""
+    service.answers = True
+    assert said(70) == [] and service.restarts == 1
+
+
+def test_a_driver_that_was_stopped_does_not_take_its_parts_for_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(lambda now_s: None)
+    monkeypatch.setattr(worker_group, "time", clock)
+    monkeypatch.setattr("ray.wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr("ray.get", lambda refs: [])
+    launch: Any = SimpleNamespace(reservation=SimpleNamespace(ready="ready"))
+    group = WorkerGroup(
+        "actor-0", launch, incarnation=0, config=ClusterConfig(silence_timeout_s=60)
+    )
+    group.phase = Phase.RUNNING
+    handle: Any = SimpleNamespace(status=SimpleNamespace(remote=lambda: "status"))
+    group.handles = [handle]
+    assert group.poll() is Phase.RUNNING
+    clock.sleep(500.0)  # the driver was stopped
+    assert group.poll() is Phase.RUNNING
+    for _ in range(70):
+        clock.sleep(1.0)
+        group.poll()
+    assert group.phase is Phase.FAILED and "no answer to status for 60 s" in group.cause
