@@ -48,6 +48,7 @@ ROW_TIMEOUT_S = 900.0
 FULL_S = 6.0  # that a disk stays full
 SLOW_S = 15.0  # that it stays slow
 SLOW_SYNC_MS = 1500
+SITTINGS = 4  # to meet an evaluator at work
 SETTINGS = (
     "learner.steps=1000000",
     "learner.groups_per_step=2",
@@ -161,13 +162,21 @@ class Job:
         end_family(self.process)
         self.process = self._start("--resume")
 
-    def measure_again(self) -> None:
-        """Have the base LM measured anew, if it has been: by a sitting of its own."""
-        if self.directory.scores_file.exists():
+    def wait_until_measuring(self) -> None:
+        """Wait until all parts run and the base LM is measured, anew in further sittings."""
+
+        def measuring() -> bool:
+            return self.is_whole() and bool(self.processes("EvaluationWorker"))
+
+        for _ in range(SITTINGS):
+            self.wait(lambda: measuring() or self.directory.scores_file.exists())
+            if measuring():
+                return
             self.process.terminate()
             self.process.wait(timeout=ROW_TIMEOUT_S)
             self.directory.scores_file.unlink()
             self.resume()
+        raise TimeoutError("no evaluator was seen at work")
 
     def said(self, since: int) -> list[str]:
         """Lines of the log after its first `since` bytes."""
@@ -305,8 +314,7 @@ SIGNS = ("replacing", "started again", "could not write")
 def measure(job: Job, part: str, fault: str) -> Row:
     """Strike once and see what comes of it; the run is whole again afterwards."""
     if part == "evaluator":
-        job.measure_again()
-        job.wait(lambda: bool(job.processes("EvaluationWorker")) and job.is_whole())
+        job.wait_until_measuring()
     else:
         job.wait_until_stepping()
     acknowledged, step, since = offered(job), job.step(), job.log.stat().st_size
@@ -354,11 +362,11 @@ def measure(job: Job, part: str, fault: str) -> Row:
 
 
 FAULTS = (
-    ("evaluator", "SIGKILL"),
-    ("evaluator", "SIGSTOP"),
     *((part, fault) for part in list(NAMES)[:5] for fault in ("SIGKILL", "SIGSTOP")),
     *(("Redis", fault) for fault in ("SIGKILL", "SIGSTOP", "full disk", "slow disk")),
     *(("driver", fault) for fault in ("SIGKILL", "SIGSTOP", "full disk", "slow disk")),
+    ("evaluator", "SIGKILL"),
+    ("evaluator", "SIGSTOP"),
 )
 
 
@@ -380,7 +388,7 @@ def main() -> None:
                 rows.append(measure(job, part, fault))
                 if not arguments.json:
                     print("  ".join(f"{k}={v}" for k, v in asdict(rows[-1]).items()), flush=True)
-        except (RuntimeError, TimeoutError):
+        except BaseException:
             print(job.log.read_text()[-6000:], file=sys.stderr)
             raise
         finally:
