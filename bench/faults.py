@@ -48,6 +48,7 @@ ROW_TIMEOUT_S = 900.0
 FULL_S = 6.0  # that a disk stays full
 SLOW_S = 15.0  # that it stays slow
 SLOW_SYNC_MS = 1500
+STATE_S = 2.5  # in which the driver has written what it has found
 SITTINGS = 4  # to meet an evaluator at work
 SETTINGS = (
     "learner.steps=1000000",
@@ -322,11 +323,13 @@ def measure(job: Job, part: str, fault: str) -> Row:
     began = time.monotonic()
     strike(job, part, fault)
     detected: list[float] = []
+    looked_s = [time.time() + STATE_S]  # the first state that knows of it
 
     def detected_by_now() -> bool:
         told = [line for line in job.said(since) if NAMES[part] in line]
         if not detected and any(sign in line for line in told for sign in SIGNS):
             detected.append(time.monotonic() - began)
+            looked_s.append(time.time() + STATE_S)
         return bool(detected)
 
     silent = (part, fault) in (
@@ -338,7 +341,9 @@ def measure(job: Job, part: str, fault: str) -> Row:
     def whole_again() -> bool:
         heard = detected_by_now() or silent
         evaluating = part != "evaluator" or len(job.processes("EvaluationWorker")) >= before
-        return heard and evaluating and job.is_whole() and job.step() >= step + 2
+        state = job.state()
+        news = state is not None and state.heartbeat_s > looked_s[-1]
+        return heard and evaluating and news and job.is_whole() and job.step() >= step + 2
 
     ended = "went on"
     if not job.wait(whole_again, or_end=True):

@@ -1,9 +1,12 @@
 """The Ray cluster of a run: joining it, and what its nodes have."""
 
+import logging
+import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +49,19 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     """
     if ray.is_initialized():
         return
+    # Notices that Ray has for its own users, of tokens and of folders that it does not pack.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     if address is not None:
         check_reachable(address)
-        ray.init(
+        _init(
             address=address,
             namespace=namespace,
             runtime_env=source_for_workers(config),
             log_to_driver=False,
+            logging_level=logging.ERROR,
         )
         return
-    ray.init(
+    _init(
         runtime_env=source_for_workers(config),
         namespace=namespace,
         num_cpus=config.cluster.cpus,
@@ -64,6 +70,14 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
         log_to_driver=False,
         configure_logging=False,
     )
+
+
+def _init(**settings: Any) -> None:
+    """Ray's, which would end this process at a SIGTERM that is a request to stop in order."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(**settings)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
