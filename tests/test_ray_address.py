@@ -1,5 +1,6 @@
 """An address at which no Ray cluster answers: a deadline, which address, and what to do."""
 
+import signal
 import socket
 import time
 
@@ -28,3 +29,15 @@ def test_one_that_accepts_and_says_nothing_is_given_up_at_the_deadline() -> None
 
 def test_what_ray_looks_up_itself_is_left_to_ray() -> None:
     check_reachable("auto")
+
+
+def test_ray_does_not_take_the_request_to_stop_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        wanted = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
+        monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+        connect_ray(load_config("tasks/toy.toml"), None, "test")
+        assert signal.getsignal(signal.SIGTERM) is wanted
+    finally:
+        signal.signal(signal.SIGTERM, ours)
