@@ -1,9 +1,11 @@
-"""A process with a worker's life and no model in it."""
+"""Processes with a worker's life, or a reward replica's, and no model in them."""
 
 import os
 import threading
+from typing import Any
 
 from learner.broadcast import Unrecoverable
+from reward.replica import ScoreFailed
 
 
 class LightWorker:
@@ -74,3 +76,17 @@ class LastWords(CountingWorker):
     def events_since(self, count: int) -> list[str]:
         """A warning."""
         return ["it does not look good"][count:]
+
+
+class Failing:
+    """A reward replica whose passes fail."""
+
+    def score(self, items: list[Any]) -> list[Any]:
+        raise ScoreFailed("broken")
+
+
+class Answering:
+    """A reward replica that answers."""
+
+    def score(self, items: list[Any]) -> list[Any]:
+        return ["scores"]
