@@ -12,6 +12,7 @@ import torch
 from buffer.config import BufferConfig
 from buffer.server import RedisServer
 from cluster.__main__ import main
+from cluster.config.file import load_config, resolved_toml
 from cluster.run.directory import RunDirectory
 from lm.adapter import save_adapter
 from lm.config import LMConfig, LoRAConfig
@@ -114,7 +115,7 @@ def test_a_run_that_exists_and_one_that_does_not(capsys: pytest.CaptureFixture[s
 def test_a_run_that_another_process_drives(capsys: pytest.CaptureFixture[str]) -> None:
     driven = RunDirectory("mine")
     driven.begin(resume=False)
-    driven.config_file.write_text("")
+    driven.config_file.write_text(resolved_toml(load_config("tasks/arithmetic.toml")))
     assert "amortize stop --run mine" in refusal(capsys, "--resume")
     driven.end()
 
