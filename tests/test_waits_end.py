@@ -13,7 +13,9 @@ from cluster.distributed.clients import RemoteScorer
 from cluster.distributed.services import ReplicaRegistry, ServiceWatch
 from cluster.distributed.waiting import PeerDied, PeerTimeout
 from cluster.distributed.worker import RunContext, Worker
-from cluster.distributed.worker_group import Phase, WorkerGroup
+from cluster.distributed.worker_group import LearnerGroup, Phase, WorkerGroup
+from cluster.run import awake
+from cluster.run.awake import AwakeClock
 from cluster.run.directory import ScaleRefused
 from tests.light_run import context
 
@@ -276,7 +278,7 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
     service: Pinged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(lambda now_s: None)
-    monkeypatch.setattr(services, "time", clock)
+    monkeypatch.setattr(services, "awake_s", clock.monotonic)
     handle: Any = service
     watch = ServiceWatch("weight store", handle, timeout_s=60)
 
@@ -296,32 +298,50 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
     assert service.restarts == 1
     assert said(200) == []
 
-    # Answers that came while the driver was stopped are yet to be looked at.
-    service.answers = False
-    clock.sleep(500.0)
-    assert watch.poll() == ""
-    service.answers = True
-    assert said(70) == [] and service.restarts == 1
-
 
 def test_a_driver_that_was_stopped_does_not_take_its_parts_for_silent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(lambda now_s: None)
-    monkeypatch.setattr(worker_group, "time", clock)
-    monkeypatch.setattr("ray.wait", lambda refs, **_: ([], refs))
+    monkeypatch.setattr(awake, "time", clock)
+    monkeypatch.setattr(AwakeClock, "_run", lambda self: None)
+    own = AwakeClock()
+
+    def beat(seconds: int) -> None:
+        for _ in range(2 * seconds):
+            clock.sleep(0.5)
+            own._beat_s = own._note_gap()
+
+    began_s = own.now_s()
+    beat(60)
+    assert own.now_s() - began_s == 60.0
+    clock.sleep(500.0)  # stopped
+    assert own.now_s() - began_s == 60.0  # whoever looks first, the beat or somebody else
+    beat(10)
+    assert own.now_s() - began_s == 70.0
+
+
+def test_a_silent_learner_holds_no_other_part_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda now_s: None)
+    monkeypatch.setattr(worker_group, "awake_s", clock.monotonic)
+    waited_s: list[float] = []
+
+    def wait(refs: list[str], *, timeout: float, **_: object) -> tuple[list[str], list[str]]:
+        waited_s.append(timeout)
+        return [], refs
+
+    monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.get", lambda refs: [])
     launch: Any = SimpleNamespace(reservation=SimpleNamespace(ready="ready"))
-    group = WorkerGroup(
-        "actor-0", launch, incarnation=0, config=ClusterConfig(silence_timeout_s=60)
-    )
-    group.phase = Phase.RUNNING
-    handle: Any = SimpleNamespace(status=SimpleNamespace(remote=lambda: "status"))
-    group.handles = [handle]
-    assert group.poll() is Phase.RUNNING
-    clock.sleep(500.0)  # the driver was stopped
-    assert group.poll() is Phase.RUNNING
+    config = ClusterConfig(silence_timeout_s=60)
+    learner = LearnerGroup("learner", launch, incarnation=0, config=config)
+    learner.phase, learner.status = Phase.RUNNING, {"rows": 3}
+    calls = {name: SimpleNamespace(remote=lambda *_: "ref") for name in ("status", "rows_since")}
+    handle: Any = SimpleNamespace(**calls)
+    learner.handles = [handle]
     for _ in range(70):
+        learner.poll()
+        assert learner.new_rows() == []
         clock.sleep(1.0)
-        group.poll()
-    assert group.phase is Phase.FAILED and "no answer to status for 60 s" in group.cause
+    assert set(waited_s) == {0}
+    assert learner.phase is Phase.FAILED and "no answer to status for 60 s" in learner.cause

@@ -1,7 +1,8 @@
 """The process of one rank of the learner."""
 
 import logging
-from typing import Any
+from collections import deque
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -11,7 +12,32 @@ from cluster.run.directory import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
 
+Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
+
+
+class Outbox(Generic[Item]):
+    """Items for a reader that says how many it has; those are forgotten."""
+
+    def __init__(self) -> None:
+        self._items: deque[Item] = deque()
+        self._forgotten = 0
+
+    @property
+    def total(self) -> int:
+        """Items that there have been."""
+        return self._forgotten + len(self._items)
+
+    def append(self, item: Item) -> None:
+        """Add one at the end; from another thread than the reader's."""
+        self._items.append(item)
+
+    def after(self, count: int) -> list[Item]:
+        """The items after the first `count`."""
+        while self._forgotten < count and self._items:
+            self._items.popleft()
+            self._forgotten += 1
+        return list(self._items)
 
 
 class LearnerWorker(Worker):
@@ -21,9 +47,9 @@ class LearnerWorker(Worker):
         """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
         context, config = self._context, self._config
         check_shared(context.directory.path, node=self._node)
-        self._rows: list[dict[str, float]] = []
+        self._rows: Outbox[dict[str, float]] = Outbox()
         self._waited_s = 0.0
-        self._events: list[str] = []
+        self._events: Outbox[str] = Outbox()
         self._base, task = context.parts.learner_base(config)
 
         def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
@@ -57,17 +83,17 @@ class LearnerWorker(Worker):
         return {
             "step": self._learner.completed_steps,
             "version": self._learner.version,
-            "rows": len(self._rows),
-            "events": len(self._events),
+            "rows": self._rows.total,
+            "events": self._events.total,
         }
 
     def rows_since(self, count: int) -> list[dict[str, float]]:
         """Metrics of the steps after the first `count` of this process."""
-        return self._rows[count:]
+        return self._rows.after(count)
 
     def events_since(self, count: int) -> list[str]:
         """Messages for people, after the first `count` of this process."""
-        return self._events[count:]
+        return self._events.after(count)
 
     def _keep_row(self, row: dict[str, float]) -> None:
         waited_s = self._buffer.waited_s

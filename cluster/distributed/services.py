@@ -5,17 +5,16 @@ empty then until the learner's next publication and the supervisor's next announ
 waits for either.
 """
 
-import time
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 
 from cluster.distributed.source_check import check_source
+from cluster.run.awake import awake_s
 from cluster.run.weight_store import WeightStore
 
 _PING_EVERY_S = 1.0
-_ABSENT_S = 5.0
 
 
 class Service:
@@ -61,14 +60,11 @@ class ServiceWatch:
         self._handle = handle
         self._timeout_s = timeout_s
         self._ping: ray.ObjectRef[Any] | None = None
-        self._asked_s = self._polled_s = time.monotonic()
+        self._asked_s = awake_s()
 
     def poll(self) -> str:
         """Why it was killed just now, for people; empty if it was not."""
-        now = time.monotonic()
-        if (absent_s := now - self._polled_s) > _ABSENT_S:  # answers are yet to be looked at
-            self._asked_s += absent_s
-        self._polled_s = now
+        now = awake_s()
         if self._ping is None or ray.wait([self._ping], timeout=0)[0]:  # a death is Ray's to see to
             if self._ping is None or now - self._asked_s > _PING_EVERY_S:
                 self._ping = self._handle.ping.remote()

@@ -193,7 +193,7 @@ class Supervisor:
             report=self._report,
             watch=lambda: self._announce(wait=False),
         )
-        self._collect_reports()
+        self._collect_reports(last=True)
         for group in parts:
             group.kill()
         return killed
@@ -322,10 +322,15 @@ class Supervisor:
         self._incarnations[name] = self._incarnations.get(name, -1) + 1
         return self._incarnations[name]
 
-    def _collect_reports(self) -> None:
-        """Take over the learner's rows of metrics, and report its messages."""
+    def _collect_reports(self, *, last: bool = False) -> None:
+        """Take over the learner's rows of metrics, and report its messages.
+
+        Args:
+            last: wait for all that there is; else for nothing, so that a learner that does not
+                answer holds nobody up.
+        """
         failed = self._learner.phase is Phase.FAILED
-        timeout_s = _LAST_WORDS_S if failed else self._config.cluster.answer_timeout_s
+        timeout_s = _LAST_WORDS_S if failed or last else 0.0
         try:
             self.learner_rows.extend(self._learner.new_rows(timeout_s=timeout_s))
             for message in self._learner.new_messages(timeout_s=timeout_s):

@@ -8,7 +8,6 @@ supervisor owns worker groups and calls `poll` often; nothing here waits.
                                  are the supervisor's to kill
 """
 
-import time
 from enum import StrEnum
 from typing import Any
 
@@ -20,9 +19,8 @@ from cluster.config.placement import ClusterConfig
 from cluster.distributed.launcher import GroupLaunch
 from cluster.distributed.ray_cluster import room
 from cluster.distributed.waiting import cause_of, error_line
+from cluster.run.awake import awake_s
 from learner.broadcast import Unrecoverable
-
-_ABSENT_S = 5.0
 
 
 class Phase(StrEnum):
@@ -68,7 +66,7 @@ class WorkerGroup:
         self.result: dict[str, Any] | None = None
         self._start_timeout_s = config.start_timeout_s
         self._silence_timeout_s = config.silence_timeout_s
-        self._began = self._polled_s = time.monotonic()
+        self._began = awake_s()
         self._launch = launch
         self.handles: list[ActorHandle] = []
         self._refs: list[ray.ObjectRef[Any]] = [launch.reservation.ready]
@@ -88,7 +86,7 @@ class WorkerGroup:
     @property
     def phase_s(self) -> float:
         """Seconds since it asked for a place, or since it has one."""
-        return time.monotonic() - self._began
+        return awake_s() - self._began
 
     @property
     def leader(self) -> ActorHandle:
@@ -99,7 +97,6 @@ class WorkerGroup:
         """Go on to the next phase if this one is done; the phase now."""
         if self.phase in (Phase.FINISHED, Phase.FAILED):
             return self.phase
-        self._allow_for_absence()
         done, waiting = ray.wait(self._refs, num_returns=len(self._refs), timeout=0)
         try:
             values = ray.get(done)
@@ -134,7 +131,7 @@ class WorkerGroup:
         if self.phase is Phase.PLACING:
             self.handles = list(self._launch.create())
             self._refs = [self.leader.rendezvous.remote()]
-            self._began = time.monotonic()
+            self._began = awake_s()
             self.phase = Phase.MEETING
         elif self.phase is Phase.MEETING:
             self._refs = [handle.start.remote(values[0]) for handle in self.handles]
@@ -148,7 +145,7 @@ class WorkerGroup:
             self.phase = Phase.FINISHED
 
     def _listen(self) -> None:
-        now = time.monotonic()
+        now = awake_s()
         if self._status_ref is None:
             self._status_ref = self.leader.status.remote()
             self._status_requested = now
@@ -164,14 +161,6 @@ class WorkerGroup:
                 f"(cluster.silence_timeout_s)"
             )
 
-    def _allow_for_absence(self) -> None:
-        """Answers that came while this process itself was stopped are yet to be looked at."""
-        now = time.monotonic()
-        if (absent_s := now - self._polled_s) > _ABSENT_S:
-            self._began += absent_s
-            self._status_requested += absent_s
-        self._polled_s = now
-
     def _fail_with(self, error: Exception) -> None:
         if isinstance(error, RayTaskError):
             self.error = cause_of(error)
@@ -185,29 +174,44 @@ class WorkerGroup:
 class LearnerGroup(WorkerGroup):
     """The learner's ranks; rank 0 also hands over metrics of its steps and messages for people."""
 
-    _rows_taken = 0
-    _messages_taken = 0
+    def __init__(
+        self, name: str, launch: GroupLaunch, *, incarnation: int, config: ClusterConfig
+    ) -> None:
+        super().__init__(name, launch, incarnation=incarnation, config=config)
+        self._taken = {"rows": 0, "events": 0}
+        self._pending: dict[str, ray.ObjectRef[Any]] = {}
 
-    def new_rows(self, *, timeout_s: float) -> list[dict[str, float]]:
-        """Metrics of the steps since the last call.
+    def new_rows(self, *, timeout_s: float = 0.0) -> list[dict[str, float]]:
+        """Metrics of steps that have come since the last call; the rest comes with a later one.
+
+        Args:
+            timeout_s: 0 waits for nothing; more, for all that there is.
 
         Raises:
-            Exception: the learner did not answer; its death is for `poll` to find.
+            Exception: what came instead; the learner's death is for `poll` to find.
         """
-        if not self._may_have("rows", self._rows_taken):
-            return []
-        rows = ray.get(self.leader.rows_since.remote(self._rows_taken), timeout=timeout_s)
-        self._rows_taken += len(rows)
-        return list(rows)
+        return self._fetch("rows", timeout_s)
 
-    def new_messages(self, *, timeout_s: float) -> list[str]:
-        """Messages since the last call; raises as `new_rows` does."""
-        if not self._may_have("events", self._messages_taken):
-            return []
-        messages = ray.get(self.leader.events_since.remote(self._messages_taken), timeout=timeout_s)
-        self._messages_taken += len(messages)
-        return list(messages)
+    def new_messages(self, *, timeout_s: float = 0.0) -> list[str]:
+        """Messages that have come since the last call; as `new_rows`."""
+        return self._fetch("events", timeout_s)
 
-    def _may_have(self, key: str, taken: int) -> bool:
-        """One that failed may have more than its status said; often its process still lives."""
-        return self.phase is Phase.FAILED or self.status.get(key, 0) > taken
+    def _fetch(self, key: str, timeout_s: float) -> list[Any]:
+        found: list[Any] = []
+        while True:
+            ref = self._pending.pop(key, None)
+            # One that failed may have more than its status said; often its process still lives.
+            last_words = self.phase is Phase.FAILED and not found
+            if ref is None and (last_words or self.status.get(key, 0) > self._taken[key]):
+                method = self.leader.rows_since if key == "rows" else self.leader.events_since
+                ref = method.remote(self._taken[key])
+            if ref is None:
+                return found
+            if not ray.wait([ref], timeout=timeout_s)[0]:
+                self._pending[key] = ref
+                return found
+            came = ray.get(ref)
+            self._taken[key] += len(came)
+            found.extend(came)
+            if not timeout_s or not came:
+                return found

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -14,6 +13,7 @@ from buffer.server import RedisServer, ServerFailed
 from buffer.stats import ReplayStats
 from cluster.config.schema import RunConfig
 from cluster.run.assembly import build_buffer
+from cluster.run.awake import awake_s
 from cluster.run.directory import RunDirectory
 from cluster.run.display import first_line
 from cluster.run.session import BufferAddress
@@ -23,8 +23,6 @@ _LOG_LINES = 3
 _POLL_S = 0.2
 _PROBE_S = 1.0
 _STATS_S = 2.0  # for an answer, before the last one is repeated
-# A process that was itself stopped for a while has heard nothing meanwhile.
-_ABSENT_S = 5.0
 
 
 class OwnBuffer:
@@ -53,7 +51,7 @@ class OwnBuffer:
         except BaseException:
             self._end_server()
             raise
-        self._answered_s = time.monotonic()
+        self._answered_s = awake_s()
         self._keeper = threading.Thread(target=self._keep_alive, name="buffer", daemon=True)
         self._keeper.start()
         threading.Thread(target=self._probe, name="buffer-probe", daemon=True).start()
@@ -93,18 +91,14 @@ class OwnBuffer:
     def _keep_alive(self) -> None:
         """Start a server again that died, or that had to be killed because it was silent."""
         limit_s = self._config.cluster.silence_timeout_s
-        looked_s = time.monotonic()
         silent = False
         while not self._stopping.wait(_POLL_S):
-            now = time.monotonic()
-            if now - looked_s > _ABSENT_S:
-                self._answered_s += now - looked_s
-            looked_s = now
+            now = awake_s()
             try:
                 if self._server is not None and not self._server.alive():
                     self._count_death()
                     self._server = self._start()
-                    self._answered_s = time.monotonic()
+                    self._answered_s = awake_s()
                     why = f"did not answer for {limit_s:.0f} s and was killed" if silent else "died"
                     self._event, silent = f"redis-server {why}; started again on its files", False
                 elif now - self._answered_s > limit_s and not silent:
@@ -142,7 +136,7 @@ class OwnBuffer:
             except Exception as error:  # the keeper judges it by its silence
                 self._last_error = first_line(error)
                 continue
-            self._answered_s = time.monotonic()
+            self._answered_s = awake_s()
             self._answered.set()
 
     def _start(self) -> RedisServer:
