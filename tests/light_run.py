@@ -104,6 +104,6 @@ def context(config: RunConfig, registry: Any) -> RunContext:
         namespace="",
         buffer=unused,
         source="",
-        weight_store=unused,
+        weight_store=registry,
         replica_registry=registry,
     )
