@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lm.action_distribution import ActionDistribution
+from lm.model import model_config
 
 # Logits that exist at a time: 64 MB in float32.
 CHUNK_ENTRIES = 2**24
@@ -46,7 +47,7 @@ class OutputHead:
     def of(model: nn.Module) -> "OutputHead":
         """The head of a causal LM of transformers, with or without adapter."""
         language_model: Any = getattr(model, "module", model)
-        config = language_model.config
+        config = model_config(model)
         scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
         softcap = getattr(config, "final_logit_softcapping", None)

@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from lm.config import LMConfig
+
+LFS_POINTER = b"version https://git-lfs"
+LONGEST_REASON = 300  # characters of a library's own words in an error of ours
 
 
 class ModelNotFound(FileNotFoundError):
@@ -60,14 +64,30 @@ def require_folder_or_hub_id(model: str) -> None:
             f"model {model!r} has no tokenizer (tokenizer.json); save the tokenizer of this "
             "model into the same folder"
         )
+    for file in (*path.glob("*.safetensors"), *path.glob("tokenizer*"), *path.glob("*.bin")):
+        with file.open("rb") as opened:
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ModelUnusable(
+                    f"model {model!r}: {file.name} is a pointer of git-lfs, not the file: "
+                    "run `git lfs pull` where it was cloned"
+                )
     logging.disable_progress_bar()  # it would write over the run's own display
 
 
 @contextmanager
 def explained(model: str, part: str) -> Iterator[None]:
-    """Turn whatever the library raises while reading `part` of `model` into our errors."""
+    """Turn whatever the library raises while reading `part` of `model` into a sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (ModelNotFound, ModelUnusable):
+        raise
+    except Exception as error:  # libraries of quantisation, files and architectures raise anything
         kind = ModelUnusable if Path(model).exists() else ModelNotFound
-        raise kind(f"model {model!r}: cannot load {part}: {error}") from error
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}..."
+        remedy = "install what it names, or take another model"
+        if isinstance(error, SafetensorError | EOFError):
+            remedy = "a file is damaged or cut off: fetch the model again"
+        elif not isinstance(error, ImportError):
+            remedy = f"see that {model} is a whole causal language model"
+        raise kind(f"model {model!r}: cannot load {part}: {said}; {remedy}") from error

@@ -7,15 +7,23 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lm.adapter import AdapterMismatch, AdapterWeights, decode_adapter
-from lm.config import LMConfig
-from lm.model import LanguageModel, load_base
+from lm.adapter import (
+    AdapterMismatch,
+    AdapterWeights,
+    decode_adapter,
+    read_adapter,
+    save_adapter,
+)
+from lm.config import LMConfig, LoRAConfig
+from lm.hub import ModelUnusable
+from lm.model import LanguageModel, attach_adapter, load_base
 
 
 class MergedModel:
@@ -37,18 +45,27 @@ class MergedModel:
 
         Raises AdapterMismatch when a layer is not in this model or a shape differs.
         """
-        deltas = self._deltas(decode_adapter(data))
+        adapter = decode_adapter(data)
+        factors = self._factors(adapter)
+        scale = adapter.alpha / adapter.rank
         with torch.no_grad():
-            for layer in deltas.keys() - self._pristine.keys():
+            for layer in factors.keys() - self._pristine.keys():
                 self._untie(layer)
                 self._pristine[layer] = self._layers[layer].weight.detach().clone()
             for layer, pristine in self._pristine.items():
                 weight = self._layers[layer].weight
-                if layer in deltas:
-                    merged = pristine.float() + deltas[layer].to(weight.device)
-                    weight.copy_(merged)
+                if layer in factors:
+                    up, down = factors[layer]
+                    delta = scale * (up @ down)
+                    if isinstance(self._layers[layer], Conv1D):
+                        delta = delta.T
+                    weight.copy_(pristine.float() + delta.to(weight.device))
                 else:
                     weight.copy_(pristine)
+
+    def check(self, data: bytes) -> None:
+        """Raise AdapterMismatch where `load` would; changes nothing."""
+        self._factors(decode_adapter(data))
 
     def restore(self) -> None:
         """Take the adapter off: the weights are those of the base again, bit for bit."""
@@ -68,10 +85,10 @@ class MergedModel:
             self._uses[id(module.weight)] = 1
             self.model.config.tie_word_embeddings = False  # else a saved model would load tied
 
-    def _deltas(self, adapter: AdapterWeights) -> dict[str, Tensor]:
-        """Layer -> (alpha / rank) B A, in the layout of that layer's weight, float32."""
+    def _factors(self, adapter: AdapterWeights) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> B and A, of layers that are there and have a weight of the shape of B A."""
         prefix, suffix = "base_model.model.", ".lora_A.weight"
-        deltas = {}
+        factors = {}
         for name, down in adapter.tensors.items():
             if not name.endswith(suffix):
                 continue
@@ -79,16 +96,37 @@ class MergedModel:
             up = adapter.tensors.get(name.replace("lora_A", "lora_B"))
             if layer not in self._layers or up is None:
                 raise AdapterMismatch(f"adapter targets {layer}, which this base model has not")
-            delta = (adapter.alpha / adapter.rank) * (up @ down)
+            shape = (up.shape[0], down.shape[1])
             if isinstance(self._layers[layer], Conv1D):  # stores [in, out]
-                delta = delta.T
-            if delta.shape != self._layers[layer].weight.shape:
+                shape = shape[::-1]
+            if shape != self._layers[layer].weight.shape:
                 raise AdapterMismatch(
-                    f"adapter changes {layer} by a matrix {tuple(delta.shape)}, "
+                    f"adapter changes {layer} by a matrix {shape}, "
                     f"its weight is {tuple(self._layers[layer].weight.shape)}"
                 )
-            deltas[layer] = delta
-        return deltas
+            factors[layer] = up, down
+        return factors
+
+
+def check_adaptable(language_model: LanguageModel, lora: LoRAConfig) -> None:
+    """Raise ModelUnusable unless an adapter can be put on the base, run, saved, read and merged.
+
+    The base is left as it was, unless it is refused.
+    """
+    merged = MergedModel(language_model)
+    wrapped = attach_adapter(language_model, lora, seed=0)
+    try:
+        with torch.no_grad():
+            wrapped(input_ids=torch.zeros((1, 2), dtype=torch.long, device=wrapped.device))
+        with TemporaryDirectory() as folder:
+            save_adapter(wrapped, Path(folder), language_model.fingerprint)
+            merged.check(read_adapter(Path(folder), language_model.fingerprint))
+    except Exception as error:  # whatever peft makes of layers that it does not foresee
+        raise ModelUnusable(
+            f"lora.targets = {lora.targets!r} on a {type(language_model.model).__name__} makes an "
+            f"adapter that cannot be used ({error}): name linear layers, or take 'attention'"
+        ) from error
+    wrapped.unload()
 
 
 def save_merged(config: LMConfig, adapter: bytes, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,11 @@ def load_base(config: LMConfig) -> LanguageModel:
     """
     device = _device(config)
     declared = load_model_config(config)
+    if declared.is_encoder_decoder:
+        raise ModelUnusable(
+            f"model {config.model!r} ({declared.model_type}) is an encoder and a decoder; only "
+            "causal language models, which are a decoder alone, can be the base"
+        )
     tokenizer = load_tokenizer(config)
     with explained(config.model, "the weights"):
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +78,8 @@ def load_base(config: LMConfig) -> LanguageModel:
             f"{vocab_size(model)}; they do not belong together"
         )
     freeze(model)
-    model.to(device)
+    with explained(config.model, f"the weights into memory of {device}"):
+        model.to(device)
     set_text_prefix(model, text_prefix(config, tokenizer))
     return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=fingerprint(model))
 
@@ -145,23 +152,41 @@ def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int)
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
         torch.manual_seed(seed)
+        # Peft foresees ranks of fused experts whether or not these are adapted.
+        warnings.filterwarnings(
+            "ignore", message=r"The following (rank|alpha)_pattern keys .*ignored"
+        )
         return get_peft_model(base, lora)
 
 
-def adapted_layers(base: nn.Module, config: LoRAConfig) -> str | list[str]:
+def adapted_layers(base: PreTrainedModel, config: LoRAConfig) -> str | list[str]:
     """What `config.targets` is of this architecture, as peft takes it: layer names or their ends.
 
     Raises:
         ModelUnusable: a target names no linear layer, or nothing is called attention.
     """
-    if config.targets == "auto":
-        return "all-linear"
     linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    if config.targets == "auto":
+        fused_experts = any(parameter.ndim == 3 for parameter in base.parameters())
+        within = _language_part(base)
+        if not within and not fused_experts:
+            return "all-linear"
+        # Peft would wrap fused experts too, which are no layers, and what reads pictures.
+        head = _name_of(base, base.get_output_embeddings())
+        return [
+            name
+            for name in linear
+            # Exactly linear: a router may be one that answers with more than its product.
+            if type(base.get_submodule(name)) in (nn.Linear, Conv1D)
+            and name.startswith(within)
+            and name != head
+        ]
     if config.targets == "attention":
         # Whole names: an end such as c_proj is that of a layer of GPT-2's MLP too.
-        found = [name for name in linear if _in_attention(base, name)]
+        within = _language_part(base)
+        found = [n for n in linear if n.startswith(within) and _in_attention(base, n)]
         if not found:
             raise ModelUnusable(
                 f"lora.targets is 'attention', and no part of a {type(base).__name__} is called "
@@ -224,6 +249,18 @@ def require_context(model: nn.Module, num_tokens: int) -> None:
             f"a text of {num_tokens} tokens exceeds the {limit} tokens of the model's context; "
             "shorten the prompt or lower max_len"
         )
+
+
+def _language_part(base: PreTrainedModel) -> str:
+    """Prefix of the names of what reads text, in a model that reads other things too; else ''."""
+    config = getattr(base, "config", None)
+    if config is None or config.get_text_config() is config:
+        return ""
+    return f"{_name_of(base, base.get_decoder())}."
+
+
+def _name_of(base: nn.Module, wanted: nn.Module | None) -> str:
+    return next((name for name, module in base.named_modules() if module is wanted), "")
 
 
 def _in_attention(base: nn.Module, layer: str) -> bool:

@@ -34,6 +34,12 @@ _LINEAR = {
     "linear_value_head_dim": 8,
     "layer_types": ["linear_attention", "full_attention"],
 }
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 # Family as the hub's config.json calls it (`model_type`) -> what makes it tiny.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -51,6 +57,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": _NO_GROUPS | {"alibi": False, "new_decoder_architecture": False},
     "gemma": _HEADS_OF_8,
     "gemma2": _HEADS_OF_8 | _WINDOWS | {"query_pre_attn_scalar": 8},
+    "gemma3": {
+        "text_config": _HEADS_OF_8 | _WINDOWS | {"query_pre_attn_scalar": 8},
+        "vision_config": _VISION | {"image_size": 28, "patch_size": 14},
+        "mm_tokens_per_image": 4,
+    },
     "gemma3_text": _HEADS_OF_8 | _WINDOWS | {"query_pre_attn_scalar": 8},
     "glm": _HEADS_OF_8,
     "glm4": _HEADS_OF_8,
@@ -91,6 +102,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
 }
 REFUSED: dict[str, dict[str, Any]] = {
+    "bert": _NO_GROUPS | {"is_decoder": False},
     "bamba": _LLAMA | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "falcon_alibi": _NO_GROUPS | {"alibi": True, "new_decoder_architecture": False},
@@ -116,7 +128,11 @@ REFUSED: dict[str, dict[str, Any]] = {
 def tiny_model(family: str) -> PreTrainedModel:
     """A frozen model with random weights, sharp enough that an error shows."""
     sizes = FAMILIES.get(family) or REFUSED[family]
-    config = AutoConfig.for_model(family.removesuffix("_alibi"), **_COMMON | sizes)
+    if "text_config" in sizes:
+        sizes = sizes | {"text_config": _COMMON | sizes["text_config"]}
+    else:
+        sizes = _COMMON | sizes
+    config = AutoConfig.for_model(family.removesuffix("_alibi"), **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

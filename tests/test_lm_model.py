@@ -19,10 +19,13 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
 )
 
+from lm.adapter import adapter_bytes
 from lm.config import LMConfig, LoRAConfig
 from lm.hub import ModelNotFound, ModelUnusable, load_model_config, load_tokenizer
+from lm.merged import MergedModel, check_adaptable
 from lm.model import (
     LanguageModel,
     adapted_layers,
@@ -32,7 +35,10 @@ from lm.model import (
     recompute_activations,
     vocab_size,
 )
+from tests.families import tiny_model
 from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
+
+IDS = torch.arange(14)[None]
 
 
 def save_model(model: PreTrainedModel, folder: Path, *, words: int = VOCAB_SIZE - 1) -> str:
@@ -140,6 +146,66 @@ def test_a_broken_config_or_missing_weights_are_named(folder: Path, tmp_path: Pa
     (folder / "config.json").write_text(json.dumps({"model_type": "abacus"}))
     with pytest.raises(ModelUnusable, match=r"config\.json"):
         load_base(LMConfig(model=str(folder)))
+
+
+def test_damaged_and_missing_files_end_in_one_sentence(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelUnusable, match=r"the weights: .*damaged or cut off: fetch .* again"):
+        load_base(LMConfig(model=str(folder)))
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ModelUnusable, match=r"model\.safetensors is a pointer of git-lfs"):
+        load_base(LMConfig(model=str(folder)))
+    weights.write_bytes(whole)
+    config = json.loads((folder / "config.json").read_text())
+    quantised = {"quant_method": "gptq", "bits": 4, "dataset": "c4", "group_size": 8}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+    with pytest.raises(ModelUnusable, match=r"cannot load the weights: .*install"):
+        load_base(LMConfig(model=str(folder)))
+
+
+def test_an_encoder_and_decoder_is_no_base(folder: Path) -> None:
+    T5Config().save_pretrained(folder)
+    with pytest.raises(ModelUnusable, match=r"\(t5\) is an encoder and a decoder"):
+        load_base(LMConfig(model=str(folder)))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "mixtral", "qwen2_moe", "qwen3_moe"])
+def test_an_adapter_leaves_fused_experts_alone_and_can_be_merged(family: str) -> None:
+    """Peft's own idea of all linear layers has them in, and nothing else could read that."""
+    base = LanguageModel(model=tiny_model(family), tokenizer=None, fingerprint="f")
+    check_adaptable(base, LoRAConfig(rank=2))
+    adapted = attach_adapter(base, LoRAConfig(rank=2), seed=0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.3)
+    merged = MergedModel(LanguageModel(model=tiny_model(family), tokenizer=None, fingerprint="f"))
+    before = merged.model(IDS).logits
+    merged.load(adapter_bytes(adapted))
+    assert (merged.model(IDS).logits - before).abs().max() > 1e-2
+    torch.testing.assert_close(merged.model(IDS).logits, adapted(IDS).logits, rtol=0, atol=2e-3)
+
+
+def test_an_adapter_that_nothing_could_read_back_is_refused_before_it_is_trained() -> None:
+    base = LanguageModel(model=tiny_model("deepseek_v2"), tokenizer=None, fingerprint="f")
+    with pytest.raises(ModelUnusable, match=r"lora\.targets = 'auto' on a DeepseekV2.*'attention'"):
+        check_adaptable(base, LoRAConfig(rank=2))
+    base = LanguageModel(model=tiny_model("deepseek_v2"), tokenizer=None, fingerprint="f")
+    names = [name for name, _ in base.model.named_modules()]
+    check_adaptable(base, LoRAConfig(rank=2, targets="attention"))
+    assert [name for name, _ in base.model.named_modules()] == names, "left as it was"
+
+
+def test_of_a_model_that_sees_only_what_reads_text_is_adapted() -> None:
+    model = tiny_model("gemma3")
+    assert (vocab_size(model), context_limit(model)) == (61, 96)
+    for targets in ("auto", "attention"):
+        layers = adapted_layers(model, LoRAConfig(targets=targets))
+        assert layers and all(".language_model." in f".{name}" for name in layers)
+        assert not any("vision" in name or name.endswith("lm_head") for name in layers)
+    check_adaptable(LanguageModel(model=model, tokenizer=None, fingerprint="f"), LoRAConfig())
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(folder: Path) -> None:

@@ -21,7 +21,8 @@ from cluster.run.imitation import imitation
 from cluster.run.resources import Node, check_fit
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
-from lm.model import adapted_layers, context_limit, load_base
+from lm.merged import check_adaptable
+from lm.model import context_limit, load_base
 from reward.probe import check_base
 from tasks.registry import build_task
 from tasks.task import QuestionTask, Task
@@ -123,7 +124,7 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
     """
     base = load_base(config.lm)
     check_base(config.lm, base)
-    adapted_layers(base.model, config.lora)
+    check_adaptable(base, config.lora)
     task = build_task(config.task, base.tokenizer)
     check_log_z(config.learner, task.actions)
     check_room(config, task)
