@@ -60,38 +60,50 @@ class Case:
 
 
 def learner_cases() -> list[Case]:
-    def case(**sizes: Any) -> Case:
-        return Case(part="learner", token_budget=2048, **sizes)
+    def case(group: int, length: int, before_mb: float | None, **sizes: Any) -> Case:
+        return Case(
+            part="learner",
+            group=group,
+            length=length,
+            token_budget=2048,
+            before_mb=before_mb,
+            **sizes,
+        )
 
     real = [
-        case(groups=8, group=10, length=56, before_mb=0),
-        case(group=20, length=28, before_mb=0),
-        case(group=40, length=28, before_mb=0),
-        case(group=20, length=56, before_mb=0),
-        case(group=160, length=28),
-        case(group=20, length=224),
+        case(10, 56, 2755.1, groups=8),  # 5,000 tokens a step
+        case(20, 28, 1668.8),
+        case(40, 28, 4636.5),
+        case(160, 28, None),
+        case(20, 56, 4678.4),
+        case(20, 224, None),
     ]
-    random = [
-        case(model="random", vocab=vocab, group=10, length=40, before_mb=0)
-        for vocab in (49_152, 128_256, 262_144)
-    ]
+    vocabularies = {49_152: 471.1, 128_256: 1017.2, 262_144: 1934.8}
+    random = [case(10, 40, mb, model="random", vocab=v) for v, mb in vocabularies.items()]
     return [*real, *random]
 
 
 def scorer_cases() -> list[Case]:
-    def case(**sizes: Any) -> Case:
-        return Case(part="scorer", token_budget=2048, **sizes)
+    def case(length: int, answer: int, before_mb: float | None, **sizes: Any) -> Case:
+        return Case(
+            part="scorer",
+            group=4,
+            length=length,
+            answer=answer,
+            token_budget=2048,
+            before_mb=before_mb,
+            **sizes,
+        )
 
-    real = [case(group=4, length=length, answer=20, before_mb=0) for length in (20, 50, 100, 200)]
-    random = [
-        case(model="random", vocab=vocab, group=4, length=50, answer=6, before_mb=0)
-        for vocab in (49_152, 128_256, 262_144)
-    ]
+    lengths = {20: 853.3, 50: 528.7, 100: 1027.1, 200: 2131.7}
+    real = [case(length, 20, mb) for length, mb in lengths.items()]
+    vocabularies = {49_152: 503.5, 128_256: 1241.7, 262_144: 2489.2}
+    random = [case(50, 6, mb, model="random", vocab=v) for v, mb in vocabularies.items()]
     return [*real, *random]
 
 
 def sampler_cases() -> list[Case]:
-    return [Case(part="sampler", group=48, length=40, token_budget=0, before_mb=0)]
+    return [Case(part="sampler", group=48, length=40, token_budget=0, before_mb=317.4)]
 
 
 CASES = (*learner_cases(), *scorer_cases(), *sampler_cases())
