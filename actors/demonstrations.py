@@ -146,4 +146,4 @@ def _trajectory(
 
 def _stops(demonstration: Demonstration, actions: ActionSpace) -> NDArray[np.int32]:
     actions.check(demonstration.completion, demonstration.from_tool)
-    return actions.stop_positions(demonstration.from_tool)
+    return actions.stop_positions(demonstration.completion, demonstration.from_tool)

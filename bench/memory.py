@@ -139,7 +139,7 @@ def learn(language_model: LanguageModel, case: Case) -> None:
     learner = Learner(
         model=model,
         actions=actions,
-        replay=SimpleNamespace(draw=lambda **asked: groups),
+        replay=SimpleNamespace(draw=lambda request: groups),
         engine=TorchEngine(model, config),
         objective=SubTB(),
         config=config,

@@ -56,7 +56,7 @@ def check_actions(groups: Sequence[Group], actions: ActionSpace) -> None:
     """
     for trajectory in chain.from_iterable((*g.fresh, *g.replayed) for g in groups):
         actions.check(trajectory.completion.tolist(), trajectory.from_tool.tolist())
-        expected = actions.stop_positions(trajectory.from_tool)
+        expected = actions.stop_positions(trajectory.completion, trajectory.from_tool)
         if not np.array_equal(trajectory.stops, expected):
             raise IllegalCompletion(
                 f"trajectory {trajectory.id} of {trajectory.actor!r} stops at "

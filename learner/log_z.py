@@ -69,7 +69,7 @@ def check_log_z(config: LearnerConfig, actions: ActionSpace) -> None:
     SubTB and DB have the root only where the bare prompt is no stop state: otherwise its flow is
     R(⊤) / q(⊤), which nobody need learn.
     """
-    known = config.traits.balances_states and actions.stop_states([]).item()
+    known = config.traits.balances_states and actions.stop_states([], []).item()
     if config.log_z == "learned" and known:
         raise LogZUnused(
             f'learner.log_z = "learned" with learner.objective = "{config.objective}": this task '

@@ -7,8 +7,10 @@ and the stop action ⊤, which is spelled by a token id of the model's vocabular
     min_len <= t < max_len  ⊤ competes with the legal tokens
     t >= max_len            ⊤ is forced, log q(⊤) = 0
 
-A task whose rationale ends with a finished step may narrow this further: with `stop_after_tool`, ⊤
-has probability zero but right after a tool's text.
+A task may narrow this further, so that a rationale ends with a finished step, or to have fewer
+states to score: ⊤ then has probability zero below max_len but right after a tool's text
+(`stop_after_tool`), after certain tokens (`stop_behind`), or after every k-th token (`stop_every`).
+Nothing is approximated by that: it is another, smaller set of completions.
 
 Text that a tool inserts is always inserted whole, so a completion may be longer than max_len.
 """
@@ -19,6 +21,10 @@ from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+_Tokens = Sequence[int] | NDArray[np.integer]
+# Stands for the last token of the empty completion.
+NO_TOKEN = -1
 
 
 class IllegalCompletion(ValueError):
@@ -37,12 +43,16 @@ class ActionSpace:
     min_len: int  # tokens, of tools too, before ⊤ opens
     max_len: int  # tokens, of tools too, at which ⊤ is forced
     stop_after_tool: bool = False  # ⊤ opens only right after text that a tool inserted
+    stop_behind: frozenset[int] | None = None  # ... after one of these tokens; None: after any
+    stop_every: int = 1  # ... where the length is min_len and a multiple of this more
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_len <= self.max_len:
             raise ValueError(
                 f"min_len={self.min_len}, max_len={self.max_len}: need 0 <= min_len <= max_len"
             )
+        if self.stop_every < 1:
+            raise ValueError(f"stop_every={self.stop_every}: need at least 1")
         legal = None if self.legal_tokens is None else set(self.legal_tokens) - {self.stop_token}
         if self.max_len > 0 and legal is not None and not legal:
             raise ValueError("legal_tokens holds no token but the stop token: Z cannot grow")
@@ -75,39 +85,53 @@ class ActionSpace:
         return mask_V
 
     @overload
-    def may_stop(self, length: int, after_tool: bool) -> bool: ...
+    def may_stop(self, length: int, newest: int, after_tool: bool) -> bool: ...
 
     @overload
     def may_stop(
-        self, length: NDArray[np.int64], after_tool: NDArray[np.bool_]
+        self, length: NDArray[np.int64], newest: NDArray[np.int64], after_tool: NDArray[np.bool_]
     ) -> NDArray[np.bool_]: ...
 
-    def may_stop(self, length: Any, after_tool: Any) -> Any:
+    def may_stop(self, length: Any, newest: Any, after_tool: Any) -> Any:
         """Whether ⊤ is open or forced after `length` tokens, unless a tool is speaking.
 
         Args:
-            after_tool: whether a tool inserted the last of them.
+            newest: the last of them; NO_TOKEN after none.
+            after_tool: whether a tool inserted it.
         """
-        narrowed = after_tool | self.must_stop(length) if self.stop_after_tool else True
-        return (length >= self.min_len) & narrowed
+        is_open = (length >= self.min_len) & ((length - self.min_len) % self.stop_every == 0)
+        if self.stop_after_tool:
+            is_open &= after_tool
+        if self.stop_behind is not None:
+            is_open &= _is_in(newest, self.stop_behind)
+        return is_open | self.must_stop(length)
 
     def must_stop(self, length: Any) -> Any:
         """Whether ⊤ is forced after `length` tokens, unless a tool is speaking; int or array."""
         return length >= self.max_len
 
-    def stop_states(self, from_tool: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def stop_states(
+        self,
+        completion: _Tokens,
+        from_tool: Sequence[bool] | NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
         """[L + 1] True at every prefix where the policy may or must stop.
 
         Never where the next token is inserted by a tool. The last state of a completion that the
         policy can produce is always one.
         """
         inserted_L = np.asarray(from_tool, dtype=np.bool_)
-        length_S = np.arange(len(inserted_L) + 1)
-        return self.may_stop(length_S, np.append(False, inserted_L)) & ~np.append(inserted_L, False)
+        newest_S = np.append(NO_TOKEN, np.asarray(completion, dtype=np.int64))
+        may_S = self.may_stop(np.arange(len(newest_S)), newest_S, np.append(False, inserted_L))
+        return may_S & ~np.append(inserted_L, False)
 
-    def stop_positions(self, from_tool: Sequence[bool] | NDArray[np.bool_]) -> NDArray[np.int32]:
+    def stop_positions(
+        self,
+        completion: _Tokens,
+        from_tool: Sequence[bool] | NDArray[np.bool_],
+    ) -> NDArray[np.int32]:
         """[S] the stop states as ascending prefix lengths."""
-        return np.flatnonzero(self.stop_states(from_tool)).astype(np.int32)
+        return np.flatnonzero(self.stop_states(completion, from_tool)).astype(np.int32)
 
     def check(self, completion: Sequence[int], from_tool: Sequence[bool]) -> None:
         """Raise IllegalCompletion when the policy cannot produce `completion`, saying where."""
@@ -119,10 +143,15 @@ class ActionSpace:
             raise IllegalCompletion(
                 f"completion of {len(completion)} tokens is shorter than min_len={self.min_len}"
             )
-        if not self.stop_states(from_tool)[-1]:
+        if not self.stop_states(completion, from_tool)[-1]:
+            rules = {
+                "right after a tool's text (stop_after_tool)": self.stop_after_tool,
+                "after one of certain tokens (stop_behind)": self.stop_behind is not None,
+                f"at a multiple of {self.stop_every} tokens (stop_every)": self.stop_every > 1,
+            }
             raise IllegalCompletion(
                 f"completion of {len(completion)} tokens ends where the policy cannot stop: not "
-                "right after a tool's text (stop_after_tool)"
+                + ", or not ".join(rule for rule, holds in rules.items() if holds)
             )
         chosen = ~np.asarray(from_tool, dtype=np.bool_)
         tokens = np.asarray(completion, dtype=np.int64)
@@ -140,3 +169,8 @@ class ActionSpace:
                 f"completion chooses {int(chosen.sum())} of {len(tokens)} tokens, one of them "
                 f"beyond max_len={self.max_len}; shorten the data or raise max_len"
             )
+
+
+def _is_in(token: Any, tokens: frozenset[int]) -> Any:
+    """Of one token, or of each of an array."""
+    return np.isin(token, list(tokens)) if isinstance(token, np.ndarray) else token in tokens

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lm.action_distribution import ActionDistribution, PolicyDiverged
-from lm.actions import ActionSpace
+from lm.actions import NO_TOKEN, ActionSpace
 from lm.cache import SlotCache, decode_step
 from lm.model import require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill
@@ -137,7 +137,12 @@ class BeamSearch:
 
     def _log_q(self, logits_NV: Tensor, live_N: Tensor, running: _Beams, length: int) -> Tensor:
         """[P, G, W, C] nats of what may follow, -inf behind empty places."""
-        may_stop_N = np.full(len(live_N), self._actions.may_stop(length, after_tool=False))
+        newest_N = np.full(len(live_N), NO_TOKEN)
+        if length:
+            column_N = running.column_PGWT[..., length - 1].flatten()[live_N]
+            newest_N = self._distribution.id_C[column_N].cpu().numpy()
+        length_N, by_tool_N = np.full(len(live_N), length), np.zeros(len(live_N), dtype=np.bool_)
+        may_stop_N = self._actions.may_stop(length_N, newest_N, by_tool_N)
         log_q_NC = self._distribution.log_q(logits_NV, may_stop_N)
         if log_q_NC.isnan().any():
             raise PolicyDiverged(

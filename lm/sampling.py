@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lm.action_distribution import ActionDistribution
-from lm.actions import ActionSpace
+from lm.actions import NO_TOKEN, ActionSpace
 from lm.cache import SlotCache, decode_step
 from lm.model import context_limit, require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill, PromptStore
@@ -100,14 +100,16 @@ class Row:
 
     def may_stop(self, actions: ActionSpace) -> bool:
         """Whether ⊤ is open in the present state, unless a tool is speaking."""
-        return actions.may_stop(len(self.tokens), bool(self.from_tool) and self.from_tool[-1])
+        newest = self.tokens[-1] if self.tokens else NO_TOKEN
+        after_tool = bool(self.from_tool) and self.from_tool[-1]
+        return actions.may_stop(len(self.tokens), newest, after_tool)
 
     def completion(self, actions: ActionSpace) -> Completion:
         return Completion(
             tokens=np.array(self.tokens, dtype=np.int32),
             from_tool=np.array(self.from_tool, dtype=np.bool_),
             log_q_token=np.array(self.log_q, dtype=np.float32),
-            stops=actions.stop_positions(self.from_tool),
+            stops=actions.stop_positions(self.tokens, self.from_tool),
             log_q_stop=np.array(self.log_stop, dtype=np.float32),
         )
 

@@ -136,6 +136,6 @@ class _Batch:
             actions.check(completion, marks)
             next_BS[b, : len(completion)] = completion
             chosen_BT[b, : len(completion)] = ~np.asarray(marks, dtype=np.bool_)
-            may_stop_BS[b, : len(completion) + 1] = actions.stop_states(marks)
+            may_stop_BS[b, : len(completion) + 1] = actions.stop_states(completion, marks)
         open_BS = may_stop_BS & ~actions.must_stop(np.arange(tokens + 1))
         return _Batch(longest, next_BS, chosen_BT, may_stop_BS, open_BS)

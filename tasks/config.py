@@ -17,13 +17,23 @@ from actors.reward_query import RewardKind
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 
 
-class _Lengths(BaseModel):
-    """Between which lengths a completion stops."""
+class Lengths(BaseModel):
+    """Where a completion may stop."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_len: int = Field(default=1, ge=0, description="Tokens of a completion before it may stop.")
     max_len: int = Field(default=24, ge=1, description="Tokens at which it must stop.")
+    stop_every: int = Field(
+        default=1,
+        ge=1,
+        description="Between them it may stop after every so many tokens only, min_len the first.",
+    )
+    stop_behind: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description='... and only after a token that ends with one of these texts, such as "\\n"; '
+        "none: after any.",
+    )
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -32,7 +42,7 @@ class _Lengths(BaseModel):
         return self
 
 
-class ArithmeticConfig(_Lengths):
+class ArithmeticConfig(Lengths):
     """The `[task]` section of a run on arithmetic with a calculator."""
 
     reward_kind: ClassVar[RewardKind] = "suffix"
@@ -84,7 +94,7 @@ class RandomNumberConfig(BaseModel):
         return self
 
 
-class _SentenceConfig(_Lengths):
+class _SentenceConfig(Lengths):
     """What tasks of one sentence share."""
 
     embedder: str | None = Field(
@@ -126,7 +136,7 @@ class ContinuationConfig(_SentenceConfig):
     )
 
 
-class SubjectivityConfig(_Lengths):
+class SubjectivityConfig(Lengths):
     """The `[task]` section of a run on reasons why a review is objective or subjective."""
 
     reward_kind: ClassVar[RewardKind] = "suffix"
@@ -142,7 +152,7 @@ class SubjectivityConfig(_Lengths):
     max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
 
 
-class ToyConfig(_Lengths):
+class ToyConfig(Lengths):
     """The `[task]` section of a run on the enumerable toy."""
 
     tests: ClassVar[tuple[str, ...]] = ()

@@ -54,7 +54,7 @@ def log_reward_of(prompt_key: str, prefix: Sequence[int]) -> float:
 def make_trajectory(prompt_key: str, string: Sequence[int], **changes: Any) -> Trajectory:
     """Scored under the toy's reward; its recorded log q are zeros unless given."""
     from_tool = np.zeros(len(string), dtype=np.bool_)
-    stops = ACTIONS.stop_positions(from_tool)
+    stops = ACTIONS.stop_positions(string, from_tool)
     rewards = [log_reward_of(prompt_key, string[:t]) for t in stops]
     fields: dict[str, Any] = {
         "task": "toy",

@@ -47,6 +47,8 @@ class Toy:
     max_len: int = 4
     tool: Doubling | None = None
     stop_after_tool: bool = False
+    stop_behind: frozenset[int] | None = None
+    stop_every: int = 1
     answer: Tokens = (5,)
     context: Tokens = ()
     wide: bool = False
@@ -63,6 +65,8 @@ class Toy:
             min_len=self.min_len,
             max_len=self.max_len,
             stop_after_tool=self.stop_after_tool,
+            stop_behind=self.stop_behind,
+            stop_every=self.stop_every,
         )
 
     @property
@@ -94,11 +98,16 @@ class Toy:
                 said = self.tool.output(tokens)
                 tokens += said
                 marks += [True] * len(said)
-        behind_tool = bool(marks) and marks[-1]
-        if len(tokens) >= self.max_len or (
-            len(tokens) >= self.min_len and (behind_tool or not self.stop_after_tool)
-        ):
+        if len(tokens) >= self.max_len or self._open(tokens, marks):
             yield tuple(tokens), tuple(marks)
+
+    def _open(self, tokens: Sequence[int], marks: Sequence[bool]) -> bool:
+        """Whether ⊤ competes with tokens behind these."""
+        if len(tokens) < self.min_len or (len(tokens) - self.min_len) % self.stop_every:
+            return False
+        if self.stop_after_tool and not (marks and marks[-1]):
+            return False
+        return self.stop_behind is None or bool(tokens and tokens[-1] in self.stop_behind)
 
     def log_q(self, tokens: Tokens, marks: tuple[bool, ...]) -> float:
         """log q(Z ⊤ | X) by one plain forward for each choice."""
@@ -108,8 +117,7 @@ class Toy:
                 continue
             if t >= self.max_len:
                 break
-            behind_tool = bool(marks[:t]) and marks[t - 1]
-            may_stop = t >= self.min_len and (behind_tool or not self.stop_after_tool)
+            may_stop = self._open(tokens[:t], marks[:t])
             open_actions = [*(self.actions.legal_tokens or ()), *([STOP] if may_stop else [])]
             with torch.no_grad():
                 text = torch.tensor([[*self.prompt.prompt, *tokens[:t]]])

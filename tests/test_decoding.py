@@ -1,7 +1,11 @@
 """Decoding methods against exact enumeration of a model with a handful of completions."""
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +86,24 @@ def test_a_beam_as_wide_as_there_are_completions_ranks_them_all(min_len: int) ->
         assert [h.tokens for h in found] == sorted(exact, key=lambda z: -exact[z])
         log_p = torch.tensor(list(exact.values())).log().sort(descending=True).values.tolist()
         assert [h.log_q for h in found] == pytest.approx(log_p, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", [{"stop_behind": frozenset({1, 3})}, {"stop_every": 2}])
+def test_beams_end_where_the_policy_may_stop_alone(rule: dict[str, Any]) -> None:
+    model, _ = enumerable_policy()
+    actions = replace(space(), **rule)
+    searcher = BeamSearch(model, actions, beams=100, groups=1, penalty=0.0, max_rows=999)
+    expected = {
+        z
+        for length in range(4)
+        for z in itertools.product(LEGAL, repeat=length)
+        if length == 3
+        or ("stop_behind" in rule and z and z[-1] in (1, 3))
+        or ("stop_every" in rule and length in (0, 2))
+    }
+    for found in searcher.search(PROMPTS):
+        assert {h.tokens for h in found} == expected
+        assert sum(math.exp(h.log_q) for h in found) == pytest.approx(1.0, abs=1e-4)
 
 
 def test_one_beam_takes_the_likeliest_action_each_time() -> None:

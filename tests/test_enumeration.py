@@ -25,6 +25,10 @@ TOYS = {
     "stop after tool": Toy(tool=Doubling(), stop_after_tool=True, max_len=5),
     "context": Toy(context=(1, 4, 4)),
     "Y of two tokens": Toy(answer=(5, 1)),
+    "stop behind": Toy(stop_behind=frozenset({1}), max_len=5),
+    "stop behind, tool": Toy(tool=Doubling(), stop_behind=frozenset({2}), min_len=1, max_len=5),
+    "stop every": Toy(stop_every=2, min_len=1, max_len=4),
+    "stop every, tool": Toy(tool=Doubling(), stop_every=2, max_len=5),
     "Y begins legally": Toy(answer=(1, 5), tool=Doubling()),
     "Y alone is legal": Toy(answer=(2,), min_len=1),
 }

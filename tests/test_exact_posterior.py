@@ -22,6 +22,10 @@ TOYS = {
     "tool": Toy(tool=Doubling(), context=(1, 4)),
     "tool, min_len 2": Toy(tool=Doubling(), min_len=2, answer=(5, 5, 1)),
     "stop after tool": Toy(tool=Doubling(), stop_after_tool=True),
+    "stop behind": Toy(stop_behind=frozenset({1}), max_len=5),
+    "stop behind, tool": Toy(tool=Doubling(), stop_behind=frozenset({2}), min_len=1, max_len=5),
+    "stop every": Toy(stop_every=2, min_len=1, max_len=4),
+    "stop every, tool": Toy(tool=Doubling(), stop_every=2, max_len=5),
     "Y begins legally": Toy(answer=(1, 5)),
 }
 every_toy = pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS.keys())

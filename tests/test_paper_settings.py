@@ -122,7 +122,7 @@ def test_rewards_of_these_models_are_those_of_naive_passes(task: str, folder: Pa
         " 6 + 0 = 6" if task == "arithmetic" else " The captain looked at the boat"
     )
     built.actions.check(tokens, [False] * len(tokens))
-    stops = built.actions.stop_positions([False] * len(tokens))
+    stops = built.actions.stop_positions(tokens, [False] * len(tokens))
     item = built.reward_query.item(built.prompts[0], tokens, stops)
     [packed_S] = suffix_log_rewards(base.model, [item], 4096)
     [naive_S] = naive_log_rewards(base.model, [item])

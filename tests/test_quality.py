@@ -23,7 +23,7 @@ def weighted(
 
     What stands at earlier stop states must not enter.
     """
-    stops = ACTIONS.stop_positions([False] * len(log_q))
+    stops = ACTIONS.stop_positions([1] * len(log_q), [False] * len(log_q))
     earlier = len(stops) - 1
     return make_trajectory(
         key,

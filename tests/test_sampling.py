@@ -1,6 +1,7 @@
 """The sampler draws from exactly the policy that scoring describes, row by row."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,15 +17,21 @@ from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("legal", "stop_after_tool"),
-    [(None, False), ((2, CALL, MUTE, 5, 9), False), ((2, CALL, MUTE, 5, 9), True)],
-    ids=["vocabulary", "legal", "stop after tool"],
+    ("legal", "rule"),
+    [
+        (None, {}),
+        ((2, CALL, MUTE, 5, 9), {}),
+        ((2, CALL, MUTE, 5, 9), {"stop_after_tool": True}),
+        ((2, CALL, MUTE, 5, 9), {"stop_behind": frozenset({5, 9})}),
+        ((2, CALL, MUTE, 5, 9), {"stop_every": 3}),
+    ],
+    ids=["vocabulary", "legal", "stop after tool", "stop behind", "stop every"],
 )
 def test_recomputed_log_q_equals_the_record_in_a_ragged_refilled_batch_with_tool_calls(
     tiny_lm: Callable[[str], PreTrainedModel],
     architecture: str,
     legal: tuple[int, ...] | None,
-    stop_after_tool: bool,
+    rule: dict[str, Any],
 ) -> None:
     model = tiny_lm(architecture)
     actions = ActionSpace(
@@ -32,7 +39,7 @@ def test_recomputed_log_q_equals_the_record_in_a_ragged_refilled_batch_with_tool
         legal_tokens=legal,
         min_len=2,
         max_len=9,
-        stop_after_tool=stop_after_tool,
+        **rule,
     )
     requests = mixed_requests(70)
     completions = draw(model, actions, requests, tool=Echo(), max_rows=16)

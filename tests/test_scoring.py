@@ -1,6 +1,7 @@
 """Teacher-forced log-probabilities against token-by-token ones and against total probability."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +27,10 @@ def naive(
 ) -> tuple[list[float], dict[int, float]]:
     """One unpadded forward per prefix; log q per token and per stop state."""
     log_pf, log_stop = [], {}
-    stops = actions.stop_positions(marks).tolist()
+    stops = actions.stop_positions(completion, marks).tolist()
     for t in range(len(completion) + 1):
         logits = model(torch.tensor([[*prompt, *completion[:t]]])).logits[0, -1]
-        mask = actions.mask(len(logits), may_stop=bool(actions.stop_states(marks)[t]))
+        mask = actions.mask(len(logits), may_stop=bool(actions.stop_states(completion, marks)[t]))
         log_q = torch.log_softmax(logits.masked_fill(~torch.from_numpy(mask), -torch.inf), 0)
         if t in stops:
             log_stop[t] = 0.0 if t >= actions.max_len else float(log_q[actions.stop_token])
@@ -74,12 +75,20 @@ def test_stop_is_closed_below_min_len_and_renormalises_the_tokens(
 
 @pytest.mark.parametrize("min_len", [0, 2])
 @pytest.mark.parametrize(
-    ("with_tool", "stop_after_tool"),
-    [(False, False), (True, False), (True, True)],
-    ids=["no tool", "tool", "stop after tool"],
+    ("with_tool", "rule"),
+    [
+        (False, {}),
+        (True, {}),
+        (True, {"stop_after_tool": True}),
+        (False, {"stop_behind": frozenset({1, 3})}),
+        (True, {"stop_behind": frozenset({0, 3})}),
+        (False, {"stop_every": 2}),
+        (True, {"stop_every": 2}),
+    ],
+    ids=["no tool", "tool", "after tool", "behind", "behind, tool", "every", "every, tool"],
 )
 def test_all_completions_of_a_small_space_have_total_probability_one(
-    min_len: int, with_tool: bool, stop_after_tool: bool
+    min_len: int, with_tool: bool, rule: dict[str, Any]
 ) -> None:
     """The tool answers token 2 with tokens 5 and 0: neither is legal, 0 even spells stop."""
     model, _ = enumerable_policy()
@@ -88,7 +97,7 @@ def test_all_completions_of_a_small_space_have_total_probability_one(
         legal_tokens=(1, 2, 3, 4),
         min_len=min_len,
         max_len=3,
-        stop_after_tool=stop_after_tool,
+        **rule,
     )
     completions: list[list[int]] = []
     marks: list[list[bool]] = []
@@ -97,7 +106,10 @@ def test_all_completions_of_a_small_space_have_total_probability_one(
         if with_tool and prefix and prefix[-1] == 2 and not from_tool[-1]:
             prefix, from_tool = [*prefix, 5, 0], [*from_tool, True, True]
         behind_tool = bool(from_tool) and from_tool[-1]
-        closed = stop_after_tool and not behind_tool and len(prefix) < actions.max_len
+        closed = "stop_after_tool" in rule and not behind_tool
+        closed |= "stop_behind" in rule and (not prefix or prefix[-1] not in rule["stop_behind"])
+        closed |= (len(prefix) - min_len) % rule.get("stop_every", 1) > 0
+        closed &= len(prefix) < actions.max_len
         if len(prefix) >= min_len and not closed:
             completions.append(prefix)
             marks.append(from_tool)

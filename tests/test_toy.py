@@ -79,3 +79,19 @@ class _WithoutLetters:
 
     def decode(self, token_ids: list[int]) -> str:
         return "-" * len(token_ids)
+
+
+def test_stop_states_can_be_made_sparse(shipped: LanguageModel) -> None:
+    changes = ['task.stop_behind=["b"]', "task.stop_every=2", "task.min_len=1", "task.tool=true"]
+    config = load_config("tasks/toy.toml", changes)
+    actions = build_task(config.task, shipped.tokenizer).actions
+    letters = {text: shipped.tokenizer.encode(text)[0] for text in LETTERS}
+    assert actions.stop_behind == {letters["b"]} and actions.stop_every == 2
+    tokens = [letters[text] for text in "baabb"]
+    assert actions.stop_positions(tokens, [False] * 5).tolist() == [1, 5]
+
+
+def test_a_text_that_no_choice_ends_with_is_refused(shipped: LanguageModel) -> None:
+    config = load_config("tasks/toy.toml", ['task.stop_behind=["b "]'])
+    with pytest.raises(TokenizerUnfit, match=r"stop_behind: .* ends with 'b '"):
+        build_task(config.task, shipped.tokenizer)

@@ -78,11 +78,12 @@ class SimulatedPolicy:
     def _completion(self) -> Completion:
         length = self._actions.max_len
         from_tool = np.zeros(length, dtype=np.bool_)
-        stops = self._actions.stop_positions(from_tool)
+        tokens = self._rng.choice(self._tokens, length)
+        stops = self._actions.stop_positions(tokens, from_tool)
         log_q_stop = np.full(len(stops), _LOG_PROBABILITY, dtype=np.float32)
         log_q_stop[-1] = 0.0  # forced
         return Completion(
-            tokens=self._rng.choice(self._tokens, length),
+            tokens=tokens,
             from_tool=from_tool,
             log_q_token=np.full(length, _LOG_PROBABILITY, dtype=np.float32),
             stops=stops,

@@ -22,6 +22,7 @@ from tasks.custom import PlainTask
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
+from tasks.stop_rule import narrowed
 from tasks.task import TestItem, Tokenizer
 
 STOP_TEXT = "."
@@ -111,13 +112,14 @@ def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace
         raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     legal = tuple(i for i, text in enumerate(texts) if text and LEGAL_CHARACTERS.issuperset(text))
-    return ActionSpace(
+    actions = ActionSpace(
         stop_token=stop[0],
         legal_tokens=legal,
         min_len=config.min_len,
         max_len=config.max_len,
         stop_after_tool=config.stop_after_tool,
     )
+    return narrowed(actions, config, tokenizer)
 
 
 def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:

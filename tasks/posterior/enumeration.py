@@ -203,7 +203,7 @@ class PrefixTree:
         nodes = [self._nodes[number] for number in number_N]
         speaking_N = np.array([bool(node.pending) for node in nodes])
         may_stop_N = ~speaking_N & [
-            bool(self._actions.stop_states(node.from_tool)[-1]) for node in nodes
+            bool(self._actions.stop_states(node.tokens, node.from_tool)[-1]) for node in nodes
         ]
         prefixes = [(*self._prompt, *node.tokens) for node in nodes]
         log_q_KNC = np.stack(

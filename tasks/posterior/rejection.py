@@ -22,7 +22,7 @@ from scipy.stats import norm
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from lm.actions import ActionSpace
+from lm.actions import NO_TOKEN, ActionSpace
 from lm.model import CausalLM, context_limit
 from lm.sampling import Request, Sampler, Tool
 from tasks.posterior.bounds import Interval
@@ -164,10 +164,12 @@ class Reading:
 
     def _note_end(self) -> None:
         """Z may end here if the policy may stop here."""
-        length = len(self.tokens)
+        if not self._grows or self._pending:
+            return
+        newest = self.tokens[-1] if self.tokens else NO_TOKEN
         after_tool = bool(self._from_tool) and self._from_tool[-1]
-        if self._grows and not self._pending and self._actions.may_stop(length, after_tool):
-            self._ends.append(length)
+        if self._actions.may_stop(len(self.tokens), newest, after_tool):
+            self._ends.append(len(self.tokens))
 
 
 def _continue(

@@ -4,6 +4,8 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.spelling import ANY_WORD, TokenizerUnfit, check_spelling, spell_after
+from tasks.config import Lengths
+from tasks.stop_rule import narrowed
 from tasks.task import Tokenizer
 
 STOP_TEXT = "."
@@ -12,7 +14,7 @@ _IMPOSSIBLE = frozenset('.!?:;\n\r\t"“”<>|\ufffd')
 
 
 def sentence_actions(
-    tokenizer: Tokenizer, *, min_len: int, max_len: int, stop_text: str = STOP_TEXT
+    tokenizer: Tokenizer, config: Lengths, *, stop_text: str = STOP_TEXT
 ) -> ActionSpace:
     """Every token that can stand inside a sentence, or inside a part of one; `stop_text` is ⊤.
 
@@ -24,7 +26,13 @@ def sentence_actions(
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
     impossible = _IMPOSSIBLE | set(stop_text)
     legal = tuple(i for i, text in enumerate(texts) if text and not impossible & set(text))
-    return ActionSpace(stop_token=stop[0], legal_tokens=legal, min_len=min_len, max_len=max_len)
+    actions = ActionSpace(
+        stop_token=stop[0],
+        legal_tokens=legal,
+        min_len=config.min_len,
+        max_len=config.max_len,
+    )
+    return narrowed(actions, config, tokenizer)
 
 
 def demonstrate(

@@ -56,7 +56,7 @@ class Continuation(PlainTask):
 
 def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Continuation:
     """Load the prompts and encode them; raises DataError, TokenizerUnfit."""
-    actions = sentence_actions(tokenizer, min_len=config.min_len, max_len=config.max_len)
+    actions = sentence_actions(tokenizer, config)
     pairs = () if config.demonstrations is None else load_continued(config.demonstrations)
     return Continuation(
         name="continuation",

@@ -105,7 +105,7 @@ def _truth_metrics(
 
 def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
     """Load the stories and encode them; raises DataError, TokenizerUnfit."""
-    actions = sentence_actions(tokenizer, min_len=config.min_len, max_len=config.max_len)
+    actions = sentence_actions(tokenizer, config)
     told: dict[str, tuple[Prompt, Story]] = {}
     for story in load_stories(config.stories):
         prompt = prompt_of(story, tokenizer)

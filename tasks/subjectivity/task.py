@@ -57,9 +57,7 @@ class Subjectivity(PlainTask):
 
 def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subjectivity:
     """Load the reviews and encode them; raises DataError, TokenizerUnfit."""
-    actions = sentence_actions(
-        tokenizer, min_len=config.min_len, max_len=config.max_len, stop_text=_STOP
-    )
+    actions = sentence_actions(tokenizer, config, stop_text=_STOP)
     answers = {label: spell_after(tokenizer, ANY_WORD, answer_text(label)) for label in LABELS}
     bare_answers = {
         label: spell_after(tokenizer, question(ANY_WORD), bare_answer_text(label))

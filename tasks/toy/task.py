@@ -13,6 +13,7 @@ from lm.actions import ActionSpace
 from lm.spelling import TokenizerUnfit, spell
 from tasks.config import ToyConfig
 from tasks.custom import PlainTask
+from tasks.stop_rule import narrowed
 from tasks.task import Tokenizer
 
 LETTERS = "abcd"
@@ -45,14 +46,15 @@ def build_toy(config: ToyConfig, tokenizer: Tokenizer) -> PlainTask:
     if stop is None:
         raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
     tool = LetterSum(letters, trigger=_single("=", tokenizer)) if config.tool else None
+    actions = ActionSpace(
+        stop_token=stop,
+        legal_tokens=(*letters, *(tool.triggers if tool is not None else ())),
+        min_len=config.min_len,
+        max_len=config.max_len,
+    )
     return PlainTask(
         name="toy",
-        actions=ActionSpace(
-            stop_token=stop,
-            legal_tokens=(*letters, *(tool.triggers if tool is not None else ())),
-            min_len=config.min_len,
-            max_len=config.max_len,
-        ),
+        actions=narrowed(actions, config, tokenizer),
         tool=tool,
         prompts=tuple(
             Prompt(
