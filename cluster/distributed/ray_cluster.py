@@ -72,6 +72,11 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     )
 
 
+def leave_cluster() -> None:
+    """Leave the cluster; one that this process started ends with it."""
+    ray.shutdown()
+
+
 def _init(**settings: Any) -> None:
     """Ray's, which would end this process at a SIGTERM that is a request to stop in order."""
     handler = signal.getsignal(signal.SIGTERM)

@@ -6,8 +6,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
-
 from cluster.config.placement import Placement
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
@@ -15,6 +13,7 @@ from cluster.distributed.parts import Parts
 from cluster.distributed.ray_cluster import (
     connect_ray,
     join_cluster,
+    leave_cluster,
     living_nodes,
     may_grow,
     namespace_of,
@@ -105,7 +104,7 @@ class Experiment:
                 rows.append(self._row(actors, rows[0].rate.median if rows else None))
             return rows, self._comparison()
         finally:
-            ray.shutdown()
+            leave_cluster()
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _prepared(self, config: RunConfig, replicas: int | None, address: str | None) -> RunConfig:
