@@ -258,6 +258,7 @@ class Pinged:
 
     def __init__(self) -> None:
         self.answers = True
+        self.starts_at_once = True
         self.restarts = 0
         self.ping = SimpleNamespace(remote=lambda: self)
 
@@ -267,9 +268,10 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Pinged:
     def restart(handle: Pinged, *, no_restart: bool) -> None:
         assert not no_restart
         handle.restarts += 1
-        handle.answers = True
+        handle.answers = handle.starts_at_once
 
     monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs if refs[0].answers else [], []))
+    monkeypatch.setattr("ray.get", lambda ping: None)
     monkeypatch.setattr("ray.kill", restart)
     return Pinged()
 
@@ -280,7 +282,7 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
     clock = Clock(lambda now_s: None)
     monkeypatch.setattr(services, "awake_s", clock.monotonic)
     handle: Any = service
-    watch = ServiceWatch("weight store", handle, timeout_s=60)
+    watch = ServiceWatch("weight store", handle, timeout_s=60, start_timeout_s=300)
 
     def said(seconds: int) -> list[str]:
         lines = []
@@ -297,6 +299,14 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
     ]
     assert service.restarts == 1
     assert said(200) == []
+
+    # One that has been restarted has the time that a start may take, until it answers.
+    service.answers = service.starts_at_once = False
+    assert len(said(70)) == 1
+    assert said(290) == []
+    service.answers = True
+    assert said(200) == []
+    assert service.restarts == 2
 
 
 def test_a_driver_that_was_stopped_does_not_take_its_parts_for_silent(

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
 
 from cluster.distributed.source_check import check_source
 from cluster.run.awake import awake_s
@@ -53,27 +54,53 @@ class ServiceWatch:
     Args:
         name: for people.
         timeout_s: longest that it may leave a ping unanswered.
+        start_timeout_s: longest that it may take to answer after a death, when it starts anew.
     """
 
-    def __init__(self, name: str, handle: ActorHandle, *, timeout_s: float) -> None:
+    def __init__(
+        self, name: str, handle: ActorHandle, *, timeout_s: float, start_timeout_s: float
+    ) -> None:
         self._name = name
         self._handle = handle
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
+        self._starts = False
         self._ping: ray.ObjectRef[Any] | None = None
         self._asked_s = awake_s()
 
     def poll(self) -> str:
         """Why it was killed just now, for people; empty if it was not."""
         now = awake_s()
-        if self._ping is None or ray.wait([self._ping], timeout=0)[0]:  # a death is Ray's to see to
-            if self._ping is None or now - self._asked_s > _PING_EVERY_S:
-                self._ping = self._handle.ping.remote()
-                self._asked_s = now
-        elif now - self._asked_s > self._timeout_s:
+        if self._ping is None:
+            self._send(now)
+        elif ray.wait([self._ping], timeout=0)[0]:
+            self._starts = not _answered(self._ping)  # a death is Ray's to see to
+            if now - self._asked_s > _PING_EVERY_S:
+                self._send(now)
+        elif now - self._asked_s > (patience_s := self._patience_s):
             ray.kill(self._handle, no_restart=False)
             self._ping = None
+            key = "start" if self._starts else "silence"
+            self._starts = True
             return (
-                f"{self._name}: no answer for {self._timeout_s:.0f} s "
-                f"(cluster.silence_timeout_s); replacing it"
+                f"{self._name}: no answer for {patience_s:.0f} s "
+                f"(cluster.{key}_timeout_s); replacing it"
             )
         return ""
+
+    @property
+    def _patience_s(self) -> float:
+        return max(self._timeout_s, self._start_timeout_s if self._starts else 0.0)
+
+    def _send(self, now_s: float) -> None:
+        self._ping = self._handle.ping.remote()
+        self._asked_s = now_s
+
+
+def _answered(ping: "ray.ObjectRef[Any]") -> bool:
+    """Tell whether a ping that has ended was answered, and not cut off by the service's death."""
+    try:
+        ray.get(ping)
+    except RayActorError:
+        return False
+    return True

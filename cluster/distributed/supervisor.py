@@ -53,10 +53,11 @@ class Supervisor:
         self._registry = RemoteRegistry(
             context.replica_registry, timeout_s=config.cluster.answer_timeout_s
         )
-        timeout_s = config.cluster.silence_timeout_s
+        cluster = config.cluster
+        waits = {"timeout_s": cluster.silence_timeout_s, "start_timeout_s": cluster.start_timeout_s}
         self._watches = [
-            ServiceWatch("weight store", context.weight_store, timeout_s=timeout_s),
-            ServiceWatch("replica registry", context.replica_registry, timeout_s=timeout_s),
+            ServiceWatch("weight store", context.weight_store, **waits),
+            ServiceWatch("replica registry", context.replica_registry, **waits),
         ]
         self._telemetry = Telemetry(context.directory.name)
         self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
