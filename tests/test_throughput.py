@@ -289,4 +289,4 @@ def test_the_verb_prints_one_object(tmp_path: Path) -> None:
     assert found["async_over_sync"] > 1.3
     assert found["comparison"]["trajectories"] == 4 * 48
     assert Path(found["plot"]).read_bytes()[:4] == b"\x89PNG"
-    assert not list((tmp_path / "runs").glob("*"))
+    assert list((tmp_path / "runs").iterdir()) == [Path(found["plot"])]  # and no run of its own
