@@ -355,3 +355,55 @@ def test_a_silent_learner_holds_no_other_part_up(monkeypatch: pytest.MonkeyPatch
         clock.sleep(1.0)
     assert set(waited_s) == {0}
     assert learner.phase is Phase.FAILED and "no answer to status for 60 s" in learner.cause
+
+
+def test_a_silent_rank_is_found_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda now_s: None)
+    monkeypatch.setattr(worker_group, "awake_s", clock.monotonic)
+    answers = {"run": False, "rank 0": True, "rank 1": True}
+
+    def wait(refs: list[str], **_: object) -> tuple[list[str], list[str]]:
+        return [r for r in refs if answers[r]], [r for r in refs if not answers[r]]
+
+    monkeypatch.setattr("ray.wait", wait)
+    monkeypatch.setattr("ray.get", lambda refs: [{"said by": ref} for ref in refs])
+    launch: Any = SimpleNamespace(reservation=SimpleNamespace(ready="run"))
+    group = WorkerGroup("reward-0", launch, incarnation=0, config=ClusterConfig())
+    ranks: list[Any] = [
+        SimpleNamespace(status=SimpleNamespace(remote=lambda ref=ref: ref))
+        for ref in ("rank 0", "rank 1")
+    ]
+    group.phase, group.handles = Phase.RUNNING, ranks
+
+    def poll(seconds: int) -> Phase:
+        for _ in range(seconds):
+            clock.sleep(1.0)
+            group.poll()
+        return group.phase
+
+    assert poll(200) is Phase.RUNNING and group.status == {"said by": "rank 0"}
+    answers["rank 1"] = False
+    assert poll(100) is Phase.RUNNING
+    assert poll(30) is Phase.FAILED
+    assert group.cause == (
+        "reward-0: no answer to status from rank 1 of 2 for 120 s (cluster.silence_timeout_s)"
+    )
+
+
+def test_only_a_learner_that_raised_an_error_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked_s: list[float] = []
+    learner = SimpleNamespace(phase=Phase.FAILED, error=None)
+
+    def ask(*, timeout_s: float) -> list[Any]:
+        asked_s.append(timeout_s)
+        return []
+
+    learner.new_rows = learner.new_messages = ask
+    run: Any = SimpleNamespace(_learner=learner, learner_rows=[], _report=print)
+    supervisor.Supervisor._collect_reports(run)
+    assert asked_s == [0.0, 0.0]
+    learner.error = OSError("the disk is full")
+    supervisor.Supervisor._collect_reports(run)
+    assert min(asked_s[2:]) > 0

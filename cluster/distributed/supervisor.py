@@ -327,11 +327,11 @@ class Supervisor:
         """Take over the learner's rows of metrics, and report its messages.
 
         Args:
-            last: wait for all that there is; else for nothing, so that a learner that does not
-                answer holds nobody up.
+            last: wait for all that there is, as is done after an error of the learner's own, whose
+                process lives; else for nothing, so that a dead or silent one holds nobody up.
         """
         failed = self._learner.phase is Phase.FAILED
-        timeout_s = _LAST_WORDS_S if failed or last else 0.0
+        timeout_s = _LAST_WORDS_S if last or self._learner.error is not None else 0.0
         try:
             self.learner_rows.extend(self._learner.new_rows(timeout_s=timeout_s))
             for message in self._learner.new_messages(timeout_s=timeout_s):

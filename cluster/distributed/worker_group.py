@@ -46,7 +46,7 @@ class WorkerGroup:
         launch: its reservation, and what creates the Ray actors there.
         incarnation: how many groups of this name the run had before.
         config: `start_timeout_s` for placing, and again for meeting and starting together;
-            `silence_timeout_s` for a running leader to answer `status`.
+            `silence_timeout_s` for a running rank to answer `status`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class WorkerGroup:
         self._launch = launch
         self.handles: list[ActorHandle] = []
         self._refs: list[ray.ObjectRef[Any]] = [launch.reservation.ready]
-        self._status_ref: ray.ObjectRef[Any] | None = None
+        self._status_refs: list[ray.ObjectRef[Any]] = []
         self._status_requested = 0.0
 
     @property
@@ -145,19 +145,25 @@ class WorkerGroup:
             self.phase = Phase.FINISHED
 
     def _listen(self) -> None:
+        """Ask every rank for its status again and again; the group's is that of rank 0."""
         now = awake_s()
-        if self._status_ref is None:
-            self._status_ref = self.leader.status.remote()
+        if not self._status_refs:
+            self._status_refs = [handle.status.remote() for handle in self.handles]
             self._status_requested = now
-        elif ray.wait([self._status_ref], timeout=0)[0]:
+            return
+        refs = self._status_refs
+        silent = ray.wait(refs, num_returns=len(refs), timeout=0)[1]
+        if not silent:
             try:
-                self.status = ray.get(self._status_ref)
+                self.status = ray.get(refs)[0]
             except Exception as error:
                 self._fail_with(error)
-            self._status_ref = None
+            self._status_refs = []
         elif now - self._status_requested > self._silence_timeout_s:
+            ranks = ", ".join(str(refs.index(ref)) for ref in silent)
+            who = f" from rank {ranks} of {len(refs)}" if len(refs) > 1 else ""
             self._fail(
-                f"no answer to status for {self._silence_timeout_s:.0f} s "
+                f"no answer to status{who} for {self._silence_timeout_s:.0f} s "
                 f"(cluster.silence_timeout_s)"
             )
 
