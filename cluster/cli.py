@@ -153,6 +153,18 @@ def _posterior(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="NAME", required=True, help="whose policy")
+    parser.add_argument("--to", metavar="FOLDER", required=True, help="a new folder, or empty")
+    parser.add_argument("--merge", action="store_true", help="fold the adapter into the base")
+    parser.add_argument(
+        "--dtype", choices=("bf16", "fp32"), help="of the weights (default: as they are)"
+    )
+    parser.add_argument(
+        "--push", metavar="REPO", help="upload it to this repository of the Hugging Face hub too"
+    )
+
+
 def _scale(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", metavar="NAME", required=True, help="a run that goes on")
     parser.add_argument("--actors", metavar="N", type=_number, help="rollout actors from now on")
@@ -239,6 +251,9 @@ _VERBS = {
         "Compare a policy with the exact posterior, or bound its distance",
         (_CONFIG, _JSON, _OVERRIDES),
         _posterior,
+    ),
+    "export": _Verb(
+        "Write a run's policy as a folder that transformers, peft and vLLM load", (), _export
     ),
     "scale": _Verb("Change the actors or replicas of a run that goes on, and wait", (), _scale),
     "throughput": _Verb(

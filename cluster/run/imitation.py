@@ -52,6 +52,12 @@ def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
     return Learned(replay=draws, actions=task.actions, objective=MaximumLikelihood())
 
 
+def learns_texts(config: RunConfig, task: Task) -> bool:
+    """Whether the run learns whole texts, which any token may continue, rather than Z alone."""
+    traits = config.learner.traits
+    return traits.trains_model or (traits.imitates and isinstance(task, AnsweredTask))
+
+
 def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:
     """Texts Z Y behind X as the frozen LM reads it: `em.rationales` for every prompt of the task.
 
