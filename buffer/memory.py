@@ -8,11 +8,11 @@ from threading import RLock
 
 import msgpack
 
-from buffer.admission import advantages
+from buffer.admission import Plan, advantages
 from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats, summarise
-from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Change, Commit, StoredItem
+from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, StoredItem
 from buffer.trajectory import MalformedTrajectory, unpack
 
 FORMAT = 1
@@ -68,30 +68,33 @@ class MemoryStore:
         """All of it, as of one instant."""
         with self._lock:
             values = [dict(getattr(self._state, entry.name)) for entry in fields(_State)]
-            data: bytes = msgpack.packb([FORMAT, *values])
-        return data
+            return msgpack.packb([FORMAT, *values])
 
-    def commit(self, change: Change, arrival: Arrival | None, limits: BufferConfig) -> Commit:
-        """See `Store.commit`."""
+    def commit(
+        self,
+        prompt: str,
+        revision: int,
+        plan: Plan,
+        arrival: Arrival | None,
+        limits: BufferConfig,
+    ) -> Commit:
         with self._lock:
-            state, plan = self._state, change.plan
+            state = self._state
             if arrival is not None and arrival.digest in state.accepted:
                 return Commit("repeated")
-            if state.revision[change.prompt] != change.revision:
+            if state.revision[prompt] != revision:
                 return Commit("conflict")
             for id in plan.removed:
-                self._forget_item(id, change.prompt)
-            for write in change.writes:
-                state.payload[write.id] = write.payload
-                state.prompts.setdefault(change.prompt, {})[write.id] = write.log_reward
-                state.revision[change.prompt] += 1
-                state.duplicates[write.id] += write.duplicates
-                state.near_replaced[write.id] += write.near_replaced
-            evicted = self._evict(change, limits.capacity)
-            state.meta["offered"] += change.offered
-            state.meta["evicted_capacity"] += evicted
-            for name in ("duplicates", "near_rejected", "near_replaced", "evicted_quota"):
-                state.meta[name] += getattr(plan, name)
+                self._forget_item(id, prompt)
+            for put in plan.put:
+                id = put.item.id
+                state.payload[id] = put.item.payload
+                state.prompts.setdefault(prompt, {})[id] = put.item.log_reward
+                state.revision[prompt] += 1
+                state.duplicates[id] += put.duplicates
+                state.near_replaced[id] += put.near_replaced
+            evicted = self._evict(prompt, plan, limits.capacity)
+            state.meta.update(plan.counts, evicted_capacity=evicted)
             if arrival is None:
                 return Commit("none", evicted)
             return Commit("queued" if self._queue(arrival, limits) else "expired", evicted)
@@ -99,7 +102,6 @@ class MemoryStore:
     def draw(
         self, num_groups: int, version: int, limits: BufferConfig
     ) -> tuple[int, list[tuple[int, bytes]]]:
-        """See `Store.draw`."""
         with self._lock:
             state = self._state
             state.meta["version"] = version
@@ -120,7 +122,6 @@ class MemoryStore:
             return eligible, drawn
 
     def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
-        """See `Store.read_prompt`."""
         with self._lock:
             return self._state.revision[prompt], [
                 StoredItem(id, log_reward, self._state.payload.get(id))
@@ -130,7 +131,6 @@ class MemoryStore:
     def read_completions(
         self, prompt: str, shortest: int, longest: int
     ) -> tuple[int, list[StoredItem]]:
-        """See `Store.read_completions`."""
         with self._lock:
             revision, items = self.read_prompt(prompt)
             return revision, [
@@ -139,18 +139,15 @@ class MemoryStore:
             ]
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
-        """See `Store.rank`."""
         with self._lock:
             return [self._ranked(prompt) for prompt in prompts]
 
     def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
-        """See `Store.fetch`."""
         with self._lock:
             self._state.sampled.update(id for id in ids if id in self._state.payload)
             return [self._state.payload.get(id) for id in ids]
 
     def quarantine_item(self, id: str, prompt: str) -> None:
-        """See `Store.quarantine_item`."""
         with self._lock:
             if id in self._state.prompts.get(prompt, {}):
                 self._keep_evidence(f"item:{id}", self._state.payload.get(id, b""))
@@ -158,7 +155,6 @@ class MemoryStore:
                 self._state.meta["quarantined"] += 1
 
     def quarantine_group(self, number: int, payload: bytes) -> None:
-        """See `Store.quarantine_group`."""
         with self._lock:
             if number not in self._state.fresh:  # its last draw has counted it as exhausted
                 self._state.meta["groups_exhausted"] -= 1
@@ -167,17 +163,14 @@ class MemoryStore:
             self._keep_evidence(f"group:{number}", payload)
 
     def depth(self) -> int:
-        """See `Store.depth`."""
         with self._lock:
             return len(self._state.fresh) - len(self._state.draws)
 
     def prompts(self) -> list[str]:
-        """See `Store.prompts`."""
         with self._lock:
             return sorted(self._state.revision)
 
     def stats(self) -> ReplayStats:
-        """See `Store.stats`."""
         with self._lock:
             state = self._state
             return summarise(
@@ -190,7 +183,6 @@ class MemoryStore:
             )
 
     def contents(self) -> Contents:
-        """See `Store.contents`."""
         with self._lock:
             state = self._state
             return Contents(
@@ -217,17 +209,17 @@ class MemoryStore:
             for id, advantage in advantages(items).items():
                 yield advantage, id, prompt
 
-    def _evict(self, change: Change, capacity: int) -> int:
+    def _evict(self, prompt: str, plan: Plan, capacity: int) -> int:
         """Make room; how many items went."""
         excess = len(self._state.payload) - capacity
         if excess <= 0:
             return 0
-        if change.keep_stored:
-            victims = [(write.id, change.prompt) for write in list(change.writes)[-excess:]]
+        if plan.keep_stored:
+            victims = [(put.item.id, prompt) for put in plan.put[-excess:]]
         else:
             victims = [(id, p) for _, id, p in heapq.nsmallest(excess, self._priorities())]
-        for id, prompt in victims:
-            self._forget_item(id, prompt)
+        for id, owner in victims:
+            self._forget_item(id, owner)
         return len(victims)
 
     def _queue(self, arrival: Arrival, limits: BufferConfig) -> bool:

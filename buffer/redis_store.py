@@ -10,18 +10,14 @@ from typing import Any
 import redis
 from redis.client import Pipeline
 
+from buffer.admission import COUNTED, Plan
 from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.connection import naming_errors
 from buffer.stats import ReplayStats, summarise
-from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Change, Commit, StoredItem
+from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, StoredItem
 
 FORMAT = b"2"
-OLD_FORMAT = b"1"  # differs in the scores of `priority` alone
-SCRIPTS = (
-    *("commit", "completions", "draw", "fetch", "quarantine", "read"),
-    *("snapshot", "summary", "upgrade"),
-)
 ID_LENGTH = 32
 
 
@@ -57,29 +53,28 @@ class RedisStore:
         self.client = client
         self.place = address(client)
         self._prefix = f"{{amortize:{run}}}"
-        self._scripts = {name: client.register_script(source(name)) for name in SCRIPTS}
+        folder = resources.files("buffer") / "lua"
+        shared = (folder / "store.lua").read_text()
+        self._scripts = {
+            file.name.removesuffix(".lua"): client.register_script(shared + file.read_text())
+            for file in folder.iterdir()
+        }
         self._claim()
 
-    def commit(self, change: Change, arrival: Arrival | None, limits: BufferConfig) -> Commit:
-        """See `Store.commit`."""
-        plan = change.plan
-        arguments: list[str | int | float | bytes] = [
-            change.prompt,
-            change.revision,
-            limits.capacity,
-            int(change.keep_stored),
-            change.offered,
-            plan.duplicates,
-            plan.near_rejected,
-            plan.near_replaced,
-            plan.evicted_quota,
-            len(plan.removed),
-            *plan.removed,
-            len(change.writes),
-        ]
-        for write in change.writes:
-            arguments += (write.id, write.log_reward, write.payload)
-            arguments += (write.duplicates, write.near_replaced)
+    def commit(
+        self,
+        prompt: str,
+        revision: int,
+        plan: Plan,
+        arrival: Arrival | None,
+        limits: BufferConfig,
+    ) -> Commit:
+        arguments: list[Any] = [prompt, revision, limits.capacity, int(plan.keep_stored)]
+        arguments += [plan.counts[name] for name in COUNTED]
+        arguments += [len(plan.removed), *plan.removed, len(plan.put)]
+        for put in plan.put:
+            arguments += (put.item.id, put.item.log_reward, put.item.payload)
+            arguments += (put.duplicates, put.near_replaced)
         if arrival is not None:
             arguments += (arrival.digest, arrival.version, limits.max_age)
             arguments += (limits.fresh_capacity, REMEMBERED_GROUPS, arrival.payload)
@@ -89,22 +84,18 @@ class RedisStore:
     def draw(
         self, num_groups: int, version: int, limits: BufferConfig
     ) -> tuple[int, list[tuple[int, bytes]]]:
-        """See `Store.draw`."""
         eligible, drawn = self.call("draw", num_groups, version, limits.max_age, limits.max_draws)
         return eligible, [(int(seq), payload) for seq, payload in by_two(drawn)]
 
     def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
-        """See `Store.read_prompt`."""
         return stored_items(*self.call("read", prompt))
 
     def read_completions(
         self, prompt: str, shortest: int, longest: int
     ) -> tuple[int, list[StoredItem]]:
-        """See `Store.read_completions`."""
         return stored_items(*self.call("completions", prompt, shortest, longest))
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
-        """See `Store.rank`."""
 
         def read(pipeline: Pipeline) -> None:
             for prompt in prompts:
@@ -113,29 +104,22 @@ class RedisStore:
         return [[(id.decode(), score) for id, score in ranked] for ranked in self.pipeline(read)]
 
     def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
-        """See `Store.fetch`."""
-        payloads: list[bytes | None] = self.call("fetch", *ids)
-        return payloads
+        return self.call("fetch", *ids)
 
     def quarantine_item(self, id: str, prompt: str) -> None:
-        """See `Store.quarantine_item`."""
         self.call("quarantine", "item", id, prompt, KEPT_EVIDENCE)
 
     def quarantine_group(self, number: int, payload: bytes) -> None:
-        """See `Store.quarantine_group`."""
         self.call("quarantine", "group", f"{number:016d}", payload, KEPT_EVIDENCE)
 
     def depth(self) -> int:
-        """See `Store.depth`."""
         return int(self.read("ZCARD", "undrawn"))
 
     def prompts(self) -> list[str]:
-        """See `Store.prompts`."""
         return sorted(prompt.decode() for prompt in self.read("HKEYS", "revision"))
 
     def stats(self) -> ReplayStats:
-        """See `Store.stats`; reads the index of fresh groups and one number per drawn item."""
-
+        # Reads the index of fresh groups and one number per drawn item.
         def read(pipeline: Pipeline) -> None:
             pipeline.hgetall(self.key("meta"))
             pipeline.zcard(self.key("priority"))
@@ -155,7 +139,6 @@ class RedisStore:
         )
 
     def contents(self) -> Contents:
-        """See `Store.contents`."""
         answer = self.call("snapshot")
         meta, payload, priority, fresh, undrawn, groups, draws, *tallies, prompts = answer
         sampled, duplicates, near_replaced = (numbers(dict(by_two(tally))) for tally in tallies)
@@ -180,7 +163,6 @@ class RedisStore:
         )
 
     def key(self, name: str) -> str:
-        """Full name of a key."""
         return f"{self._prefix}:{name}"
 
     def read(self, command: str, key: str, *arguments: str | int) -> Any:
@@ -210,20 +192,13 @@ class RedisStore:
                     " Give the run another name, or delete the key"
                 )
             self.client.hsetnx(meta, "format", FORMAT)
-            if self.client.hget(meta, "format") == OLD_FORMAT:
-                self.call("upgrade")
+            self.call("upgrade")
             found = self.client.hget(meta, "format")
         if found != FORMAT:
             raise ForeignKeys(
                 f"the buffer under {meta} at {self.place} has format {found!r}, this program"
                 f" writes {FORMAT!r}. Give the run another name"
             )
-
-
-def source(script: str) -> str:
-    """Text of a script, below the functions that all of them share."""
-    folder = resources.files("buffer") / "lua"
-    return "".join((folder / f"{name}.lua").read_text() for name in ("store", script))
 
 
 def address(client: redis.Redis) -> str:

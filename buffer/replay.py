@@ -14,7 +14,7 @@ from buffer.config import BufferConfig
 from buffer.stats import ReplayStats
 from buffer.store import Reader, Store
 from buffer.trajectory import Trajectory
-from buffer.writer import AddReport, Writer, total
+from buffer.writer import AddReport, accept, total
 
 log_warning = logging.getLogger("buffer").warning
 POLL_S = 0.01
@@ -54,11 +54,9 @@ class Replay(Protocol):
         Raises:
             BufferStarved: too few came within `timeout_s`.
         """
-        ...
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """Take drawn trajectories out of replay for good."""
-        ...
 
 
 class ReplayBuffer:
@@ -83,7 +81,6 @@ class ReplayBuffer:
     ) -> None:
         self._store = store
         self._reader = Reader(store, warn=warn)
-        self._writer = Writer(store, self._reader, config)
         self._config = config
         self.waited_s = 0.0  # for groups, in all draws of this client
 
@@ -93,7 +90,7 @@ class ReplayBuffer:
         Once this returns they survive the death of this process and, on a Redis with
         `appendfsync always`, that of the server.
         """
-        return self._writer.accept(group, queue=True)
+        return accept(group, self._store, self._reader, self._config, queue=True)
 
     def seed(self, trajectories: Sequence[Trajectory]) -> AddReport:
         """Put trajectories of any prompts, such as demonstrations, into replay only.
@@ -104,7 +101,8 @@ class ReplayBuffer:
         by_prompt: dict[str, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_prompt.setdefault(trajectory.prompt_key, []).append(trajectory)
-        return total([self._writer.accept(same, queue=False) for same in by_prompt.values()])
+        parts = (self._store, self._reader, self._config)
+        return total([accept(group, *parts, queue=False) for group in by_prompt.values()])
 
     def draw(self, request: DrawRequest) -> list[Group]:
         """The freshest groups, each joined by up to `num_replayed` draws from its prompt's replay.

@@ -12,7 +12,7 @@ from typing import Self
 from buffer import watchdog
 from buffer.config import BufferConfig
 from buffer.connection import BufferUnreachable, WrongPassword, connect, durability
-from buffer.endpoint import PortInUse, configuration, listening_url, port_in_use, ports
+from buffer.endpoint import CannotListen, configuration, listening_url, ports
 from buffer.executable import find_executable
 from buffer.folder import (
     Owner,
@@ -21,7 +21,6 @@ from buffer.folder import (
     keep_password,
     lock_folder,
     read_owner,
-    read_password,
     write_owner,
     write_private,
 )
@@ -32,11 +31,11 @@ KILLED_S = 10.0  # for the watchdog to see that its killed server has ended
 
 
 class ServerFailed(RuntimeError):
-    """The managed redis-server did not start, or not as it should."""
+    """The managed redis-server did not start or stop as it should, or not in time."""
 
 
-class ServerTimeout(TimeoutError):
-    """The managed redis-server was too slow to start or to stop."""
+class NeverServed(FileNotFoundError):
+    """No redis-server was ever started on the folder."""
 
 
 class RedisServer:
@@ -60,31 +59,35 @@ class RedisServer:
     ) -> Self:
         """Start on a folder, new or of the same run, and wait until it answers.
 
-        Raises NoRedisServer, ForeignFolder, FolderInUse, PortInUse, ServerFailed, ServerTimeout.
+        Raises NoRedisServer, ForeignFolder, FolderInUse, CannotListen, ServerFailed.
         """
         folder = folder.resolve()
         executable = find_executable()
         owner = claim_folder(folder, run=run, executable=executable)
-        lock = lock_folder(folder)
+        lock, log = lock_folder(folder), folder / "redis.log"
+        log.touch()
         try:
             password = keep_password(folder, configured_password(config))
             for port in ports(config, last=owner.port):
                 url = listening_url(folder, config, port)
                 settings = configuration(folder, config, port=port, password=password)
                 write_private(folder / "redis.conf", settings)
-                logged = log_size(folder)
+                logged = log.stat().st_size
                 process = spawn([executable.path, str(folder / "redis.conf")], folder, lock)
                 pid = wait_until_ready(process, url, password, timeout_s)
                 if pid is not None:
                     write_owner(folder, Owner(run, executable.version, port))
                     return cls(process, url=url, password=password, pid=pid)
-                tail = (folder / "redis.log").read_bytes()[logged:].decode(errors="replace")
+                tail = log.read_bytes()[logged:].decode(errors="replace")
                 if "Address already in use" not in tail:
                     raise ServerFailed(
                         f"{executable.path} ended with status {process.returncode} while starting"
                         f" on {folder}; redis.log says: {tail[-LOG_TAIL:] or 'nothing'}"
                     )
-            raise PortInUse(port_in_use(config.address, port))
+            raise CannotListen(
+                f"every free port of {config.address} was taken before redis-server had it, the"
+                f" last one {port}. Set buffer.port"
+            )
         finally:
             # The server's watchdog holds the lock from here on.
             os.close(lock)
@@ -94,7 +97,7 @@ class RedisServer:
         return self._process.poll() is None
 
     def stop(self, *, timeout_s: float) -> None:
-        """End it in order. Raises ServerTimeout after killing one that does not end."""
+        """End it in order. Raises ServerFailed after killing one that does not end."""
         self._process.terminate()
         try:
             self._process.wait(timeout=timeout_s)
@@ -102,7 +105,7 @@ class RedisServer:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             self._process.wait(timeout=KILLED_S)
-            raise ServerTimeout(
+            raise ServerFailed(
                 f"redis-server {self.pid} at {self.url} did not stop within {timeout_s} s and was"
                 " killed; what it had acknowledged is on disk"
             ) from None
@@ -114,8 +117,13 @@ def reach(folder: Path, config: BufferConfig) -> tuple[str, str]:
     Raises NeverServed, ForeignFolder.
     """
     folder = folder.resolve()
-    url = listening_url(folder, config, read_owner(folder).port)
-    return url, read_password(folder)
+    try:
+        owner, password = read_owner(folder), (folder / "password").read_text()
+    except FileNotFoundError:
+        raise NeverServed(
+            f"no redis-server was ever started on {folder}; wait until its run has one"
+        ) from None
+    return listening_url(folder, config, owner.port), password
 
 
 def spawn(command: list[str], folder: Path, lock: int) -> subprocess.Popen[bytes]:
@@ -135,19 +143,23 @@ def spawn(command: list[str], folder: Path, lock: int) -> subprocess.Popen[bytes
 def wait_until_ready(
     process: subprocess.Popen[bytes], url: str, password: str, timeout_s: float
 ) -> int | None:
-    """Process id of the server once it answers, None if it ended.
+    """Process id of the server once it answers, None if it ended; after an error it is ended.
 
-    Reading a long log takes a while, in which it does not answer. A process that raises an error
-    here is ended.
+    Reading a long log takes a while, in which it does not answer.
     """
     deadline_s = time.monotonic() + timeout_s
     try:
         while process.poll() is None:
             # A refusal comes from whoever took the port; ours is about to end.
-            with contextlib.suppress(BufferUnreachable, WrongPassword):
-                return answering(url, password, timeout_s)
+            with (
+                contextlib.suppress(BufferUnreachable, WrongPassword),
+                connect(url, password=password, timeout_s=timeout_s) as client,
+            ):
+                if (found := durability(client)) != "always":
+                    raise ServerFailed(f"redis-server at {url} runs with appendfsync {found}")
+                return int(client.info("server")["process_id"])
             if time.monotonic() > deadline_s:
-                raise ServerTimeout(
+                raise ServerFailed(
                     f"redis-server at {url} did not answer within {timeout_s} s of its start;"
                     " a long log takes longer to read: raise the limit"
                 )
@@ -157,17 +169,3 @@ def wait_until_ready(
         process.wait(timeout=timeout_s)
         raise
     return None
-
-
-def answering(url: str, password: str, timeout_s: float) -> int:
-    """Process id of a server that answers; raises ServerFailed if it does not sync every write."""
-    with connect(url, password=password, timeout_s=timeout_s) as client:
-        if (found := durability(client)) != "always":
-            raise ServerFailed(f"redis-server at {url} runs with appendfsync {found}")
-        return int(client.info("server")["process_id"])
-
-
-def log_size(folder: Path) -> int:
-    """Bytes in redis.log so far."""
-    path = folder / "redis.log"
-    return path.stat().st_size if path.exists() else 0

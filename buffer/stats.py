@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
+_BY_RULE = ("duplicates", "near_rejected", "near_replaced", "evicted_quota", "evicted_capacity")
+LEAVING_REPLAY = (*_BY_RULE, "quarantined")
+LEAVING_FRESH = ("groups_exhausted", "groups_expired", "groups_dropped", "groups_quarantined")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
     """Since the run began. Replay counts trajectories, fresh counts groups.
 
-    offered = stored + duplicates + near_rejected + near_replaced + evicted_quota
-              + evicted_capacity + quarantined
-    groups_accepted = waiting + groups_exhausted + groups_expired + groups_dropped
-              + groups_quarantined
+    What was accepted is stored, or has left in one of the ways of LEAVING_REPLAY, LEAVING_FRESH.
     """
 
     offered: int = 0
@@ -33,28 +34,6 @@ class Counters:
     def read(cls, meta: Mapping[str, int]) -> Self:
         """The counters among other numbers by name; what is missing was never counted."""
         return cls(**{field.name: meta.get(field.name, 0) for field in fields(cls)})
-
-    @property
-    def left_replay(self) -> int:
-        """Trajectories offered to replay that are not in it."""
-        return (
-            self.duplicates
-            + self.near_rejected
-            + self.near_replaced
-            + self.evicted_quota
-            + self.evicted_capacity
-            + self.quarantined
-        )
-
-    @property
-    def left_fresh(self) -> int:
-        """Groups accepted that no longer wait."""
-        return (
-            self.groups_exhausted
-            + self.groups_expired
-            + self.groups_dropped
-            + self.groups_quarantined
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,29 +23,6 @@ REMEMBERED_GROUPS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Write:
-    """One item to write into the replay of a prompt."""
-
-    id: str
-    log_reward: float  # terminal, nats
-    payload: bytes
-    duplicates: int  # newcomers that came under this id when it was stored
-    near_replaced: int  # items that made way for it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A plan for one prompt, which holds for one revision of it."""
-
-    prompt: str
-    revision: int
-    offered: int  # newcomers
-    plan: Plan
-    writes: Sequence[Write]
-    keep_stored: bool  # where there is no room, these writes go again, and nothing else
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
     """A group that is to wait for the learner."""
 
@@ -55,7 +32,7 @@ class Arrival:
 
 
 class Commit(NamedTuple):
-    """What became of a change and its group; a conflict and a repetition change nothing."""
+    """What became of a plan and its group; a conflict and a repetition change nothing."""
 
     fate: Literal["conflict", "repeated", "none", "queued", "expired"]
     evicted_capacity: int = 0
@@ -75,15 +52,20 @@ class Store(Protocol):
     @property
     def place(self) -> str:
         """Where it is, for messages; without a password."""
-        ...
 
-    def commit(self, change: Change, arrival: Arrival | None, limits: BufferConfig) -> Commit:
-        """Carry out a change, and queue its group, if the prompt is still at its revision.
+    def commit(
+        self,
+        prompt: str,
+        revision: int,
+        plan: Plan,
+        arrival: Arrival | None,
+        limits: BufferConfig,
+    ) -> Commit:
+        """Carry out a plan, and queue its group, if the prompt is still at the revision.
 
         Then evicts what exceeds the capacity: of all trajectories those furthest below the best of
         their prompt. The best of a prompt goes only where there are more prompts than capacity.
         """
-        ...
 
     def draw(
         self, num_groups: int, version: int, limits: BufferConfig
@@ -92,11 +74,9 @@ class Store(Protocol):
 
         Returns the number of groups that were eligible, and (arrival number, payload) of each.
         """
-        ...
 
     def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
         """Revision and replay of one prompt, the worst item first, equals by id."""
-        ...
 
     def read_completions(
         self, prompt: str, shortest: int, longest: int
@@ -106,47 +86,30 @@ class Store(Protocol):
         No bytes for a completion whose length lies outside the two, None for one that cannot be
         read. Where `shortest` is above `longest` nothing is read.
         """
-        ...
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
         """Ids and log-rewards of each prompt's replay, in the order of `read_prompt`."""
-        ...
 
     def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
         """Payloads of items that are drawn from replay, counting the draw; None for those gone."""
-        ...
 
     def quarantine_item(self, id: str, prompt: str) -> None:
         """Take an item out of replay, and keep its bytes as evidence."""
-        ...
 
     def quarantine_group(self, number: int, payload: bytes) -> None:
         """Take a drawn group out of the way, and keep its bytes as evidence."""
-        ...
 
     def depth(self) -> int:
         """Fresh groups that were never drawn."""
-        ...
 
     def prompts(self) -> list[str]:
         """Every prompt that was ever written, sorted."""
-        ...
 
     def stats(self) -> ReplayStats:
         """Sizes, ages and counters."""
-        ...
 
     def contents(self) -> Contents:
         """Everything, for the audit."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPrompt:
-    """The replay of one prompt as of one revision; worst first."""
-
-    revision: int
-    items: list[Item]  # without completions that none of the lengths asked for can be near
 
 
 class Reader:
@@ -159,11 +122,10 @@ class Reader:
         self._store = store
         self._warn = warn
 
-    def prompt(self, prompt: str, lengths: tuple[int, int]) -> StoredPrompt:
-        """The replay of one prompt as `plan` sees it.
+    def prompt(self, prompt: str, lengths: tuple[int, int]) -> tuple[int, list[Item]]:
+        """Revision and replay of one prompt as `plan` sees it, the worst item first.
 
-        Args:
-            lengths: from and to which completions are read; the others count as empty.
+        Completions whose length lies outside the two count as empty.
         """
         revision, found = self._store.read_completions(prompt, *lengths)
         items = []
@@ -173,7 +135,7 @@ class Reader:
             else:
                 completion = np.frombuffer(data, "<i4").astype(np.int32, copy=False)
                 items.append(Item(id, completion, log_reward))
-        return StoredPrompt(revision, items)
+        return revision, items
 
     def trajectories(self, prompt: str) -> list[Trajectory]:
         """Everything readable in the replay of one prompt, worst first."""

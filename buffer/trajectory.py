@@ -65,13 +65,8 @@ class Trajectory:
     def id(self) -> str:
         """Hex blake2b-128 of task, prompt and completion: equal content, equal id."""
         digest = hashlib.blake2b(digest_size=16)
-        fields = (
-            self.task.encode(),
-            self.prompt_key.encode(),
-            self.prompt.tobytes(),
-            self.completion.tobytes(),
-        )
-        for field in fields:
+        texts, rows = (self.task, self.prompt_key), (self.prompt, self.completion)
+        for field in (*(text.encode() for text in texts), *(row.tobytes() for row in rows)):
             # The length goes first, so that no two lists of fields share their bytes.
             digest.update(len(field).to_bytes(8, "little"))
             digest.update(field)
@@ -233,8 +228,7 @@ def unpack(data: bytes) -> Trajectory:
 
 def pack_group(payloads: Sequence[bytes]) -> bytes:
     """Bytes of the packed trajectories of one group."""
-    data: bytes = msgpack.packb(list(payloads))
-    return data
+    return msgpack.packb(list(payloads))
 
 
 def unpack_group(data: bytes) -> tuple[Trajectory, ...]:

@@ -12,10 +12,9 @@ import redis
 from buffer.browser import PORTION, ReplayBrowser, Summary, Tally
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from buffer.folder import NeverServed
 from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
-from buffer.server import RedisServer, reach
+from buffer.server import NeverServed, RedisServer, reach
 from tests.buffer_toy import random_trajectory, toy_request, toy_trajectory
 
 

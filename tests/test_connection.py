@@ -18,12 +18,12 @@ from buffer.connection import (
     connect,
     redacted,
 )
-from buffer.endpoint import BadAddress, PortInUse
+from buffer.endpoint import CannotListen
 from buffer.executable import NoRedisServer
 from buffer.folder import FolderInUse, ForeignFolder
 from buffer.redis_store import ForeignKeys, RedisStore
 from buffer.replay import BufferStarved, ReplayBuffer
-from buffer.server import ServerFailed, ServerTimeout
+from buffer.server import NeverServed, ServerFailed
 from buffer.writer import BufferContended
 from tests.buffer_toy import serving, toy_trajectory
 
@@ -95,8 +95,8 @@ def test_an_address_of_no_known_kind_is_refused() -> None:
 def test_every_error_pickles() -> None:
     kinds = (
         *(BufferUnreachable, WrongPassword, NotOurRedis, NoRedisServer, FolderInUse),
-        *(ForeignFolder, BufferContended, BadAddress, PortInUse, BufferStarved),
-        *(ServerFailed, ServerTimeout, ForeignKeys),
+        *(ForeignFolder, BufferContended, CannotListen, BufferStarved),
+        *(ServerFailed, NeverServed, ForeignKeys),
     )
     for kind in kinds:
         again = pickle.loads(pickle.dumps(kind("what, where, remedy")))

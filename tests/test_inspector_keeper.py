@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from buffer.connection import BufferUnreachable, connect
-from buffer.folder import NeverServed
 from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
-from buffer.server import RedisServer
+from buffer.server import NeverServed, RedisServer
 from cluster.inspector.command import ray_address, the_run_of_interest
 from cluster.inspector.keeper import BufferKeeper
 from cluster.run.directory import RunDirectory, RunMissing, first_state

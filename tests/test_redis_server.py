@@ -15,12 +15,13 @@ import pytest
 
 from buffer import executable
 from buffer.config import BufferConfig
-from buffer.endpoint import BadAddress, PortInUse
+from buffer.connection import WrongPassword
+from buffer.endpoint import CannotListen
 from buffer.executable import NoRedisServer, find_executable
-from buffer.folder import BadPasswordFile, FolderInUse, ForeignFolder, configured_password
+from buffer.folder import FolderInUse, ForeignFolder, configured_password
 from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
-from buffer.server import RedisServer, ServerFailed, ServerTimeout
+from buffer.server import RedisServer, ServerFailed
 from tests.buffer_toy import serving, toy_trajectory
 
 ROOMY = BufferConfig(capacity=10**6, quota_per_prompt=10**6, near_duplicate_tolerance=0)
@@ -82,7 +83,7 @@ def test_the_server_ends_when_its_watchdog_is_killed(tmp_path: Path) -> None:
 def test_a_server_that_does_not_stop_is_killed_with_a_named_error(tmp_path: Path) -> None:
     server = RedisServer.start(tmp_path, run="toy", config=ROOMY)
     os.kill(server.pid, signal.SIGSTOP)
-    with pytest.raises(ServerTimeout, match=r"did not stop within 0\.2 s"):
+    with pytest.raises(ServerFailed, match=r"did not stop within 0\.2 s"):
         server.stop(timeout_s=0.2)
     assert not server.alive() and not runs(server.pid)
 
@@ -103,14 +104,14 @@ def test_a_unix_socket_serves_as_well(
 
 
 def test_a_socket_path_that_no_kernel_takes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadAddress, match="longer than 100 bytes"):
+    with pytest.raises(CannotListen, match="longer than 100 bytes"):
         RedisServer.start(tmp_path / ("x" * 100), run="toy", config=BufferConfig(transport="unix"))
 
 
 def test_a_configured_port_in_use_is_an_error(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(PortInUse, match=f"port {port} of 127.0.0.1 is in use"):
+        with pytest.raises(CannotListen, match=f"port {port} of 127.0.0.1 is in use"):
             RedisServer.start(tmp_path, run="toy", config=BufferConfig(port=port))
 
 
@@ -122,7 +123,7 @@ def test_a_chosen_port_that_was_taken_meanwhile_is_given_up(tmp_path: Path) -> N
 
 
 def test_an_address_of_another_machine_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadAddress, match=r"buffer\.bind"):
+    with pytest.raises(CannotListen, match=r"buffer\.bind"):
         RedisServer.start(tmp_path, run="toy", config=BufferConfig(bind="192.0.2.1"))
 
 
@@ -139,17 +140,17 @@ def test_a_password_is_of_the_environment_or_of_a_file_of_its_owners(
 ) -> None:
     file = tmp_path / "secret"
     config = BufferConfig(password_file=str(file))
-    with pytest.raises(BadPasswordFile, match="secret cannot be read: No such file"):
+    with pytest.raises(WrongPassword, match="secret cannot be read: No such file"):
         configured_password(config)
     for content, said in ((b"\n", "is empty"), (b"\xff\xfe", "it is no text")):
         file.write_bytes(content)
         file.chmod(0o600)
-        with pytest.raises(BadPasswordFile, match=said):
+        with pytest.raises(WrongPassword, match=said):
             configured_password(config)
     file.write_text("hunter2\n")
     assert configured_password(config) == "hunter2"
     file.chmod(0o644)
-    with pytest.raises(BadPasswordFile, match="chmod 600") as caught:
+    with pytest.raises(WrongPassword, match="chmod 600") as caught:
         configured_password(config)
     assert "hunter2" not in str(caught.value)
     assert configured_password(BufferConfig()) is None

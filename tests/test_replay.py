@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from buffer.admission import lengths_near
+from buffer.admission import Item, lengths_near
 from buffer.config import BufferConfig
 from buffer.memory import ForeignSave, MemoryStore
 from buffer.replay import BufferStarved, ReplayBuffer
-from buffer.store import Reader, StoredPrompt
+from buffer.store import Reader
 from buffer.trajectory import Trajectory
 from tests.buffer_toy import MakeStore, toy_request, toy_trajectory
 
@@ -249,9 +249,11 @@ def test_an_eviction_between_reading_and_writing_makes_the_plan_anew(
     ours.add([toy_trajectory((1,), log_reward=-2.0), toy_trajectory((2, 2, 2), log_reward=-1.0)])
     read = Reader.prompt
 
-    def read_then_lose_it(reader: Reader, prompt: str, lengths: tuple[int, int]) -> StoredPrompt:
+    def read_then_lose_it(
+        reader: Reader, prompt: str, lengths: tuple[int, int]
+    ) -> tuple[int, list[Item]]:
         found = read(reader, prompt, lengths)
-        if prompt == "p" and len(found.items) == 2:
+        if prompt == "p" and len(found[1]) == 2:
             theirs.add([toy_trajectory((2,), prompt="q", log_reward=-1.0)])
         return found
 

@@ -4,8 +4,8 @@ import socket
 from types import TracebackType
 
 from buffer.connection import BufferUnreachable, connect
-from buffer.folder import FolderInUse, NeverServed, configured_password
-from buffer.server import RedisServer, reach
+from buffer.folder import FolderInUse, configured_password
+from buffer.server import NeverServed, RedisServer, reach
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from buffer.endpoint import PortInUse, is_free, port_in_use
+from buffer.endpoint import configured_port
 from buffer.executable import find_executable
 from buffer.folder import configured_password
 from cluster.config.schema import RunConfig
@@ -62,7 +62,7 @@ def check_before_start(
     Raises:
         RunExists, RunMissing, RunAlive: about the run's name.
         LocalIsOne, DoesNotFit: more processes than there is room for.
-        WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, PortInUse: about Redis.
+        WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, CannotListen: about Redis.
         ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the models and the data.
         PromptTooLong, NoRoom: about both, and the buffer.
         LogZUnused, NoDemonstrations: about the objective.
@@ -112,8 +112,8 @@ def check_buffer(config: BufferConfig) -> None:
         connect(config.url, password=password, timeout_s=config.timeout_s).close()
         return
     find_executable()
-    if config.transport == "tcp" and config.port and not is_free(config.address, config.port):
-        raise PortInUse(port_in_use(config.address, config.port))
+    if config.transport == "tcp" and config.port:
+        configured_port(config)
 
 
 def check_model_and_data(config: RunConfig) -> dict[str, str]:
