@@ -41,7 +41,7 @@ class DamagedWorker(RolloutWorker):
 
     def start(self, meeting: Meeting) -> None:
         super().start(meeting)
-        if self._name == DAMAGED:
+        if self._member.name == DAMAGED:
             self._actor._weights = Damaging(self._actor._weights, self._actor._policy)
 
 

@@ -10,7 +10,7 @@ import ray
 from cluster.config.file import load_config
 from cluster.config.placement import Placement
 from cluster.config.schema import RunConfig
-from cluster.distributed.launcher import GroupLaunch, Launcher, Reservation
+from cluster.distributed.launcher import GroupLaunch, Launcher
 from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.supervisor import Supervisor
 from cluster.distributed.worker import RunContext
@@ -38,24 +38,19 @@ class LightLauncher(Launcher):
         self.actors: dict[int, type] = {}
         self.learners: type = CountingWorker
 
-    def rollout_actor(self, context: RunContext, *, index: int, incarnation: int) -> GroupLaunch:
-        return self._launch(self.actors.get(index, CountingWorker))
+    def launch(self, context: RunContext, name: str, *, incarnation: int) -> GroupLaunch:
+        kind, _, index = name.partition("-")
+        worker: type = CountingWorker
+        if kind == "actor":
+            worker = self.actors.get(int(index), worker)
+        elif kind == "learner":
+            worker = self.learners
 
-    def reward_replica(self, context: RunContext, *, index: int, incarnation: int) -> GroupLaunch:
-        return self._launch(CountingWorker)
+        def create(places: list[dict[str, Any]]) -> list[ray.actor.ActorHandle]:
+            return [ray.remote(worker).options(max_concurrency=4, **places[0]).remote()]
 
-    def learner(self, context: RunContext, *, incarnation: int) -> GroupLaunch:
-        return self._launch(self.learners)
-
-    def _launch(self, worker: type) -> GroupLaunch:
-        reservation = Reservation(f"light-{next(NUMBERS)}", CLAIM, num_ranks=1, strategy="PACK")
-
-        def create() -> list[ray.actor.ActorHandle]:
-            return [
-                ray.remote(worker).options(max_concurrency=4, **reservation.options(0)).remote()
-            ]
-
-        return GroupLaunch(reservation, create)
+        name = f"light-{next(NUMBERS)}"
+        return GroupLaunch(name, CLAIM, num_ranks=1, strategy="PACK", create=create)
 
 
 class LightRun:

@@ -69,13 +69,13 @@ class LastWords(CountingWorker):
         """Raise Unrecoverable."""
         raise Unrecoverable("no use")
 
-    def rows_since(self, count: int) -> list[dict[str, float]]:
-        """The step."""
-        return [{"progress/step": 1.0}][count:]
-
-    def events_since(self, count: int) -> list[str]:
-        """A warning."""
-        return ["it does not look good"][count:]
+    def reports_since(self, kind: str, count: int) -> list[Any]:
+        """The step, or a warning."""
+        reports: dict[str, list[Any]] = {
+            "rows": [{"progress/step": 1.0}],
+            "events": ["it does not look good"],
+        }
+        return rows[count:] if kind == "rows" else events[count:]
 
 
 class Failing:

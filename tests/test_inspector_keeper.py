@@ -16,9 +16,10 @@ from buffer.connection import BufferUnreachable, connect
 from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import NeverServed, RedisServer
+from cluster.config.project import UserError
 from cluster.inspector.command import ray_address, the_run_of_interest
 from cluster.inspector.keeper import BufferKeeper
-from cluster.run.directory import RunDirectory, RunMissing, first_state
+from cluster.run.directory import RunDirectory, first_state
 from tests.inspector_toy import config_of, filled, make_run, sums
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,7 @@ def test_the_run_that_is_shown_is_the_live_one_else_the_newest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunMissing, match="no runs here yet"):
+    with pytest.raises(UserError, match="no runs here yet"):
         the_run_of_interest()
     for name in ("first", "second"):
         make_run(tmp_path / "runs", name)

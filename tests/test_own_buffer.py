@@ -13,10 +13,11 @@ import ray
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from cluster.config.file import load_config
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.distributed import ray_cluster as joining
 from cluster.distributed.worker import interface_of, pin_interface
-from cluster.run.directory import RunDirectory, RunNotShared, RunsGoWithJob, check_shared
+from cluster.run.directory import RunDirectory, check_shared
 from cluster.run.own_buffer import buffer_server
 
 TIMEOUT_S = 30.0
@@ -124,14 +125,14 @@ def test_an_address_that_was_configured_stands(
 
 def test_a_run_in_a_jobs_copy_of_the_code_is_refused(tmp_path: Path) -> None:
     copy = tmp_path / "_ray_pkg_0123" / "runs"
-    with pytest.raises(RunsGoWithJob, match="set AMORTIZE_RUNS"):
+    with pytest.raises(UserError, match="set AMORTIZE_RUNS"):
         RunDirectory("first", root=copy).begin(resume=False)
     assert not copy.exists()
 
 
 def test_a_node_that_does_not_see_the_runs_folder_is_named(directory: RunDirectory) -> None:
     directory.begin(resume=False)
-    with pytest.raises(RunNotShared, match=r"10\.0\.0\.7 does not see .*AMORTIZE_RUNS"):
+    with pytest.raises(UserError, match=r"10\.0\.0\.7 does not see .*AMORTIZE_RUNS"):
         check_shared(directory.path, node="10.0.0.7")
     directory.config_file.write_text("")
     check_shared(directory.path, node="10.0.0.7")

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
 from ray.util import placement_group_table
 
 from cluster.config.placement import ClusterConfig, GroupPlacement
-from cluster.distributed.launcher import GroupLaunch, Reservation
+from cluster.distributed.launcher import GroupLaunch
 from cluster.distributed.worker_group import Phase, WorkerGroup
 from tests.light_worker import LightWorker
 
@@ -24,15 +25,13 @@ def one_node() -> Iterator[None]:
 
 
 def group(name: str, *, num_ranks: int, start_timeout_s: float = 60.0) -> WorkerGroup:
-    reservation = Reservation(name, HALF, num_ranks=num_ranks, strategy=HALF.strategy)
-
-    def create() -> list[ray.actor.ActorHandle]:
+    def create(places: list[dict[str, Any]]) -> list[ray.actor.ActorHandle]:
         worker = ray.remote(LightWorker)
-        ranks = range(num_ranks)
-        return [worker.options(max_concurrency=4, **reservation.options(r)).remote() for r in ranks]
+        return [worker.options(max_concurrency=4, **place).remote() for place in places]
 
+    launch = GroupLaunch(name, HALF, num_ranks=num_ranks, strategy=HALF.strategy, create=create)
     config = ClusterConfig(start_timeout_s=start_timeout_s, silence_timeout_s=60.0)
-    return WorkerGroup(name, GroupLaunch(reservation, create), incarnation=0, config=config)
+    return WorkerGroup(name, launch, incarnation=0, config=config)
 
 
 def poll_until(group: WorkerGroup, phase: Phase) -> None:

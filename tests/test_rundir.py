@@ -13,11 +13,7 @@ import pytest
 from cluster.commands.stop import stop, the_live_run
 from cluster.config.project import UserError
 from cluster.run.directory import (
-    BadRunName,
-    RunAlive,
     RunDirectory,
-    RunExists,
-    RunMissing,
     RunState,
     all_runs,
     find_run,
@@ -73,13 +69,13 @@ def end(driver: subprocess.Popen[str]) -> None:
 
 
 def test_a_new_run_needs_a_free_name_and_a_resumed_one_a_run() -> None:
-    with pytest.raises(RunMissing, match=r"no run 'a' in .* to resume; it has: none"):
+    with pytest.raises(UserError, match=r"no run 'a' in .* to resume; it has: none"):
         RunDirectory("a").begin(resume=True)
     run = RunDirectory("a")
     run.begin(resume=False)
     run.config_file.write_text("")
     run.end()
-    with pytest.raises(RunExists, match="add --resume"):
+    with pytest.raises(UserError, match="add --resume"):
         RunDirectory("a").begin(resume=False)
     again = RunDirectory("a")
     again.begin(resume=True)
@@ -90,7 +86,7 @@ def test_two_drivers_cannot_have_one_run() -> None:
     first = RunDirectory("a")
     first.begin(resume=False)
     first.config_file.write_text("")
-    with pytest.raises(RunAlive, match="amortize stop --run a"):
+    with pytest.raises(UserError, match="amortize stop --run a"):
         RunDirectory("a").begin(resume=True)
     first.end()
     second = RunDirectory("a")
@@ -102,7 +98,7 @@ def test_a_live_driver_is_named_before_anything_starts() -> None:
     driver = start_driver("a", "polite")
     try:
         RunDirectory("a").config_file.write_text("")
-        with pytest.raises(RunAlive, match=f"process {driver.pid}"):
+        with pytest.raises(UserError, match=f"process {driver.pid}"):
             RunDirectory("a").check(resume=True)
     finally:
         end(driver)
@@ -111,7 +107,7 @@ def test_a_live_driver_is_named_before_anything_starts() -> None:
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "-dash", "a b", "x" * 101])
 def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
-    with pytest.raises(BadRunName, match="run name"):
+    with pytest.raises(UserError, match="run name"):
         RunDirectory(name)
 
 
@@ -184,7 +180,7 @@ def test_runs_are_found_oldest_first_and_missing_ones_listed() -> None:
             first_state(name, steps=1).model_copy(update={"started_s": started_s, "phase": "done"})
         )
     assert [run.name for run in all_runs()] == ["early", "late"]
-    with pytest.raises(RunMissing, match="it has: early, late"):
+    with pytest.raises(UserError, match="it has: early, late"):
         find_run("erly")
 
 

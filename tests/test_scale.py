@@ -12,12 +12,10 @@ from cluster.commands.scale import scale
 from cluster.config.project import UserError
 from cluster.distributed.reward_worker import CallCounter
 from cluster.run.directory import (
-    BadRequest,
     RunDirectory,
     RunState,
     ScaleAnswer,
     ScaleOutcome,
-    ScaleRefused,
     ScaleRequest,
     first_state,
     post_scale_request,
@@ -96,7 +94,7 @@ def test_a_file_that_is_no_request_is_refused_and_gone(
     directory: RunDirectory, text: str, named: str
 ) -> None:
     directory.scale_request.write_text(text)
-    with pytest.raises(BadRequest, match=named):
+    with pytest.raises(UserError, match=named):
         take_scale_request(directory)
     assert take_scale_request(directory) is None
 
@@ -123,7 +121,7 @@ def test_the_verb_waits_until_it_is_done(directory: RunDirectory) -> None:
 @pytest.mark.parametrize(
     ("answers", "error", "said"),
     [
-        ([("refused", "needs 9 CPU")], ScaleRefused, "run 'mine': needs 9 CPU"),
+        ([("refused", "needs 9 CPU")], UserError, "run 'mine': needs 9 CPU"),
         (
             [("under way", ""), ("given up", "actor-3: no place; given up")],
             UserError,
@@ -186,7 +184,7 @@ def test_a_run_that_does_not_train_is_refused_at_once(
     directory: RunDirectory, update: dict[str, object]
 ) -> None:
     directory.write_state(training().model_copy(update=update))
-    with pytest.raises(ScaleRefused, match=r"cannot be scaled: .*--resume' takes cluster.actors=N"):
+    with pytest.raises(UserError, match=r"cannot be scaled: .*--resume' takes cluster.actors=N"):
         ask(directory)
 
 

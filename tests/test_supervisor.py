@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.run.directory import ScaleRefused
-from cluster.run.resources import DoesNotFit
+from cluster.config.project import UserError
 from learner.broadcast import Unrecoverable
 from tests.light_run import LightRun
 from tests.light_worker import BrokenWorker, DeafWorker, LastWords
@@ -55,7 +54,7 @@ def test_a_run_grows_and_shrinks_around_the_parts_that_stay() -> None:
     ray.kill(light.registry, no_restart=False)
     light.until(lambda: light.roster() == ("reward-0.0", "reward-1.4"))
 
-    with pytest.raises(DoesNotFit, match=r"the run needs 16\.5 CPU"):
+    with pytest.raises(UserError, match=r"the run needs 16\.5 CPU"):
         supervisor.scale(actors=62)
     assert supervisor.counts()["desired"] == {"actors": 1, "replicas": 2}
     assert supervisor.stop(10) == []
@@ -89,7 +88,7 @@ def test_a_part_that_does_not_come_up_or_does_not_go_is_done_without() -> None:
 
 def test_a_run_without_actors_cannot_have_some() -> None:
     light = LightRun('learner.objective="sft"')
-    with pytest.raises(ScaleRefused, match="this run has no actors"):
+    with pytest.raises(UserError, match="this run has no actors"):
         light.supervisor.scale(actors=2)
     light.until(lambda: light.supervisor.settled)
     assert light.supervisor.stop(10) == []

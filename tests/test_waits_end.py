@@ -7,16 +7,16 @@ from typing import Any, ClassVar
 import pytest
 
 from cluster.config.file import load_config
+from cluster.config.project import UserError
 from cluster.config.schema import ClusterConfig
 from cluster.distributed import clients, measurement, services, supervisor, worker_group
 from cluster.distributed.clients import RemoteScorer
 from cluster.distributed.services import ReplicaRegistry, ServiceWatch
 from cluster.distributed.waiting import PeerDied, PeerTimeout
-from cluster.distributed.worker import RunContext, Worker
-from cluster.distributed.worker_group import LearnerGroup, Phase, WorkerGroup
+from cluster.distributed.worker import Member, RunContext, Worker
+from cluster.distributed.worker_group import Phase, WorkerGroup
 from cluster.run import awake
 from cluster.run.awake import AwakeClock
-from cluster.run.directory import ScaleRefused
 from tests.light_run import context
 
 
@@ -111,11 +111,8 @@ class SilentRegistry(LostRegistry):
 class NoLauncher:
     """Worker groups without processes."""
 
-    def _launch(self, run: RunContext, **_: int) -> object:
-        reservation = SimpleNamespace(ready=None, give_up=lambda: None)
-        return SimpleNamespace(reservation=reservation, create=list)
-
-    rollout_actor = reward_replica = learner = _launch
+    def launch(self, run: RunContext, name: str, *, incarnation: int) -> object:
+        return SimpleNamespace(ready=None, give_up=lambda: None, create=list)
 
 
 def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
@@ -128,7 +125,7 @@ def test_parts_that_could_not_be_withdrawn_are_still_the_runs(
     run = supervisor.Supervisor(config, launcher, context(config, None), print)
     for group in run.groups.values():
         group.phase = Phase.RUNNING
-    with pytest.raises(ScaleRefused, match="replica registry: no answer"):
+    with pytest.raises(UserError, match="replica registry: no answer"):
         run.scale(actors=1)
     assert run.counts()["desired"]["actors"] == run.counts()["actual"]["actors"] == 3
 
@@ -242,7 +239,7 @@ def test_a_scoring_waits_for_a_replica_that_comes_up_and_not_for_ever(
 
 def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up_or_be_silent() -> None:
     config = load_config("tasks/toy.toml", ["cluster.start_timeout_s=900", "learner.ranks=2"])
-    patient = Worker(context(config, None), name="actor-0", rank=0, num_ranks=1)._config
+    patient = Worker(context(config, None), Member(name="actor-0"))._config
     place_and_start_s = 2 * 900
     assert patient.actors.score_timeout_s > place_and_start_s  # for a replica
     assert patient.actors.pace_timeout_s > place_and_start_s  # for the learner
@@ -342,16 +339,16 @@ def test_a_silent_learner_holds_no_other_part_up(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.get", lambda refs: [])
-    launch: Any = SimpleNamespace(reservation=SimpleNamespace(ready="ready"))
+    launch: Any = SimpleNamespace(ready="ready")
     config = ClusterConfig(silence_timeout_s=60)
-    learner = LearnerGroup("learner", launch, incarnation=0, config=config)
+    learner = WorkerGroup("learner", launch, incarnation=0, config=config)
     learner.phase, learner.status = Phase.RUNNING, {"rows": 3}
-    calls = {name: SimpleNamespace(remote=lambda *_: "ref") for name in ("status", "rows_since")}
+    calls = {name: SimpleNamespace(remote=lambda *_: "ref") for name in ("status", "reports_since")}
     handle: Any = SimpleNamespace(**calls)
     learner.handles = [handle]
     for _ in range(70):
         learner.poll()
-        assert learner.new_rows() == []
+        assert learner.reports("rows") == []
         clock.sleep(1.0)
     assert set(waited_s) == {0}
     assert learner.phase is Phase.FAILED and "no answer to status for 60 s" in learner.cause

@@ -54,9 +54,8 @@ def test_workers_get_what_the_run_folder_says(
         monkeypatch.setattr(module, "may_grow", lambda: True)
     monkeypatch.setattr(session, "check_fit", lambda *_: None)
     monkeypatch.setattr(session, "living_nodes", lambda: [])
-    for service in ("weight_store", "replica_registry"):
-        monkeypatch.setattr(Launcher, service, lambda _: None)
-    monkeypatch.setattr(session.RaySession, "_check_service", lambda *_: None)
+    monkeypatch.setattr(Launcher, "service", lambda *_: None)
+    monkeypatch.setattr(session.RaySession, "_check_services", lambda *_: None)
     monkeypatch.setattr(session.RaySession, "evaluate", evaluate)
     monkeypatch.setattr(verb, "check_before_start", lambda *_, **__: {})
     monkeypatch.setattr(verb, "buffer_server", buffer_server)

@@ -10,9 +10,7 @@ from contextlib import contextmanager
 from cluster.config.project import UserError
 from cluster.run.directory import (
     RunDirectory,
-    RunMissing,
     RunState,
-    ScaleRefused,
     ScaleRequest,
     find_run,
     post_scale_request,
@@ -48,17 +46,17 @@ def scale(
     """Ask the run's driver, and wait until as many parts run as were asked for; what became of it.
 
     Raises:
-        ScaleRefused: nothing was asked for, the run does not go on, or its driver refused.
-        UserError: another process waits for the driver's answer; or the driver gave none, gave a
-            part up, ended, or took too long.
+        UserError: nothing was asked for, or the run does not go on; another process waits for its
+            driver's answer; or the driver refused, gave none, gave a part up, ended, or took too
+            long.
     """
     if not request.numbers:
-        raise ScaleRefused("nothing to change: give --actors, --reward-replicas or both")
+        raise UserError("nothing to change: give --actors, --reward-replicas or both")
     state = directory.state()
     if state is None:
-        raise RunMissing(f"run {directory.name!r} has no readable {directory.state_file}")
+        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
     if not _can_scale(state):
-        raise ScaleRefused(
+        raise UserError(
             f"run {directory.name!r} cannot be scaled: {_standing(state)}; 'amortize train ... "
             f"--run {directory.name} --resume' takes cluster.actors=N and reward.replicas=N"
         )
@@ -93,7 +91,7 @@ def _wait_for_answer(directory: RunDirectory, request: ScaleRequest, *, timeout_
         state = directory.state()
         if state is not None and state.scale is not None and state.scale.id == request.id:
             if state.scale.outcome == "refused":
-                raise ScaleRefused(f"run {directory.name!r}: {state.scale.error}")
+                raise UserError(f"run {directory.name!r}: {state.scale.error}")
             return
         _check_goes_on(directory, state)
         if time.monotonic() > deadline:

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.run.directory import RunDirectory, RunMissing, RunState, all_runs, find_run
+from cluster.config.project import UserError
+from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 from cluster.run.display import duration, figures, parts, phase
 
 
@@ -44,7 +45,7 @@ def show_one(directory: RunDirectory, *, as_json: bool) -> None:
     """Everything that the state of a run says."""
     state = directory.state()
     if state is None:
-        raise RunMissing(f"run {directory.name!r} has no readable {directory.state_file}")
+        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
     if as_json:
         print(json.dumps(plain(state)))
         return

@@ -7,7 +7,7 @@ import socket
 import time
 
 from cluster.config.project import UserError
-from cluster.run.directory import RunDirectory, RunMissing, RunState, all_runs, find_run
+from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 from cluster.run.display import duration, parts
 
 STOP_TIMEOUT_S = 180.0
@@ -45,7 +45,7 @@ def stop(directory: RunDirectory, *, timeout_s: float) -> str:
     """
     state = directory.state()
     if state is None:
-        raise RunMissing(f"run {directory.name!r} has no readable {directory.state_file}")
+        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
     if state.ended:
         return f"run {directory.name!r} has ended already: {state.phase} at step {state.step}"
     driver = state.driver()

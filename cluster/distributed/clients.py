@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class _RemoteService:
 
 
 class RemoteWeightStore(_RemoteService):
-    """The weight store as its clients see it: a `WeightSource` and a `WeightSink`."""
+    """`WeightStore` as its clients see it: a `WeightSource` and a `WeightSink`."""
 
     peer = "weight store"
 
@@ -55,11 +56,8 @@ class RemoteRegistry(_RemoteService):
     """The registry of reward replicas: scorers ask it, the supervisor keeps it up to date."""
 
     peer = "replica registry"
-
-    def __init__(self, handle: ActorHandle, *, timeout_s: float) -> None:
-        super().__init__(handle, timeout_s=timeout_s)
-        self._announced: tuple[str, ...] = ()
-        self._announced_s = time.monotonic()
+    _announced: tuple[str, ...] = ()
+    _announced_s = float("-inf")
 
     def names(self) -> tuple[str, ...]:
         """See `ReplicaRegistry.names`."""
@@ -73,8 +71,7 @@ class RemoteRegistry(_RemoteService):
         Args:
             wait: until changed names are known there; else they are on their way.
 
-        Raises:
-            PeerTimeout, PeerDied: the registry did not answer.
+        Raises PeerTimeout, PeerDied.
         """
         changed = names != self._announced
         if not changed and time.monotonic() - self._announced_s < _REMIND_S:
@@ -121,19 +118,21 @@ class RemoteScorer:
 
     def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
         """Start to score; returns at once, unless no replica lives yet; raises as `start` does."""
-        return RemoteScores(
-            self, list(items), attempt_s=self._attempt_s, handover_s=self._handover_s
-        )
+        return RemoteScores(self, list(items), attempt_s=self._attempt_s)
 
     def start(
-        self, items: list[ScoreItem], *, avoid: str | None, deadline: float
+        self, items: list[ScoreItem], *, avoid: str | None = None, timeout_s: float | None = None
     ) -> "tuple[str, ray.ObjectRef[Any]]":
         """Hand the items to the next live replica, another than `avoid` where there is one.
 
+        Args:
+            timeout_s: None is `handover_s`.
+
         Raises:
-            PeerTimeout: none took them by `deadline`.
+            PeerTimeout: none took them in time.
             NobodyScores: none lives, and `stop()` holds.
         """
+        deadline = time.monotonic() + (self._handover_s if timeout_s is None else timeout_s)
         began = time.monotonic()
         while True:
             names = self._registry.names()
@@ -165,15 +164,11 @@ class RemoteScorer:
 class RemoteScores:
     """One scoring under way; `result` retries it elsewhere until its own deadline."""
 
-    def __init__(
-        self, scorer: RemoteScorer, items: list[ScoreItem], *, attempt_s: float, handover_s: float
-    ) -> None:
+    def __init__(self, scorer: RemoteScorer, items: list[ScoreItem], *, attempt_s: float) -> None:
         self._scorer = scorer
         self._items = items
         self._attempt_s = attempt_s
-        self._replica, self._ref = scorer.start(
-            items, avoid=None, deadline=time.monotonic() + handover_s
-        )
+        self._replica, self._ref = scorer.start(items)
 
     def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
         """Log-rewards [S] in nats for each item.
@@ -185,12 +180,13 @@ class RemoteScores:
         """
         deadline = time.monotonic() + timeout_s
         while True:
+            left_s = max(deadline - time.monotonic(), 0.0)
             try:
                 return wait_for(
                     self._ref,
                     peer=f"reward replica {self._replica}",
                     phase=f"scoring {len(self._items)} items",
-                    timeout_s=min(self._attempt_s, max(deadline - time.monotonic(), 0.0)),
+                    timeout_s=min(self._attempt_s, left_s),
                 )
             except (PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed):
                 self._scorer.forget(self._replica)
@@ -199,7 +195,7 @@ class RemoteScores:
                 time.sleep(_POLL_S)
                 self._scorer.retries += 1
                 self._replica, self._ref = self._scorer.start(
-                    self._items, avoid=self._replica, deadline=deadline
+                    self._items, avoid=self._replica, timeout_s=deadline - time.monotonic()
                 )
 
 
@@ -209,17 +205,6 @@ class RemotePeer:
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
 
-    def forward(self, share: Sequence[Any]) -> "RemoteShare":
+    def forward(self, share: Sequence[Any]) -> "Future[Any]":
         """Start the peer's part; returns at once."""
-        return RemoteShare(self._handle.forward.remote(share))
-
-
-class RemoteShare:
-    """A peer's part under way."""
-
-    def __init__(self, ref: "ray.ObjectRef[Any]") -> None:
-        self._ref = ref
-
-    def result(self, timeout: float) -> Any:
-        """What the peer computed; raises as Ray does."""
-        return ray.get(self._ref, timeout=timeout)
+        return self._handle.forward.remote(share).future()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cluster.distributed.worker import Meeting, RunContext, Worker
+from cluster.distributed.worker import Meeting, Member, RunContext, Worker
 from cluster.run.directory import check_shared
 from cluster.run.evaluation import evaluate
 
@@ -11,13 +11,13 @@ from cluster.run.evaluation import evaluate
 class EvaluationWorker(Worker):
     """Evaluates the base (None) or the adapter in a folder on the task's test data."""
 
-    def __init__(self, context: RunContext, *, name: str, adapter: Path | None) -> None:
-        super().__init__(context, name=name, rank=0, num_ranks=1)
+    def __init__(self, context: RunContext, member: Member, adapter: Path | None) -> None:
+        super().__init__(context, member)
         self._adapter = adapter
         self._stages = 0
 
     def run(self) -> dict[str, Any]:
-        """Evaluate; the Evaluation under "evaluation"."""
+        """The Evaluation under "evaluation"."""
         evaluation = evaluate(self._config, adapter=self._adapter, progress=self._count_stage)
         return {"evaluation": evaluation}
 
@@ -26,7 +26,6 @@ class EvaluationWorker(Worker):
         return {"stages": self._stages}
 
     def _build(self, _: Meeting) -> None:
-        """Raise RunNotShared where this node does not see the adapter."""
         if self._adapter is not None:
             check_shared(self._adapter.parent, node=self._node)
 

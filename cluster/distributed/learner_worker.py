@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import nn
 
@@ -12,15 +12,14 @@ from cluster.run.directory import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
 
-Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
 
 
-class Outbox(Generic[Item]):
+class Outbox:
     """Items for a reader that says how many it has; those are forgotten."""
 
     def __init__(self) -> None:
-        self._items: deque[Item] = deque()
+        self._items: deque[Any] = deque()
         self._forgotten = 0
 
     @property
@@ -28,11 +27,11 @@ class Outbox(Generic[Item]):
         """Items that there have been."""
         return self._forgotten + len(self._items)
 
-    def append(self, item: Item) -> None:
+    def append(self, item: Any) -> None:
         """Add one at the end; from another thread than the reader's."""
         self._items.append(item)
 
-    def after(self, count: int) -> list[Item]:
+    def after(self, count: int) -> list[Any]:
         """The items after the first `count`."""
         while self._forgotten < count and self._items:
             self._items.popleft()
@@ -47,9 +46,8 @@ class LearnerWorker(Worker):
         """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
         context, config = self._context, self._config
         check_shared(context.directory.path, node=self._node)
-        self._rows: Outbox[dict[str, float]] = Outbox()
         self._waited_s = 0.0
-        self._events: Outbox[str] = Outbox()
+        self._reports = {"rows": Outbox(), "events": Outbox()}
         self._base, task = context.parts.learner_base(config)
 
         def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
@@ -72,34 +70,29 @@ class LearnerWorker(Worker):
     def run(self) -> dict[str, Any]:
         """Learn until the configured steps are done or until stopped; then leave the adapter."""
         self._learner.run(self._config.learner.steps, self._stopping.is_set, self._keep_row)
-        if self._rank == 0:
-            assembly.save_result(
-                self._config, self._learner, self._base, self._context.directory.adapter
-            )
+        if self._member.rank == 0:
+            adapter = self._context.directory.adapter
+            assembly.save_result(self._config, self._learner, self._base, adapter)
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """Steps taken, version published, and the numbers of rows and events that can be read."""
+        """Steps taken, version published, and the numbers of reports that there have been."""
+        totals = {kind: outbox.total for kind, outbox in self._reports.items()}
         return {
             "step": self._learner.completed_steps,
             "version": self._learner.version,
-            "rows": self._rows.total,
-            "events": self._events.total,
+            **totals,
         }
 
-    def rows_since(self, count: int) -> list[dict[str, float]]:
-        """Metrics of the steps after the first `count` of this process."""
-        return self._rows.after(count)
-
-    def events_since(self, count: int) -> list[str]:
-        """Messages for people, after the first `count` of this process."""
-        return self._events.after(count)
+    def reports_since(self, kind: str, count: int) -> list[Any]:
+        """Rows of metrics or events (texts) after the first `count` of this process."""
+        return self._reports[kind].after(count)
 
     def _keep_row(self, row: dict[str, float]) -> None:
         waited_s = self._buffer.waited_s
-        self._rows.append(row | {"time/draw_wait_s": waited_s - self._waited_s})
+        self._reports["rows"].append(row | {"time/draw_wait_s": waited_s - self._waited_s})
         self._waited_s = waited_s
 
     def _warn(self, text: str) -> None:
         _log.warning(text)
-        self._events.append(text)
+        self._reports["events"].append(text)

@@ -48,7 +48,8 @@ class RemoteMeasurement:
             group.kill()
             self._group = self._begin(group.incarnation + 1)
             return False
-        return phase in (Phase.FINISHED, Phase.FAILED) or self._is_late()
+        is_late = time.monotonic() - self._progressed_s > STAGE_TIMEOUT_S
+        return phase in (Phase.FINISHED, Phase.FAILED) or is_late
 
     def result(self) -> Evaluation:
         """Wait for the answer and end the process.
@@ -78,6 +79,3 @@ class RemoteMeasurement:
         self._progressed_s = time.monotonic()
         launch = self._launch(incarnation)
         return WorkerGroup(self._name, launch, incarnation=incarnation, config=self._config)
-
-    def _is_late(self) -> bool:
-        return time.monotonic() - self._progressed_s > STAGE_TIMEOUT_S

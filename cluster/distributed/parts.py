@@ -40,24 +40,15 @@ class Parts:
         return RolloutParts(task, policy, base.tokenizer.decode)
 
     def reward_rank(self, config: RunConfig, meet: Callable[[], Rendezvous]) -> Rank:
-        """One rank of a reward replica.
-
-        Args:
-            meet: gives up the port that was kept free, and says where the ranks meet.
-        """
-        model = load_base(config.lm).model
-        return RewardRank(model, meet())
+        """One rank of a replica; `meet` gives up the port that was kept free, and names it."""
+        return RewardRank(load_base(config.lm).model, meet())
 
     def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
         """The language model that the learner's adapter sits on, and the task in its tokens."""
         return assembly.load_task(config)
 
     def engine(
-        self,
-        config: RunConfig,
-        model: nn.Module,
-        settings: LearnerConfig,
-        rendezvous: Rendezvous,
+        self, config: RunConfig, model: nn.Module, settings: LearnerConfig, rendezvous: Rendezvous
     ) -> Engine:
         """What takes the optimizer steps of one learner rank."""
         return DeepSpeedEngine(model, settings, rendezvous)

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from cluster.config.project import PACKAGES, PROJECT_ROOT
+from cluster.config.project import PACKAGES, PROJECT_ROOT, UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RAY_PACKAGE
 from cluster.run.resources import Node, describe
@@ -21,10 +21,6 @@ from tasks.custom_config import CustomTaskConfig
 # Ray labels a node with its type where a launcher or an operator (`ray up`, KubeRay) started it.
 _NODE_TYPE = "ray.io/node-group"
 _ANSWER_TIMEOUT_S = 30.0
-
-
-class ClusterUnreachable(ConnectionError):
-    """No Ray cluster answers at the address that was given."""
 
 
 def join_cluster(config: RunConfig, address: str, namespace: str) -> RunConfig:
@@ -43,33 +39,29 @@ def namespace_of(run: str) -> str:
 def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     """Join the cluster at `address`, or start Ray on this machine, on loopback only.
 
-    A process that has joined already stays where it is.
-
-    Raises ClusterUnreachable.
+    A process that has joined already stays where it is. Raises UserError.
     """
     if ray.is_initialized():
         return
     # Notices that Ray has for its own users, of tokens and of folders that it does not pack.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    settings: dict[str, Any]
     if address is not None:
         check_reachable(address)
-        _init(
-            address=address,
-            namespace=namespace,
-            runtime_env=source_for_workers(config),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-        return
-    _init(
-        runtime_env=source_for_workers(config),
-        namespace=namespace,
-        num_cpus=config.cluster.cpus,
-        include_dashboard=config.cluster.dashboard,
-        _node_ip_address="127.0.0.1",
-        log_to_driver=False,
-        configure_logging=False,
-    )
+        settings = {"address": address, "logging_level": logging.ERROR}
+    else:
+        settings = {
+            "num_cpus": config.cluster.cpus,
+            "include_dashboard": config.cluster.dashboard,
+            "_node_ip_address": "127.0.0.1",
+            "configure_logging": False,
+        }
+    # Ray's handler would end this process at a SIGTERM that is a request to stop in order.
+    handler = signal.getsignal(signal.SIGTERM)
+    environment = source_for_workers(config)
+    ray.init(namespace=namespace, runtime_env=environment, log_to_driver=False, **settings)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def leave_cluster() -> None:
@@ -77,16 +69,8 @@ def leave_cluster() -> None:
     ray.shutdown()
 
 
-def _init(**settings: Any) -> None:
-    """Ray's, which would end this process at a SIGTERM that is a request to stop in order."""
-    handler = signal.getsignal(signal.SIGTERM)
-    ray.init(**settings)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
 def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
-    """Raise ClusterUnreachable unless a Ray cluster answers at `address` in time.
+    """Raise UserError unless a Ray cluster answers at `address` in time.
 
     Ray itself would try for minutes, and say nothing. What is no host and port, such as "auto", is
     left to Ray.
@@ -107,7 +91,7 @@ def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> No
         reason = str(error)
     else:
         return
-    raise ClusterUnreachable(
+    raise UserError(
         f"no Ray cluster answers at {address!r} ({reason}): give the address of one that runs, "
         f"HOST:PORT as 'ray start --head' prints it, with --address, cluster.address or "
         f"RAY_ADDRESS, or give none to start one on this machine"

@@ -7,10 +7,8 @@ from dataclasses import asdict
 from threading import Lock
 from typing import Any
 
-from ray.actor import ActorHandle
-
 from cluster.distributed.clients import RemotePeer
-from cluster.distributed.worker import Meeting, RunContext, Worker
+from cluster.distributed.worker import Meeting, Member, RunContext, Worker
 from reward.replica import RewardReplica
 
 _HEALTH_POLL_S = 0.5
@@ -48,28 +46,21 @@ class CallCounter:
 class RewardWorker(Worker):
     """One rank of a reward replica; rank 0 answers the actors and leads the others."""
 
-    def __init__(
-        self,
-        context: RunContext,
-        *,
-        name: str,
-        rank: int,
-        num_ranks: int,
-        peers: tuple[ActorHandle, ...] = (),
-    ) -> None:
-        super().__init__(context, name=name, rank=rank, num_ranks=num_ranks)
-        self._peers = peers
+    concurrency = 64
+
+    def __init__(self, context: RunContext, member: Member) -> None:
+        super().__init__(context, member)
         self._calls = CallCounter()
 
     def _build(self, meeting: Meeting) -> None:
         """Join the other ranks and take this rank's shard of the frozen LM."""
-        config = self._config
+        config, member = self._config, self._member
         self._shard = self._context.parts.reward_rank(
             config, lambda: self._meet(meeting, config.reward.deadline_s)
         )
-        if self._rank == 0:
-            peers = [RemotePeer(handle) for handle in self._peers]
-            self._replica = RewardReplica(self._shard, peers, config.reward, name=self._name)
+        if member.rank == 0:
+            peers = [RemotePeer(handle) for handle in member.peers]
+            self._replica = RewardReplica(self._shard, peers, config.reward, name=member.full_name)
 
     def score(self, items: list[Any]) -> list[Any]:
         """Log-rewards of the items (rank 0 only)."""
@@ -95,9 +86,9 @@ class RewardWorker(Worker):
         return self.status()
 
     def _check_health(self) -> None:
-        if self._rank == 0 and not self._replica.healthy():
+        if self._member.rank == 0 and not self._replica.healthy():
             raise RuntimeError("a pass over the ranks failed or outlasted its deadline")
 
     def status(self) -> dict[str, Any]:
         """The replica's counters; nothing on ranks above 0."""
-        return asdict(self._replica.stats()) if self._rank == 0 else {}
+        return asdict(self._replica.stats()) if self._member.rank == 0 else {}

@@ -17,11 +17,21 @@ _LONGEST_TEXT = 300
 _TOOL_BEGINS, _TOOL_ENDS = "⟦", "⟧"
 
 
+def print_line(line: str) -> None:
+    """Print a line; what the stream's encoding lacks is written out, and a full disk loses lines.
+
+    Neither is an error: an actor has better to do than to write its log.
+    """
+    encoding = sys.stdout.encoding or "utf-8"
+    with contextlib.suppress(OSError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 class LoggedSink:
     """The replay buffer as an actor sees it; some of what it has taken is written down.
 
     Args:
-        write: takes one line; standard output, which Ray keeps as the actor's log, by default.
+        write: takes one line; standard output is what Ray keeps as the actor's log.
         clock: seconds, for tests.
     """
 
@@ -30,12 +40,12 @@ class LoggedSink:
         buffer: TrajectorySink,
         decode: Decode,
         *,
-        write: Callable[[str], None] | None = None,
+        write: Callable[[str], None] = print_line,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._buffer = buffer
         self._decode = decode
-        self._write = write or print_line
+        self._write = write
         self._clock = clock
         self._allowance = _BURST_LINES
         self._seen_s = clock()
@@ -57,16 +67,6 @@ class LoggedSink:
         return self._buffer.depth()
 
 
-def print_line(line: str) -> None:
-    """Print a line; what the stream's encoding lacks is written out, and a full disk loses lines.
-
-    Neither is an error: an actor has better to do than to write its log.
-    """
-    encoding = sys.stdout.encoding or "utf-8"
-    with contextlib.suppress(OSError):
-        print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
 def describe(trajectory: Trajectory, decode: Decode) -> str:
     """One line: version, log R, verdict, temperature; prompt | rationale | answer.
 
@@ -74,16 +74,13 @@ def describe(trajectory: Trajectory, decode: Decode) -> str:
     a terminal's cursor, turn the direction of the text or pass for a mark of ours.
     """
     verdict = {True: "right", False: "wrong", None: "not judged"}[trajectory.correct]
-    facts = (
+    prompt = clipped(decode(trajectory.prompt.tolist()))
+    answer = clipped(decode(trajectory.answer.tolist()))
+    return (
         f"version {trajectory.policy_version}, log R {trajectory.terminal_log_reward:.3f} nats, "
-        f"{verdict}, temperature {trajectory.temperature:.3g}"
+        f"{verdict}, temperature {trajectory.temperature:.3g}: "
+        f"{prompt} | {_rationale(trajectory, decode)} | {answer}"
     )
-    parts = (
-        clipped(decode(trajectory.prompt.tolist())),
-        _rationale(trajectory, decode),
-        clipped(decode(trajectory.answer.tolist())),
-    )
-    return f"{facts}: {' | '.join(parts)}"
 
 
 def _rationale(trajectory: Trajectory, decode: Decode) -> str:
@@ -109,9 +106,8 @@ def clipped(text: str) -> str:
 def _in_line(character: str) -> str:
     if character == "\n":
         return "\\n"
-    # Category C: controls, directions of writing, halves of characters. Zl, Zp: ends of lines.
-    is_hidden = unicodedata.category(character)[0] == "C"
+    category = unicodedata.category(character)
+    # C: controls, directions of writing, halves of characters. Zl, Zp: ends of lines.
+    hidden = category[0] == "C" or category in ("Zl", "Zp")
     is_ours = character in (_TOOL_BEGINS, _TOOL_ENDS, "|", "\\")
-    if is_hidden or is_ours or unicodedata.category(character) in ("Zl", "Zp"):
-        return f"\\u{{{ord(character):x}}}"
-    return character
+    return f"\\u{{{ord(character):x}}}" if hidden or is_ours else character

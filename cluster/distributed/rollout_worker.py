@@ -8,7 +8,7 @@ from actors.protocols import TrajectorySink
 from actors.weight_sources import TakingTurns
 from cluster.distributed.clients import NobodyScores, RemoteRegistry, RemoteScorer
 from cluster.distributed.rollout_log import LoggedSink
-from cluster.distributed.worker import Meeting, RunContext, Worker
+from cluster.distributed.worker import Meeting, Worker
 from cluster.run import assembly
 
 _log = logging.getLogger(__name__)
@@ -16,11 +16,6 @@ _log = logging.getLogger(__name__)
 
 class RolloutWorker(Worker):
     """One rollout actor."""
-
-    def __init__(self, context: RunContext, *, name: str, index: int, incarnation: int) -> None:
-        super().__init__(context, name=name, rank=0, num_ranks=1)
-        self._index = index
-        self._incarnation = incarnation
 
     def _build(self, _: Meeting) -> None:
         """Load LM and task, connect to the buffer."""
@@ -37,15 +32,15 @@ class RolloutWorker(Worker):
             attempt_s=self._config.reward.deadline_s,
             handover_s=self._config.actors.score_timeout_s,
             stop=self._stopping.is_set,
-            first=self._index,
+            first=self._member.index,
         )
         store = self._weight_store()
         self._actor = assembly.build_actor(
             self._config,
             policy=parts.policy,
             task=self._task,
-            name=self._name,
-            seed=(self._config.seed, self._index, self._incarnation),
+            name=self._member.name,
+            seed=(self._config.seed, self._member.index, self._member.incarnation),
             buffer=sink,
             scorer=self._scorer,
             weights=TakingTurns(store, self._stopping.is_set) if context.synchronous else store,
@@ -57,13 +52,13 @@ class RolloutWorker(Worker):
         Rollouts that no replica scores any more are dropped: they were never acknowledged.
         """
         try:
-            if self._index == 0:
+            if self._member.index == 0:
                 assembly.seed_buffer(
                     self._config, task=self._task, scorer=self._scorer, buffer=self._buffer
                 )
             self._actor.run(self._stopping.is_set)
         except NobodyScores as error:
-            _log.warning("%s: rollouts in flight were not stored: %s", self._name, error)
+            _log.warning("%s: rollouts in flight were not stored: %s", self._member.name, error)
         return self.status()
 
     def status(self) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class ServiceWatch:
         self._name = name
         self._handle = handle
         self._timeout_s = timeout_s
-        self._start_timeout_s = start_timeout_s
+        self._start_timeout_s = max(timeout_s, start_timeout_s)
         self._starts = False
         self._ping: ray.ObjectRef[Any] | None = None
         self._asked_s = awake_s()
@@ -77,20 +77,17 @@ class ServiceWatch:
             self._starts = not _answered(self._ping)  # a death is Ray's to see to
             if now - self._asked_s > _PING_EVERY_S:
                 self._send(now)
-        elif now - self._asked_s > (patience_s := self._patience_s):
-            ray.kill(self._handle, no_restart=False)
-            self._ping = None
+        elif now - self._asked_s > (limit_s := self._limit_s):
             key = "start" if self._starts else "silence"
-            self._starts = True
-            return (
-                f"{self._name}: no answer for {patience_s:.0f} s "
-                f"(cluster.{key}_timeout_s); replacing it"
-            )
+            ray.kill(self._handle, no_restart=False)
+            self._ping, self._starts = None, True
+            limit = f"{limit_s:.0f} s (cluster.{key}_timeout_s)"
+            return f"{self._name}: no answer for {limit}; replacing it"
         return ""
 
     @property
-    def _patience_s(self) -> float:
-        return max(self._timeout_s, self._start_timeout_s if self._starts else 0.0)
+    def _limit_s(self) -> float:
+        return self._start_timeout_s if self._starts else self._timeout_s
 
     def _send(self, now_s: float) -> None:
         self._ping = self._handle.ping.remote()

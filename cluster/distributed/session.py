@@ -4,18 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import ray
-from ray.actor import ActorHandle
 
 from cluster.config.schema import RunConfig
 from cluster.distributed.launcher import GroupLaunch, Launcher
 from cluster.distributed.measurement import RemoteMeasurement
 from cluster.distributed.parts import Parts
-from cluster.distributed.ray_cluster import (
-    connect_ray,
-    living_nodes,
-    may_grow,
-    namespace_of,
-)
+from cluster.distributed.ray_cluster import connect_ray, living_nodes, may_grow, namespace_of
+from cluster.distributed.services import ReplicaRegistry, WeightStoreService
 from cluster.distributed.source_check import SourceMixture, source_fingerprint
 from cluster.distributed.supervisor import Supervisor
 from cluster.distributed.waiting import error_line, wait_for
@@ -50,7 +45,7 @@ class RaySession:
         self._evaluations = 0
 
     def open(self) -> None:
-        """Join or start Ray; raises DoesNotFit when the run is too large for it."""
+        """Join or start Ray; raises UserError when the run is too large for it."""
         namespace = namespace_of(self._directory.name)
         connect_ray(self._config, self._cluster, namespace)
         if self._cluster is None:
@@ -65,25 +60,27 @@ class RaySession:
             namespace=namespace,
             buffer=self._buffer,
             source=source_fingerprint(),
-            weight_store=self._launcher.weight_store(),
-            replica_registry=self._launcher.replica_registry(),
+            weight_store=self._launcher.service(WeightStoreService, "weight-store"),
+            replica_registry=self._launcher.service(ReplicaRegistry, "replica-registry"),
             parts=self._parts,
             synchronous=self._synchronous,
         )
-        self._check_service(self._context.weight_store, "weight store")
-        self._check_service(self._context.replica_registry, "replica registry")
+        self._check_services()
 
-    def _check_service(self, service: ActorHandle, name: str) -> None:
-        """Raise StartFailed unless it has come up, from this process's source."""
-        try:
-            wait_for(
-                service.check_source.remote(self._context.source),
-                peer=name,
-                phase="start",
-                timeout_s=self._config.cluster.start_timeout_s,
-            )
-        except SourceMixture as error:
-            raise StartFailed(f"could not start the {name}: {error_line(error)}") from None
+    def _check_services(self) -> None:
+        """Raise StartFailed unless both have come up, from this process's source."""
+        context = self._context
+        services = {
+            "weight store": context.weight_store,
+            "replica registry": context.replica_registry,
+        }
+        for name, service in services.items():
+            ref = service.check_source.remote(context.source)
+            limit_s = self._config.cluster.start_timeout_s
+            try:
+                wait_for(ref, peer=name, phase="start", timeout_s=limit_s)
+            except SourceMixture as error:
+                raise StartFailed(f"could not start the {name}: {error_line(error)}") from None
 
     def start(
         self, report: Callable[[str], None], stop: Callable[[], bool] = lambda: False
@@ -98,7 +95,7 @@ class RaySession:
 
         def launch(incarnation: int) -> GroupLaunch:
             return self._launcher.evaluator(
-                self._context, name=name, adapter=adapter, incarnation=incarnation
+                self._context, name, incarnation=incarnation, adapter=adapter
             )
 
         return RemoteMeasurement(name, launch, self._config.cluster, report)

@@ -30,19 +30,18 @@ class Leaving:
     def poll(self) -> str | None:
         """How it ended, for people, once it has ended; None until then."""
         group = self.group
-        if self._runs and group.poll() is Phase.RUNNING:
-            if time.monotonic() < self._deadline:
+        if self._runs:
+            runs_on = group.poll() is Phase.RUNNING
+            if runs_on and time.monotonic() < self._deadline:
                 return None
             group.kill()
-            return (
-                f"{group.name} did not stop within {self._timeout_s:.0f} s "
-                f"(cluster.stop_timeout_s) and was killed"
-            )
-        if self._runs:
-            group.kill()
-        if group.phase is Phase.FAILED:
-            return f"{group.cause}; it was leaving"
-        return f"{group.name} has left"
+            if runs_on:
+                return (
+                    f"{group.name} did not stop within {self._timeout_s:.0f} s "
+                    f"(cluster.stop_timeout_s) and was killed"
+                )
+        failed = group.phase is Phase.FAILED
+        return f"{group.cause}; it was leaving" if failed else f"{group.name} has left"
 
 
 def end_in_order(
@@ -69,6 +68,11 @@ def end_in_order(
         if group.phase not in (Phase.RUNNING, Phase.FINISHED, Phase.FAILED):
             group.kill()
 
+    def ask(asked: Sequence[WorkerGroup]) -> None:
+        for group in asked:
+            if group.phase is Phase.RUNNING:
+                group.ask_to_stop()
+
     def wait(waited_for: Sequence[WorkerGroup], until: float) -> None:
         while any(group.phase is Phase.RUNNING for group in waited_for):
             for group in running:
@@ -80,16 +84,9 @@ def end_in_order(
             time.sleep(_POLL_S)
 
     replicas = [group for group in running if group.name.startswith("reward-")]
-    first = [group for group in running if group not in replicas]
-    _ask(first)
-    actors = [group for group in first if group.name.startswith("actor-")]
+    ask([group for group in running if group not in replicas])
+    actors = [group for group in running if group.name.startswith("actor-")]
     wait(actors, until=deadline - REPLICAS_SHARE * timeout_s)
-    _ask(replicas)
+    ask(replicas)
     wait(running, until=deadline)
     return [group.name for group in running if group.phase is Phase.RUNNING]
-
-
-def _ask(groups: Sequence[WorkerGroup]) -> None:
-    for group in groups:
-        if group.phase is Phase.RUNNING:
-            group.ask_to_stop()

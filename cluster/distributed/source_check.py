@@ -25,24 +25,17 @@ def source_fingerprint(root: Path = PROJECT_ROOT) -> str:
     Each process looks once: what it imported does not change with the files.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for package in PACKAGES for path in _sources(root / package)):
-        content = path.read_bytes()
-        # Lengths keep the end of one file from passing for the beginning of the next.
-        digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
-        digest.update(content)
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*")):
+        if path.suffix in _SUFFIXES and path.is_file():
+            content = path.read_bytes()
+            # Lengths keep the end of one file from passing for the beginning of the next.
+            digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
+            digest.update(content)
     return digest.hexdigest()[:_DIGITS]
 
 
 def check_source(expected: str, *, node: str, root: Path = PROJECT_ROOT) -> None:
-    """Make sure that this process runs what the driver of its run does.
-
-    Args:
-        expected: the driver's fingerprint.
-        node: name or address of this node, for the message.
-
-    Raises:
-        SourceMixture: it does not.
-    """
+    """Raise SourceMixture unless this process, on `node`, has the driver's fingerprint."""
     found = source_fingerprint(root)
     if found != expected:
         raise SourceMixture(
@@ -50,7 +43,3 @@ def check_source(expected: str, *, node: str, root: Path = PROJECT_ROOT) -> None
             f"submit with 'ray job submit --working-dir', which brings the driver's code to every "
             f"node, or bring all checkouts to the same state and leave them while the run goes on"
         )
-
-
-def _sources(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix in _SUFFIXES and path.is_file()]

@@ -5,10 +5,12 @@ The driver calls `tick` again and again, between showing progress and looking fo
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from buffer.stats import ReplayStats
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.distributed.clients import RemoteRegistry
 from cluster.distributed.launcher import Launcher
@@ -18,14 +20,15 @@ from cluster.distributed.shutdown import Leaving, end_in_order
 from cluster.distributed.telemetry import Telemetry
 from cluster.distributed.waiting import PeerDied, PeerTimeout
 from cluster.distributed.worker import RunContext
-from cluster.distributed.worker_group import LearnerGroup, Phase, StartFailed, WorkerGroup
-from cluster.run.directory import ScaleRefused
+from cluster.distributed.worker_group import Phase, StartFailed, WorkerGroup
 from cluster.run.resources import check_fit
+from learner.broadcast import Unrecoverable
 
 _TICK_S = 0.2
 _PLACEMENT_NOTICE_S = 5.0  # Ray grants a placement within a moment if there is room for it
 _LAST_WORDS_S = 5.0  # for a process whose work has failed to answer all the same
 _PREFIXES = {"actors": "actor-", "replicas": "reward-"}
+_KEYS = {"actors": "cluster.actors", "replicas": "reward.replicas"}
 
 
 class RunFailed(RuntimeError):
@@ -50,18 +53,18 @@ class Supervisor:
         self._launcher = launcher
         self._context = context
         self._report = report
-        self._registry = RemoteRegistry(
-            context.replica_registry, timeout_s=config.cluster.answer_timeout_s
-        )
         cluster = config.cluster
+        self._registry = RemoteRegistry(
+            context.replica_registry, timeout_s=cluster.answer_timeout_s
+        )
         waits = {"timeout_s": cluster.silence_timeout_s, "start_timeout_s": cluster.start_timeout_s}
         self._watches = [
             ServiceWatch("weight store", context.weight_store, **waits),
             ServiceWatch("replica registry", context.replica_registry, **waits),
         ]
         self._telemetry = Telemetry(context.directory.name)
-        self._incarnations: dict[str, int] = {}  # names and seeds are never used twice
-        self._deaths: dict[str, int] = {}
+        self._launches: Counter[str] = Counter()  # names and seeds are never used twice
+        self._deaths: Counter[str] = Counter()
         self._added: set[str] = set()  # by `scale`, and did not run yet
         self._leaving: list[Leaving] = []
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died or left
@@ -69,11 +72,10 @@ class Supervisor:
         self.given_up = ""
         self.learner_rows: list[dict[str, float]] = []
         self.groups: dict[str, WorkerGroup] = {}
-        for index in range(config.reward_replicas):
-            self._launch(f"reward-{index}")
-        self._learner = self._launch_learner()
-        for index in range(config.rollout_actors):
-            self._launch(f"actor-{index}")
+        replicas = [f"reward-{index}" for index in range(config.reward_replicas)]
+        actors = [f"actor-{index}" for index in range(config.rollout_actors)]
+        for name in (*replicas, "learner", *actors):
+            self._launch(name)
 
     @property
     def running(self) -> bool:
@@ -88,12 +90,12 @@ class Supervisor:
     @property
     def finished(self) -> bool:
         """Whether the learner has done its steps."""
-        return self._learner.phase is Phase.FINISHED
+        return self.groups["learner"].phase is Phase.FINISHED
 
     @property
     def learner_status(self) -> dict[str, Any]:
         """Step and version of the learner, as last heard."""
-        return self._learner.status
+        return self.groups["learner"].status
 
     def tick(self) -> None:
         """Look at every group once, replace the dead, pass on what changed; then rest a little.
@@ -130,51 +132,48 @@ class Supervisor:
         registry before. The first actor always stays: it seeds the buffer.
 
         Raises:
-            ScaleRefused: the run has no parts of that kind, or the registry does not answer.
-            DoesNotFit: there is no room, and no autoscaler that could make some.
+            UserError: the run has no parts of that kind, there is no room and no autoscaler that
+                could make some, or the registry does not answer.
         """
-        requested = {"actors": actors, "replicas": replicas}
-        for kind, number in requested.items():
-            if number is not None and not self._names(kind):
-                raise ScaleRefused(f"this run has no {kind}: its objective or task asks for none")
-        wanted = {
-            kind: len(self._names(kind)) if number is None else number
-            for kind, number in requested.items()
-        }
+        wanted = {kind: len(self._names(kind)) for kind in _PREFIXES}
+        for kind, number in (("actors", actors), ("replicas", replicas)):
+            if number is not None and not wanted[kind]:
+                raise UserError(f"this run has no {kind}: its objective or task asks for none")
+            wanted[kind] = wanted[kind] if number is None else number
         if not may_grow():
-            keys = {"actors": "cluster.actors", "replicas": "reward.replicas"}
-            numbers = {keys[kind]: number for kind, number in wanted.items() if number}
+            numbers = {_KEYS[kind]: number for kind, number in wanted.items() if number}
             check_fit(self._config.changed(numbers), living_nodes())
         self.given_up = ""
         gone = [name for kind in wanted for name in self._in_order_of_need(kind)[wanted[kind] :]]
         try:
             self._announce(without=gone, wait=True)
         except (PeerTimeout, PeerDied) as error:
-            raise ScaleRefused(f"no replica could be withdrawn: {error}") from error
-        groups = [self.groups.pop(name) for name in gone]
+            raise UserError(f"no replica could be withdrawn: {error}") from error
         self._added.difference_update(gone)
         timeout_s = self._config.cluster.stop_timeout_s
-        self._leaving.extend(Leaving(group, timeout_s=timeout_s) for group in groups)
+        self._leaving += [Leaving(self.groups.pop(name), timeout_s=timeout_s) for name in gone]
         for kind, number in wanted.items():
             for _ in range(number - len(self._names(kind))):
-                self._add(kind)
+                self._add(_PREFIXES[kind])
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Desired and running numbers of actors and reward replicas; those that leave still run."""
+
+        def running(prefix: str) -> int:
+            return sum(group.phase is Phase.RUNNING for group in self._parts(prefix))
+
         return {
             "desired": {kind: len(self._names(kind)) for kind in _PREFIXES},
-            "actual": {kind: self._running(prefix) for kind, prefix in _PREFIXES.items()},
+            "actual": {kind: running(prefix) for kind, prefix in _PREFIXES.items()},
         }
 
     def actor_totals(self) -> dict[str, float]:
         """Counters over all actors, those that died or left included; times in seconds."""
-        totals: dict[str, float] = {}
-        living = [group.status for group in self._parts("actor-")]
-        for status in [*living, *self._retired]:
-            for key, value in status.items():
-                totals[key] = totals.get(key, 0.0) + value
-        totals.pop("version", None)
-        return totals
+        totals: Counter[str] = Counter()
+        for status in (*(group.status for group in self._parts("actor-")), *self._retired):
+            totals.update(status)
+        del totals["version"]
+        return dict(totals)
 
     def record_metrics(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
         """Hand metrics of every part to Prometheus, by way of Ray."""
@@ -183,10 +182,7 @@ class Supervisor:
         self._telemetry.record_run(learner, buffer, self.counts())
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Have every part end in order: see `end_in_order`.
-
-        Returns the names of the parts that did not end by themselves and were killed.
-        """
+        """Have every part end as `end_in_order` says; names of those that had to be killed."""
         parts = self._parts()
         killed = end_in_order(
             parts,
@@ -210,18 +206,14 @@ class Supervisor:
         ]
         if waiting:
             self._waited.extend(waiting)
-            self._report(
-                f"waiting up to {self._config.cluster.start_timeout_s:.0f} s for a place for "
-                f"{', '.join(group.wanted for group in waiting)}: {room()}"
-            )
+            wanted = ", ".join(f"{group.name} ({group.launch.wanted})" for group in waiting)
+            limit_s = self._config.cluster.start_timeout_s
+            self._report(f"waiting up to {limit_s:.0f} s for a place for {wanted}: {room()}")
 
     def _parts(self, prefix: str = "") -> list[WorkerGroup]:
-        """Gangs of one kind or of all, those that leave included."""
+        """Groups of one kind or of all, those that leave included."""
         groups = [*self.groups.values(), *(leaving.group for leaving in self._leaving)]
         return [group for group in groups if group.name.startswith(prefix)]
-
-    def _running(self, prefix: str) -> int:
-        return sum(group.phase is Phase.RUNNING for group in self._parts(prefix))
 
     def _names(self, kind: str) -> list[str]:
         """Names of the groups of a kind that the run wants, by number."""
@@ -237,13 +229,13 @@ class Supervisor:
 
         return sorted(self._names(kind), key=key)
 
-    def _add(self, kind: str) -> None:
+    def _add(self, prefix: str) -> None:
         """Launch one more, under the lowest number that is free."""
-        prefix = _PREFIXES[kind]
-        index = next(i for i in itertools.count() if f"{prefix}{i}" not in self.groups)
-        self._deaths.pop(f"{prefix}{index}", None)
-        self._added.add(f"{prefix}{index}")
-        self._launch(f"{prefix}{index}")
+        numbered = (f"{prefix}{number}" for number in itertools.count())
+        name = next(name for name in numbered if name not in self.groups)
+        del self._deaths[name]
+        self._added.add(name)
+        self._launch(name)
 
     def _clear_up(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
         """Collect the last reports of a part that failed, end what is left of it, and go on."""
@@ -263,6 +255,30 @@ class Supervisor:
         self.given_up = f"{self.given_up}; {text}" if self.given_up else text
         self._report(text)
 
+    def _replace(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
+        if isinstance(group.error, Unrecoverable):
+            raise group.error
+        self._deaths[name] += 1
+        deaths, limit = self._deaths[name], self._config.cluster.max_restarts
+        if not ever_ran and deaths == 1:
+            raise StartFailed(f"could not start {group.cause}")
+        self._report(f"{group.cause}; replacing it")
+        if deaths > limit:
+            raise RunFailed(
+                f"{name} died {deaths} times (cluster.max_restarts = {limit}); last: {group.cause}"
+            )
+        self._retire(group)
+        self._launch(name)
+
+    def _launch(self, name: str) -> None:
+        """Launch a group of that name, in place of the one that had it."""
+        incarnation = self._launches[name]
+        self._launches[name] += 1
+        launch = self._launcher.launch(self._context, name, incarnation=incarnation)
+        self.groups[name] = WorkerGroup(
+            name, launch, incarnation=incarnation, config=self._config.cluster
+        )
+
     def _let_go(self) -> None:
         """Drop the groups that have left, and keep what they counted."""
         for leaving in list(self._leaving):
@@ -280,49 +296,6 @@ class Supervisor:
     def _record(self, group: WorkerGroup) -> None:
         self._telemetry.record_part(group.name, group.status, incarnation=group.incarnation)
 
-    def _replace(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
-        if group.fatal is not None:
-            raise group.fatal
-        deaths = self._deaths[name] = self._deaths.get(name, 0) + 1
-        if not ever_ran and deaths == 1:
-            raise StartFailed(f"could not start {group.cause}")
-        self._report(f"{group.cause}; replacing it")
-        if deaths > self._config.cluster.max_restarts:
-            raise RunFailed(
-                f"{name} died {deaths} times "
-                f"(cluster.max_restarts = {self._config.cluster.max_restarts}); last: {group.cause}"
-            )
-        self._retire(group)
-        if name == "learner":
-            self._learner = self._launch_learner()
-        else:
-            self._launch(name)
-
-    def _launch(self, name: str) -> None:
-        """Launch a rollout actor or a reward replica."""
-        kind, _, index = name.partition("-")
-        launch = self._launcher.rollout_actor if kind == "actor" else self._launcher.reward_replica
-        incarnation = self._next_incarnation(name)
-        self.groups[name] = WorkerGroup(
-            name,
-            launch(self._context, index=int(index), incarnation=incarnation),
-            incarnation=incarnation,
-            config=self._config.cluster,
-        )
-
-    def _launch_learner(self) -> LearnerGroup:
-        incarnation = self._next_incarnation("learner")
-        launch = self._launcher.learner(self._context, incarnation=incarnation)
-        learner = LearnerGroup(
-            "learner", launch, incarnation=incarnation, config=self._config.cluster
-        )
-        self.groups["learner"] = learner
-        return learner
-
-    def _next_incarnation(self, name: str) -> int:
-        self._incarnations[name] = self._incarnations.get(name, -1) + 1
-        return self._incarnations[name]
-
     def _collect_reports(self, *, last: bool = False) -> None:
         """Take over the learner's rows of metrics, and report its messages.
 
@@ -330,11 +303,12 @@ class Supervisor:
             last: wait for all that there is, as is done after an error of the learner's own, whose
                 process lives; else for nothing, so that a dead or silent one holds nobody up.
         """
-        failed = self._learner.phase is Phase.FAILED
-        timeout_s = _LAST_WORDS_S if last or self._learner.error is not None else 0.0
+        learner = self.groups["learner"]
+        failed = learner.phase is Phase.FAILED
+        timeout_s = _LAST_WORDS_S if last or learner.error is not None else 0.0
         try:
-            self.learner_rows.extend(self._learner.new_rows(timeout_s=timeout_s))
-            for message in self._learner.new_messages(timeout_s=timeout_s):
+            self.learner_rows += learner.reports("rows", timeout_s=timeout_s)
+            for message in learner.reports("events", timeout_s=timeout_s):
                 self._report(f"learner: {message}")
         except Exception as error:  # the learner's death is for its group to find
             if not failed:

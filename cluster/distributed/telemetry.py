@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from typing import NamedTuple
 
 from ray.util.metrics import Counter, Gauge
@@ -26,24 +27,23 @@ class Source(StrEnum):
 class Instrument(NamedTuple):
     """One metric. Names end in the unit; counters only grow."""
 
-    name: str
     is_counter: bool
+    what: str
     key: str  # in the values of its source
     description: str
 
     @property
+    def name(self) -> str:
+        """Under which Ray knows it."""
+        return f"amortize_{self.what}"
+
+    @property
     def scraped(self) -> str:
-        """The name under which Prometheus gets it from Ray."""
+        """Under which Prometheus gets it from Ray."""
         return f"ray_{self.name}_total" if self.is_counter else f"ray_{self.name}"
 
 
-def _counter(name: str, key: str, description: str) -> Instrument:
-    return Instrument(f"amortize_{name}", True, key, description)
-
-
-def _gauge(name: str, key: str, description: str) -> Instrument:
-    return Instrument(f"amortize_{name}", False, key, description)
-
+_counter, _gauge = partial(Instrument, True), partial(Instrument, False)
 
 INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
     Source.ACTOR: (
@@ -56,27 +56,19 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
         _counter("actor_scoring_wait_seconds", "scoring_wait_s", "Time spent waiting for rewards."),
         _counter("actor_storing_seconds", "storing_s", "Time spent storing trajectories."),
         _counter("actor_paced_seconds", "paced_s", "Time spent waiting for the learner to draw."),
-        _counter(
-            "actor_scoring_retries",
-            "scoring_retries",
-            "Scorings that failed or were late, and were asked for again.",
-        ),
+        _counter("actor_scoring_retries", "scoring_retries", "Scorings that were asked for again."),
     ),
     Source.REPLICA: (
         _gauge("reward_queued_requests", "queued_requests", "Requests that wait for a pass."),
         _gauge("reward_queued_items", "queued_items", "Trajectories in those requests."),
         _counter("reward_answered_requests", "answered_requests", "Requests scored."),
         _counter("reward_answered_items", "answered_items", "Trajectories scored."),
-        _counter(
-            "reward_computed_items", "computed_items", "Of those, not remembered from before."
-        ),
+        _counter("reward_computed_items", "computed_items", "Of those, not remembered."),
         _counter("reward_computed_tokens", "computed_tokens", "Tokens of the passes, padded."),
         _counter("reward_queue_seconds", "queued_s", "Time in the queue, summed over requests."),
         _counter("reward_computing_seconds", "computing_s", "Time spent in passes."),
         _counter("reward_idle_seconds", "waiting_s", "Time spent without a request."),
-        _counter(
-            "reward_expired_requests", "expired_requests", "Requests that grew too old to score."
-        ),
+        _counter("reward_expired_requests", "expired_requests", "Requests too old to score."),
         _counter("reward_failed_requests", "failed_requests", "Requests whose pass failed."),
     ),
     Source.LEARNER: (
@@ -84,17 +76,11 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
         _gauge("learner_policy_version", "version", "Version of its weights."),
         _gauge("learner_loss", "loss/value", "Loss of the objective."),
         _gauge("learner_grad_norm", "optim/grad_norm", "Norm of the gradient before clipping."),
-        _gauge(
-            "learner_log_reward_nats", "reward/log_mean_nats", "Mean log R of fresh trajectories."
-        ),
+        _gauge("learner_log_reward_nats", "reward/log_mean_nats", "Mean log R of fresh ones."),
         _gauge("learner_correct_ratio", "reward/correct_fraction", "Correct among fresh ones."),
         _gauge("learner_elbo_nats", "posterior/elbo_nats", "Lower bound of log Z."),
         _gauge("learner_iwae_gap_nats", "posterior/iwae_gap_nats", "How much more samples add."),
-        _gauge(
-            "learner_age_mean_versions",
-            "policy/age_mean_versions",
-            "Mean age of what it learns from.",
-        ),
+        _gauge("learner_age_mean_versions", "policy/age_mean_versions", "Age of what it draws."),
         _gauge("learner_age_max_versions", "policy/age_max_versions", "Largest age of it."),
         _gauge("learner_agreement_max_nats", "agreement/max_nats", "Gap to the actors' log q."),
         _gauge("learner_draw_seconds", "time/draw_s", "Time of a step spent waiting for data."),
@@ -113,9 +99,7 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
         _counter("buffer_near_replaced_trajectories", "near_replaced", "Gave way to one like it."),
         _counter("buffer_evicted_quota_trajectories", "evicted_quota", "Beyond a prompt's quota."),
         _counter("buffer_evicted_capacity_trajectories", "evicted_capacity", "Beyond capacity."),
-        _counter(
-            "buffer_quarantined_trajectories", "quarantined", "Taken out: the log q disagree."
-        ),
+        _counter("buffer_quarantined_trajectories", "quarantined", "Taken out: log q disagree."),
         _counter("buffer_accepted_groups", "groups_accepted", "Groups that actors have stored."),
         _counter("buffer_drawn_groups", "groups_drawn", "Draws of fresh groups."),
         _counter("buffer_expired_groups", "groups_expired", "Grew older than buffer.max_age."),
@@ -141,17 +125,11 @@ class Telemetry:
     """
 
     def __init__(self, run: str) -> None:
-        every = [each for group in INSTRUMENTS.values() for each in group]
         self._run = run
-        self._counters = {
-            each.name: Counter(each.name, each.description, _TAGS)
-            for each in every
-            if each.is_counter
-        }
-        self._gauges = {
-            each.name: Gauge(each.name, each.description, _TAGS)
-            for each in every
-            if not each.is_counter
+        self._metrics = {
+            each.name: (Counter if each.is_counter else Gauge)(each.name, each.description, _TAGS)
+            for group in INSTRUMENTS.values()
+            for each in group
         }
         self._counted: dict[tuple[str, str, int], float] = {}
 
@@ -187,10 +165,9 @@ class Telemetry:
         for instrument in INSTRUMENTS[source]:
             if (value := values.get(instrument.key)) is None:
                 continue
+            metric, series = self._metrics[instrument.name], (instrument.name, part, incarnation)
             if not instrument.is_counter:
-                self._gauges[instrument.name].set(value, tags)
-                continue
-            counted = self._counted.get(series := (instrument.name, part, incarnation), 0.0)
-            if value > counted:
-                self._counters[instrument.name].inc(value - counted, tags)
+                metric.set(value, tags)
+            elif value > (counted := self._counted.get(series, 0.0)):
+                metric.inc(value - counted, tags)
                 self._counted[series] = value

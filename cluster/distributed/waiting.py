@@ -41,5 +41,5 @@ def error_line(error: BaseException) -> str:
 
 def cause_of(error: BaseException) -> BaseException:
     """What a remote process raised, as it raised it; any other error as it is."""
-    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else error
+    cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
     return cause if isinstance(cause, BaseException) else error

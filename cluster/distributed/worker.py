@@ -1,14 +1,11 @@
-"""The common life of a run's processes, as a plain class; `launcher` makes Ray actors of them.
-
-`WorkerGroup` drives it: `rendezvous` (say where this process may be reached), `start` (build what
-it holds: slow), `run` (work until stopped), and beside them, in another thread, `status` and
-`stop`.
-"""
+"""The common life of a run's processes, as a plain class; `launcher` makes Ray actors of them."""
 
 import os
 import socket
 import threading
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import ClassVar, NamedTuple
 
 import psutil
 import ray
@@ -25,9 +22,8 @@ from cluster.run.session import BufferAddress
 from lm.process_group import Rendezvous
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meeting:
-    """Address and port where the ranks of one worker group meet."""
+class Meeting(NamedTuple):
+    """Where the ranks of one worker group meet."""
 
     address: str
     port: int
@@ -48,21 +44,43 @@ class RunContext:
     synchronous: bool = False  # actors sample one batch for each published version
 
 
-class Worker:
-    """The part of a process's life that is the same for all."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One process of a worker group."""
 
-    def __init__(self, context: RunContext, *, name: str, rank: int, num_ranks: int) -> None:
+    name: str  # of the group
+    index: int = 0  # of the group among those of its kind
+    incarnation: int = 0  # groups of that name that the run had before
+    rank: int = 0
+    num_ranks: int = 1
+    peers: tuple[ActorHandle, ...] = ()  # the ranks above this one
+
+    @property
+    def full_name(self) -> str:
+        """Of the Ray actor: never the same twice in a run."""
+        rank = f".rank{self.rank}" if self.rank else ""
+        return f"{self.name}.{self.incarnation}{rank}"
+
+
+class Worker:
+    """The part of a process's life that is the same for all. `WorkerGroup` drives it.
+
+    `rendezvous` says where it may be reached, `start` builds what it holds, `run` works until
+    stopped; `status` and `stop` are called beside them, in another thread.
+    """
+
+    concurrency: ClassVar[int] = 4  # calls at a time
+
+    def __init__(self, context: RunContext, member: Member) -> None:
         self._context = context
         self._config = with_patience(context.config)
-        self._name = name
-        self._rank = rank
-        self._num_ranks = num_ranks
+        self._member = member
         self._answer_timeout_s = self._config.cluster.answer_timeout_s
         self._stopping = threading.Event()
         self._reserved: socket.socket | None = None
 
     def __repr__(self) -> str:
-        return self._name if self._num_ranks == 1 else f"{self._name}.rank{self._rank}"
+        return self._member.full_name
 
     def rendezvous(self) -> Meeting:
         """Reserve a port of this node until `_meet`, and say where it is.
@@ -72,14 +90,12 @@ class Worker:
         """
         self._reserved = socket.socket()
         self._reserved.bind(("", 0))
-        port = self._reserved.getsockname()[1]
-        return Meeting(address=ray.util.get_node_ip_address(), port=port)
+        return Meeting(ray.util.get_node_ip_address(), self._reserved.getsockname()[1])
 
     def start(self, meeting: Meeting) -> None:
-        """Take part in the run: build what this process holds, and join the other ranks.
+        """Build what this process holds, and join the other ranks.
 
-        Raises:
-            SourceMixture: this process runs other source than the driver.
+        Raises SourceMixture where this process runs other source than the driver.
         """
         self._node = ray.util.get_node_ip_address()
         check_source(self._context.source, node=self._node)
@@ -100,8 +116,8 @@ class Worker:
         return Rendezvous(
             address=meeting.address,
             port=meeting.port,
-            rank=self._rank,
-            num_ranks=self._num_ranks,
+            rank=self._member.rank,
+            num_ranks=self._member.num_ranks,
             timeout_s=timeout_s,
         )
 
@@ -118,41 +134,31 @@ def with_patience(config: RunConfig) -> RunConfig:
 
     Placing and starting may each take `start_timeout_s`; a part, Redis among them, is replaced
     after `silence_timeout_s` without an answer. A part that comes back only at a later try is
-    waited for by the supervisor; a part that needs it meanwhile ends in an error that says so, and
-    is replaced.
+    waited for by the supervisor; who needs it meanwhile ends in an error that says so, and is
+    replaced.
     """
-    start_s = 2 * config.cluster.start_timeout_s
-    silence_s = config.cluster.silence_timeout_s
-    waits = {
-        "actors.score_timeout_s": config.actors.score_timeout_s,
-        "actors.pace_timeout_s": config.actors.pace_timeout_s,
-        "learner.starvation_timeout_s": config.learner.starvation_timeout_s,
-        "learner.collective_timeout_s": config.learner.collective_timeout_s,
+    start_s, silence_s = 2 * config.cluster.start_timeout_s, config.cluster.silence_timeout_s
+    longer_by_s = {
+        "actors.score_timeout_s": start_s,
+        "actors.pace_timeout_s": start_s,
+        "learner.starvation_timeout_s": start_s,
+        "learner.collective_timeout_s": start_s,
+        "buffer.timeout_s": silence_s,
+        "cluster.answer_timeout_s": silence_s,
     }
-    answers = {
-        "buffer.timeout_s": config.buffer.timeout_s,
-        "cluster.answer_timeout_s": config.cluster.answer_timeout_s,
-    }
-    return config.changed(
-        {key: wait_s + start_s for key, wait_s in waits.items()}
-        | {key: wait_s + silence_s for key, wait_s in answers.items()}
-    )
+    return config.changed({key: attrgetter(key)(config) + s for key, s in longer_by_s.items()})
 
 
 def pin_interface(address: str) -> None:
-    """Have gloo and NCCL use the network interface that has `address`.
+    """Have gloo and NCCL use the network interface that has `address`, Ray's for this node.
 
     Left alone, gloo asks for the address of the host's name, which is often loopback, and NCCL
     takes the first interface it likes, which may be a container's. What the environment names
     already, stands.
-
-    Args:
-        address: under which Ray knows this node.
     """
-    if (name := interface_of(address)) is None:
-        return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # else NCCL takes it for a prefix
+    if (name := interface_of(address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # else NCCL takes it for a prefix
 
 
 def interface_of(address: str) -> str | None:

@@ -8,6 +8,7 @@ supervisor owns worker groups and calls `poll` often; nothing here waits.
                                  are the supervisor's to kill
 """
 
+from collections import Counter
 from enum import StrEnum
 from typing import Any
 
@@ -20,7 +21,6 @@ from cluster.distributed.launcher import GroupLaunch
 from cluster.distributed.ray_cluster import room
 from cluster.distributed.waiting import cause_of, error_line
 from cluster.run.awake import awake_s
-from learner.broadcast import Unrecoverable
 
 
 class Phase(StrEnum):
@@ -43,45 +43,30 @@ class WorkerGroup:
 
     Args:
         name: for events and errors, e.g. "reward-0".
-        launch: its reservation, and what creates the Ray actors there.
         incarnation: how many groups of this name the run had before.
         config: `start_timeout_s` for placing, and again for meeting and starting together;
             `silence_timeout_s` for a running rank to answer `status`.
     """
 
     def __init__(
-        self,
-        name: str,
-        launch: GroupLaunch,
-        *,
-        incarnation: int,
-        config: ClusterConfig,
+        self, name: str, launch: GroupLaunch, *, incarnation: int, config: ClusterConfig
     ) -> None:
         self.name = name
+        self.launch = launch
         self.incarnation = incarnation
         self.phase = Phase.PLACING
-        self.cause = ""
+        self.cause = ""  # of its failure, for people
         self.error: BaseException | None = None  # what a rank itself raised, if that was its end
         self.status: dict[str, Any] = {}
         self.result: dict[str, Any] | None = None
-        self._start_timeout_s = config.start_timeout_s
-        self._silence_timeout_s = config.silence_timeout_s
-        self._began = awake_s()
-        self._launch = launch
         self.handles: list[ActorHandle] = []
-        self._refs: list[ray.ObjectRef[Any]] = [launch.reservation.ready]
+        self._config = config
+        self._began = awake_s()
+        self._refs: list[ray.ObjectRef[Any]] = [launch.ready]
         self._status_refs: list[ray.ObjectRef[Any]] = []
         self._status_requested = 0.0
-
-    @property
-    def fatal(self) -> Unrecoverable | None:
-        """A failure that a new group would only repeat."""
-        return self.error if isinstance(self.error, Unrecoverable) else None
-
-    @property
-    def wanted(self) -> str:
-        """What it claims of the cluster, for people."""
-        return f"{self.name} ({self._launch.reservation.wanted})"
+        self._taken: Counter[str] = Counter()
+        self._reports: dict[str, ray.ObjectRef[Any]] = {}
 
     @property
     def phase_s(self) -> float:
@@ -107,14 +92,41 @@ class WorkerGroup:
             self._advance(values)
         elif self.phase is Phase.RUNNING:
             self._listen()
-        elif self.phase_s > self._start_timeout_s:
-            limit = f"{self._start_timeout_s:.0f} s (cluster.start_timeout_s)"
+        elif self.phase_s > self._config.start_timeout_s:
+            limit = f"{self._config.start_timeout_s:.0f} s (cluster.start_timeout_s)"
             if self.phase is Phase.PLACING:
-                wanted = self._launch.reservation.wanted
-                self._fail(f"no place within {limit} for {wanted}: {room()}")
+                self._fail(f"no place within {limit} for {self.launch.wanted}: {room()}")
             else:
                 self._fail(f"{self.phase} took more than {limit}")
         return self.phase
+
+    def reports(self, kind: str, *, timeout_s: float = 0.0) -> list[Any]:
+        """What a worker with `reports_since` has added to one kind since the last call.
+
+        Args:
+            timeout_s: 0 waits for nothing, and the rest comes with a later call; more, for all
+                that there is.
+
+        Raises:
+            Exception: what came instead; the group's death is for `poll` to find.
+        """
+        found: list[Any] = []
+        while True:
+            ref = self._reports.pop(kind, None)
+            # One that failed may have more than its status said; often its process still lives.
+            last_words = self.phase is Phase.FAILED and not found
+            if ref is None and (last_words or self.status.get(kind, 0) > self._taken[kind]):
+                ref = self.leader.reports_since.remote(kind, self._taken[kind])
+            if ref is None:
+                return found
+            if not ray.wait([ref], timeout=timeout_s)[0]:
+                self._reports[kind] = ref
+                return found
+            came = ray.get(ref)
+            self._taken[kind] += len(came)
+            found.extend(came)
+            if not timeout_s or not came:
+                return found
 
     def ask_to_stop(self) -> None:
         """Tell every rank to finish; `poll` shows when they have."""
@@ -125,11 +137,11 @@ class WorkerGroup:
         """End every rank at once, and give up the place."""
         for handle in self.handles:
             ray.kill(handle)
-        self._launch.reservation.give_up()
+        self.launch.give_up()
 
     def _advance(self, values: list[Any]) -> None:
         if self.phase is Phase.PLACING:
-            self.handles = list(self._launch.create())
+            self.handles = self.launch.create()
             self._refs = [self.leader.rendezvous.remote()]
             self._began = awake_s()
             self.phase = Phase.MEETING
@@ -140,13 +152,12 @@ class WorkerGroup:
             self._refs = [handle.run.remote() for handle in self.handles]
             self.phase = Phase.RUNNING
         else:
-            self.result = values[0]
-            self.status = values[0]
+            self.result = self.status = values[0]
             self.phase = Phase.FINISHED
 
     def _listen(self) -> None:
         """Ask every rank for its status again and again; the group's is that of rank 0."""
-        now = awake_s()
+        now, limit_s = awake_s(), self._config.silence_timeout_s
         if not self._status_refs:
             self._status_refs = [handle.status.remote() for handle in self.handles]
             self._status_requested = now
@@ -159,13 +170,11 @@ class WorkerGroup:
             except Exception as error:
                 self._fail_with(error)
             self._status_refs = []
-        elif now - self._status_requested > self._silence_timeout_s:
+        elif now - self._status_requested > limit_s:
             ranks = ", ".join(str(refs.index(ref)) for ref in silent)
             who = f" from rank {ranks} of {len(refs)}" if len(refs) > 1 else ""
-            self._fail(
-                f"no answer to status{who} for {self._silence_timeout_s:.0f} s "
-                f"(cluster.silence_timeout_s)"
-            )
+            limit = f"{limit_s:.0f} s (cluster.silence_timeout_s)"
+            self._fail(f"no answer to status{who} for {limit}")
 
     def _fail_with(self, error: Exception) -> None:
         if isinstance(error, RayTaskError):
@@ -175,49 +184,3 @@ class WorkerGroup:
     def _fail(self, cause: str) -> None:
         self.cause = f"{self.name}: {cause}"
         self.phase = Phase.FAILED
-
-
-class LearnerGroup(WorkerGroup):
-    """The learner's ranks; rank 0 also hands over metrics of its steps and messages for people."""
-
-    def __init__(
-        self, name: str, launch: GroupLaunch, *, incarnation: int, config: ClusterConfig
-    ) -> None:
-        super().__init__(name, launch, incarnation=incarnation, config=config)
-        self._taken = {"rows": 0, "events": 0}
-        self._pending: dict[str, ray.ObjectRef[Any]] = {}
-
-    def new_rows(self, *, timeout_s: float = 0.0) -> list[dict[str, float]]:
-        """Metrics of steps that have come since the last call; the rest comes with a later one.
-
-        Args:
-            timeout_s: 0 waits for nothing; more, for all that there is.
-
-        Raises:
-            Exception: what came instead; the learner's death is for `poll` to find.
-        """
-        return self._fetch("rows", timeout_s)
-
-    def new_messages(self, *, timeout_s: float = 0.0) -> list[str]:
-        """Messages that have come since the last call; as `new_rows`."""
-        return self._fetch("events", timeout_s)
-
-    def _fetch(self, key: str, timeout_s: float) -> list[Any]:
-        found: list[Any] = []
-        while True:
-            ref = self._pending.pop(key, None)
-            # One that failed may have more than its status said; often its process still lives.
-            last_words = self.phase is Phase.FAILED and not found
-            if ref is None and (last_words or self.status.get(key, 0) > self._taken[key]):
-                method = self.leader.rows_since if key == "rows" else self.leader.events_since
-                ref = method.remote(self._taken[key])
-            if ref is None:
-                return found
-            if not ray.wait([ref], timeout=timeout_s)[0]:
-                self._pending[key] = ref
-                return found
-            came = ray.get(ref)
-            self._taken[key] += len(came)
-            found.extend(came)
-            if not timeout_s or not came:
-                return found

@@ -81,7 +81,7 @@ def em_steps(
     name: Callable[[Kind, int], str],
     m_changes: Mapping[str, Any] | None = None,
 ) -> Iterator[EMStep]:
-    """E, M, E, M, ... of `rounds` rounds; raises ConfigError, BadRunName.
+    """E, M, E, M, ... of `rounds` rounds; raises ConfigError, UserError.
 
     Args:
         config: of the first E-step; both kinds of step share it.

@@ -13,7 +13,7 @@ from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Result, Table, summarise
 from cluster.experiments.comparison_report import draw, shown_table, write_page
-from cluster.run.directory import RunDirectory, RunExists, find_run, new_name, write_whole
+from cluster.run.directory import RunDirectory, find_run, new_name, write_whole
 from cluster.run.driver import read_scores
 from tasks.evaluation.evaluation import Scores
 
@@ -24,13 +24,11 @@ def experiment_folder(name: str | None, *, stem: str, resume: bool) -> RunDirect
     Args:
         stem: of its name, where it has none yet.
 
-    Raises:
-        RunExists: a new one, but the name is taken.
-        RunMissing: nothing to resume.
+    Raises UserError where the name is taken, or there is nothing to resume.
     """
     folder = find_run(name) if name and resume else RunDirectory(name or new_name(stem))
     if folder.path.exists() and not resume:
-        raise RunExists(f"{folder.path} exists: add --resume to go on with it, or choose --run")
+        raise UserError(f"{folder.path} exists: add --resume to go on with it, or choose --run")
     return folder
 
 

@@ -80,7 +80,7 @@ class Experiment:
         """Every number of actors, then both modes.
 
         Raises:
-            DoesNotFit: the cluster cannot hold the largest number.
+            UserError: the cluster cannot hold the largest number.
             StartFailed, RunFailed: a part did not come up, or died.
         """
         largest = self._config.changed({"cluster.actors": max(self._counts)})

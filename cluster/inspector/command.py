@@ -8,11 +8,12 @@ from types import FrameType
 from cluster.commands.stop import the_live_run
 from cluster.config.file import load_config
 from cluster.config.placement import ClusterConfig
+from cluster.config.project import UserError
 from cluster.inspector.access import TOKEN_PARAMETER, keep_token
 from cluster.inspector.keeper import BufferKeeper
 from cluster.inspector.serve import served_by_ray, served_here
 from cluster.inspector.sources import Target
-from cluster.run.directory import RunDirectory, RunMissing, RunState, all_runs, find_run
+from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 
 _WATCH_S = 2.0
 
@@ -50,12 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def the_run_of_interest() -> RunDirectory:
-    """The one that goes on, else the newest; raises UserError, RunMissing."""
+    """The one that goes on, else the newest; raises UserError."""
     if (live := the_live_run()) is not None:
         return live
     runs = list(all_runs())
     if not runs:
-        raise RunMissing("no runs here yet: 'amortize train CONFIG' starts one")
+        raise UserError("no runs here yet: 'amortize train CONFIG' starts one")
     return runs[-1]
 
 

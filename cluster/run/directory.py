@@ -6,12 +6,14 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Literal, get_args
 
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from cluster.config.project import UserError
 
 # On a cluster: a folder outside of the job's copy of the code, which every node sees.
 RUNS = Path(os.environ.get("AMORTIZE_RUNS", "runs")).expanduser()
@@ -26,38 +28,6 @@ RunPhase = Literal["starting", "evaluating", "training", "stopping"] | EndPhase
 # Refused: nothing was changed. Given up: an added part did not come up, the run does without.
 ScaleOutcome = Literal["refused", "under way", "done", "given up"]
 ENDED: tuple[RunPhase, ...] = get_args(EndPhase)
-
-
-class RunExists(FileExistsError):
-    """A new run was asked for under a name that is taken."""
-
-
-class RunMissing(FileNotFoundError):
-    """No run of that name."""
-
-
-class RunAlive(RuntimeError):
-    """Another process drives this run."""
-
-
-class RunsGoWithJob(ValueError):
-    """The folder of runs lies in a job's copy of the code, which Ray removes."""
-
-
-class RunNotShared(FileNotFoundError):
-    """A node does not see the run's folder."""
-
-
-class BadRunName(ValueError):
-    """A name that cannot be a folder's."""
-
-
-class ScaleRefused(ValueError):
-    """A run cannot be given the numbers that were asked for; nothing was changed."""
-
-
-class BadRequest(ValueError):
-    """A file that should hold a request to scale does not."""
 
 
 class ScaleRequest(BaseModel):
@@ -143,15 +113,11 @@ def first_state(run: str, *, steps: int) -> RunState:
 
 
 class RunDirectory:
-    """Paths of one run, below `root`/`name`.
-
-    Raises:
-        BadRunName: `name` has other characters than letters, digits, dot, dash and underscore.
-    """
+    """Paths of one run, below `root`/`name`; raises UserError for a name that is no folder's."""
 
     def __init__(self, name: str, *, root: Path = RUNS) -> None:
         if not _NAME.fullmatch(name):
-            raise BadRunName(
+            raise UserError(
                 f"run name {name!r}: use up to 100 letters, digits, '.', '-' and '_', "
                 f"beginning with a letter or digit"
             )
@@ -176,44 +142,37 @@ class RunDirectory:
     def begin(self, *, resume: bool) -> None:
         """Make this process the driver of a new run, or of an old one that goes on.
 
-        The claim ends with the process, however it ends.
-
-        Raises:
-            RunExists: a new run, but the name is taken.
-            RunMissing: nothing to resume.
-            RunAlive: another process drives the run.
-            RunsGoWithJob: what the run leaves would not outlive its job.
+        The claim ends with the process, however it ends. Raises UserError.
         """
         self.check(resume=resume)
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path / "driver.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        self._lock = os.open(self.path / "driver.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
-            raise RunAlive(self._driven_elsewhere()) from error
-        self._lock = lock
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.end()
+            raise self._driven_elsewhere() from None
         self.stop_request.unlink(missing_ok=True)
         self.scale_request.unlink(missing_ok=True)
 
     def check(self, *, resume: bool) -> None:
-        """Raise what `begin` would, but for a race with another process; changes nothing."""
+        """Raise UserError where `begin` would, but for a race; changes nothing."""
         if any(part.startswith(RAY_PACKAGE) for part in self.path.parts):
-            raise RunsGoWithJob(
+            raise UserError(
                 f"{self.path} would go with this job's copy of the code: set AMORTIZE_RUNS, where "
                 f"Ray is started on the head or in the job's runtime environment, to a folder that "
                 f"every node sees"
             )
         state = self.state()
         if state is not None and not state.ended and state.driver() is not None:
-            raise RunAlive(self._driven_elsewhere())
+            raise self._driven_elsewhere()
         if resume and not self.config_file.exists():
-            raise RunMissing(
+            raise UserError(
                 f"there is no run {self.name!r} in {self.path.parent} to resume; "
                 f"it has: {_listing(self.path.parent)}"
             )
         if not resume and self.path.exists():
-            raise RunExists(
+            raise UserError(
                 f"{self.path} exists: add --resume to go on with it, or choose another --run"
             )
 
@@ -224,7 +183,7 @@ class RunDirectory:
             self._lock = None
 
     def write_state(self, state: RunState) -> None:
-        """Replace `state.json`; a reader sees the old or the new, never a part."""
+        """Replace `state.json`."""
         write_whole(self.state_file, state.model_dump_json(indent=2))
 
     def state(self) -> RunState | None:
@@ -234,10 +193,10 @@ class RunDirectory:
         except (FileNotFoundError, ValidationError):
             return None
 
-    def _driven_elsewhere(self) -> str:
+    def _driven_elsewhere(self) -> UserError:
         state = self.state()
         who = "another process" if state is None else f"process {state.pid} on {state.host}"
-        return (
+        return UserError(
             f"run {self.name!r} is driven by {who}: stop it with 'amortize stop --run {self.name}'"
         )
 
@@ -250,8 +209,7 @@ def post_scale_request(directory: RunDirectory, request: ScaleRequest) -> None:
 def take_scale_request(directory: RunDirectory) -> ScaleRequest | None:
     """Take the request that lies there, if any; nobody else will get it.
 
-    Raises:
-        BadRequest: it cannot be read; it is gone all the same.
+    Raises UserError where it cannot be read; it is gone all the same.
     """
     taken = directory.scale_request.with_name(".scale-request.taken")
     try:
@@ -265,7 +223,7 @@ def take_scale_request(directory: RunDirectory) -> ScaleRequest | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise BadRequest(
+        raise UserError(
             f"{directory.scale_request} held no request to scale ({where}: {first['msg']}); "
             f"use 'amortize scale'"
         ) from None
@@ -277,14 +235,9 @@ def merged_folder(adapter: Path) -> Path:
 
 
 def check_shared(path: Path, *, node: str) -> None:
-    """Raise RunNotShared unless this node sees the folder of a run that its driver has begun.
-
-    Args:
-        path: the run's folder, where the driver has it.
-        node: name or address of this node, for the message.
-    """
+    """Raise UserError unless this `node` sees `path`, the folder of a run that has begun."""
     if not (path / "config.toml").is_file():
-        raise RunNotShared(
+        raise UserError(
             f"node {node} does not see {path}, where the run's checkpoints and adapter belong: "
             f"mount one folder on every node, and name it in AMORTIZE_RUNS"
         )
@@ -305,22 +258,24 @@ def new_name(task: str, *, root: Path = RUNS) -> str:
 
 
 def find_run(name: str, *, root: Path = RUNS) -> RunDirectory:
-    """An existing run; raises RunMissing, listing those that exist."""
+    """An existing run; raises UserError, listing those that exist."""
     run = RunDirectory(name, root=root)
     if not run.path.is_dir():
-        raise RunMissing(f"no run {name!r} in {root.absolute()}; it has: {_listing(root)}")
+        raise UserError(f"no run {name!r} in {root.absolute()}; it has: {_listing(root)}")
     return run
 
 
-def all_runs(*, root: Path = RUNS) -> Iterator[RunDirectory]:
+def all_runs(*, root: Path = RUNS) -> list[RunDirectory]:
     """Every run that has a state, oldest first."""
-    if root.is_dir():
-        found = [path for path in root.iterdir() if _NAME.fullmatch(path.name)]
-        runs = (RunDirectory(path.name, root=root) for path in found)
-        states = [(state.started_s, run) for run in runs if (state := run.state()) is not None]
-        yield from (run for _, run in sorted(states, key=lambda pair: pair[0]))
+    paths = [path for path in _folders(root) if _NAME.fullmatch(path.name)]
+    runs = [RunDirectory(path.name, root=root) for path in paths]
+    began = [(state.started_s, run) for run in runs if (state := run.state()) is not None]
+    return [run for _, run in sorted(began, key=itemgetter(0))]
+
+
+def _folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
 
 
 def _listing(root: Path) -> str:
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    return ", ".join(names[-10:]) or "none"
+    return ", ".join(sorted(path.name for path in _folders(root))[-10:]) or "none"

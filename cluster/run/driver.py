@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pydantic import ValidationError
 
 from buffer.stats import ReplayStats
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import (
-    BadRequest,
     RunDirectory,
     RunPhase,
     ScaleAnswer,
-    ScaleRefused,
     ScaleRequest,
     first_state,
     take_scale_request,
@@ -22,7 +21,6 @@ from cluster.run.directory import (
 from cluster.run.display import first_line
 from cluster.run.metrics_log import MetricsLog
 from cluster.run.progress import Progress
-from cluster.run.resources import DoesNotFit
 from cluster.run.session import DistributedRun, PendingMeasurement, Run, Session
 from cluster.run.terminal import Terminal
 from tasks.evaluation.evaluation import Scores
@@ -73,7 +71,7 @@ class Driver:
         A run that was stopped on request is not measured (again): it may be resumed.
 
         Raises:
-            DoesNotFit, StartFailed, RunFailed, ...: after everything that had come up was stopped,
+            UserError, StartFailed, RunFailed, ...: after everything that had come up was stopped,
                 with a checkpoint if the learner could still write one.
         """
         try:
@@ -150,7 +148,7 @@ class Driver:
         """Take a request to scale, and answer it in the state, which is written next."""
         try:
             request = take_scale_request(self._directory)
-        except BadRequest as error:
+        except UserError as error:
             self._event(str(error))
             return
         if request is not None:
@@ -162,12 +160,12 @@ class Driver:
         wanted = ", ".join(f"{number} {kind}" for kind, number in request.numbers.items())
         try:
             if not isinstance(run, DistributedRun):
-                raise ScaleRefused(
+                raise UserError(
                     "this run is one process (--local) with one actor and one replica: stop it, "
                     "and go on over Ray with --resume and without --local"
                 )
             run.scale(**request.numbers)
-        except (ScaleRefused, DoesNotFit) as error:
+        except UserError as error:
             self._event(f"not scaled to {wanted}: {error}")
             return ScaleAnswer(id=request.id, outcome="refused", error=str(error))
         self._event(f"scaling to {wanted}")

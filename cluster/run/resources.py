@@ -5,14 +5,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cluster.config.placement import Placement
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 
 _ROUNDING = 1e-9
 _RESOURCES = (("CPU", "cpus"), ("GPU", "gpus"))
-
-
-class DoesNotFit(ValueError):
-    """There are not the CPUs or GPUs that the configuration asks for."""
 
 
 class Node(NamedTuple):
@@ -33,7 +30,7 @@ class Demand(NamedTuple):
 
 
 def check_fit(config: RunConfig, nodes: Sequence[Node]) -> None:
-    """Raise DoesNotFit, naming what is missing, if the run can never stand at once on the nodes.
+    """Raise UserError, naming what is missing, if the run can never stand at once on the nodes.
 
     Ray would wait for ever for a place that does not exist. What passes may still have to wait
     until others give up theirs.
@@ -92,7 +89,7 @@ def _check_sums(demands: Sequence[Demand], nodes: Sequence[Node]) -> None:
                 f"{demand.number} {demand.what} x {getattr(demand.claim, attribute):g}"
                 for demand in demands
             )
-            raise DoesNotFit(
+            raise UserError(
                 f"the run needs {wanted:g} {resource} ({parts}), but there are {offered:g}, "
                 f"{wanted - offered:g} too few ({describe(nodes)}): lower cluster.actors, "
                 f"reward.replicas, reward.ranks, learner.ranks or the "
@@ -111,7 +108,7 @@ def _check_one_node(demand: Demand, nodes: Sequence[Node]) -> None:
         if demand.together > 1
         else f"each of the {demand.what}"
     )
-    raise DoesNotFit(
+    raise UserError(
         f"{who} must have {cpus:g} CPU and {gpus:g} GPU on one node, but no node has them "
         f"({describe(nodes)}): lower {key}, or add a larger node"
     )

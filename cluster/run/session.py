@@ -57,7 +57,7 @@ class DistributedRun(Run, Protocol):
         ...
 
     def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
-        """Have these numbers from now on; raises ScaleRefused or DoesNotFit."""
+        """Have these numbers from now on; raises UserError."""
         ...
 
     def record_metrics(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
