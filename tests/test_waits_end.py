@@ -364,7 +364,7 @@ def test_a_silent_rank_is_found_whichever_it_is(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("ray.wait", wait)
     monkeypatch.setattr("ray.get", lambda refs: [{"said by": ref} for ref in refs])
-    launch: Any = SimpleNamespace(reservation=SimpleNamespace(ready="run"))
+    launch: Any = SimpleNamespace(ready="run")
     group = WorkerGroup("reward-0", launch, incarnation=0, config=ClusterConfig())
     ranks: list[Any] = [
         SimpleNamespace(status=SimpleNamespace(remote=lambda ref=ref: ref))
@@ -393,12 +393,12 @@ def test_only_a_learner_that_raised_an_error_is_waited_for(
     asked_s: list[float] = []
     learner = SimpleNamespace(phase=Phase.FAILED, error=None)
 
-    def ask(*, timeout_s: float) -> list[Any]:
+    def ask(kind: str, *, timeout_s: float) -> list[Any]:
         asked_s.append(timeout_s)
         return []
 
-    learner.new_rows = learner.new_messages = ask
-    run: Any = SimpleNamespace(_learner=learner, learner_rows=[], _report=print)
+    learner.reports = ask
+    run: Any = SimpleNamespace(groups={"learner": learner}, learner_rows=[], _report=print)
     supervisor.Supervisor._collect_reports(run)
     assert asked_s == [0.0, 0.0]
     learner.error = OSError("the disk is full")
