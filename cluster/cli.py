@@ -1,7 +1,7 @@
 """The command line: verbs, their arguments and the module of each. Imports nothing heavy."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 _DESCRIPTION = """\
@@ -25,8 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Verb(NamedTuple):
     summary: str
-    parents: Sequence[argparse.ArgumentParser]
-    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    arguments: Sequence[argparse.ArgumentParser]  # what argparse calls parents
     room: str = "commands"  # of `cluster`; the verb's module there has the verb's name
     module: str = ""  # ... but for the one that would shadow a module of the standard library
 
@@ -42,12 +41,8 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     )
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help=argparse.SUPPRESS)
     name = parser.parse_args(argv[:1]).verb
-    verb = _VERBS[name]
-    verb_parser = _Parser(
-        prog=f"amortize {name}", description=f"{verb.summary}.", parents=verb.parents
-    )
-    if verb.add_arguments is not None:
-        verb.add_arguments(verb_parser)
+    summary, arguments, *_ = _VERBS[name]
+    verb_parser = _Parser(prog=f"amortize {name}", description=f"{summary}.", parents=arguments)
     # Intermixed, so that overrides may stand before and after options.
     return name, verb_parser.parse_intermixed_args(argv[1:])
 
@@ -66,7 +61,7 @@ def _number(text: str) -> int:
 
 
 def _actor_counts(text: str) -> tuple[int, ...]:
-    """Numbers of actors, ascending; argparse shows the error."""
+    """Numbers of actors, ascending."""
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
@@ -79,196 +74,160 @@ def _actor_counts(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _shared(*names: str, **settings: Any) -> argparse.ArgumentParser:
-    """One argument that several verbs have."""
+def _argument(name: str, help: str, **settings: Any) -> argparse.ArgumentParser:
+    """One argument of a verb; an option is written with its value, `--run NAME`."""
+    return _one_of((name, help, settings))
+
+
+def _one_of(*either: tuple[str, str, dict[str, Any]]) -> argparse.ArgumentParser:
+    """Options, of which a command line may have one, with their help and settings."""
     parent = argparse.ArgumentParser(add_help=False)
-    parent.add_argument(*names, **settings)
+    group = parent.add_mutually_exclusive_group() if either[1:] else parent
+    for name, help, settings in either:
+        flag, _, metavar = name.partition(" ")
+        named: dict[str, Any] = {"metavar": metavar} if metavar else {}
+        group.add_argument(flag, help=help, **named, **settings)
     return parent
 
 
-_CONFIG = _shared("config", metavar="CONFIG", help="TOML file of the run")
-_JSON = _shared("--json", action="store_true", help="print one JSON object")
-_OVERRIDES = _shared(
+_FLAG: dict[str, Any] = {"action": "store_true"}
+_COUNT: dict[str, Any] = {"type": _number}
+_LIST: dict[str, Any] = {"nargs": "+", "default": []}
+
+_OVERRIDES = _argument(
     "overrides",
+    "changes to the configuration, before an option of several values; values as in TOML",
     metavar="section.key=value",
     nargs="*",
-    help="changes to the configuration, before an option of several values; values as in TOML",
 )
-_NEW_RUN = _shared("--run", metavar="NAME", help="name in runs/ (default: task and time)")
-_NEW_RUN.add_argument("--resume", action="store_true", help="go on with what is called --run")
-_WHERE = _NEW_RUN.add_mutually_exclusive_group()
-_WHERE.add_argument(
-    "--address",
-    metavar="A",
-    help="Ray cluster to use (default: cluster.address, RAY_ADDRESS, else one on this machine)",
+_CONFIG = _argument("config", "TOML file of the run", metavar="CONFIG")
+_JSON = _argument("--json", "print one JSON object", **_FLAG)
+_MEASURING = (_CONFIG, _JSON, _OVERRIDES)
+_ADDRESS = "Ray cluster to use (default: {}, RAY_ADDRESS, else one on this machine)"
+_NEW_RUN = (
+    _argument("--run NAME", "name in runs/ (default: task and time)"),
+    _argument("--resume", "go on with what is called --run", **_FLAG),
+    _one_of(
+        ("--address A", _ADDRESS.format("cluster.address"), {}),
+        ("--local", "one process, without Ray", _FLAG),
+    ),
 )
-_WHERE.add_argument("--local", action="store_true", help="one process, without Ray")
-
-
-def _mstep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--of", metavar="NAME", required=True, help="the run whose policy gives the rationales"
-    )
-
-
-def _em(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--rounds",
-        metavar="N",
-        type=_number,
-        help="an E-step and an M-step each (default: em.rounds)",
-    )
-
-
-def _evaluate(parser: argparse.ArgumentParser) -> None:
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--run", metavar="NAME", help="evaluate the adapter of this run")
-    which.add_argument("--adapter", metavar="PATH", help="evaluate the adapter in this folder")
-    parser.add_argument(
-        "--data",
-        metavar="FILE",
-        nargs="+",
-        default=[],
-        help="test files (default: those of the configuration)",
-    )
-
-
-def _compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--methods",
-        metavar="METHOD",
-        nargs="+",
-        default=[],
-        help="such as base sft ppo gflownet beam; docs/compare.md lists all (default: "
-        "compare.methods of the file)",
-    )
-    parser.add_argument(
-        "--seeds", metavar="N", type=_number, default=3, help="runs each (default: 3)"
-    )
-
-
-def _posterior(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run", metavar="NAME", help="compare the adapter of this run (default: the base LM)"
-    )
-
-
-def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="NAME", required=True, help="whose policy")
-    parser.add_argument("--to", metavar="FOLDER", required=True, help="a new folder, or empty")
-    parser.add_argument("--merge", action="store_true", help="fold the adapter into the base")
-    parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), help="of the weights (default: as they are)"
-    )
-    parser.add_argument(
-        "--push", metavar="REPO", help="upload it to this repository of the Hugging Face hub too"
-    )
-
-
-def _scale(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="NAME", required=True, help="a run that goes on")
-    parser.add_argument("--actors", metavar="N", type=_number, help="rollout actors from now on")
-    parser.add_argument(
-        "--reward-replicas", metavar="R", type=_number, help="reward replicas from now on"
-    )
-
-
-def _throughput(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--actors",
-        metavar="N,N,...",
-        type=_actor_counts,
-        default="1,2,4,8",
-        help="numbers of rollout actors to measure, 1 among them (default: 1,2,4,8)",
-    )
-    parser.add_argument(
-        "--reward-replicas",
-        metavar="R",
-        type=_number,
-        help="reward replicas (default: reward.replicas)",
-    )
-    parser.add_argument(
-        "--simulate",
-        action="store_true",
-        help="waits stand for model compute (throughput.simulation); all else is real",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="FILE",
-        help="where the picture goes (default: throughput-TASK.png in the folder of runs)",
-    )
-
-
-def _status(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="NAME", help="one run in full (default: all, a line each)")
-
-
-def _inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--run", metavar="NAME", help="which run (default: the one that goes on, else the newest)"
-    )
-    parser.add_argument("--port", metavar="P", type=int, help="of 127.0.0.1 (default: 8000)")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "--address",
-        metavar="A",
-        help="Ray cluster to use (default: the run's, RAY_ADDRESS, else one on this machine)",
-    )
-    where.add_argument("--no-serve", action="store_true", help="in this process, without Ray")
-
-
-def _stop(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", metavar="NAME", help="which run (default: the one that runs)")
-
 
 _MANY = "experiments"
 _VERBS = {
-    "train": _Verb("Fine-tune a language model on a task", (_CONFIG, _NEW_RUN, _OVERRIDES)),
+    "train": _Verb("Fine-tune a language model on a task", (_CONFIG, *_NEW_RUN, _OVERRIDES)),
     "mstep": _Verb(
         "Fine-tune a run's language model on rationales of its policy",
-        (_NEW_RUN, _OVERRIDES),
-        _mstep,
+        (
+            *_NEW_RUN,
+            _OVERRIDES,
+            _argument("--of NAME", "the run whose policy gives the rationales", required=True),
+        ),
         _MANY,
     ),
     "em": _Verb(
         "Alternate E-steps and M-steps, each a run",
-        (_CONFIG, _NEW_RUN, _JSON, _OVERRIDES),
-        _em,
+        (
+            *_MEASURING,
+            *_NEW_RUN,
+            _argument("--rounds N", "an E-step and an M-step each (default: em.rounds)", **_COUNT),
+        ),
         _MANY,
     ),
     "evaluate": _Verb(
         "Score a model, with or without an adapter, on test data",
-        (_CONFIG, _JSON, _OVERRIDES),
-        _evaluate,
+        (
+            *_MEASURING,
+            _one_of(
+                ("--run NAME", "evaluate the adapter of this run", {}),
+                ("--adapter PATH", "evaluate the adapter in this folder", {}),
+            ),
+            _argument("--data FILE", "test files (default: those of the configuration)", **_LIST),
+        ),
     ),
     "compare": _Verb(
         "Compare methods on one task at nearly equal numbers of trajectories",
-        (_CONFIG, _NEW_RUN, _JSON, _OVERRIDES),
-        _compare,
+        (
+            *_MEASURING,
+            *_NEW_RUN,
+            _argument(
+                "--methods METHOD",
+                "such as base sft ppo gflownet beam; docs/compare.md lists all (default: "
+                "compare.methods of the file)",
+                **_LIST,
+            ),
+            _argument("--seeds N", "runs each (default: 3)", default=3, **_COUNT),
+        ),
         _MANY,
     ),
     "posterior": _Verb(
         "Compare a policy with the exact posterior, or bound its distance",
-        (_CONFIG, _JSON, _OVERRIDES),
-        _posterior,
+        (
+            *_MEASURING,
+            _argument("--run NAME", "compare the adapter of this run (default: the base LM)"),
+        ),
     ),
     "export": _Verb(
-        "Write a run's policy as a folder that transformers, peft and vLLM load", (), _export
+        "Write a run's policy as a folder that transformers, peft and vLLM load",
+        (
+            _argument("--run NAME", "whose policy", required=True),
+            _argument("--to FOLDER", "a new folder, or empty", required=True),
+            _argument("--merge", "fold the adapter into the base", **_FLAG),
+            _argument("--dtype", "of the weights (default: as they are)", choices=("bf16", "fp32")),
+            _argument("--push REPO", "upload it to this repository of the Hugging Face hub too"),
+        ),
     ),
-    "scale": _Verb("Change the actors or replicas of a run that goes on, and wait", (), _scale),
+    "scale": _Verb(
+        "Change the actors or replicas of a run that goes on, and wait",
+        (
+            _argument("--run NAME", "a run that goes on", required=True),
+            _argument("--actors N", "rollout actors from now on", **_COUNT),
+            _argument("--reward-replicas R", "reward replicas from now on", **_COUNT),
+        ),
+    ),
     "throughput": _Verb(
         "Measure how a run's rate grows with its rollout actors",
-        (_CONFIG, _JSON, _OVERRIDES),
-        _throughput,
+        (
+            *_MEASURING,
+            _argument(
+                "--actors N,N,...",
+                "numbers of rollout actors to measure, 1 among them (default: 1,2,4,8)",
+                type=_actor_counts,
+                default="1,2,4,8",
+            ),
+            _argument("--reward-replicas R", "replicas (default: reward.replicas)", **_COUNT),
+            _argument(
+                "--simulate",
+                "waits stand for model compute (throughput.simulation); all else is real",
+                **_FLAG,
+            ),
+            _argument(
+                "--output FILE",
+                "where the picture goes (default: throughput-TASK.png in the folder of runs)",
+            ),
+        ),
         _MANY,
     ),
-    "status": _Verb("Show runs: progress, parts that live, last figures", (_JSON,), _status),
+    "status": _Verb(
+        "Show runs: progress, parts that live, last figures",
+        (_JSON, _argument("--run NAME", "one run in full (default: all, a line each)")),
+    ),
     "inspect": _Verb(
         "Show the trajectories of a run in a browser",
-        (_OVERRIDES,),
-        _inspect,
+        (
+            _OVERRIDES,
+            _argument("--run NAME", "which run (default: the one that goes on, else the newest)"),
+            _argument("--port P", "of 127.0.0.1 (default: 8000)", type=int),
+            _one_of(
+                ("--address A", _ADDRESS.format("the run's"), {}),
+                ("--no-serve", "in this process, without Ray", _FLAG),
+            ),
+        ),
         "inspector",
         "command",
     ),
-    "stop": _Verb("Ask a run to checkpoint and end, and wait until it has", (), _stop),
+    "stop": _Verb(
+        "Ask a run to checkpoint and end, and wait until it has",
+        (_argument("--run NAME", "which run (default: the one that runs)"),),
+    ),
 }

@@ -4,6 +4,7 @@ import os
 import re
 import tomllib
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,8 @@ _KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the TOML file at `path`, changed by `section.key=value` overrides.
 
-    `path` and the files that the configuration names are looked for in the working directory,
-    then in the project.
-
-    Raises:
-        ConfigError: missing file, bad TOML, or any key or value that the schema refuses.
+    `path` and the files that the configuration names are looked for as `locate` says. Raises
+    ConfigError: missing file, bad TOML, or any key or value that the schema refuses.
     """
     file = locate(path)
     if not os.path.isfile(file):
@@ -51,24 +49,22 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     def place(key: str) -> str:
         if any(key == name or key.startswith(f"{name}.") for name in overridden):
             return _COMMAND_LINE
-        line = line_of(key, lines)
+        owners = accumulate(key.split("."), "{}.{}".format)
+        line = next((lines[owner] for owner in reversed(list(owners)) if owner in lines), None)
         in_file = path if line is None else f"{path}:{line}"
         if any(name.startswith(f"{key}.") for name in overridden):  # a section with overrides in it
             return f"{in_file} and {_COMMAND_LINE}" if key in lines else _COMMAND_LINE
         return in_file
 
+    located = {key: _absolute(key, value) for key, value in table.items()}
     try:
-        return validated(RunConfig, _located(table), place)
+        return validated(RunConfig, located, place)
     except RecursionError as error:
         raise ConfigError(f"{path}: tables or arrays in one another, too deep to read") from error
 
 
 def parse_overrides(items: Sequence[str], origin: str = _COMMAND_LINE) -> dict[str, Any]:
-    """`section.key=value` items as dotted keys and values, files as absolute paths.
-
-    Args:
-        origin: who wrote them, for messages.
-    """
+    """`section.key=value` items of `origin` as dotted keys and values, files as absolute paths."""
     changes: dict[str, Any] = {}
     for item in items:
         key, equals, text = item.partition("=")
@@ -89,11 +85,6 @@ def parse_overrides(items: Sequence[str], origin: str = _COMMAND_LINE) -> dict[s
 def resolved_toml(config: RunConfig) -> str:
     """`config` with every default filled in, as TOML that `load_config` reads."""
     return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def _located(table: dict[str, Any]) -> dict[str, Any]:
-    """`table` with the files and folders that it names as absolute paths, where they exist."""
-    return {key: _absolute(key, value) for key, value in table.items()}
 
 
 def _absolute(key: str, value: Any) -> Any:
@@ -129,13 +120,6 @@ def key_lines(text: str) -> dict[str, int]:
         elif key := _KEY.match(line):
             lines.setdefault(".".join(filter(None, [table, _plain(key[1])])), number)
     return lines
-
-
-def line_of(key: str, lines: dict[str, int]) -> int | None:
-    """The line of `key`, else of the nearest table around it, else None."""
-    while key and key not in lines:
-        key = key.rpartition(".")[0]
-    return lines.get(key)
 
 
 def _plain(key: str) -> str:

@@ -3,19 +3,18 @@
 import os
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cluster.config.project import UserError
+from cluster.config.validation import Section
 
 
-class Placement(BaseModel):
+class Placement(Section):
     """What one process claims of its node."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cpus: float = Field(default=0.25, ge=0, description="Ray CPUs; how many fit on a node.")
-    gpus: float = Field(default=0.0, ge=0, description="Ray GPUs; a fraction shares one.")
-    threads: int = Field(default=1, ge=1, description="Threads of its matrix products.")
+    cpus: float = Field(0.25, ge=0, description="Ray CPUs; how many fit on a node.")
+    gpus: float = Field(0.0, ge=0, description="Ray GPUs; a fraction shares one.")
+    threads: int = Field(1, ge=1, description="Threads of its matrix products.")
 
     @model_validator(mode="after")
     def _check_claim(self) -> Self:
@@ -30,49 +29,45 @@ class GroupPlacement(Placement):
     """What one rank claims, and how the ranks of one worker group lie among the nodes."""
 
     strategy: Literal["PACK", "STRICT_PACK", "SPREAD"] = Field(
-        default="PACK",
+        "PACK",
         description="Ranks of one worker group: on as few nodes as there is room on, on one node "
         "or not at all, or on as many as there are.",
     )
 
 
-class ClusterConfig(BaseModel):
+class ClusterConfig(Section):
     """The `[cluster]` section: how many processes, where, and how long they may be silent."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     address: str | None = Field(
-        default=None,
+        None,
         description="A running Ray cluster (host:port, ray://..., auto); None starts one here.",
     )
     cpus: int | None = Field(
-        default=None, ge=1, description="CPUs that a Ray started here offers; None: its cores."
+        None, ge=1, description="CPUs that a Ray started here offers; None: its cores."
     )
-    dashboard: bool = Field(default=False, description="Start Ray's dashboard, on loopback.")
-    actors: int = Field(default=2, ge=1, description="Rollout actors.")
+    dashboard: bool = Field(False, description="Start Ray's dashboard, on loopback.")
+    actors: int = Field(2, ge=1, description="Rollout actors.")
     actor_placement: Placement = Placement()
     reward_placement: GroupPlacement = GroupPlacement()
     learner_placement: GroupPlacement = GroupPlacement()
     time_limit_s: float | None = Field(
-        default=None, gt=0, description="Training ends after this time even if steps are left."
+        None, gt=0, description="Training ends after this time even if steps are left."
     )
-    max_restarts: int = Field(
-        default=5, ge=0, description="Times that one part may die and be replaced."
-    )
+    max_restarts: int = Field(5, ge=0, description="Times that one part may die and be replaced.")
     start_timeout_s: float = Field(
-        default=300.0,
+        300.0,
         gt=0,
         description="Longest wait of one part for a place on the cluster, and then longest start. "
         "Who needs it waits longer by both.",
     )
     silence_timeout_s: float = Field(
-        default=120.0, gt=0, description="Longest that a running part may leave a call unanswered."
+        120.0, gt=0, description="Longest that a running part may leave a call unanswered."
     )
     answer_timeout_s: float = Field(
-        default=30.0, gt=0, description="Longest wait for the weight store or replica registry."
+        30.0, gt=0, description="Longest wait for the weight store or replica registry."
     )
     stop_timeout_s: float = Field(
-        default=60.0,
+        60.0,
         gt=0,
         description="Longest orderly stop, of the run or of a part that is scaled away; what "
         "still runs then is killed.",

@@ -10,21 +10,15 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parent.parent.parent
 _NOT_THERE = ": choose a place that you may write to (AMORTIZE_RUNS, HOME, TMPDIR)"
 _FULL = ": free some space there; a run goes on with --resume"
-_REMEDIES = {
-    errno.EACCES: _NOT_THERE,
-    errno.EPERM: _NOT_THERE,
-    errno.EROFS: _NOT_THERE,
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-}
+_REMEDIES = dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _NOT_THERE)
+_REMEDIES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FULL)
 PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm", "tasks")
 
 
 class UserError(Exception):
     """Something that the user asked for cannot be done; the text says what, where and the remedy.
 
-    Rooms that no room of `cluster` may be imported by have error classes of their own, and so has
-    what somebody catches by its class.
+    Rooms that may not import `cluster` have error classes of their own.
     """
 
 
@@ -32,18 +26,14 @@ def told(error: BaseException) -> str | None:
     """What a person is told of an error instead of a traceback; None of a defect."""
     if type(error).__module__.partition(".")[0] in PACKAGES:
         return str(error)
-    return _of_the_machine(error) if isinstance(error, OSError) else None
-
-
-def _of_the_machine(error: OSError) -> str | None:
-    """The same of what the operating system refuses: which file, why, and what to do."""
+    if not isinstance(error, OSError):
+        return None
     if "AF_UNIX path" in str(error):
         return f"{error}: set TMPDIR to a folder with a shorter path, such as /tmp"
     if error.filename is None and error.errno not in _REMEDIES:
         return None
     where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    remedy = _REMEDIES.get(error.errno or 0, "")
-    return f"{where}{error.strerror}{remedy}"
+    return f"{where}{error.strerror}{_REMEDIES.get(error.errno or 0, '')}"
 
 
 def locate(path: str) -> Path:

@@ -3,16 +3,16 @@
 Imports no torch, so that a mistake in a file is reported at once.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from actors.config import ActorConfig
 from buffer.config import BufferConfig
 from cluster.config.experiments import CompareConfig, EMConfig, ThroughputConfig
 from cluster.config.placement import ClusterConfig
-from cluster.config.validation import set_key, validated
+from cluster.config.validation import Section, set_key, validated
 from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
 from reward.config import RewardConfig
@@ -21,12 +21,10 @@ from tasks.evaluation.config import EvaluationConfig
 from tasks.posterior.config import PosteriorConfig
 
 
-class RunConfig(BaseModel):
+class RunConfig(Section):
     """Everything that fixes a run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(default=0, ge=0, description="Of everything random in the run.")
+    seed: int = Field(0, ge=0, description="Of everything random in the run.")
     task: TaskConfig
     lm: LMConfig
     lora: LoRAConfig = LoRAConfig()
@@ -53,16 +51,12 @@ class RunConfig(BaseModel):
 
     @property
     def reward_replicas(self) -> int:
-        """Replicas that the run needs: none where the task's reward is a function of its own, or
-        nobody asks for rewards."""
+        """Replicas that the run needs: none where nobody asks them for rewards."""
         unasked = self.task.reward_kind == "function" or self.learner.traits.imitates
         return 0 if unasked else self.reward.replicas
 
     def changed(self, changes: Mapping[str, Any]) -> "RunConfig":
-        """This configuration with other values, by dotted key; the result is checked as a whole.
-
-        The one way to change a configuration. Raises ConfigError: an unknown key or a bad value.
-        """
+        """With other values, by dotted key; raises ConfigError. The one way to change a run's."""
         table = dict(self)
         for key, value in changes.items():
             set_key(table, key, value)
@@ -74,77 +68,63 @@ class RunConfig(BaseModel):
         return self.buffer.max_age - (self.learner.publish_every_steps - 1)
 
     @model_validator(mode="after")
-    def _check_on_policy(self) -> "RunConfig":
-        if not self.learner.traits.on_policy:
-            return self
+    def _check_sections_together(self) -> Self:
+        if (mistake := next(self._contradictions(), None)) is not None:
+            raise ValueError(mistake)
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """What no section can see by itself."""
+        traits, name = self.learner.traits, self.learner.objective
         replayed, share = self.learner.replayed_per_group, self.actors.on_policy_share
-        name = self.learner.objective
-        if replayed or share != 1:
-            raise ValueError(
+        if traits.on_policy and (replayed or share != 1):
+            yield (
                 f'learner.objective "{name}" learns from the policy\'s own samples: '
                 f"set learner.replayed_per_group ({replayed}) to 0 and actors.on_policy_share "
                 f"({share:.3g}) to 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_decoding(self) -> "RunConfig":
-        asked = self.evaluation
+        asked, task = self.evaluation, self.task
         plain = asked.decoding == "sample" and asked.top_p == 1 and asked.candidates == 1
-        if not plain and not (self.task.name in SENTENCE_TASKS and self.task.tests):
-            raise ValueError(
+        if not plain and not (task.name in SENTENCE_TASKS and task.tests):
+            yield (
                 f'evaluation.decoding "{asked.decoding}" with top_p {asked.top_p:g} and candidates '
-                f'{asked.candidates} is for sentences, and task "{self.task.name}" with '
-                f"{len(self.task.tests)} test files writes none: leave these out, or evaluate a "
+                f'{asked.candidates} is for sentences, and task "{task.name}" with '
+                f"{len(task.tests)} test files writes none: leave these out, or evaluate a "
                 f"task of {', '.join(SENTENCE_TASKS)} on task.tests"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_m_step(self) -> "RunConfig":
-        if not self.learner.traits.trains_model:
-            return self
-        if self.task.name not in EM_TASKS:
-            raise ValueError(
-                f'learner.objective "joint" is the M-step of EM, and task "{self.task.name}" has '
+        if traits.trains_model and task.name not in EM_TASKS:
+            yield (
+                f'learner.objective "joint" is the M-step of EM, and task "{task.name}" has '
                 f"none: tasks with EM are {', '.join(EM_TASKS)}"
             )
-        if self.em.policy is None:
-            raise ValueError(
+        if traits.trains_model and self.em.policy is None:
+            yield (
                 'learner.objective "joint" draws rationales of a policy: name the folder of its '
                 "adapter in em.policy, such as runs/NAME/adapter"
             )
-        return self
+        yield from () if traits.imitates else self._starvation()
+        if self.actors.lag_versions > max(self.max_lag_versions, 0):
+            yield (
+                f"actors.lag_versions ({self.actors.lag_versions}) must not exceed buffer.max_age "
+                f"({self.buffer.max_age}) less the versions between two publications "
+                f"({self.learner.publish_every_steps - 1}): the buffer would drop everything"
+            )
 
-    @model_validator(mode="after")
-    def _check_a_step_can_be_made(self) -> "RunConfig":
-        """Refuse what would roll out for ever: the learner would never have its groups."""
-        if self.learner.traits.imitates:
-            return self
-        needed, age = self.learner.groups_per_step, self.buffer.max_age
+    def _starvation(self) -> Iterator[str]:
+        """What would roll out for ever: the learner would never have its groups."""
+        needed = self.learner.groups_per_step
         for name, most in (
             ("buffer.fresh_capacity", self.buffer.fresh_capacity),
             ("actors.max_ready_groups", self.actors.max_ready_groups),
         ):
             if most < needed:
-                raise ValueError(
+                yield (
                     f"learner.groups_per_step ({needed}) groups never wait at once where {name} is "
                     f"{most}: raise the latter, or lower the former"
                 )
         if self.max_lag_versions < 0:
-            raise ValueError(
+            yield (
                 f"learner.publish_every_steps ({self.learner.publish_every_steps}) leaves actors "
-                f"further behind than buffer.max_age ({age}) versions, and the buffer drops what "
-                "they sample: publish more often, or raise the latter"
+                f"further behind than buffer.max_age ({self.buffer.max_age}) versions, and the "
+                "buffer drops what they sample: publish more often, or raise the latter"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_lag(self) -> "RunConfig":
-        if self.actors.lag_versions > max(self.max_lag_versions, 0):
-            raise ValueError(
-                f"actors.lag_versions ({self.actors.lag_versions}) must not exceed buffer.max_age "
-                f"({self.buffer.max_age}) less the versions between two publications "
-                f"({self.learner.publish_every_steps - 1}): the buffer would drop everything"
-            )
-        return self

@@ -6,13 +6,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config.project import UserError
 
 Schema = TypeVar("Schema", bound=BaseModel)
+Place = Callable[[str], str]  # dotted key -> where it stands, for messages; "" where nowhere
 _ALTERNATIVES = ("task",)  # sections of several kinds
+
+
+class Section(BaseModel):
+    """A part of the configuration, or all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ConfigError(UserError, ValueError):
@@ -62,26 +69,24 @@ def set_key(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def validated(
-    schema: type[Schema], table: Mapping[str, Any], place: Callable[[str], str] = lambda key: ""
+    schema: type[Schema], table: Mapping[str, Any], place: Place = lambda key: ""
 ) -> Schema:
-    """The table as an object of the schema.
-
-    Args:
-        place: where a key stands, for messages.
-
-    Raises:
-        ConfigError: any key or value that the schema refuses.
-    """
+    """The table as an object of the schema; raises ConfigError, which tells every mistake."""
     for key, value in _leaves(table):
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            where = ": ".join(filter(None, [place(key), key]))
-            raise ConfigError(f"{where}: a whole number has at most 64 bits, as in TOML")
+            raise ConfigError(
+                f"{_where(key, place)}: a whole number has at most 64 bits, as in TOML"
+            )
     try:
         return schema.model_validate(_tuples(table), strict=True)
     except ValidationError as error:
         found = [_told(detail, schema, place) for detail in error.errors(include_url=False)]
     count = [f"{len(found)} mistakes"] if len(found) > 1 else []
     raise ConfigError("\n".join(found + count))
+
+
+def _where(key: str, place: Place) -> str:
+    return ": ".join(filter(None, [place(key), key]))
 
 
 def _leaves(table: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -101,12 +106,12 @@ def _tuples(value: Any) -> Any:
     return {key: _tuples(v) for key, v in value.items()} if isinstance(value, dict) else value
 
 
-def _told(detail: ErrorDetails, schema: type[BaseModel], place: Callable[[str], str]) -> str:
+def _told(detail: ErrorDetails, schema: type[BaseModel], place: Place) -> str:
     parts = [str(part) for part in detail["loc"] if not str(part).startswith("function-")]
     if parts and parts[0] in _ALTERNATIVES:  # pydantic names the alternatives that it tried
         parts[1:] = parts[3:] if parts[1:2] == ["shipped"] else parts[2:]
     key = ".".join(parts)
-    where = ": ".join(filter(None, [place(key), key]))
+    where = _where(key, place)
     if detail["type"] == "extra_forbidden":  # its value may be a password
         return f"{where}: unknown key{_suggestion(key, schema)}"
     if detail["type"] == "union_tag_invalid":
