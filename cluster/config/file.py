@@ -4,7 +4,6 @@ import os
 import re
 import tomllib
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +48,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     def place(key: str) -> str:
         if any(key == name or key.startswith(f"{name}.") for name in overridden):
             return _COMMAND_LINE
-        owners = accumulate(key.split("."), "{}.{}".format)
-        line = next((lines[owner] for owner in reversed(list(owners)) if owner in lines), None)
-        in_file = path if line is None else f"{path}:{line}"
+        owner = key
+        while owner and owner not in lines:
+            owner = owner.rpartition(".")[0]
+        in_file = f"{path}:{lines[owner]}" if owner else path
         if any(name.startswith(f"{key}.") for name in overridden):  # a section with overrides in it
             return f"{in_file} and {_COMMAND_LINE}" if key in lines else _COMMAND_LINE
         return in_file
 
-    located = {key: _absolute(key, value) for key, value in table.items()}
     try:
+        located = {key: _absolute(key, value) for key, value in table.items()}
         return validated(RunConfig, located, place)
     except RecursionError as error:
         raise ConfigError(f"{path}: tables or arrays in one another, too deep to read") from error
