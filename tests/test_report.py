@@ -166,8 +166,8 @@ def test_bars_are_drawn_before_and_after(tmp_path: Path) -> None:
 
 
 def test_smoothing_is_the_mean_of_the_last_values() -> None:
-    assert smooth([1.0, 2.0, 3.0, 7.0], 2) == pytest.approx([1.0, 1.5, 2.5, 5.0])
-    assert smooth([4.0, 5.0], 1) == [4.0, 5.0]
+    assert smooth([1.0, 2.0, 3.0, 7.0], share=0.5) == pytest.approx([1.0, 1.5, 2.5, 5.0])
+    assert smooth([4.0, 5.0]) == [4.0, 5.0]
 
 
 def test_metrics_are_appended_and_a_torn_line_costs_only_itself(tmp_path: Path) -> None:

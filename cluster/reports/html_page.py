@@ -32,9 +32,9 @@ def write_report(
     """Write the page of a run.
 
     Args:
-        facts: a few figures for the top, such as steps, duration, trajectories/s.
-        config: the resolved configuration, as text.
-        plots: PNG files; each is embedded, and its file's name captions it.
+        facts: figures for the top, by label.
+        config: resolved.
+        plots: PNG files to embed; a file's name captions it.
     """
     old, new = (
         {example.question: example for example in known.examples} if known else {}
@@ -67,28 +67,23 @@ def page_environment(package: str) -> Environment:
         loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_finalize,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(escaped(str(value))),
         trim_blocks=True,
         lstrip_blocks=True,
     )
 
 
-def _finalize(value: Any) -> Any:
-    return value if isinstance(value, Markup) else Markup(escaped(str(value)))
-
-
 def escaped(text: str) -> str:
     """`text` for any place in HTML."""
-    return html.escape(visible(text), quote=True)
+    return html.escape(visible(text))
 
 
 def visible(text: str) -> str:
     """`text` with the characters that hide or turn text written out, such as \\u{202e}."""
-    return "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
     # Control, format (such as right-to-left override), surrogate and unassigned characters.
-    if unicodedata.category(character)[0] == "C" and character not in "\n\t":
-        return f"\\u{{{ord(character):x}}}"
-    return character
+    return "".join(
+        f"\\u{{{ord(character):x}}}"
+        if unicodedata.category(character)[0] == "C" and character not in "\n\t"
+        else character
+        for character in text
+    )

@@ -1,6 +1,6 @@
 """Pictures of a run, as PNG files. Drawn without a display."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,22 @@ _CURVES = (
 def draw_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]:
     """One PNG for each metric that the rows hold; the files, in order of interest."""
     folder.mkdir(parents=True, exist_ok=True)
-    return list(_curves(rows, folder))
+    files = []
+    for name, key, axis in _CURVES:
+        points = [(row["step"], row[key]) for row in rows if key in row and "step" in row]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
+        axes.plot(steps, values, color=_RAW, linewidth=1)
+        axes.plot(steps, smooth(values), color=_SMOOTH, linewidth=1.8)
+        axes.set_xlabel("step")
+        axes.set_ylabel(axis)
+        if key == LOSS and min(values) > 0:
+            axes.set_yscale("log")
+        files.append(folder / f"{name}.png")
+        figure.savefig(files[-1])
+    return files
 
 
 def draw_before_after(
@@ -51,42 +66,22 @@ def draw_before_after(
         groups: what the groups are.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    labels = list(before)
     figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
-    places = range(len(labels))
+    places = np.arange(len(before))
     for shift, values, colour, name in (
         (-0.2, before, _BEFORE, "before"),
         (0.2, after, _AFTER, "after"),
     ):
-        heights = [100 * values.get(label, 0.0) for label in labels]
-        bars = axes.bar([p + shift for p in places], heights, 0.36, color=colour, label=name)
+        heights = [100 * values.get(label, 0.0) for label in before]
+        bars = axes.bar(places + shift, heights, 0.36, color=colour, label=name)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
-    axes.set_xticks(list(places), labels)
+    axes.set_xticks(places, list(before))
     axes.set_xlabel(groups)
     axes.set_ylim(0, 109)
     axes.set_ylabel(axis)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
     return path
-
-
-def _curves(rows: Sequence[Mapping[str, float]], folder: Path) -> Iterator[Path]:
-    for name, key, axis in _CURVES:
-        points = [(row["step"], row[key]) for row in rows if key in row and "step" in row]
-        if not points:
-            continue
-        steps, values = zip(*points, strict=True)
-        figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
-        span = max(1, round(_SMOOTHING_SHARE * len(values)))
-        axes.plot(steps, values, color=_RAW, linewidth=1)
-        axes.plot(steps, smooth(values, span), color=_SMOOTH, linewidth=1.8)
-        axes.set_xlabel("step")
-        axes.set_ylabel(axis)
-        if key == LOSS and min(values) > 0:
-            axes.set_yscale("log")
-        path = folder / f"{name}.png"
-        figure.savefig(path)
-        yield path
 
 
 def new_figure(
@@ -104,9 +99,9 @@ def new_figure(
     return figure, column
 
 
-def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Mean of each value and up to `span` - 1 before it."""
+def smooth(values: Sequence[float], share: float = _SMOOTHING_SHARE) -> list[float]:
+    """Mean of each value and those before it, over so large a share of all."""
     sums = np.cumsum([0.0, *values])
     ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - span, 0)
+    starts = np.maximum(ends - max(1, round(share * len(values))), 0)
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()

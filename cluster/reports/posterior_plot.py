@@ -25,6 +25,8 @@ _LONGEST_LABEL = 24
 # Below it a scatter shows nothing but the tail of the enumeration.
 _SMALLEST = 1e-9
 
+Colours = Sequence[tuple[str, str]]  # a name and a colour for each of the pictures' K policies
+
 
 def draw_posterior(
     pictures: Sequence[tuple[str, Picture]], path: Path, *, policy: str, beside_base: bool
@@ -37,13 +39,12 @@ def draw_posterior(
         beside_base: the pictures hold the base LM's q after the policy's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    names = [policy, "base"] if beside_base else [policy]
-    colours = [_POLICY, _BASE] if beside_base else [_BASE]
+    colours = [(policy, _POLICY), ("base", _BASE)] if beside_base else [(policy, _BASE)]
     chosen = [_of_interest(picture) for _, picture in pictures]
-    if all(len(one) for one in chosen):
-        figure = _bars(pictures[:_MOST_PANELS], chosen, names, colours)
+    if all(map(len, chosen)):
+        figure = _bars(pictures[:_MOST_PANELS], chosen, colours)
     else:
-        figure = _scatter(pictures, names, colours)
+        figure = _scatter([picture for _, picture in pictures], colours)
     figure.savefig(path)
 
 
@@ -57,36 +58,32 @@ def _of_interest(picture: Picture) -> NDArray[np.intp]:
     chosen = np.flatnonzero(picture.valid_N & (highest_N >= _BAR))
     if len(chosen) > _MOST_BARS or p_N[chosen].sum() < _MOST:
         return np.empty(0, dtype=np.intp)
-    texts = [picture.texts[at].strip() for at in chosen.tolist()]
-    if all(_is_integer(text) for text in texts):
-        return chosen[np.argsort([int(text) for text in texts])]
-    return chosen[np.argsort(-p_N[chosen], kind="stable")]
+    texts = [picture.texts[at] for at in chosen.tolist()]
+    order = [int(text) for text in texts] if _are_integers(texts) else -p_N[chosen]
+    return chosen[np.argsort(order, kind="stable")]
 
 
-def _is_integer(text: str) -> bool:
-    return text.removeprefix("-").isdecimal() and text.isascii()
+def _are_integers(texts: Sequence[str]) -> bool:
+    plain = [text.strip().removeprefix("-") for text in texts]
+    return all(text.isdecimal() and text.isascii() for text in plain)
 
 
 def _bars(
-    pictures: Sequence[tuple[str, Picture]],
-    chosen: Sequence[NDArray[np.intp]],
-    names: Sequence[str],
-    colours: Sequence[str],
+    pictures: Sequence[tuple[str, Picture]], chosen: Sequence[NDArray[np.intp]], colours: Colours
 ) -> Figure:
     """A panel for each prompt: bars for q of each policy, lines for p."""
     height = _PANEL_INCHES * len(pictures)
     figure, panels = new_figure(_WIDTH_INCHES, height, panels=len(pictures))
+    width = 0.84 / len(colours)
     for axes, (title, picture), at in zip(panels, pictures, chosen, strict=False):
         places = np.arange(len(at))
-        width = 0.84 / len(names)
-        for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        for number, (name, colour) in enumerate(colours):
             q_N = np.exp(picture.posterior.support.log_q_KN[number][at])
-            shift = (number - (len(names) - 1) / 2) * width
+            shift = (number - (len(colours) - 1) / 2) * width
             axes.bar(places + shift, q_N, width, color=colour, label=f"q, {name}")
         p_N = np.exp(picture.posterior.log_p_N[at])
-        axes.hlines(
-            p_N, places - 0.5, places + 0.5, color=_POSTERIOR, linewidth=1.6, label="p, exact"
-        )
+        ends = (places - 0.5, places + 0.5)
+        axes.hlines(p_N, *ends, color=_POSTERIOR, linewidth=1.6, label="p, exact")
         _title(axes, title)
         axes.set_ylabel("probability")
         axes.set_xlim(-0.8, max(len(at), _FEWEST_PLACES) - 0.2)
@@ -96,44 +93,32 @@ def _bars(
 
 
 def _label(axes: Axes, texts: Sequence[str]) -> None:
-    every = -(-len(texts) // _MOST_LABELS)
-    if every > 1 and not all(_is_integer(text.strip()) for text in texts):
+    crowded = len(texts) > _MOST_LABELS
+    if crowded and not _are_integers(texts):
         axes.set_xlabel("completions, by probability")
         return
-    every = 10 if every > 1 else 1
-    shown = range(0, len(texts), every)
-    labels = [_plain(texts[at]) for at in shown]
+    shown = range(0, len(texts), 10 if crowded else 1)
+    labels = [_short(texts[at]) for at in shown]
     upright = max(len(label) for label in labels) > 3
-    axes.set_xticks(list(shown), labels, rotation=90 if upright else 0, fontsize=6)
+    axes.set_xticks(shown, labels, rotation=90 if upright else 0, fontsize=6)
 
 
-def _plain(text: str) -> str:
-    """A short text without the space that tokens begin with."""
+def _short(text: str) -> str:
+    """Without the space that tokens begin with."""
     shown = text.strip() or "(empty)"
-    short = shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 1]}…"
-    return _unformatted(short)
+    return _plain(shown if len(shown) <= _LONGEST_LABEL else f"{shown[: _LONGEST_LABEL - 1]}…")
 
 
-def _scatter(
-    pictures: Sequence[tuple[str, Picture]], names: Sequence[str], colours: Sequence[str]
-) -> Figure:
+def _scatter(pictures: Sequence[Picture], colours: Colours) -> Figure:
     """q against p of every completion of all prompts, in powers of ten."""
     figure, [axes] = new_figure(_SCATTER_INCHES, _SCATTER_INCHES)
-    p_N = np.concatenate([np.exp(picture.posterior.log_p_N) for _, picture in pictures])
-    for number in reversed(range(len(names))):
-        q_N = np.concatenate(
-            [np.exp(picture.posterior.support.log_q_KN[number]) for _, picture in pictures]
-        )
+    posteriors = [picture.posterior for picture in pictures]
+    p_N = np.exp(np.concatenate([posterior.log_p_N for posterior in posteriors]))
+    q_KN = np.exp(np.concatenate([posterior.support.log_q_KN for posterior in posteriors], axis=1))
+    for q_N, (name, colour) in reversed(list(zip(q_KN, colours, strict=True))):
         seen_N = np.maximum(p_N, q_N) > _SMALLEST
-        axes.scatter(
-            np.maximum(p_N[seen_N], _SMALLEST),
-            np.maximum(q_N[seen_N], _SMALLEST),
-            s=6,
-            color=colours[number],
-            alpha=0.6,
-            linewidths=0,
-            label=f"q, {names[number]}",
-        )
+        x, y = (np.maximum(values_N[seen_N], _SMALLEST) for values_N in (p_N, q_N))
+        axes.scatter(x, y, s=6, color=colour, alpha=0.6, linewidths=0, label=f"q, {name}")
     axes.plot([_SMALLEST, 1], [_SMALLEST, 1], color=_POSTERIOR, linewidth=1.2, label="q = p")
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -145,9 +130,9 @@ def _scatter(
 
 
 def _title(axes: Axes, title: str) -> None:
-    axes.set_title(_unformatted(title), fontsize=9, loc="left")
+    axes.set_title(_plain(title), fontsize=9, loc="left")
 
 
-def _unformatted(text: str) -> str:
+def _plain(text: str) -> str:
     """As it reads: two dollar signs would make a formula of it."""
     return text.replace("$", r"\$")

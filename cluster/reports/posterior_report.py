@@ -1,13 +1,15 @@
 """What `amortize posterior` says in a terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tasks.posterior.bounds import Bounds, Interval
-from tasks.posterior.records import FIGURES, Assessment, PolicyReport, PromptReport, StringShare
+from tasks.posterior.records import Assessment, PolicyReport, PromptReport, StringShare
 
 _EXACT = ("left out", "TV", "KL(q‖p)", "KL(p‖q)", "JSD", "log Z error", "valid")
 
@@ -19,72 +21,56 @@ def show(assessment: Assessment, *, policy: str, beside_base: bool, console: Con
         f"∝ R^(1/T), T = {assessment.temperature:g} (where training ends); nats"
     )
     console.print(_exact(assessment, policy, beside_base))
-    console.print(_bounds(assessment, policy, beside_base))
+    console.print(_bounds(assessment.prompts, policy, beside_base))
     told = _strings(assessment.prompts)
     if told.row_count:
         console.print(told)
 
 
+def _table(title: str, *columns: str) -> Table:
+    return Table(*columns, title=title, title_justify="left", box=None)
+
+
 def _exact(assessment: Assessment, policy: str, beside_base: bool) -> Table:
-    table = Table("prompt", "prefixes", "completions", "log Z", "policy", *_EXACT, box=None)
-    table.title, table.title_justify = "exact, by enumeration", "left"
+    head = ("prompt", "prefixes", "completions", "log Z", "policy")
+    table = _table("exact, by enumeration", *head, *_EXACT)
     for prompt in assessment.prompts:
-        head = [
-            escape(prompt.title),
-            str(prompt.nodes),
-            str(prompt.completions),
-            _number(prompt.log_z, ".4f") if prompt.enumerable else "not enumerable",
-        ]
+        log_z = _number(prompt.log_z, ".4f") if prompt.enumerable else "not enumerable"
+        cells = [escape(prompt.title), str(prompt.nodes), str(prompt.completions), log_z]
         for name, report in _policies(prompt, policy, beside_base):
             left_out = max(report.left_out_q, prompt.left_out_p)
-            table.add_row(*head, name, f"{left_out:.1e}", *_figures(_named(report)))
-            head = [""] * len(head)
-    overall = [("mean", assessment.policy, policy)]
+            table.add_row(*cells, name, f"{left_out:.1e}", *_figures(dict(report)))
+            cells = [""] * len(cells)
+    shares = f"{assessment.enumerated} of {len(assessment.prompts)}"
+    means = _figures(assessment.policy)
+    table.add_row("mean", shares, "", "", escape(policy), "", *means, style="bold")
     if beside_base:
-        overall.append(("", assessment.base, "base"))
-    for label, means, name in overall:
-        shares = f"{assessment.enumerated} of {len(assessment.prompts)}" if label else ""
-        table.add_row(label, shares, "", "", escape(name), "", *_figures(means), style="bold")
+        means = _figures(assessment.base)
+        table.add_row("", "", "", "", "base", "", *means, style="bold")
     return table
 
 
-def _named(report: PolicyReport) -> dict[str, float | None]:
-    return {name: getattr(report, name) for name in FIGURES}
-
-
-def _figures(figures: Mapping[str, float | None]) -> Iterator[str]:
+def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
     for name in ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error"):
         yield _number(figures[name], ".4f")
     yield _number(figures["valid"], ".3%")
 
 
-def _bounds(assessment: Assessment, policy: str, beside_base: bool) -> Table:
-    sizes = sorted(
-        {
-            k
-            for prompt in assessment.prompts
-            for report in (prompt, prompt.base)
-            for k in (report.bounds.iwae if report.bounds is not None else ())
-        }
-    )
+def _bounds(prompts: Sequence[PromptReport], policy: str, beside_base: bool) -> Table:
+    reports = [report for prompt in prompts for report in (prompt, prompt.base)]
+    sizes = sorted({k for report in reports if report.bounds for k in report.bounds.iwae})
     lower = ("ELBO", *(f"IWAE {k}" for k in sizes), "log Z from q")
     upper = ("EUBO", "KL(q‖p) within", "ESS share")
-    table = Table("prompt", "log Z from texts", "policy", *lower, *upper, box=None)
-    table.title = "bounds of log Z, with 95 % intervals"
-    table.title_justify = "left"
-    for prompt in assessment.prompts:
-        head = [escape(prompt.title), _of_texts(prompt)]
+    head = ("prompt", "log Z from texts", "policy")
+    table = _table("bounds of log Z, with 95 % intervals", *head, *lower, *upper)
+    for prompt in prompts:
+        none_fits = prompt.texts and prompt.log_z_of_texts is None
+        of_texts = f"none of {prompt.texts} fits" if none_fits else _interval(prompt.log_z_of_texts)
+        cells = [escape(prompt.title), of_texts]
         for name, report in _policies(prompt, policy, beside_base):
-            table.add_row(*head, name, *_bound_cells(report.bounds, sizes))
-            head = [""] * len(head)
+            table.add_row(*cells, name, *_bound_cells(report.bounds, sizes))
+            cells = [""] * len(cells)
     return table
-
-
-def _of_texts(prompt: PromptReport) -> str:
-    """What the base LM's own texts say of log Z."""
-    if prompt.texts and prompt.log_z_of_texts is None:
-        return f"none of {prompt.texts} fits"
-    return _interval(prompt.log_z_of_texts)
 
 
 def _bound_cells(bounds: Bounds | None, sizes: Sequence[int]) -> Iterator[str]:
@@ -98,27 +84,22 @@ def _bound_cells(bounds: Bounds | None, sizes: Sequence[int]) -> Iterator[str]:
     most = bounds.kl_q_p_at_most
     upper = "?" if most is None else f"{most.high:.3f}"
     yield f"{max(bounds.kl_q_p_at_least.low, 0.0):.3f} – {upper}"
-    seen = bounds.posterior_ess_share
-    yield _interval(bounds.ess_share if seen is None else seen)
+    yield _interval(bounds.posterior_ess_share or bounds.ess_share)
 
 
 def _strings(prompts: Sequence[PromptReport]) -> Table:
-    table = Table("prompt", "sampled too often", "q", "p", "too rarely", "q", "p", box=None)
-    table.title = "completions most amiss, of the policy"
-    table.title_justify = "left"
+    columns = ("prompt", "sampled too often", "q", "p", "too rarely", "q", "p")
+    table = _table("completions most amiss, of the policy", *columns)
     for prompt in prompts:
         label = escape(prompt.title)
-        for at in range(max(len(prompt.oversampled), len(prompt.undersampled))):
-            table.add_row(label, *_share(prompt.oversampled, at), *_share(prompt.undersampled, at))
+        for often, rarely in zip_longest(prompt.oversampled, prompt.undersampled):
+            table.add_row(label, *_share(often), *_share(rarely))
             label = ""
     return table
 
 
-def _share(shares: Sequence[StringShare], at: int) -> tuple[str, str, str]:
-    if at >= len(shares):
-        return "", "", ""
-    one = shares[at]
-    return escape(repr(one.text)), f"{one.q:.2e}", f"{one.p:.2e}"
+def _share(one: StringShare | None) -> tuple[str, str, str]:
+    return ("", "", "") if one is None else (escape(repr(one.text)), f"{one.q:.2e}", f"{one.p:.2e}")
 
 
 def _policies(

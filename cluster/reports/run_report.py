@@ -13,7 +13,7 @@ from cluster.reports.score_table import table
 from cluster.run.directory import RunDirectory
 from cluster.run.display import ELAPSED_S, duration
 from cluster.run.metrics_log import read_metrics
-from tasks.evaluation.evaluation import Evaluation, Example, Scores
+from tasks.evaluation.evaluation import Evaluation, Scores
 
 
 def conclude(config: RunConfig, directory: RunDirectory, scores: Scores) -> None:
@@ -42,11 +42,16 @@ def conclude(config: RunConfig, directory: RunDirectory, scores: Scores) -> None
 
 
 def show_conclusion(directory: RunDirectory, scores: Scores) -> None:
-    """Print what came of the run."""
+    """Print what came of the run, each question with what was written before and after."""
     console = Console()
     console.print(table(scores.before, scores.after))
-    for example in scores.after.examples if scores.after is not None else ():
-        show_example(console, scores, example)
+    olds = scores.before.examples if scores.before is not None else ()
+    for new in scores.after.examples if scores.after is not None else ():
+        console.print(Text(f"\n{new.question} ({new.truth})", style="bold"))
+        same = [old for old in olds if old.question == new.question]
+        for label, example in [*(("before", old) for old in same), ("after", new)]:
+            told = f"{example.rationale} -> {example.answer or 'no answer'}"
+            console.print(Text(f"  {label:<7}{told}{'' if example.right else '  (wrong)'}"))
     console.print(Text(f"report: {directory.report_file}\nadapter: {directory.adapter}"))
     state = directory.state()
     if state is not None and state.step < state.steps:
@@ -65,32 +70,11 @@ def facts(recorded: Sequence[Mapping[str, float]], scores: Scores) -> dict[str, 
         return {}
     last = recorded[-1]
     trained_s = last[ELAPSED_S]
+    found = {"steps": f"{last['step']:.0f}", "training": duration(trained_s)}
+    known = (one for one in (scores.before, scores.after) if one is not None)
+    if evaluated_s := sum(one.seconds or 0.0 for one in known):
+        share = evaluated_s / (evaluated_s + trained_s)
+        found["evaluation"] = f"{duration(evaluated_s)}, {share:.0%} of all"
     trajectories = sum(row["batch/trajectories"] for row in recorded)
-    return {
-        "steps": f"{last['step']:.0f}",
-        "training": duration(trained_s),
-        **_evaluation_time(trained_s, scores),
-        "trajectories learned from": f"{trajectories:.0f}",
-        "policy version": f"{last['policy/version']:.0f}",
-    }
-
-
-def _evaluation_time(trained_s: float, scores: Scores) -> dict[str, str]:
-    """Seconds of both evaluations, and their share of these and training together."""
-    known = (one.seconds for one in (scores.before, scores.after) if one is not None)
-    evaluated_s = sum(seconds for seconds in known if seconds is not None)
-    if not evaluated_s:
-        return {}
-    share = evaluated_s / (evaluated_s + trained_s)
-    return {"evaluation": f"{duration(evaluated_s)}, {share:.0%} of all"}
-
-
-def show_example(console: Console, scores: Scores, after: Example) -> None:
-    """One question with what was written before and after."""
-    olds = scores.before.examples if scores.before is not None else ()
-    console.print(Text(f"\n{after.question} ({after.truth})", style="bold"))
-    same = [example for example in olds if example.question == after.question]
-    for label, example in [*(("before", one) for one in same), ("after", after)]:
-        answer = example.answer or "no answer"
-        mark = "" if example.right else "  (wrong)"
-        console.print(Text(f"  {label:<7}{example.rationale} -> {answer}{mark}"))
+    found["trajectories learned from"] = f"{trajectories:.0f}"
+    return found | {"policy version": f"{last['policy/version']:.0f}"}
