@@ -11,10 +11,10 @@ import secrets
 from pathlib import Path
 from urllib.parse import urlencode
 
-from starlette.datastructures import MutableHeaders
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from buffer.folder import write_private
 from cluster.reports.html_page import escaped
@@ -50,7 +50,7 @@ def is_loopback(host: str) -> bool:
     return _LOOPBACK.fullmatch(host) is not None
 
 
-class Gate:
+class Gate(BaseHTTPMiddleware):
     """Passes a request to `app`, or answers it with the reason for the refusal.
 
     A token in the address is taken once: it moves into a cookie that no script can read and that
@@ -61,8 +61,8 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, *, token: str, policy: str) -> None:
-        self._app = app
-        self._token = token.encode()
+        super().__init__(app)
+        self._token = token
         self._headers = {
             "Content-Security-Policy": policy,
             "X-Content-Type-Options": "nosniff",
@@ -73,20 +73,11 @@ class Gate:
             "Cache-Control": "no-store",
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def dispatch(self, request: Request, call_next: RequestResponseEndpoint) -> Response:
         """Answer one request."""
-        if scope["type"] != "http":
-            # Start and stop of the application; there are no web sockets.
-            await self._app(scope, receive, send)
-            return
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._headers)
-            await send(message)
-
-        answer = self._refusal_or_welcome(Request(scope)) or self._app
-        await answer(scope, receive, send_with_headers)
+        answer = self._refusal_or_welcome(request) or await call_next(request)
+        answer.headers.update(self._headers)
+        return answer
 
     def _refusal_or_welcome(self, request: Request) -> Response | None:
         """None for a request that may pass."""
@@ -95,17 +86,17 @@ class Gate:
             return PlainTextResponse(_WRONG_HOST, status_code=421)
         if request.method not in ("GET", "HEAD"):
             return PlainTextResponse(_ONLY_READS, status_code=405, headers={"Allow": "GET, HEAD"})
-        if (offered := request.query_params.get(TOKEN_PARAMETER)) is not None:
-            return self._welcome(request) if self._is_ours(offered) else _refuse(_WRONG_TOKEN)
+        in_address = request.query_params.get(TOKEN_PARAMETER)
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            return None if self._is_ours(bearer) else _refuse(_WRONG_TOKEN)
-        if (cookie := request.cookies.get(COOKIE)) is not None:
-            return None if self._is_ours(cookie) else _refuse(_WRONG_TOKEN)
-        return _refuse(NO_TOKEN, status=401)
-
-    def _is_ours(self, offered: str) -> bool:
-        return hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), self._token)
+        in_header = bearer if scheme.lower() == "bearer" else None
+        places = (in_address, in_header, request.cookies.get(COOKIE))
+        offered = next((token for token in places if token is not None), None)
+        if offered is None:
+            return PlainTextResponse(NO_TOKEN, status_code=401)
+        ours = self._token.encode()
+        if not hmac.compare_digest(offered.encode("utf-8", "surrogateescape"), ours):
+            return PlainTextResponse(_WRONG_TOKEN, status_code=403)
+        return None if in_address is None else self._welcome(request)
 
     def _welcome(self, request: Request) -> Response:
         """Sets the cookie, and goes on to the same address without the token.
@@ -120,15 +111,6 @@ class Gate:
             f'<meta http-equiv="refresh" content="0; url={target}">'
             f'<p><a href="{target}">Go on to the inspector</a></p></html>'
         )
-        response.set_cookie(
-            COOKIE,
-            self._token.decode(),
-            path=request.scope.get("root_path") or "/",
-            httponly=True,
-            samesite="strict",
-        )
+        place = request.scope.get("root_path") or "/"
+        response.set_cookie(COOKIE, self._token, path=place, httponly=True, samesite="strict")
         return response
-
-
-def _refuse(text: str, *, status: int = 403) -> Response:
-    return PlainTextResponse(text, status_code=status)
