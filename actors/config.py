@@ -47,6 +47,11 @@ class ActorConfig(BaseModel):
         default=600.0, gt=0, description="Longest pause before the learner counts as stalled."
     )
 
+    @property
+    def batch_size(self) -> int:
+        """Completions that are sampled, scored and stored together."""
+        return self.groups_per_batch * self.group_size
+
     @model_validator(mode="after")
     def _check_temperatures(self) -> "ActorConfig":
         if self.temperature_low > self.temperature_high:

@@ -113,6 +113,7 @@ _NEW_RUN = (
     ),
 )
 
+_SPLITS = ("validation", "test")
 _MANY = "experiments"
 _VERBS = {
     "train": _Verb("Fine-tune a language model on a task", (_CONFIG, *_NEW_RUN, _OVERRIDES)),
@@ -142,7 +143,10 @@ _VERBS = {
                 ("--run NAME", "evaluate the adapter of this run", {}),
                 ("--adapter PATH", "evaluate the adapter in this folder", {}),
             ),
-            _argument("--data FILE", "test files (default: those of the configuration)", **_LIST),
+            _one_of(
+                ("--data FILE", "test files (default: those of the configuration)", _LIST),
+                ("--split", "of what is held out (default: test)", {"choices": _SPLITS}),
+            ),
         ),
     ),
     "compare": _Verb(

@@ -12,9 +12,11 @@ from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
-from cluster.experiments import compare
+from cluster.experiments import findings, members, suite
 from cluster.experiments.comparison import Result, compute_of, figures, summarise
+from cluster.experiments.members import Member, Members, member
 from cluster.experiments.methods import method_config
+from cluster.experiments.suite import check_same_settings
 from cluster.run.assembly import load_task
 from cluster.run.directory import RunDirectory
 from tasks.evaluation.accuracy import mean_edit_distance
@@ -72,48 +74,45 @@ def test_edit_distance_is_the_mean_over_pairs() -> None:
     assert mean_edit_distance(["abcd"]) is None
 
 
-def finished_member(folder: Path, bind: str) -> compare._Member:
-    """A member whose run is done, and listened at the address `bind`."""
-    config = method_config(load_config("tasks/toy.toml"), title="gflownet", seed=0)
+def member_of(*told: str) -> Member:
+    shared = load_config("tasks/toy.toml", told)
+    return member(shared, "gflownet", seed=0, run="c-gflownet-0", gflownet="c-gflownet-0")
+
+
+def finished_run(folder: Path, config: RunConfig, bind: str) -> RunDirectory:
+    """A run that is done, and listened at the address `bind`."""
     buffer = config.buffer.model_copy(update={"bind": bind})
     run = RunDirectory("c-gflownet-0", root=folder)
     run.path.mkdir(parents=True)
     run.config_file.write_text(resolved_toml(config.model_copy(update={"buffer": buffer})))
-    run.scores_file.write_text(Scores(after=measured()).model_dump_json())
-    return compare._Member(
-        comparison="c", method="gflownet", seed=0, run="c-gflownet-0", config=config
-    )
+    return run
 
 
 def test_a_run_that_a_cluster_finished_is_not_taken_for_another(tmp_path: Path) -> None:
-    member = finished_member(tmp_path, "10.0.0.7")
-    run = RunDirectory(member.run, root=tmp_path)
-    assert compare._finished(member, run) is not None
-    changed = member.model_copy(update={"config": member.config.model_copy(update={"seed": 9})})
+    config = member_of().steps[-1].config
+    run = finished_run(tmp_path, config, "10.0.0.7")
+    check_same_settings(run, config)
     with pytest.raises(UserError, match="with other settings"):
-        compare._finished(changed, run)
+        check_same_settings(run, config.model_copy(update={"seed": 9}))
 
 
 def test_what_other_methods_are_told_leaves_a_finished_run_as_it_is(tmp_path: Path) -> None:
-    member = finished_member(tmp_path, "auto")
-    run = RunDirectory(member.run, root=tmp_path)
+    run = finished_run(tmp_path, member_of().steps[-1].config, "auto")
     told = ["compare.overrides.sft=['learner.learning_rate=0.5']", "compare.methods=['base']"]
-    config = method_config(load_config("tasks/toy.toml", told), title="gflownet", seed=0)
-    assert compare._finished(member.model_copy(update={"config": config}), run) is not None
-    told = ["compare.overrides.gflownet=['learner.learning_rate=0.5']"]
-    config = method_config(load_config("tasks/toy.toml", told), title="gflownet", seed=0)
+    check_same_settings(run, member_of(*told).steps[-1].config)
+    other = member_of("compare.overrides.gflownet=['learner.learning_rate=0.5']")
     with pytest.raises(UserError, match="with other settings"):
-        compare._finished(member.model_copy(update={"config": config}), run)
+        check_same_settings(run, other.steps[-1].config)
 
 
-def test_errors_for_people_name_the_run_and_defects_keep_their_traceback(tmp_path: Path) -> None:
-    member = finished_member(tmp_path, "auto")
+def test_errors_for_people_name_the_run_and_defects_keep_their_traceback() -> None:
+    title = member_of().title
     with (
         pytest.raises(UserError, match=r"gflownet, seed 0 \(run c-.*: no such"),
-        compare._named(member),
+        members._named(title),
     ):
         raise TooFewDemonstrations("no such")
-    with pytest.raises(ValueError, match="shapes") as defect, compare._named(member):
+    with pytest.raises(ValueError, match="shapes") as defect, members._named(title):
         raise ValueError("shapes")
     assert defect.value.__notes__ == ["in gflownet, seed 0 (run c-gflownet-0)"]
 
@@ -175,8 +174,8 @@ def test_the_base_is_measured_once_for_all_runs_that_would_find_the_same(
         return scores
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "train", train)
-    monkeypatch.setattr(compare, "_leave", lambda *_: None)
+    monkeypatch.setattr(suite, "train", train)
+    monkeypatch.setattr(findings.Findings, "leave", lambda *_: None)
     words = [str(ROOT / f"tasks/{task}.toml"), "--run", "c", "--seeds", "2", "--local"]
     assert main(["compare", *words, "--methods", *methods]) == 0
     assert given == told
@@ -188,17 +187,18 @@ def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
     cost = {"gflownet": 30.0, "ppo": 20.0, "ppo_tokens": 20.0}  # tokens of a step
     taken: list[tuple[str, int, int]] = []
 
-    def finish(member: compare._Member, *_: object) -> tuple[Result, None]:
-        steps = member.config.learner.steps
-        taken.append((member.method, member.seed, steps))
-        tokens = steps * (cost[member.method] + 30 * member.seed * (member.method == "gflownet"))
+    def result(_: Members, member: Member) -> Result:
+        config = member.steps[-1].config
+        steps, seed = config.learner.steps, config.seed
+        taken.append((member.method, seed, steps))
+        tokens = steps * (cost[member.method] + 30 * seed * (member.method == "gflownet"))
         compute = {"steps": float(steps), "tokens": tokens}
-        own = {"method": member.method, "seed": member.seed, "run": member.run}
-        return Result(**own, metrics={}, compute=compute), None
+        own = {"method": member.method, "seed": seed, "run": member.run}
+        return Result(**own, metrics={}, compute=compute)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "_finish", finish)
-    monkeypatch.setattr(compare, "_leave", lambda *_: None)
+    monkeypatch.setattr(Members, "result", result)
+    monkeypatch.setattr(findings.Findings, "leave", lambda *_: None)
     words = ["compare", str(ROOT / "tasks/toy.toml"), "compare.steps=100", "--seeds", "2"]
     assert main([*words, "--methods", "ppo", "gflownet", "ppo_tokens"]) == 0
     assert [row for row in taken if row[0] == "ppo_tokens"] == [

@@ -37,7 +37,9 @@ def test_the_first_e_step_of_gflownet_em_is_gflownet() -> None:
         "compare.overrides.gflownet_em=['learner.learning_rate=0.5']",
     ]
     gflownet = method_config(load_config(path, shared), title="gflownet", seed=3)
-    steps = em_method_steps(load_config(path, shared), seed=3, comparison="c")
+    steps = em_method_steps(
+        load_config(path, shared), seed=3, first="c-gflownet-3", own="c-gflownet_em-3"
+    )
     assert [step.run for step in steps] == [
         "c-gflownet-3", "c-gflownet_em-3-m1", "c-gflownet_em-3-e2", "c-gflownet_em-3"
     ]  # fmt: skip
@@ -51,7 +53,7 @@ def test_the_first_e_step_of_gflownet_em_is_gflownet() -> None:
 def test_only_tasks_with_em_are_compared_with_it() -> None:
     assert load_config("tasks/subjectivity.toml").compare.methods[-1] == "gflownet_em"
     with pytest.raises(ConfigError, match='task "arithmetic" has none'):
-        em_method_steps(load_config("tasks/arithmetic.toml"), seed=0, comparison="c")
+        em_method_steps(load_config("tasks/arithmetic.toml"), seed=0, first="c", own="d")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

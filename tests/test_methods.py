@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from cluster.config.file import load_config, resolved_toml
+from cluster.config.project import UserError
 from cluster.config.validation import ConfigError
 from cluster.experiments.comparison import Summary
 from cluster.experiments.frontier import draw_frontier, likelihoods_of
 from cluster.experiments.methods import (
     METHODS,
     Method,
-    UnknownMethod,
     measured_against,
     method,
     method_config,
@@ -46,7 +46,7 @@ def test_a_name_says_method_temperature_and_number() -> None:
     ],
 )
 def test_other_names_are_refused(name: str) -> None:
-    with pytest.raises(UnknownMethod, match=f"no method '{name}'"):
+    with pytest.raises(UserError, match=f"no method '{name}'"):
         method(name)
 
 
@@ -63,7 +63,7 @@ def test_what_is_tuned_for_a_title_wins_over_what_is_for_its_method(tmp_path: Pa
     (tmp_path / "config.toml").write_text(resolved_toml(config))
     assert load_config(str(tmp_path / "config.toml")) == config
     wrong = ["compare.overrides={gfolwnet=['learner.steps=1']}"]
-    with pytest.raises(UnknownMethod, match=r"compare\.overrides: no method 'gfolwnet'"):
+    with pytest.raises(UserError, match=r"compare\.overrides: no method 'gfolwnet'"):
         method_config(load_config("tasks/continuation.toml", wrong), title="gflownet", seed=0)
 
 

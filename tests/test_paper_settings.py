@@ -92,7 +92,9 @@ def test_every_method_that_the_papers_settings_compare_can_begin(
     assert {"base", "gflownet"} <= set(methods)
     for title in methods:
         if title == EM:
-            [e_step, m_step] = em_method_steps(load_config(path, small), seed=0, comparison="c")
+            [e_step, m_step] = em_method_steps(
+                load_config(path, small), seed=0, first="c-gflownet-0", own="c-gflownet_em-0"
+            )
             rows = m_step.config.actors.group_size + m_step.config.learner.replayed_per_group
             assert (m_step.config.learner.warmup_steps, rows) == (0, 4 + 32)
             config = e_step.config

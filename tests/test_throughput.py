@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,14 @@ from cluster.cli import parse
 from cluster.config.file import load_config
 from cluster.config.project import PROJECT_ROOT
 from cluster.config.schema import RunConfig
-from cluster.experiments import throughput_experiment
+from cluster.experiments import throughput
 from cluster.experiments.simulation import SimulatedParts
 from cluster.experiments.throughput_records import (
     Comparison,
     Counts,
     Row,
     Stage,
-    as_object,
+    Trial,
     bottleneck_of,
     overhead_of,
     rate_of,
@@ -33,7 +32,6 @@ from cluster.experiments.throughput_records import (
     window_rates,
 )
 from cluster.experiments.throughput_report import draw_throughput
-from cluster.experiments.throughput_trial import Trial
 from cluster.run.resources import Node
 from lm.sampling import Request
 from reward.packing import MicroBatch
@@ -52,7 +50,7 @@ def step(draw: float, wait: float, compute: float = 0.2, publish: float = 0.1) -
     }
 
 
-ZERO = Counts(tokens=0, sampled=0, sampling_s=0, stored=0, storing_s=0, scored=0, scoring_s=0)
+ZERO = Counts(*[0.0] * 7)
 
 
 def test_a_window_is_fresh_trajectories_over_the_learners_own_seconds() -> None:
@@ -83,11 +81,17 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 def stages(
     actors: int, rate: float, *, learning: float = 0.2, replicas: int = 1
 ) -> tuple[Stage, ...]:
-    after = Counts(
+    counts = Counts(
         tokens=4800, sampled=100, sampling_s=5.0, stored=200, storing_s=0.4, scored=50, scoring_s=1
     )
-    rows = [step(0.5, 0.4, compute=learning)] * 4
-    return stages_of(rows, ZERO, after, actors=actors, replicas=replicas, rate=rate)
+    trial = Trial(rows=[step(0.5, 0.4, compute=learning)] * 4, counts=counts)
+    return stages_of(trial, actors=actors, replicas=replicas, rate=rate)
+
+
+def test_counts_are_those_between_two_readings() -> None:
+    later = Counts(*map(float, range(7)))
+    assert later.since(Counts(*[1.0] * 7)) == tuple(float(n - 1) for n in range(7))
+    assert (later.tokens_per_trajectory, ZERO.tokens_per_trajectory) == (0.0, 0.0)
 
 
 def test_a_stage_could_do_what_its_servers_do_while_at_work() -> None:
@@ -127,7 +131,7 @@ def test_a_row_is_drawn_and_becomes_json(tmp_path: Path) -> None:
         bottleneck="sampling",
         overhead=None,
     )
-    found = json.loads(json.dumps(as_object(row)))
+    found = json.loads(json.dumps(row.as_object()))
     assert (found["actors"], found["trajectories_per_s"], found["efficiency"]) == (4, 20.0, 0.97)
     draw_throughput([row], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
@@ -205,9 +209,9 @@ def scripted(config: RunConfig, *_: object, steps: int, **__: object) -> Trial:
     seconds = 2.5 / config.cluster.actors
     if waits.decode_step_ms < 50:  # balanced
         seconds = serial * waits.update_ms / 1e3
-    after = replace(ZERO, tokens=4800, sampled=100, sampling_s=5.0, stored=100, scored=100)
+    counts = ZERO._replace(tokens=4800, sampled=100, sampling_s=5.0, stored=100, scored=100)
     rows = [step(seconds - 0.1, seconds - 0.12, compute=0.06, publish=0.04)] * steps
-    return Trial(rows=rows, before=ZERO, after=after)
+    return Trial(rows=rows, counts=counts)
 
 
 @pytest.fixture
@@ -215,10 +219,10 @@ def without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(throughput_experiment, "measure_run", scripted)
-    monkeypatch.setattr(throughput_experiment, "connect_ray", lambda *_: None)
-    monkeypatch.setattr(throughput_experiment, "may_grow", lambda: False)
-    monkeypatch.setattr(throughput_experiment, "living_nodes", lambda: [Node(3.0, 0.0)])
+    monkeypatch.setattr(throughput, "measure_run", scripted)
+    monkeypatch.setattr(throughput, "connect_ray", lambda *_: None)
+    monkeypatch.setattr(throughput, "may_grow", lambda: False)
+    monkeypatch.setattr(throughput, "living_nodes", lambda: [Node(3.0, 0.0)])
 
 
 @pytest.mark.usefixtures("without_ray")

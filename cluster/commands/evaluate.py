@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.adapter:
         adapter, step = Path(arguments.adapter).absolute(), None
         check_adapter(adapter)
+    if arguments.split:
+        config = config.changed({"evaluation.split": arguments.split})
     if arguments.data:
         config = on_files(config, arguments.data)
     errors = Console(stderr=True)
@@ -76,4 +78,5 @@ def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:
             f"task {config.task.name!r} is measured by its distance to the posterior, on no files: "
             "leave --data out"
         )
-    return config.changed({"task.tests": [str(locate(path).resolve()) for path in paths]})
+    tests = [str(locate(path).resolve()) for path in paths]
+    return config.changed({"task.tests": tests, "evaluation.split": "test"})

@@ -1,8 +1,24 @@
 """Sections that a run itself does not read: what `compare`, `em` and `throughput` make of it."""
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from cluster.config.validation import Section
+
+
+class SearchConfig(Section):
+    """The `[compare.search]` section: equal trials of every trained method, before test data."""
+
+    learning_rates: tuple[PositiveFloat, ...] = Field(
+        min_length=1,
+        description="learner.learning_rate of the trials, one each, of as many steps as the "
+        "comparison. The best by the task's first figure on the validation split is taken.",
+    )
+    kl: tuple[PositiveFloat, ...] = Field(
+        (),
+        description="learner.ppo_kl of ppo's trials, which are as many: in an order drawn by the "
+        "seed, from the start again where there are fewer; none: the file's.",
+    )
+    seed: int = Field(1000, ge=0, description="Of all trials: not of --seeds, which count from 0.")
 
 
 class CompareConfig(Section):
@@ -19,8 +35,11 @@ class CompareConfig(Section):
     shots: int = Field(0, ge=0, description="Worked questions in front of each, for method base.")
     overrides: dict[str, tuple[str, ...]] = Field(
         {},
-        description="Of a method alone, such as ppo = ['learner.learning_rate=3e-4']: what a fair "
-        "comparison must tune.",
+        description="Of a method alone, such as ppo = ['learner.warmup_steps=50']; what search "
+        "chooses has the last word.",
+    )
+    search: SearchConfig | None = Field(
+        None, description="How learning rates are chosen; None: they are the file's."
     )
 
 

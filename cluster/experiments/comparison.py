@@ -1,7 +1,8 @@
-"""What a comparison of methods found: one result for each run, and their means over seeds."""
+"""What a comparison of methods found: results of runs, means over seeds, and what was chosen."""
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,7 +13,7 @@ from cluster.run.display import ELAPSED_S
 from cluster.run.metrics_log import read_metrics
 from tasks.evaluation.evaluation import Evaluation
 
-TOKENS = ("sampled", "scored", "learned", "base")
+_TOKENS = ("sampled", "scored", "learned", "base")
 
 
 class Result(BaseModel):
@@ -25,6 +26,7 @@ class Result(BaseModel):
     run: str = Field(description="Its name in runs/.")
     metrics: dict[str, float] = Field(description="What was measured afterwards.")
     compute: dict[str, float] = Field(description="Steps, trajectories, tokens, seconds.")
+    note: str = Field(default="", description="Of the measurement: what its reader must know.")
 
 
 class Summary(BaseModel):
@@ -35,20 +37,52 @@ class Summary(BaseModel):
     mean: float
     std: float | None = Field(description="Of the sample, n - 1; None for a single seed.")
 
+    def __str__(self) -> str:
+        """Mean and deviation as read: shares and nats to four digits, counts whole."""
+        text = f"{self.mean:{'.0f' if abs(self.mean) >= 1000 else '.4g'}}"
+        if self.std is None:
+            return text
+        return f"{text} ± {self.std:{'.0f' if self.std >= 1000 else '.2g'}}"
+
+
+class Trial(BaseModel):
+    """One run of a method with the search's seed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run: str = Field(description="Its name in runs/.")
+    values: dict[str, float] = Field(description="What was tried, by key of the configuration.")
+    figure: float | None = Field(description="Its headline on the validation split, if finite.")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key.rpartition('.')[2]} {v:g}" for key, v in self.values.items())
+
+
+class Choice(BaseModel):
+    """What a method's test figures are measured with, and out of what that was chosen."""
+
+    model_config = ConfigDict(frozen=True)
+
+    method: str
+    metric: str = Field(description="The headline of the task; of several groups, their mean.")
+    better: Literal["higher", "lower"]
+    seed: int = Field(description="Of all trials.")
+    trials: tuple[Trial, ...]
+    chosen: Trial
+
 
 Table = dict[str, dict[str, Summary]]  # method -> figure -> summary
 
 
-def result_of(
-    directory: RunDirectory, measured: Evaluation, config: RunConfig, *, method: str, seed: int
-) -> Result:
+def result_of(run: str, measured: Evaluation, config: RunConfig, *, method: str) -> Result:
     """The result of a finished run, from what it left."""
     return Result(
         method=method,
-        seed=seed,
-        run=directory.name,
+        seed=config.seed,
+        run=run,
         metrics=figures(measured),
-        compute=compute_of(directory, scored_by_lm=config.task.reward_kind != "function"),
+        compute=compute_of(RunDirectory(run), scored_by_lm=config.task.reward_kind != "function"),
+        note=measured.note,
     )
 
 
@@ -69,22 +103,19 @@ def compute_of(directory: RunDirectory, *, scored_by_lm: bool) -> dict[str, floa
     def total(key: str) -> float:
         return sum(row.get(key, 0.0) for row in rows.values())
 
-    tokens = {f"tokens_{name}": total(f"tokens/{name}") for name in TOKENS}
+    tokens = {f"tokens_{name}": total(f"tokens/{name}") for name in _TOKENS}
     if not scored_by_lm:
         tokens["tokens_scored"] = 0.0
+    # A run that was resumed began to count its seconds anew with each sitting.
+    elapsed_s = [row.get(ELAPSED_S, 0.0) for row in recorded]
+    sittings_s = [now for now, then in pairwise([*elapsed_s, float("-inf")]) if then < now]
     return {
         "steps": float(len(rows)),
         "trajectories": total("batch/trajectories"),
         **tokens,
         "tokens": sum(tokens.values()),
-        "training_s": _training_s([row.get(ELAPSED_S, 0.0) for row in recorded]),
+        "training_s": sum(sittings_s, start=0.0),
     }
-
-
-def _training_s(elapsed_s: Sequence[float]) -> float:
-    """Seconds in all: a run that was resumed began to count anew with each sitting."""
-    ends = [now for now, following in pairwise([*elapsed_s, float("-inf")]) if following < now]
-    return sum(ends, start=0.0)
 
 
 def summarise(results: Sequence[Result], what: str) -> Table:
@@ -100,7 +131,5 @@ def summarise(results: Sequence[Result], what: str) -> Table:
 
 
 def _summary(values: Sequence[float]) -> Summary:
-    several = len(values) > 1
-    return Summary(
-        mean=float(np.mean(values)), std=float(np.std(values, ddof=1)) if several else None
-    )
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(mean=float(np.mean(values)), std=std)

@@ -29,7 +29,8 @@ from typing import Any
 from cluster.config.file import parse_overrides
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
-from cluster.experiments.em import EMStep, em_steps
+from cluster.experiments.em import em_steps
+from cluster.experiments.suite import Step
 
 BASE, GFLOWNET, EM = "base", "gflownet", "gflownet_em"
 TRAINED = ("sft", "ppo", GFLOWNET, EM)
@@ -51,10 +52,6 @@ _NAME = re.compile(
 )
 
 
-class UnknownMethod(UserError):
-    """A method that there is not."""
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
     """What a method's name says."""
@@ -71,28 +68,26 @@ class Method:
 
 
 def method(title: str) -> Method:
-    """Read a name such as `beam`, `tempered_T0.9` or `diverse_beam_5x`; raises UnknownMethod."""
+    """Read a name such as `beam`, `tempered_T0.9` or `diverse_beam_5x`; raises UserError."""
     read = _NAME.fullmatch(title)
     if read is None or read["name"] not in METHODS:
-        raise UnknownMethod(f"no method {title!r}; there are {', '.join(METHODS)}")
-    name, temperature = read["name"], read["temperature"]
+        raise UserError(f"no method {title!r}; there are {', '.join(METHODS)}")
+    name, temperature, times = read["name"], read["temperature"], int(read["times"] or 1)
+    several = [other for other in _DECODED if other != "greedy"]
+    fault = ""
     if temperature is not None and (name not in _AT_TEMPERATURES or not float(temperature)):
-        raise UnknownMethod(
-            f"no method {title!r}: _T with a temperature above 0 is for "
-            f"{', '.join(_AT_TEMPERATURES)}"
+        fault = f"_T with a temperature above 0 is for {', '.join(_AT_TEMPERATURES)}"
+    elif read["times"] and (name not in several or times < 2):
+        fault = (
+            f"_2x and more are for {', '.join(several)}, which write several sentences without "
+            "training"
         )
-    times = int(read["times"] or 1)
-    if read["times"] and (name not in _DECODED or name == "greedy" or times < 2):
-        several = [other for other in _DECODED if other != "greedy"]
-        raise UnknownMethod(
-            f"no method {title!r}: _2x and more are for {', '.join(several)}, which write several "
-            "sentences without training"
+    elif read["tokens"] and name not in _AT_EQUAL_TOKENS:
+        fault = (
+            f"{_TOKENS} is for {', '.join(_AT_EQUAL_TOKENS)}, which learn otherwise than gflownet"
         )
-    if read["tokens"] and name not in _AT_EQUAL_TOKENS:
-        raise UnknownMethod(
-            f"no method {title!r}: {_TOKENS} is for {', '.join(_AT_EQUAL_TOKENS)}, which learn "
-            "otherwise than gflownet"
-        )
+    if fault:
+        raise UserError(f"no method {title!r}: {fault}")
     at = None if temperature is None else float(temperature)
     return Method(name, at, times, equal_tokens=read["tokens"] is not None)
 
@@ -106,45 +101,13 @@ def measured_against(title: str) -> tuple[str, str]:
 def method_config(
     shared: RunConfig, *, title: str, seed: int, steps: int | None = None
 ) -> RunConfig:
-    """The run of one method, not gflownet_em, and seed; raises ConfigError, UnknownMethod.
+    """The run of one method, not gflownet_em, and seed; raises ConfigError, UserError.
 
     Equal for all: LM, adapter, prompts, legal tokens, tool, and trajectories of each step but where
     a prompt has too few to replay. Equal for all but those at equal LM tokens, whose `steps` are
     given: optimizer steps, and with them trajectories. The time limit is off, because steps that it
     cut would not be equal. What is not trained is measured with draws of its own for each seed.
     """
-    changes = _changes(shared, title=title, seed=seed)
-    if steps is not None:
-        changes["learner.steps"] = steps
-    return shared.changed(changes)
-
-
-def em_method_steps(shared: RunConfig, *, seed: int, comparison: str) -> tuple[EMStep, ...]:
-    """The runs of gflownet_em and a seed: `em.rounds` rounds, gflownet the first E-step.
-
-    The last of them is named as other methods' runs are. What `compare.overrides` says of
-    gflownet_em is of its M-steps. Raises ConfigError.
-    """
-    own = f"{comparison}-{EM}-{seed}"
-
-    def name(kind: str, number: int) -> str:
-        if (kind, number) == ("E", 1):
-            return f"{comparison}-{GFLOWNET}-{seed}"
-        last = (kind, number) == ("M", shared.em.rounds)
-        return own if last else f"{own}-{kind.lower()}{number}"
-
-    return tuple(
-        em_steps(
-            method_config(shared, title=GFLOWNET, seed=seed),
-            rounds=shared.em.rounds,
-            name=name,
-            m_changes=_tuned(shared, EM, EM),
-        )
-    )
-
-
-def _changes(shared: RunConfig, *, title: str, seed: int) -> dict[str, Any]:
-    """What a method changes, by dotted key."""
     named = method(title)
     temperature = named.temperature or shared.learner.trained_temperature(shared.compare.steps)
     changes: dict[str, Any] = {
@@ -158,22 +121,48 @@ def _changes(shared: RunConfig, *, title: str, seed: int) -> dict[str, Any]:
         changes["learner.reward_temperature.end"] = named.temperature
     if named.times > 1:
         changes["evaluation.candidates"] = named.times
-    return changes | _tuned(shared, title, named.name) | {"cluster.time_limit_s": None}
+    changes |= _overrides(title, shared) | {"cluster.time_limit_s": None}
+    if steps is not None:
+        changes["learner.steps"] = steps
+    return shared.changed(changes)
 
 
-def _tuned(shared: RunConfig, title: str, name: str) -> dict[str, Any]:
-    """What `compare.overrides` says of the method as it is titled, else of all of its name.
+def em_method_steps(shared: RunConfig, *, seed: int, first: str, own: str) -> tuple[Step, ...]:
+    """The runs of gflownet_em and a seed: `em.rounds` rounds, gflownet the first E-step.
 
-    Raises:
-        UnknownMethod: something is said of a method that there is not.
+    What `compare.overrides` says of gflownet_em is of its M-steps. Raises ConfigError.
+
+    Args:
+        first: the name of gflownet's run.
+        own: ... and of the last M-step's.
     """
+
+    def name(kind: str, number: int) -> str:
+        if (kind, number) == ("E", 1):
+            return first
+        last = (kind, number) == ("M", shared.em.rounds)
+        return own if last else f"{own}-{kind.lower()}{number}"
+
+    config = method_config(shared, title=GFLOWNET, seed=seed)
+    changes = _overrides(EM, shared)
+    return tuple(em_steps(config, rounds=shared.em.rounds, name=name, m_changes=changes))
+
+
+def said_of(title: str, shared: RunConfig) -> tuple[str, ...]:
+    """`compare.overrides` of the method as it is titled, else of all of its name."""
     known = shared.compare.overrides
-    for key in known:
+    titles = (title, title.removesuffix(_TOKENS), method(title).name)
+    return next((known[each] for each in titles if each in known), ())
+
+
+def _overrides(title: str, shared: RunConfig) -> dict[str, Any]:
+    """The same by dotted key; raises UserError: something is said of a method that there is not."""
+    for key in shared.compare.overrides:
         try:
             method(key)
-        except UnknownMethod as error:
-            raise UnknownMethod(f"compare.overrides: {error}") from error
-    return parse_overrides(known.get(title, known.get(name, ())), f"compare.overrides.{name}")
+        except UserError as error:
+            raise UserError(f"compare.overrides: {error}") from error
+    return parse_overrides(said_of(title, shared), f"compare.overrides.{title}")
 
 
 def _own(name: str, shared: RunConfig, temperature: float) -> Mapping[str, Any]:

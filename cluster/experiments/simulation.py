@@ -17,7 +17,6 @@ from cluster.config.schema import RunConfig
 from cluster.distributed.parts import Parts, RolloutParts
 from learner.config import LearnerConfig
 from learner.engine import Engine
-from lm.actions import ActionSpace
 from lm.adapter import decode_adapter
 from lm.config import LoRAConfig
 from lm.hub import load_tokenizer
@@ -32,8 +31,7 @@ from tasks.task import Task
 
 # Shape of the model that the simulated adapter sits on; its rank makes up the size.
 _WIDTH, _LAYERS, _MLP_WIDTH, _VOCABULARY = 256, 4, 704, 64
-_VALUES_PER_RANK = _LAYERS * (4 * 2 * _WIDTH + 3 * (_WIDTH + _MLP_WIDTH))
-_BYTES_PER_VALUE = 4
+_BYTES_PER_RANK = 4 * _LAYERS * (4 * 2 * _WIDTH + 3 * (_WIDTH + _MLP_WIDTH))
 _LOG_PROBABILITY = -1.0  # nats, of everything that a simulated model says
 
 
@@ -48,22 +46,14 @@ class SimulatedPolicy:
     One decode step a token, for all rows of the cache at once. The tool is never called.
     """
 
-    def __init__(
-        self,
-        actions: ActionSpace,
-        *,
-        triggers: frozenset[int],
-        vocabulary: int,
-        max_rows: int,
-        decode_step_s: float,
-        rng: np.random.Generator,
-    ) -> None:
-        legal = actions.columns(vocabulary)
-        self._tokens = np.setdiff1d(legal, [actions.stop_token, *triggers]).astype(np.int32)
-        self._actions = actions
-        self._max_rows = max_rows
-        self._decode_step_s = decode_step_s
-        self._rng = rng
+    def __init__(self, config: RunConfig, task: Task, seed: int) -> None:
+        triggers = () if task.tool is None else task.tool.triggers
+        legal = task.actions.columns(len(load_tokenizer(config.lm)))
+        self._tokens = np.setdiff1d(legal, [task.actions.stop_token, *triggers]).astype(np.int32)
+        self._actions = task.actions
+        self._max_rows = config.actors.max_rows
+        self._decode_step_s = config.throughput.simulation.decode_step_ms / 1e3
+        self._rng = np.random.default_rng(seed)
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion for each request."""
@@ -94,9 +84,10 @@ class SimulatedPolicy:
 class SimulatedRank:
     """A rank of a reward replica that waits once for each scoring call."""
 
-    def __init__(self, vocabulary: int, *, call_s: float) -> None:
+    def __init__(self, config: RunConfig) -> None:
+        vocabulary = len(load_tokenizer(config.lm))
         self.limits = ScoreLimits(vocab_size=vocabulary, max_length=1 << 20)
-        self._call_s = call_s
+        self._call_s = config.throughput.simulation.score_call_ms / 1e3
 
     def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
         """Log-probabilities of all edges of each micro-batch: all the same."""
@@ -111,7 +102,6 @@ class SimulatedEngine:
     """A real engine, its ranks and its collectives, but for the update, which is a wait."""
 
     def __init__(self, engine: Engine, *, update_s: float) -> None:
-        self._engine = engine
         self._update_s = update_s
         self.rank = engine.rank
         self.num_ranks = engine.num_ranks
@@ -135,23 +125,11 @@ class SimulatedParts(Parts):
     def rollout(self, config: RunConfig) -> RolloutParts:
         """A policy that waits; what it writes is random."""
         task = load_simulated_task(config)
-
-        def policy(seed: int) -> SimulatedPolicy:
-            return SimulatedPolicy(
-                task.actions,
-                triggers=frozenset() if task.tool is None else task.tool.triggers,
-                vocabulary=len(load_tokenizer(config.lm)),
-                max_rows=config.actors.max_rows,
-                decode_step_s=config.throughput.simulation.decode_step_ms / 1e3,
-                rng=np.random.default_rng(seed),
-            )
-
-        return RolloutParts(task, policy, decode=None)
+        return RolloutParts(task, lambda seed: SimulatedPolicy(config, task, seed), decode=None)
 
     def reward_rank(self, config: RunConfig, meet: Callable[[], object]) -> SimulatedRank:
         """A rank that meets nobody."""
-        vocabulary = len(load_tokenizer(config.lm))
-        return SimulatedRank(vocabulary, call_s=config.throughput.simulation.score_call_ms / 1e3)
+        return SimulatedRank(config)
 
     def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
         """A small model for the adapter of `simulated_lora` to sit on; no pass is ever made."""
@@ -180,6 +158,11 @@ class SimulatedParts(Parts):
 
 
 def simulated_lora(config: SimulationConfig) -> LoRAConfig:
-    """An adapter of about `adapter_mb` megabytes on the wire."""
-    values = config.adapter_mb * 1e6 / _BYTES_PER_VALUE
-    return LoRAConfig(rank=max(1, round(values / _VALUES_PER_RANK)), targets="auto")
+    """An adapter of about `adapter_mb` megabytes on the wire, in fp32."""
+    return LoRAConfig(rank=max(1, round(config.adapter_mb * 1e6 / _BYTES_PER_RANK)), targets="auto")
+
+
+def decode_steps(config: RunConfig) -> int:
+    """Steps that a simulated policy waits for with a batch."""
+    waves = -(-config.actors.batch_size // config.actors.max_rows)
+    return waves * load_simulated_task(config).actions.max_len

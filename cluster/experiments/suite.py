@@ -1,48 +1,113 @@
-"""What experiments of several runs share: a folder of their own, runs that are done, and a page."""
+"""What experiments of several runs share: a folder of their own, and runs that are made once."""
 
+import argparse
+import sys
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractContextManager, redirect_stdout
+from typing import Any, NamedTuple
 
-from pydantic_core import to_json
 from rich.console import Console
 
+from cluster.commands.train import train
 from cluster.config.file import resolved_toml
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
-from cluster.experiments.comparison import Result, Table, summarise
-from cluster.experiments.comparison_report import draw, shown_table, write_page
+from cluster.experiments.comparison import Result, result_of
 from cluster.run.directory import RunDirectory, find_run, new_name, write_whole
 from cluster.run.driver import read_scores
-from tasks.evaluation.evaluation import Scores
+from cluster.run.evaluation import evaluate
+from tasks.evaluation.evaluation import Evaluation
 
 
-def experiment_folder(name: str | None, *, stem: str, resume: bool) -> RunDirectory:
-    """The folder of a new experiment, which is not made yet, or of the one that goes on.
+class Step(NamedTuple):
+    """One run of an experiment."""
+
+    title: str  # for people
+    run: str
+    config: RunConfig
+
+
+class Suite:
+    """The runs of one experiment: each is made once, however often the experiment is resumed.
 
     Args:
-        stem: of its name, where it has none yet.
+        arguments: of its verb.
+        stem: of the experiment's name, where it has none yet.
 
     Raises UserError where the name is taken, or there is nothing to resume.
     """
-    folder = find_run(name) if name and resume else RunDirectory(name or new_name(stem))
-    if folder.path.exists() and not resume:
-        raise UserError(f"{folder.path} exists: add --resume to go on with it, or choose --run")
-    return folder
 
+    def __init__(self, arguments: argparse.Namespace, *, stem: str) -> None:
+        name, resume = arguments.run, arguments.resume
+        self.folder = find_run(name) if name and resume else RunDirectory(name or new_name(stem))
+        if self.folder.path.exists() and not resume:
+            raise UserError(
+                f"{self.folder.path} exists: add --resume to go on with it, or choose --run"
+            )
+        self.console = Console(stderr=arguments.json)
+        self._arguments = arguments
 
-def finished(directory: RunDirectory, config: RunConfig) -> Scores | None:
-    """What a run has measured that is done; None where it is to be run, or to go on.
+    def begun(self) -> AbstractContextManager[object]:
+        """Makes the folder; within, only the result may go to stdout where JSON is asked for."""
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        return redirect_stdout(sys.stderr if self._arguments.json else sys.stdout)
 
-    Raises:
-        UserError: it was made with other settings than `config`.
-    """
-    scores = read_scores(directory)
-    if scores.after is None:
-        return None
-    check_same_settings(directory, config)
-    return scores
+    def take(self, steps: Sequence[Step], before: Evaluation | None = None) -> list[Result]:
+        """Train what is not done yet, in order; one result for each.
+
+        Args:
+            before: the LM before the first step, where it was measured already.
+
+        Raises:
+            UserError: stopped on request, with steps left; or a step that is done has other
+                settings.
+            whatever `cluster.commands.train.train` raises.
+        """
+        results = []
+        for step in steps:
+            directory = RunDirectory(step.run)
+            scores = read_scores(directory)
+            if scores.after is not None:
+                check_same_settings(directory, step.config)
+            else:
+                self.console.rule(f"{step.title} (run {step.run})")
+                scores = train(
+                    step.config,
+                    directory,
+                    resume=directory.path.exists(),
+                    address=self._arguments.address,
+                    local=self._arguments.local,
+                    before=before,
+                    console=self.console,
+                )
+            if scores.after is None:
+                raise UserError(
+                    f"stopped in {step.title}; the same command with --run {self.folder.name} "
+                    "--resume goes on"
+                )
+            # What an M-step leaves is another LM, and was measured after the policy.
+            before = None if step.config.learner.traits.trains_model else scores.before
+            results.append(result_of(step.run, scores.after, step.config, method=step.title))
+        return results
+
+    def measure(self, step: Step) -> Result:
+        """Measure the LM without an adapter, in this process, unless that is done."""
+        directory = RunDirectory(step.run)
+        scores = read_scores(directory)
+        if scores.before is not None:
+            check_same_settings(directory, step.config)
+            return result_of(step.run, scores.before, step.config, method=step.title)
+        self.console.rule(f"{step.title} (run {step.run})")
+        directory.begin(resume=directory.config_file.exists())
+        try:
+            write_whole(directory.config_file, resolved_toml(step.config))
+            measured = evaluate(step.config, adapter=None, step=0)
+            scores = scores.model_copy(update={"before": measured})
+            write_whole(directory.scores_file, scores.model_dump_json(indent=2))
+        finally:
+            directory.end()
+        return result_of(step.run, measured, step.config, method=step.title)
 
 
 def check_same_settings(directory: RunDirectory, config: RunConfig) -> None:
@@ -65,50 +130,3 @@ def _settings(toml: str) -> dict[str, Any]:
     for section in ("compare", "throughput"):
         settings.pop(section, None)
     return settings
-
-
-class Findings:
-    """The results of an experiment as people and programs read them.
-
-    Args:
-        name: of its files, `NAME.png` and `NAME.json`.
-    """
-
-    def __init__(self, folder: RunDirectory, name: str, task: str, results: Sequence[Result]):
-        self.metrics: Table = summarise(results, "metrics")
-        self._compute = summarise(results, "compute")
-        self._folder = folder
-        self._name = name
-        self._task = task
-        self._results = results
-
-    def leave(self, plots: Sequence[Path] = ()) -> None:
-        """Write the JSON, the figure, and the page with it and with those in `plots`."""
-        figure = draw(self.metrics, self._folder.path / f"{self._name}.png")
-        write_page(
-            self._folder.report_file,
-            title=f"{self._task}: {', '.join(self.metrics)}",
-            metrics=self.metrics,
-            compute=self._compute,
-            plots=[*plots, figure],
-            runs="\n".join(result.run for result in self._results),
-        )
-        write_whole(self._folder.path / f"{self._name}.json", self._as_json())
-
-    def show(self, title: str, *, as_json: bool, console: Console) -> None:
-        """Print the tables, or one JSON object."""
-        if as_json:
-            print(self._as_json())
-            return
-        console.print(shown_table(self.metrics, title))
-        console.print(shown_table(self._compute, "what it took"))
-        console.print(f"page: {self._folder.report_file}", soft_wrap=True, markup=False)
-
-    def _as_json(self) -> str:
-        content = {
-            "task": self._task,
-            "table": self.metrics,
-            "compute": self._compute,
-            "runs": list(self._results),
-        }
-        return to_json(content, inf_nan_mode="null").decode()

@@ -2,17 +2,55 @@
 
 import argparse
 import json
+import math
 import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from cluster.config.file import load_config
-from cluster.experiments.throughput_experiment import Experiment
-from cluster.experiments.throughput_records import as_object
+from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
+from cluster.distributed.parts import Parts
+from cluster.distributed.ray_cluster import (
+    connect_ray,
+    join_cluster,
+    leave_cluster,
+    living_nodes,
+    may_grow,
+    namespace_of,
+)
+from cluster.experiments.simulation import (
+    SimulatedParts,
+    decode_steps,
+    load_simulated_task,
+    simulated_lora,
+)
+from cluster.experiments.throughput_records import (
+    Comparison,
+    Row,
+    Trial,
+    bottleneck_of,
+    duration_s,
+    fresh,
+    overhead_of,
+    rate_of,
+    stages_of,
+    window_rates,
+)
 from cluster.experiments.throughput_report import draw_throughput, show
-from cluster.run.directory import RUNS
+from cluster.experiments.throughput_trial import measure_run
+from cluster.run.directory import RUNS, RunDirectory, new_name
+from cluster.run.preflight import check_before_start
+from cluster.run.resources import check_fit, demands_of
+
+_NEVER = 10**9  # steps, and seconds
+_PIPELINE_STEPS = 3  # until sampling, scoring and learning overlap
+_START_S, _START_S_PER_PART = 120.0, 30.0  # on a small machine parts start one after another
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,16 +76,194 @@ def run(arguments: argparse.Namespace) -> int:
     found = {
         "task": config.task_name,
         "simulated": config.throughput.simulation.model_dump() if arguments.simulate else None,
-        "rows": [as_object(row) for row in rows],
+        "rows": [row.as_object() for row in rows],
         "async_over_sync": comparison.async_over_sync,
-        "comparison": {
-            "steps": comparison.steps,
-            "trajectories": comparison.trajectories,
-            "synchronous_s": comparison.synchronous_s,
-            "asynchronous_s": comparison.asynchronous_s,
-        },
+        "comparison": asdict(comparison),
         "load_average": os.getloadavg(),
         "plot": str(plot),
     }
     print(json.dumps(found))
     return 0
+
+
+class Experiment:
+    """Measurements of one configuration with real or simulated models.
+
+    Args:
+        replicas: of the reward model; None: as configured.
+        address: of a Ray cluster; None: one on this machine, for the experiment.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        actors: Sequence[int],
+        replicas: int | None,
+        simulated: bool,
+        address: str | None,
+        report: Callable[[str], None],
+    ) -> None:
+        if config.rollout_actors == 0:
+            raise UserError(
+                f'learner.objective "{config.learner.objective}" starts no rollout actors: there '
+                f"is nothing to measure; choose another objective"
+            )
+        self._counts = actors
+        self._simulated = simulated
+        self._report = report
+        self._root = RUNS / new_name(f"throughput-{config.task_name}")
+        self._config = self._prepared(config, replicas, address)
+
+    def run(self) -> tuple[list[Row], Comparison]:
+        """Every number of actors, then both modes.
+
+        Raises:
+            UserError: the cluster cannot hold the largest number.
+            StartFailed, RunFailed: a part did not come up, or died.
+        """
+        largest = self._config.changed({"cluster.actors": max(self._counts)})
+        directory, address = RunDirectory(self._root.name), largest.cluster.address
+        if self._simulated:
+            load_simulated_task(largest)
+        else:
+            check_before_start(largest, directory, resume=False, address=address, local=False)
+        namespace = namespace_of(directory.name)
+        if address is None:
+            connect_ray(self._config, None, namespace)
+        else:
+            self._config = join_cluster(self._config, address, namespace)
+        try:
+            if not may_grow():
+                check_fit(largest, living_nodes())
+            rows: list[Row] = []
+            for actors in self._counts:
+                rows.append(self._row(actors, rows[0].rate.median if rows else None))
+            return rows, self._comparison()
+        finally:
+            leave_cluster()
+            shutil.rmtree(self._root, ignore_errors=True)
+
+    def _prepared(self, config: RunConfig, replicas: int | None, address: str | None) -> RunConfig:
+        """No checkpoints, no end, no replacing of what dies, and a Redis of its own."""
+        parts = max(self._counts) + config.reward.replicas * config.reward.ranks
+        start_s = _START_S + _START_S_PER_PART * (parts + config.learner.ranks)
+        config = config.changed(
+            {
+                "cluster.address": address,
+                "cluster.max_restarts": 0,
+                "cluster.start_timeout_s": max(config.cluster.start_timeout_s, start_s),
+                "learner.steps": _NEVER,
+                "learner.checkpoint_every_steps": _NEVER,
+                "learner.checkpoint_every_s": float(_NEVER),
+                "buffer.url": None,
+                "buffer.password_file": None,
+                "reward.replicas": replicas or config.reward.replicas,
+            }
+        )
+        return self._waiting(config) if self._simulated else config
+
+    def _waiting(self, config: RunConfig) -> RunConfig:
+        """Processes that only wait need no GPU, and as many as were asked for fit on any core."""
+        changes = {
+            "learner.log_z": "group",
+            "lora": simulated_lora(config.throughput.simulation),
+            "cluster.actors": max(self._counts),
+        }
+        for part in ("actor_placement", "reward_placement", "learner_placement"):
+            cpus = getattr(config.cluster, part).cpus or 0.25
+            changes |= {f"cluster.{part}.gpus": 0.0, f"cluster.{part}.cpus": cpus}
+        config = config.changed(changes)
+        if config.cluster.address is not None:
+            return config
+        needed = math.ceil(sum(part.number * part.claim.cpus for part in demands_of(config)))
+        offered = config.cluster.cpus or os.cpu_count() or 1
+        if needed > offered:
+            self._report(
+                f"Ray is told of {needed} CPUs (there are {offered}): simulated parts wait more "
+                f"than they compute"
+            )
+        return config.changed({"cluster.cpus": max(needed, offered)})
+
+    def _measure(
+        self, config: RunConfig, name: str, *, warm_up: int, steps: int, synchronous: bool = False
+    ) -> Trial:
+        return measure_run(
+            config,
+            # Its name also tells its Ray actors from another's.
+            RunDirectory(f"{self._root.name}-{name}", root=self._root),
+            warm_up=warm_up,
+            steps=steps,
+            parts=SimulatedParts() if self._simulated else Parts(),
+            synchronous=synchronous,
+            report=self._report,
+        )
+
+    def _row(self, actors: int, rate_of_one: float | None) -> Row:
+        settings, replicas = self._config.throughput, self._config.reward_replicas
+        config = self._config.changed({"cluster.actors": actors})
+        # Steps of the learner in which every actor delivers one batch.
+        turn = math.ceil(actors * config.actors.groups_per_batch / config.learner.groups_per_step)
+        self._report(f"measuring {actors} actor{'s' if actors > 1 else ''}")
+        trial = self._measure(
+            config,
+            f"actors-{actors}",
+            warm_up=turn * settings.warm_up_batches,
+            steps=turn * settings.batches * settings.repeats,
+        )
+        rate = rate_of(window_rates(trial.rows, windows=settings.repeats))
+        stages = stages_of(trial, actors=actors, replicas=replicas, rate=rate.median)
+        bottleneck = bottleneck_of(stages)
+        overhead = None
+        if self._simulated and bottleneck == "sampling":
+            overhead = overhead_of(
+                actors=actors,
+                batch=config.actors.batch_size,
+                rate=rate.median,
+                compute_s=decode_steps(config) * settings.simulation.decode_step_ms / 1e3,
+            )
+        return Row(
+            actors=actors,
+            reward_replicas=replicas,
+            rate=rate,
+            tokens_per_s=rate.median * trial.counts.tokens_per_trajectory,
+            efficiency=rate.median / (actors * (rate_of_one or rate.median)),
+            stages=stages,
+            bottleneck=bottleneck,
+            overhead=overhead,
+        )
+
+    def _comparison(self) -> Comparison:
+        """One actor, in both modes, each step learning from one batch of it."""
+        config = self._config.changed(
+            {
+                "cluster.actors": 1,
+                "actors.groups_per_batch": self._config.learner.groups_per_step,
+                "actors.lag_versions": 0,
+                "learner.publish_every_steps": 1,
+            }
+        )
+        if self._simulated:
+            balanced_ms = config.throughput.simulation.balanced_ms
+            waits = {
+                "decode_step_ms": balanced_ms / decode_steps(config),
+                "score_call_ms": balanced_ms,
+                "update_ms": balanced_ms,
+            }
+            config = config.changed({f"throughput.simulation.{k}": v for k, v in waits.items()})
+        steps = config.throughput.comparison_steps
+        rows = {}
+        for mode in ("asynchronous", "synchronous"):
+            synchronous = mode == "synchronous"
+            self._report(f"measuring 1 actor, {mode}")
+            in_flight = 1 if synchronous else config.actors.max_in_flight
+            config = config.changed({"actors.max_in_flight": in_flight})
+            rows[mode] = self._measure(
+                config, mode, warm_up=_PIPELINE_STEPS, steps=steps, synchronous=synchronous
+            ).rows
+        return Comparison(
+            steps=steps,
+            trajectories=round(fresh(rows["synchronous"])),
+            synchronous_s=duration_s(rows["synchronous"]),
+            asynchronous_s=duration_s(rows["asynchronous"]),
+        )

@@ -3,13 +3,42 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import binom
 
 _CONFIDENCE = 0.95
 # Stages that one process does in turn; the busiest process is what limits the rate.
 _PROCESSES = (("sampling", "storing"), ("scoring",), ("drawing", "learning"))
+
+
+class Counts(NamedTuple):
+    """What all actors and replicas counted; times in seconds, summed over processes."""
+
+    tokens: float
+    sampled: float
+    sampling_s: float
+    stored: float
+    storing_s: float
+    scored: float
+    scoring_s: float
+
+    def since(self, earlier: "Counts") -> "Counts":
+        """What was counted between the two."""
+        return Counts(*(now - then for now, then in zip(self, earlier, strict=True)))
+
+    @property
+    def tokens_per_trajectory(self) -> float:
+        """Mean length of what was sampled."""
+        return self.tokens / max(self.sampled, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """What one measurement saw after its warm-up."""
+
+    rows: list[dict[str, float]]  # the learner's, one for each step
+    counts: Counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,19 +49,6 @@ class Rate:
     low: float
     high: float
     coverage: float  # of the interval, over repetitions of the experiment
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """Counters of all actors and replicas at one time; times in seconds, summed over processes."""
-
-    tokens: float
-    sampled: float
-    sampling_s: float
-    stored: float
-    storing_s: float
-    scored: float
-    scoring_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +84,18 @@ class Row:
     bottleneck: str
     overhead: Overhead | None  # None with real models, and where actors wait for others
 
+    def as_object(self) -> dict[str, Any]:
+        """As JSON has it."""
+        found = asdict(self)
+        rate = found.pop("rate")
+        return found | {
+            "trajectories_per_s": rate["median"],
+            "trajectories_per_s_low": rate["low"],
+            "trajectories_per_s_high": rate["high"],
+            "interval_coverage": rate["coverage"],
+            "stages": {stage.pop("name"): stage for stage in found["stages"]},
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
@@ -92,17 +120,17 @@ def window_rates(rows: Sequence[Mapping[str, float]], *, windows: int) -> list[f
     """
     size = len(rows) // windows
     parts = [rows[first : first + size] for first in range(0, size * windows, size)]
-    return [sum(map(fresh, part)) / sum(map(duration, part)) for part in parts]
+    return [fresh(part) / duration_s(part) for part in parts]
 
 
-def fresh(row: Mapping[str, float]) -> float:
-    """Trajectories of a step that no earlier step has drawn."""
-    return row["batch/trajectories"] - row["batch/replayed"]
+def fresh(rows: Sequence[Mapping[str, float]]) -> float:
+    """Trajectories of these steps that no earlier step has drawn."""
+    return sum(row["batch/trajectories"] - row["batch/replayed"] for row in rows)
 
 
-def duration(row: Mapping[str, float]) -> float:
-    """Seconds of a step."""
-    return row["time/draw_s"] + row["time/compute_s"] + row["time/publish_s"]
+def duration_s(rows: Sequence[Mapping[str, float]]) -> float:
+    """Seconds of these steps."""
+    return sum(row["time/draw_s"] + row["time/compute_s"] + row["time/publish_s"] for row in rows)
 
 
 def rate_of(values: Sequence[float]) -> Rate:
@@ -112,54 +140,43 @@ def rate_of(values: Sequence[float]) -> Rate:
     """
     ordered = sorted(values)
     number = len(ordered)
-    inside, coverage = 0, _coverage(number, 0)
-    while 2 * (inside + 1) < number and _coverage(number, inside + 1) >= _CONFIDENCE:
+
+    def coverage(inside: int) -> float:
+        """Chance that the median lies between the values of that rank from below and above."""
+        return float(1 - 2 * binom.cdf(inside, number, 0.5))
+
+    inside = 0
+    while 2 * (inside + 1) < number and coverage(inside + 1) >= _CONFIDENCE:
         inside += 1
-        coverage = _coverage(number, inside)
     return Rate(
         median=statistics.median(ordered),
         low=ordered[inside],
         high=ordered[number - 1 - inside],
-        coverage=coverage,
+        coverage=coverage(inside),
     )
 
 
-def _coverage(number: int, inside: int) -> float:
-    """Chance that the median lies between the values of rank `inside` from below and above."""
-    return float(1 - 2 * binom.cdf(inside, number, 0.5))
-
-
-def stages_of(
-    rows: Sequence[Mapping[str, float]],
-    before: Counts,
-    after: Counts,
-    *,
-    actors: int,
-    replicas: int,
-    rate: float,
-) -> tuple[Stage, ...]:
+def stages_of(trial: Trial, *, actors: int, replicas: int, rate: float) -> tuple[Stage, ...]:
     """Every stage, in the order in which a trajectory passes it.
 
     Args:
         rate: trajectories per second of the whole.
         replicas: 0 where the actors score themselves: then there is no such stage.
     """
-    drawn = sum(map(fresh, rows))
-    drawing_s = sum(row["time/draw_s"] - row["time/draw_wait_s"] for row in rows)
-    learning_s = sum(row["time/compute_s"] + row["time/publish_s"] for row in rows)
-    length = tokens_per_trajectory(before, after)
-    sampled, stored = after.sampled - before.sampled, after.stored - before.stored
+    counts, drawn = trial.counts, fresh(trial.rows)
+    drawing_s = sum(row["time/draw_s"] - row["time/draw_wait_s"] for row in trial.rows)
+    learning_s = sum(row["time/compute_s"] + row["time/publish_s"] for row in trial.rows)
     work = [
-        ("sampling", actors, after.sampling_s - before.sampling_s, sampled),
-        ("storing", actors, after.storing_s - before.storing_s, stored),
+        ("sampling", actors, counts.sampling_s, counts.sampled),
+        ("scoring", replicas, counts.scoring_s, counts.scored),
+        ("storing", actors, counts.storing_s, counts.stored),
         ("drawing", 1, drawing_s, drawn),
         ("learning", 1, learning_s, drawn),
     ]
-    if replicas:
-        scored = after.scored - before.scored
-        work.insert(1, ("scoring", replicas, after.scoring_s - before.scoring_s, scored))
     stages = []
     for name, servers, seconds, trajectories in work:
+        if not servers:
+            continue
         each_s = max(seconds, 1e-9) / max(trajectories, 1.0)
         capacity = servers / each_s
         stages.append(
@@ -168,16 +185,11 @@ def stages_of(
                 servers=servers,
                 seconds_per_trajectory=each_s,
                 trajectories_per_s=capacity,
-                tokens_per_s=capacity * length,
+                tokens_per_s=capacity * counts.tokens_per_trajectory,
                 busy=rate / capacity,
             )
         )
     return tuple(stages)
-
-
-def tokens_per_trajectory(before: Counts, after: Counts) -> float:
-    """Mean length of what was sampled between the two."""
-    return (after.tokens - before.tokens) / max(after.sampled - before.sampled, 1.0)
 
 
 def bottleneck_of(stages: Sequence[Stage]) -> str:
@@ -196,16 +208,3 @@ def overhead_of(*, actors: int, batch: int, rate: float, compute_s: float) -> Ov
     """
     extra_s = actors * batch / rate - compute_s
     return Overhead(seconds_per_batch=extra_s, share=extra_s / compute_s)
-
-
-def as_object(row: Row) -> dict[str, Any]:
-    """The row as JSON has it."""
-    found = asdict(row)
-    rate = found.pop("rate")
-    return found | {
-        "trajectories_per_s": rate["median"],
-        "trajectories_per_s_low": rate["low"],
-        "trajectories_per_s_high": rate["high"],
-        "interval_coverage": rate["coverage"],
-        "stages": {stage.pop("name"): stage for stage in found["stages"]},
-    }

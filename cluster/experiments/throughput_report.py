@@ -1,6 +1,6 @@
 """What `amortize throughput` shows: tables in a terminal, and a picture."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.config.schema import RunConfig
-from cluster.experiments.throughput_experiment import sampling_s
+from cluster.experiments.simulation import decode_steps
 from cluster.experiments.throughput_records import Comparison, Row
 
 _SIZE_INCHES = (8.0, 3.4)
@@ -35,31 +35,25 @@ def show(
     console: Console,
 ) -> None:
     """A table of rates, one of stages, and the two modes."""
-    console.print(f"[bold]{escape(config.task_name)}[/bold]: {_caption(config, simulated)}")
+    waits = config.throughput.simulation
+    caption, balanced = "with the configured models", ""
+    if simulated:
+        sampling_s = decode_steps(config) * waits.decode_step_ms / 1e3
+        caption = (
+            f"model compute simulated: {sampling_s:g} s to sample a batch, "
+            f"{waits.score_call_ms:g} ms to score one, {waits.update_ms:g} ms for a step; "
+            f"adapter of {waits.adapter_mb:g} MB"
+        )
+        balanced = f"; sampling, scoring, learning {waits.balanced_ms:g} ms each"
+    console.print(f"[bold]{escape(config.task_name)}[/bold]: {caption}")
     console.print(_rates(rows))
     console.print(_stages(rows))
-    per_step = comparison.trajectories / comparison.steps
     console.print(
         f"asynchronous over synchronous: [bold]{comparison.async_over_sync:.2f}[/bold] "
-        f"({comparison.steps} steps of {per_step:g} trajectories with 1 actor: "
-        f"{comparison.asynchronous_s:.2f} s against {comparison.synchronous_s:.2f} s"
-        + (
-            f"; sampling, scoring, learning {config.throughput.simulation.balanced_ms:g} ms each)"
-            if simulated
-            else ")"
-        ),
+        f"({comparison.steps} steps of {comparison.trajectories / comparison.steps:g} trajectories "
+        f"with 1 actor: {comparison.asynchronous_s:.2f} s against "
+        f"{comparison.synchronous_s:.2f} s{balanced})",
         soft_wrap=True,
-    )
-
-
-def _caption(config: RunConfig, simulated: bool) -> str:
-    if not simulated:
-        return "with the configured models"
-    waits = config.throughput.simulation
-    return (
-        f"model compute simulated: {sampling_s(config, waits.decode_step_ms):g} s to sample a "
-        f"batch, {waits.score_call_ms:g} ms to score one, {waits.update_ms:g} ms for a step; "
-        f"adapter of {waits.adapter_mb:g} MB"
     )
 
 
@@ -96,19 +90,13 @@ def _stages(rows: Sequence[Row]) -> Table:
     table.title = "what each stage alone could do: trajectories/s, tokens/s (share of time at work)"
     table.title_justify = "left"
     for row in rows:
-        table.add_row(str(row.actors), *_cells(row))
+        told = {
+            s.name: f"{s.trajectories_per_s:.0f}, {s.tokens_per_s:.0f} ({s.busy:.0%})"
+            for s in row.stages
+        }
+        cells = (told.get(name, "with sampling") for name in _COLOURS)
+        table.add_row(str(row.actors), *cells)
     return table
-
-
-def _cells(row: Row) -> Iterator[str]:
-    stages = {stage.name: stage for stage in row.stages}
-    for name in _COLOURS:
-        stage = stages.get(name)
-        yield (
-            "with sampling"
-            if stage is None
-            else f"{stage.trajectories_per_s:.0f}, {stage.tokens_per_s:.0f} ({stage.busy:.0%})"
-        )
 
 
 def draw_throughput(rows: Sequence[Row], path: Path) -> None:

@@ -10,6 +10,9 @@ class EvaluationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    split: Literal["validation", "test"] = Field(
+        default="test", description="Held-out data to measure on: choices are made on validation."
+    )
     samples: int = Field(default=10, ge=1, description="Answers per item; the commonest counts.")
     temperature: float = Field(default=0.1, gt=0, description="At which answers are drawn.")
     max_rows: int = Field(default=256, ge=1, description="Completions sampled at once.")

@@ -82,6 +82,7 @@ class Evaluation(BaseModel):
     seconds: float | None = Field(default=None, description="That measuring took.")
     groups: str = Field(default="", description="What groups are numbers of, such as 'operands'.")
     metrics: dict[str, Metric] = Field(description="By a short name that scripts can use.")
+    note: str = Field(default="", description="What must be known beside the figures.")
     examples: tuple[Example, ...] = ()
 
     def value(self, name: str) -> float | None:

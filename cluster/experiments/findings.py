@@ -1,0 +1,158 @@
+"""What experiments found, for people and programs: tables, a figure, one HTML page, JSON."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from pydantic_core import to_json
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from cluster.experiments.comparison import Choice, Result, Table, summarise
+from cluster.reports.html_page import write_html
+from cluster.run.directory import RunDirectory, write_whole
+
+_COLUMNS = 3  # of panels in the figure
+_MOST_PANELS = 9
+_COLOURS = {"base": "#b8bcc2", "sft": "#8fb58a", "ppo": "#d9a15b", "gflownet": "#1f5a96"}
+_COLOURS |= {"gflownet_em": "#0b2c4d"}
+_OTHER = "#7d6aa5"
+_CHOSEN = ("method", "chosen on validation", "by", "out of")
+Rows = list[list[str]]
+
+
+class Findings:
+    """The results of an experiment.
+
+    Args:
+        name: of its files, `NAME.png`, `NAME.json` and `NAME.md`.
+        choices: what was chosen for methods before they were measured.
+    """
+
+    def __init__(
+        self,
+        folder: RunDirectory,
+        name: str,
+        task: str,
+        results: Sequence[Result],
+        choices: Sequence[Choice] = (),
+    ) -> None:
+        self.metrics: Table = summarise(results, "metrics")
+        self._compute = summarise(results, "compute")
+        self._folder = folder
+        self._file = folder.path / name
+        self._task = task
+        self._results = results
+        self._choices = choices
+        self._notes = list(dict.fromkeys(result.note for result in results if result.note))
+
+    def leave(self, plots: Sequence[Path] = ()) -> None:
+        """Write the JSON, the tables as Markdown, the figure, and the page with it and `plots`."""
+        figure = draw(self.metrics, self._file.with_suffix(".png"))
+        title = f"{self._task}: {', '.join(self.metrics)}"
+        metrics, compute = ["", *self.metrics], ["", *self._compute]
+        write_html(
+            self._folder.report_file,
+            "comparison.html",
+            title=title,
+            measured=(metrics, _rows(self.metrics)),
+            notes=self._notes,
+            chosen=(_CHOSEN, self._chosen()) if self._choices else (),
+            plots=[*plots, figure],
+            spent=(compute, _rows(self._compute)),
+            runs="\n".join(result.run for result in self._results),
+        )
+        parts = [f"# {title}", _markdown(metrics, _rows(self.metrics)), *self._notes]
+        if self._choices:
+            parts.append(_markdown(_CHOSEN, self._chosen()))
+        parts.append(_markdown(compute, _rows(self._compute)))
+        write_whole(self._file.with_suffix(".md"), "\n\n".join(parts) + "\n")
+        write_whole(self._file.with_suffix(".json"), self._as_json())
+
+    def show(self, title: str, *, as_json: bool, console: Console) -> None:
+        """Print the tables, or one JSON object."""
+        if as_json:
+            print(self._as_json())
+            return
+        console.print(_shown(["", *self.metrics], _rows(self.metrics), title))
+        for note in self._notes:
+            console.print(note, soft_wrap=True, markup=False)
+        if self._choices:
+            console.print(_shown(_CHOSEN, self._chosen(), "what was chosen"))
+        console.print(_shown(["", *self._compute], _rows(self._compute), "what it took"))
+        console.print(f"page: {self._folder.report_file}", soft_wrap=True, markup=False)
+
+    def _chosen(self) -> Rows:
+        """What was chosen for each method, by which figure, out of which trials."""
+        rows = []
+        for choice in self._choices:
+            trials = (
+                f"{trial}: {'none' if trial.figure is None else f'{trial.figure:.4g}'}"
+                for trial in choice.trials
+            )
+            by = f"{choice.metric} ({choice.better} is better)"
+            rows.append([choice.method, str(choice.chosen), by, "; ".join(trials)])
+        return rows
+
+    def _as_json(self) -> str:
+        content = {
+            "task": self._task,
+            "table": self.metrics,
+            "notes": self._notes,
+            "search": {choice.method: choice for choice in self._choices},
+            "compute": self._compute,
+            "runs": list(self._results),
+        }
+        return to_json(content, inf_nan_mode="null").decode()
+
+
+def _rows(table: Table) -> Rows:
+    """A row for each figure of any method, in order of appearance: its name and their values."""
+    methods = table.values()
+    return [[name, *(str(method.get(name, "")) for method in methods)] for name in _figures(table)]
+
+
+def _figures(table: Table) -> list[str]:
+    return list(dict.fromkeys(name for row in table.values() for name in row))
+
+
+def _shown(header: Sequence[str], rows: Rows, title: str) -> RichTable:
+    drawn = RichTable(title=title, title_justify="left", box=None)
+    for number, word in enumerate(header):
+        drawn.add_column(word, justify="right" if number else "left")
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    return drawn
+
+
+def _markdown(header: Sequence[str], rows: Rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(table: Table, path: Path) -> Path:
+    """A panel for each of the first figures, a bar with its deviation for each method."""
+    names = _figures(table)[:_MOST_PANELS]
+    rows = -(-len(names) // _COLUMNS)
+    figure = Figure(figsize=(3.2 * _COLUMNS, 2.5 * rows), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, _COLUMNS, squeeze=False)
+    for panel in grid.flat[len(names) :]:
+        panel.set_visible(False)
+    for name, axes in zip(names, grid.flat, strict=False):
+        methods = [method for method in table if name in table[method]]
+        summaries = [table[method][name] for method in methods]
+        axes.bar(
+            methods,
+            [one.mean for one in summaries],
+            yerr=[one.std or 0.0 for one in summaries],
+            color=[_COLOURS.get(method, _OTHER) for method in methods],
+            capsize=3,
+        )
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return path
