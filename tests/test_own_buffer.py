@@ -1,10 +1,13 @@
 """The run's Redis from the driver's side: where it listens, and how it outlives what hits it."""
 
 import contextlib
+import errno
+import itertools
 import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,6 +15,7 @@ import ray
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
+from buffer.server import RedisServer
 from cluster.config.file import load_config
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
@@ -92,6 +96,34 @@ def test_a_buffer_that_cannot_come_back_is_the_drivers_to_report(
             while time.monotonic() < deadline:
                 buffer.revived()
                 time.sleep(0.05)
+
+
+def test_a_server_that_cannot_start_is_given_more_and_more_time(
+    config: RunConfig, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.run.own_buffer._PAUSE_S", 0.1)
+    with buffer_server(config, directory) as buffer:
+        whole, tried_s = RedisServer.start, []
+
+        def start(*where: Any, **how: Any) -> RedisServer:
+            tried_s.append(time.monotonic())
+            if len(tried_s) < 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "owner.json")
+            return whole(*where, **how)
+
+        monkeypatch.setattr(RedisServer, "start", start)
+        with connect(
+            buffer.address.url, password=buffer.address.password, timeout_s=TIMEOUT_S
+        ) as client:
+            os.kill(int(client.info("server")["process_id"]), signal.SIGKILL)
+        said, deadline = [], time.monotonic() + TIMEOUT_S
+        while "redis-server died; started again on its files" not in said:
+            assert time.monotonic() < deadline
+            said += [event] if (event := buffer.revived()) else []
+            time.sleep(0.01)
+        assert "could not be started: [Errno 28] No space left on device" in said[0]
+        pauses = [later - earlier for earlier, later in itertools.pairwise(tried_s)]
+        assert pauses[0] < pauses[1] < pauses[2] and pauses[2] > 0.7, pauses
 
 
 def test_without_a_cluster_the_buffer_listens_on_loopback(

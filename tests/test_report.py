@@ -197,6 +197,14 @@ def test_a_row_that_a_full_disk_cut_short_costs_only_itself(tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
+def test_a_full_disk_is_named_by_the_file_that_it_does_not_take(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log._file.close()
+        refused = pytest.raises(OSError, match=r"No space left on device: '/dev/full'")
+        with Path("/dev/full").open("wb", buffering=0) as log._file, refused:
+            log.write({"step": 1})
+
+
 def test_metrics_that_are_no_numbers_survive(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:

@@ -25,7 +25,11 @@ class MetricsLog:
         if self._torn:
             line = b"\n" + line
         self._torn = True
-        if self._file.write(line) < len(line):
+        try:
+            whole = self._file.write(line) == len(line)
+        except OSError as error:  # which knows no file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+        if not whole:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
         self._torn = False
 

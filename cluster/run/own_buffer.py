@@ -23,6 +23,9 @@ _LOG_LINES = 3
 _POLL_S = 0.2
 _PROBE_S = 1.0
 _STATS_S = 2.0  # for an answer, before the last one is repeated
+_PAUSE_S = 1.0  # before a second start in a row; it doubles with each
+_LONGEST_PAUSE_S = 30.0
+_STEADY_S = 60.0  # who lived for so long did not die of what ended the one before
 
 
 class OwnBuffer:
@@ -30,9 +33,10 @@ class OwnBuffer:
 
     A server of the run that dies is started again on its files and its port; one that does not
     answer for `cluster.silence_timeout_s`, as long as any other part of the run may take, is
-    killed first. Like any other part it may die `cluster.max_restarts` times. It is kept alive to
-    the very end: who ends a run often signals all of its processes at once (`ray job stop`,
-    systemd, Slurm), and an orderly stop still needs the buffer.
+    killed first. Like any other part it may die `cluster.max_restarts` times. Each further start in
+    a row waits for longer: a disk may be full for a moment only. The server is kept alive to the
+    very end: who ends a run often signals all of its processes at once (`ray job stop`, systemd,
+    Slurm), and an orderly stop still needs the buffer.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
@@ -41,7 +45,8 @@ class OwnBuffer:
         self._server = self._start() if config.buffer.url is None else None
         self._event = ""
         self._failure: Exception | None = None
-        self._deaths = 0
+        self._deaths = self._deaths_in_a_row = 0
+        self._started_s = awake_s()
         self._last_error = ""
         self._stopping = threading.Event()
         self._wanted, self._answered = threading.Event(), threading.Event()
@@ -96,11 +101,9 @@ class OwnBuffer:
             now = awake_s()
             try:
                 if self._server is not None and not self._server.alive():
-                    self._count_death()
-                    self._server = self._start()
-                    self._answered_s = awake_s()
                     why = f"did not answer for {limit_s:.0f} s and was killed" if silent else "died"
-                    self._event, silent = f"redis-server {why}; started again on its files", False
+                    self._event = self._start_again(why)
+                    silent = False
                 elif now - self._answered_s > limit_s and not silent:
                     silent = True
                     self._end_silent(limit_s)
@@ -108,8 +111,26 @@ class OwnBuffer:
                 self._failure = error
                 return
 
+    def _start_again(self, why: str) -> str:
+        """Start the server on its files, at once or after a pause; what became of it, for people.
+
+        Raises ServerFailed after more deaths than `cluster.max_restarts`.
+        """
+        self._count_death()
+        pause_s = min(_PAUSE_S * (2 ** (self._deaths_in_a_row - 1) - 1), _LONGEST_PAUSE_S)
+        self._stopping.wait(pause_s)
+        self._started_s = awake_s()
+        try:
+            self._server = self._start()
+        except (OSError, ServerFailed) as error:
+            return f"redis-server {why} and could not be started: {first_line(error)}"
+        self._answered_s = awake_s()
+        return f"redis-server {why}; started again on its files"
+
     def _count_death(self) -> None:
         self._deaths += 1
+        steady = awake_s() - self._started_s > _STEADY_S
+        self._deaths_in_a_row = 1 if steady else self._deaths_in_a_row + 1
         if self._deaths > (limit := self._config.cluster.max_restarts):
             log = (self._directory.buffer / "redis.log").read_text(errors="replace")
             raise ServerFailed(
