@@ -2,37 +2,38 @@
 
 import argparse
 import fcntl
-import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from cluster.commands.status import known_state, lost, standing
 from cluster.config.project import UserError
 from cluster.run.directory import (
     RunDirectory,
     RunState,
+    ScaleOutcome,
     ScaleRequest,
     find_run,
     post_scale_request,
 )
-from cluster.run.display import duration, parts
+from cluster.run.display import parts
 
 ANSWER_TIMEOUT_S = 60.0
 # A part that does not come up is given up by the driver, after `cluster.start_timeout_s` for its
 # place and as long for its start; this is for a driver that says nothing.
 SCALE_TIMEOUT_S = 900.0
 _POLL_S = 0.1
+_TAKEN: tuple[ScaleOutcome, ...] = ("under way", "given up", "done")  # the last two are ends
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Scale the run, and say how long it took."""
     request = ScaleRequest(actors=arguments.actors, replicas=arguments.reward_replicas)
     directory = find_run(arguments.run)
-    print(
-        scale(
-            directory, request, answer_timeout_s=ANSWER_TIMEOUT_S, scale_timeout_s=SCALE_TIMEOUT_S
-        )
+    told = scale(
+        directory, request, answer_timeout_s=ANSWER_TIMEOUT_S, scale_timeout_s=SCALE_TIMEOUT_S
     )
+    print(told)
     return 0
 
 
@@ -52,23 +53,37 @@ def scale(
     """
     if not request.numbers:
         raise UserError("nothing to change: give --actors, --reward-replicas or both")
-    state = directory.state()
-    if state is None:
-        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
+    state = known_state(directory)
     if not _can_scale(state):
         raise UserError(
-            f"run {directory.name!r} cannot be scaled: {_standing(state)}; 'amortize train ... "
+            f"run {directory.name!r} cannot be scaled: {standing(state)}; 'amortize train ... "
             f"--run {directory.name} --resume' takes cluster.actors=N and reward.replicas=N"
         )
     with _alone(directory):
         began = time.monotonic()
         post_scale_request(directory, request)
         try:
-            _wait_for_answer(directory, request, timeout_s=answer_timeout_s)
+            if _answered(directory, request, _TAKEN, timeout_s=answer_timeout_s) is None:
+                end = (
+                    "so it was withdrawn"
+                    if _withdraw(directory)
+                    else "but the driver has taken it and may yet scale: see 'amortize status'"
+                )
+                raise UserError(
+                    f"run {directory.name!r}: no answer to the request within "
+                    f"{answer_timeout_s:.0f} s, {end}: {standing(directory.state())}"
+                )
         finally:
             _withdraw(directory)
-        state = _wait_for_parts(directory, request, timeout_s=scale_timeout_s)
-        return f"run {directory.name!r}: {parts(state)} after {time.monotonic() - began:.1f} s"
+        scaled = _answered(directory, request, _TAKEN[1:], timeout_s=scale_timeout_s)
+        if scaled is None:
+            raise UserError(
+                f"run {directory.name!r} took the request, but does not have its parts after "
+                f"{scale_timeout_s:.0f} s: {standing(directory.state())}"
+            )
+        if scaled.scale is not None and scaled.scale.outcome == "given up":
+            raise UserError(f"run {directory.name!r}: {scaled.scale.error} ({parts(scaled)})")
+        return f"run {directory.name!r}: {parts(scaled)} after {time.monotonic() - began:.1f} s"
 
 
 @contextmanager
@@ -85,26 +100,28 @@ def _alone(directory: RunDirectory) -> Iterator[None]:
         yield
 
 
-def _wait_for_answer(directory: RunDirectory, request: ScaleRequest, *, timeout_s: float) -> None:
+def _answered(
+    directory: RunDirectory,
+    request: ScaleRequest,
+    outcomes: Sequence[ScaleOutcome],
+    *,
+    timeout_s: float,
+) -> RunState | None:
+    """The state whose answer to the request is one of `outcomes`; None: not within `timeout_s`."""
     deadline = time.monotonic() + timeout_s
-    while True:
+    while time.monotonic() <= deadline:
         state = directory.state()
         if state is not None and state.scale is not None and state.scale.id == request.id:
             if state.scale.outcome == "refused":
                 raise UserError(f"run {directory.name!r}: {state.scale.error}")
-            return
-        _check_goes_on(directory, state)
-        if time.monotonic() > deadline:
-            end = (
-                "so it was withdrawn"
-                if _withdraw(directory)
-                else "but the driver has taken it and may yet scale: see 'amortize status'"
-            )
+            if state.scale.outcome in outcomes:
+                return state
+        if state is not None and not _can_scale(state):
             raise UserError(
-                f"run {directory.name!r}: no answer to the request within {timeout_s:.0f} s, "
-                f"{end}: {_standing(state)}"
+                f"run {directory.name!r} did not get as far as being scaled: {standing(state)}"
             )
         time.sleep(_POLL_S)
+    return None
 
 
 def _withdraw(directory: RunDirectory) -> bool:
@@ -116,44 +133,5 @@ def _withdraw(directory: RunDirectory) -> bool:
     return True
 
 
-def _wait_for_parts(
-    directory: RunDirectory, request: ScaleRequest, *, timeout_s: float
-) -> RunState:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        state = directory.state()
-        if state is not None and state.scale is not None and state.scale.id == request.id:
-            if state.scale.outcome == "given up":
-                raise UserError(f"run {directory.name!r}: {state.scale.error} ({parts(state)})")
-            if state.scale.outcome == "done":
-                return state
-        _check_goes_on(directory, state)
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"run {directory.name!r} took the request, but does not have its parts after "
-                f"{timeout_s:.0f} s: {_standing(state)}"
-            )
-        time.sleep(_POLL_S)
-
-
 def _can_scale(state: RunState) -> bool:
-    lost = state.driver() is None and state.host == socket.gethostname()
-    return state.phase in ("starting", "training") and not lost
-
-
-def _check_goes_on(directory: RunDirectory, state: RunState | None) -> None:
-    if state is not None and not _can_scale(state):
-        raise UserError(
-            f"run {directory.name!r} did not get as far as being scaled: {_standing(state)}"
-        )
-
-
-def _standing(state: RunState | None) -> str:
-    """Where the run is, for a message."""
-    if state is None:
-        return "its state cannot be read"
-    silence = duration(max(0.0, time.time() - state.heartbeat_s))
-    return (
-        f"driver {state.pid} on {state.host} was {state.phase} at step {state.step} with "
-        f"{parts(state) or 'no parts'}, last heard {silence} ago"
-    )
+    return state.phase in ("starting", "training") and not lost(state)

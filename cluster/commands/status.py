@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import socket
 import time
 from typing import Any
 
@@ -43,9 +44,7 @@ def show_all(runs: list[RunDirectory], *, as_json: bool) -> None:
 
 def show_one(directory: RunDirectory, *, as_json: bool) -> None:
     """Everything that the state of a run says."""
-    state = directory.state()
-    if state is None:
-        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
+    state = known_state(directory)
     if as_json:
         print(json.dumps(plain(state)))
         return
@@ -57,7 +56,7 @@ def show_one(directory: RunDirectory, *, as_json: bool) -> None:
         ("parts", parts(state)),
         ("driver", f"process {state.pid} on {state.host}"),
         ("ray", state.address or "none: one process"),
-        ("heartbeat", f"{duration(max(0.0, time.time() - state.heartbeat_s))} ago"),
+        ("heartbeat", f"{_silence(state)} ago"),
         *figures(state.metrics),
     ]
     if state.message:
@@ -73,3 +72,30 @@ def show_one(directory: RunDirectory, *, as_json: bool) -> None:
 def plain(state: RunState) -> dict[str, Any]:
     """The state as JSON, with whether its driver lives on this machine."""
     return state.model_dump(mode="json") | {"driver_alive": state.driver() is not None}
+
+
+def known_state(directory: RunDirectory) -> RunState:
+    """What the run's driver wrote; raises UserError where it cannot be read."""
+    state = directory.state()
+    if state is None:
+        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
+    return state
+
+
+def lost(state: RunState) -> bool:
+    """Whether the driver was on this machine, and lives no more."""
+    return state.driver() is None and state.host == socket.gethostname()
+
+
+def standing(state: RunState | None) -> str:
+    """Where the run is, for a message."""
+    if state is None:
+        return "its state cannot be read"
+    return (
+        f"driver {state.pid} on {state.host} was {state.phase} at step {state.step} with "
+        f"{parts(state) or 'no parts'}, last heard {_silence(state)} ago"
+    )
+
+
+def _silence(state: RunState) -> str:
+    return duration(max(0.0, time.time() - state.heartbeat_s))

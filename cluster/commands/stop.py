@@ -3,12 +3,11 @@
 import argparse
 import contextlib
 import signal
-import socket
 import time
 
+from cluster.commands.status import known_state, lost, standing
 from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
-from cluster.run.display import duration, parts
 
 STOP_TIMEOUT_S = 180.0
 _POLL_S = 0.1
@@ -43,19 +42,16 @@ def stop(directory: RunDirectory, *, timeout_s: float) -> str:
     Raises:
         UserError: it still goes on after `timeout_s`; says who and what.
     """
-    state = directory.state()
-    if state is None:
-        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
+    state = known_state(directory)
     if state.ended:
         return f"run {directory.name!r} has ended already: {state.phase} at step {state.step}"
-    driver = state.driver()
-    if driver is None and state.host == socket.gethostname():
+    if lost(state):
         return (
             f"run {directory.name!r} has no driver any more: it died at step {state.step}; "
             f"'amortize train ... --run {directory.name} --resume' goes on with it"
         )
     directory.stop_request.touch()
-    if driver is not None:
+    if (driver := state.driver()) is not None:
         with contextlib.suppress(ProcessLookupError):
             driver.send_signal(signal.SIGINT)
     return _wait(directory, state, timeout_s)
@@ -68,13 +64,11 @@ def _wait(directory: RunDirectory, state: RunState, timeout_s: float) -> str:
         if state.ended:
             killed = f"; had to be killed: {', '.join(state.killed)}" if state.killed else ""
             return f"run {directory.name!r}: {state.phase} at step {state.step}{killed}"
-        if state.driver() is None and state.host == socket.gethostname():
+        if lost(state):
             return f"run {directory.name!r}: its driver ended at step {state.step} without a word"
         time.sleep(_POLL_S)
-    silence = duration(max(0.0, time.time() - state.heartbeat_s))
     raise UserError(
-        f"run {directory.name!r} did not stop within {timeout_s:.0f} s: driver {state.pid} on "
-        f"{state.host} is {state.phase} with {parts(state) or 'no parts'}, last heard {silence} ago"
+        f"run {directory.name!r} did not stop within {timeout_s:.0f} s: {standing(state)}"
     )
 
 

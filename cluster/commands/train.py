@@ -29,7 +29,16 @@ from tasks.evaluation.evaluation import Evaluation, Scores
 def run(arguments: argparse.Namespace) -> int:
     """Train; exit status 0 when the run is done or was stopped on request."""
     config = load_config(arguments.config, arguments.overrides)
-    directory = RunDirectory(arguments.run or new_name(config.task_name))
+    return train_and_show(config, arguments, stem=config.task_name)
+
+
+def train_and_show(config: RunConfig, arguments: argparse.Namespace, *, stem: str) -> int:
+    """The same for a configuration and other arguments.
+
+    Args:
+        stem: of the run's name, where it is given none.
+    """
+    directory = RunDirectory(arguments.run or new_name(stem))
     scores = train(
         config,
         directory,

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from pydantic_core import to_json
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +10,7 @@ from rich.table import Table as RichTable
 
 from cluster.experiments.comparison import Choice, Result, Table, summarise
 from cluster.reports.html_page import write_html
+from cluster.reports.plots import new_figure
 from cluster.run.directory import RunDirectory, write_whole
 
 _COLUMNS = 3  # of panels in the figure
@@ -76,12 +75,12 @@ class Findings:
         if as_json:
             print(self._as_json())
             return
-        console.print(_shown(["", *self.metrics], _rows(self.metrics), title))
+        console.print(text_table(["", *self.metrics], _rows(self.metrics), title))
         for note in self._notes:
             console.print(note, soft_wrap=True, markup=False)
         if self._choices:
-            console.print(_shown(_CHOSEN, self._chosen(), "what was chosen"))
-        console.print(_shown(["", *self._compute], _rows(self._compute), "what it took"))
+            console.print(text_table(_CHOSEN, self._chosen(), "what was chosen"))
+        console.print(text_table(["", *self._compute], _rows(self._compute), "what it took"))
         console.print(f"page: {self._folder.report_file}", soft_wrap=True, markup=False)
 
     def _chosen(self) -> Rows:
@@ -118,7 +117,8 @@ def _figures(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.values() for name in row))
 
 
-def _shown(header: Sequence[str], rows: Rows, title: str) -> RichTable:
+def text_table(header: Sequence[str], rows: Rows, title: str) -> RichTable:
+    """For a terminal."""
     drawn = RichTable(title=title, title_justify="left", box=None)
     for number, word in enumerate(header):
         drawn.add_column(word, justify="right" if number else "left")
@@ -135,24 +135,18 @@ def _markdown(header: Sequence[str], rows: Rows) -> str:
 def draw(table: Table, path: Path) -> Path:
     """A panel for each of the first figures, a bar with its deviation for each method."""
     names = _figures(table)[:_MOST_PANELS]
-    rows = -(-len(names) // _COLUMNS)
-    figure = Figure(figsize=(3.2 * _COLUMNS, 2.5 * rows), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, _COLUMNS, squeeze=False)
-    for panel in grid.flat[len(names) :]:
-        panel.set_visible(False)
-    for name, axes in zip(names, grid.flat, strict=False):
-        methods = [method for method in table if name in table[method]]
-        summaries = [table[method][name] for method in methods]
+    height = 2.5 * -(-len(names) // _COLUMNS)
+    figure, panels = new_figure(3.2 * _COLUMNS, height, panels=len(names), columns=_COLUMNS)
+    for name, axes in zip(names, panels, strict=True):
+        found = {method: row[name] for method, row in table.items() if name in row}
         axes.bar(
-            methods,
-            [one.mean for one in summaries],
-            yerr=[one.std or 0.0 for one in summaries],
-            color=[_COLOURS.get(method, _OTHER) for method in methods],
+            list(found),
+            [one.mean for one in found.values()],
+            yerr=[one.std or 0.0 for one in found.values()],
+            color=[_COLOURS.get(method, _OTHER) for method in found],
             capsize=3,
         )
         axes.set_title(name, fontsize=10)
         axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return path

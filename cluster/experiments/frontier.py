@@ -1,13 +1,13 @@
 """Likelihood against diversity: the methods of a comparison that write sentences in one plane."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from cluster.experiments.comparison import Summary, Table
 from cluster.experiments.methods import method
+from cluster.reports.plots import new_figure
 
 _DIVERSITY = "diversity"
 # What says how likely sentences are, by the kind of measurement: a panel each, and its axis.
@@ -46,50 +46,40 @@ def draw_frontier(table: Table, path: Path) -> Path:
     sentences were written.
     """
     likelihoods = likelihoods_of(table)
-    size = (4.2 * len(likelihoods) + 1.6, 4.2)
-    figure = Figure(figsize=size, dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(likelihoods), squeeze=False)[0]
-    families: dict[str, list[str]] = {}
+    number = len(likelihoods)
+    figure, panels = new_figure(4.2 * number + 1.6, 4.2, panels=number, columns=number)
+    families: dict[str, Table] = {}
     for title, row in table.items():
         if _DIVERSITY in row:
-            families.setdefault(method(title).name, []).append(title)
+            families.setdefault(method(title).name, {})[title] = row
     for likelihood, axes in zip(likelihoods, panels, strict=True):
         for family, titles in families.items():
-            points = [(table[title][_DIVERSITY], table[title][likelihood]) for title in titles]
-            _draw_family(axes, family, titles, points)
+            points = {
+                title: (table[title][_DIVERSITY], table[title][likelihood]) for title in titles
+            }
+            _draw_family(axes, family, points)
         axes.set_xlabel("diversity")
         axes.set_ylabel(_LIKELIHOODS[likelihood])
-        axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9)
     figure.savefig(path)
     return path
 
 
-def _draw_family(
-    axes: Axes, family: str, titles: list[str], points: list[tuple[Summary, Summary]]
-) -> None:
+def _draw_family(axes: Axes, family: str, points: Mapping[str, tuple[Summary, Summary]]) -> None:
     colour, marker = _STYLES.get(family, _OTHER)
-    if all(diversity.mean == 0 for diversity, _ in points):
-        for _, likely in points:
+    if all(diversity.mean == 0 for diversity, _ in points.values()):
+        for _, likely in points.values():
             axes.axhline(likely.mean, color=colour, linestyle=":", linewidth=1.2, label=family)
         return
-    points_of = dict(zip(titles, points, strict=True))
-    ordered = sorted(titles, key=lambda title: points_of[title][1].mean)
-    axes.plot(
-        [points_of[title][0].mean for title in ordered],
-        [points_of[title][1].mean for title in ordered],
-        color=colour,
-        linewidth=1.0,
-        alpha=0.6,
-    )
-    for number, title in enumerate(ordered):
-        diversity, likely = points_of[title]
+    ordered = sorted(points.values(), key=lambda point: point[1].mean)
+    line = [[one.mean for one in ones] for ones in zip(*ordered, strict=True)]
+    axes.plot(*line, color=colour, linewidth=1.0, alpha=0.6)
+    for number, (title, (diversity, likely)) in enumerate(points.items()):
         read = method(title)
+        place = (diversity.mean, likely.mean)
         axes.errorbar(
-            diversity.mean,
-            likely.mean,
+            *place,
             xerr=diversity.std,
             yerr=likely.std,
             color=colour,
@@ -103,7 +93,7 @@ def _draw_family(
         said += [f"{read.times}x"] if read.times > 1 else []
         axes.annotate(
             ", ".join(said),
-            (diversity.mean, likely.mean),
+            place,
             xytext=(5, 4),
             textcoords="offset points",
             fontsize=8,

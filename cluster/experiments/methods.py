@@ -101,7 +101,7 @@ def measured_against(title: str) -> tuple[str, str]:
 def method_config(
     shared: RunConfig, *, title: str, seed: int, steps: int | None = None
 ) -> RunConfig:
-    """The run of one method, not gflownet_em, and seed; raises ConfigError, UserError.
+    """The run of one method, not gflownet_em, and seed; raises UserError.
 
     Equal for all: LM, adapter, prompts, legal tokens, tool, and trajectories of each step but where
     a prompt has too few to replay. Equal for all but those at equal LM tokens, whose `steps` are

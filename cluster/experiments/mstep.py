@@ -2,26 +2,15 @@
 
 import argparse
 
-from cluster.commands.train import train
+from cluster.commands.train import train_and_show
 from cluster.config.file import load_config
 from cluster.experiments.em import m_step
-from cluster.reports.run_report import show_conclusion
-from cluster.run.directory import RunDirectory, find_run, new_name
+from cluster.run.directory import find_run
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Fine-tune the LM of a run on rationales of its policy; exit status as of `train`."""
     policy = find_run(arguments.of)
-    config = m_step(
-        load_config(str(policy.config_file), arguments.overrides), policy=policy.adapter
-    )
-    directory = RunDirectory(arguments.run or new_name(f"{policy.name}-m"))
-    scores = train(
-        config,
-        directory,
-        resume=arguments.resume,
-        address=arguments.address,
-        local=arguments.local,
-    )
-    show_conclusion(directory, scores)
-    return 0
+    shared = load_config(str(policy.config_file), arguments.overrides)
+    config = m_step(shared, policy=policy.adapter)
+    return train_and_show(config, arguments, stem=f"{policy.name}-m")

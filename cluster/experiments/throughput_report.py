@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cluster.config.schema import RunConfig
+from cluster.experiments.findings import text_table
 from cluster.experiments.simulation import decode_steps
 from cluster.experiments.throughput_records import Comparison, Row
+from cluster.reports.plots import new_figure
 
 _SIZE_INCHES = (8.0, 3.4)
-_DOTS_PER_INCH = 110
 _MEASURED, _IDEAL = "#1f5a96", "#b8bcc2"
 # Stages in the order in which a trajectory passes them.
 _COLOURS = {
@@ -58,21 +57,10 @@ def show(
 
 
 def _rates(rows: Sequence[Row]) -> Table:
-    table = Table(
-        "actors",
-        "replicas",
-        "trajectories/s",
-        f"interval ({rows[0].rate.coverage:.0%})",
-        "tokens/s",
-        "efficiency",
-        "bottleneck",
-        "overhead a batch",
-        box=None,
-    )
-    table.title, table.title_justify = "sampled, scored, stored and learned from", "left"
-    for row in rows:
-        over = row.overhead
-        table.add_row(
+    header = ["actors", "replicas", "trajectories/s", f"interval ({rows[0].rate.coverage:.0%})"]
+    header += ["tokens/s", "efficiency", "bottleneck", "overhead a batch"]
+    cells = [
+        [
             str(row.actors),
             str(row.reward_replicas),
             f"{row.rate.median:.2f}",
@@ -80,37 +68,45 @@ def _rates(rows: Sequence[Row]) -> Table:
             f"{row.tokens_per_s:.0f}",
             f"{row.efficiency:.1%}",
             row.bottleneck,
-            "" if over is None else f"{over.seconds_per_batch * 1e3:.0f} ms, {over.share:.1%}",
-        )
-    return table
+            ""
+            if (over := row.overhead) is None
+            else f"{over.seconds_per_batch * 1e3:.0f} ms, {over.share:.1%}",
+        ]
+        for row in rows
+    ]
+    return text_table(header, cells, "sampled, scored, stored and learned from")
 
 
 def _stages(rows: Sequence[Row]) -> Table:
-    table = Table("actors", *_COLOURS, box=None)
-    table.title = "what each stage alone could do: trajectories/s, tokens/s (share of time at work)"
-    table.title_justify = "left"
+    cells = []
     for row in rows:
         told = {
             s.name: f"{s.trajectories_per_s:.0f}, {s.tokens_per_s:.0f} ({s.busy:.0%})"
             for s in row.stages
         }
-        cells = (told.get(name, "with sampling") for name in _COLOURS)
-        table.add_row(str(row.actors), *cells)
-    return table
+        cells.append([str(row.actors), *(told.get(name, "with sampling") for name in _COLOURS)])
+    title = "what each stage alone could do: trajectories/s, tokens/s (share of time at work)"
+    return text_table(["actors", *_COLOURS], cells, title)
 
 
 def draw_throughput(rows: Sequence[Row], path: Path) -> None:
     """Write the PNG: the rate against that of n single actors, and how busy each stage is."""
-    figure = Figure(figsize=_SIZE_INCHES, dpi=_DOTS_PER_INCH, layout="constrained")
-    rates, stages = figure.subplots(1, 2)
+    figure, [rates, stages] = new_figure(*_SIZE_INCHES, panels=2, columns=2)
     actors = [row.actors for row in rows]
-    median = [row.rate.median for row in rows]
-    low = [row.rate.median - row.rate.low for row in rows]
-    high = [row.rate.high - row.rate.median for row in rows]
-    ideal = [median[0] * number for number in actors]
+    measured = [row.rate for row in rows]
+    ideal = [measured[0].median * number for number in actors]
     rates.plot(actors, ideal, color=_IDEAL, linestyle="--", label="n times one actor")
     rates.errorbar(
-        actors, median, yerr=[low, high], color=_MEASURED, marker="o", capsize=3, label="measured"
+        actors,
+        [rate.median for rate in measured],
+        yerr=[
+            [rate.median - rate.low for rate in measured],
+            [rate.high - rate.median for rate in measured],
+        ],
+        color=_MEASURED,
+        marker="o",
+        capsize=3,
+        label="measured",
     )
     rates.set_ylabel("trajectories/s")
     rates.set_ylim(bottom=0)
@@ -123,8 +119,4 @@ def draw_throughput(rows: Sequence[Row], path: Path) -> None:
         axes.set_xlabel("rollout actors")
         axes.set_xticks(actors)
         axes.legend(frameon=False, fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-        axes.set_axisbelow(True)
-    FigureCanvasAgg(figure)
     figure.savefig(path)

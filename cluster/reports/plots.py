@@ -85,18 +85,20 @@ def draw_before_after(
 
 
 def new_figure(
-    width_inches: float, height_inches: float, *, panels: int = 1
+    width_inches: float, height_inches: float, *, panels: int = 1, columns: int = 1
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels below one another, in the style of all pictures of a report."""
+    """A figure with panels, row by row, in the style of all pictures of a report."""
     # Not pyplot: it keeps every figure alive and looks for a display.
     size = (width_inches, height_inches)
     figure = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout="constrained")
-    column = figure.subplots(panels, 1, squeeze=False)[:, 0].tolist()
-    for axes in column:
+    grid = figure.subplots(-(-panels // columns), columns, squeeze=False).ravel().tolist()
+    for axes in grid[panels:]:
+        axes.set_visible(False)
+    for axes in grid[:panels]:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
         axes.set_axisbelow(True)
-    return figure, column
+    return figure, grid[:panels]
 
 
 def smooth(values: Sequence[float], share: float = _SMOOTHING_SHARE) -> list[float]:
