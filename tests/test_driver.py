@@ -27,6 +27,8 @@ NOTHING = ReplayStats(
     counters=Counters(),
 )
 
+BUFFER: Any = SimpleNamespace(revived=lambda: "", stats=lambda: NOTHING)
+
 
 class Endless:
     """An evaluation that is never done."""
@@ -71,7 +73,7 @@ class EndlessSession:
     def start(self, report: object, stop: object) -> Any:
         return TrainedRun()
 
-    def evaluate(self, adapter: Path | None, report: object) -> Endless:
+    def evaluate(self, adapter: Path | None, report: object, *, step: int) -> Endless:
         return Endless()
 
     def close(self) -> None:
@@ -100,8 +102,7 @@ def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
         directory,
         session,
         terminal,
-        buffer_revived=lambda: "",
-        buffer_stats=lambda: NOTHING,
+        BUFFER,
     )
     assert driver.drive() == Scores(before=before)
     state = directory.state()
@@ -144,7 +145,7 @@ def test_a_run_that_its_time_limit_ended_says_so(tmp_path: Path) -> None:
         def start(self, report: object, stop: object) -> Any:
             return Unfinished()
 
-        def evaluate(self, adapter: Path | None, report: object) -> Any:
+        def evaluate(self, adapter: Path | None, report: object, *, step: int) -> Any:
             return Measured()
 
     directory = RunDirectory("r", root=tmp_path)
@@ -156,8 +157,7 @@ def test_a_run_that_its_time_limit_ended_says_so(tmp_path: Path) -> None:
         directory,
         Session(),
         terminal,
-        buffer_revived=lambda: "",
-        buffer_stats=lambda: NOTHING,
+        BUFFER,
     ).drive()
     state = directory.state()
     assert state is not None and (state.phase, state.ended) == ("out of time", True)
@@ -178,8 +178,7 @@ def test_a_measurement_of_an_earlier_step_is_not_shown_beside_a_later_policy(
             directory,
             EndlessSession(),
             terminal,
-            buffer_revived=lambda: "",
-            buffer_stats=lambda: NOTHING,
+            BUFFER,
         )
         driver.request_stop()
         assert driver.drive() == Scores(before=BASE, after=after if kept else None)

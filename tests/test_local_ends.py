@@ -7,9 +7,10 @@ import torch
 
 from buffer.memory import MemoryStore
 from cluster.config.file import ConfigError, load_config
+from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
-from cluster.run.preflight import LocalIsOne, NoRoom, check_before_start, check_model_and_data
+from cluster.run.preflight import check_before_start, check_model_and_data
 from cluster.run.session import BufferAddress
 from learner.engine import NonFiniteUpdate, trainable_parameters
 
@@ -66,7 +67,7 @@ def test_a_configuration_that_can_make_no_step_is_refused(changes: list[str], wh
 
 
 def test_a_buffer_in_memory_is_refused_over_ray(tmp_path: Path) -> None:
-    with pytest.raises(LocalIsOne, match="add --local"):
+    with pytest.raises(UserError, match="add --local"):
         check_before_start(
             load_config("tasks/toy.toml", MEMORY),
             RunDirectory("test", root=tmp_path),
@@ -77,5 +78,5 @@ def test_a_buffer_in_memory_is_refused_over_ray(tmp_path: Path) -> None:
 
 
 def test_a_buffer_with_less_room_than_prompts_is_refused() -> None:
-    with pytest.raises(NoRoom, match=r"buffer\.capacity \(2\) is below the \d+ prompts"):
+    with pytest.raises(UserError, match=r"buffer\.capacity \(2\) is below the \d+ prompts"):
         check_model_and_data(load_config("tasks/arithmetic.toml", ["buffer.capacity=2"]))

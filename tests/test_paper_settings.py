@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.__main__ import main
 from cluster.config.file import load_config
+from cluster.config.project import UserError
 from cluster.experiments.methods import EM, em_method_steps, method_config
 from cluster.run.directory import RunDirectory
-from cluster.run.preflight import PromptTooLong, check_before_start
+from cluster.run.preflight import check_before_start
 from lm.config import LMConfig
 from lm.hub import ModelNotFound
 from lm.model import load_base
@@ -155,7 +156,7 @@ def test_a_prompt_that_outgrows_the_model_is_told_before_anything_starts(
     config = load_config(
         f"tasks/paper/{task}.toml", [*overrides(task, folder), f"task.{key}={value}"]
     )
-    with pytest.raises(PromptTooLong, match=rf"prompt .*the model has {POSITIONS}"):
+    with pytest.raises(UserError, match=rf"prompt .*the model has {POSITIONS}"):
         check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
 
 
@@ -176,7 +177,7 @@ def test_what_is_not_measured_need_not_fit(
         check_before_start(config, RunDirectory("x"), resume=False, address=None, local=True)
 
     check(2)
-    with pytest.raises(PromptTooLong):
+    with pytest.raises(UserError, match=rf"prompt .*the model has {POSITIONS}"):
         check(3)
 
 

@@ -40,7 +40,7 @@ def test_workers_get_what_the_run_folder_says(
     def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[Buffer]:
         yield Buffer()
 
-    def evaluate(run: session.RaySession, *_: object) -> None:
+    def evaluate(run: session.RaySession, *_: object, **__: object) -> None:
         told.append(run._context.config)
         raise Stop
 

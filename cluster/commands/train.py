@@ -90,14 +90,7 @@ def train(
                 if local
                 else RaySession(config, directory, buffer.address, address=address)
             )
-            driver = Driver(
-                config,
-                directory,
-                session,
-                terminal,
-                buffer_revived=buffer.revived,
-                buffer_stats=buffer.stats,
-            )
+            driver = Driver(config, directory, session, terminal, buffer)
             with stop_on_signal(driver.request_stop):
                 scores = driver.drive()
         conclude(config, directory, scores)

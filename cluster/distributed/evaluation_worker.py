@@ -9,17 +9,22 @@ from cluster.run.evaluation import evaluate
 
 
 class EvaluationWorker(Worker):
-    """Evaluates the base (None) or the adapter in a folder on the task's test data."""
+    """Evaluates the base (None), or an adapter after that many steps, on the task's test data."""
 
-    def __init__(self, context: RunContext, member: Member, adapter: Path | None) -> None:
+    def __init__(
+        self, context: RunContext, member: Member, adapter: Path | None, step: int
+    ) -> None:
         super().__init__(context, member)
         self._adapter = adapter
+        self._step = step
         self._stages = 0
 
     def run(self) -> dict[str, Any]:
         """The Evaluation under "evaluation"."""
-        evaluation = evaluate(self._config, adapter=self._adapter, progress=self._count_stage)
-        return {"evaluation": evaluation}
+        found = evaluate(
+            self._config, adapter=self._adapter, step=self._step, progress=self._count_stage
+        )
+        return {"evaluation": found}
 
     def status(self) -> dict[str, Any]:
         """The number of stages that were begun."""

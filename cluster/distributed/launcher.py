@@ -106,13 +106,13 @@ class Launcher:
         )
 
     def evaluator(
-        self, context: RunContext, name: str, *, incarnation: int, adapter: Path | None
+        self, context: RunContext, name: str, *, incarnation: int, adapter: Path | None, step: int
     ) -> GroupLaunch:
         """A process that evaluates, as a worker group of one."""
         member = Member(name=name, incarnation=incarnation)
         claim = self._config.cluster.actor_placement
         return self._group(
-            EvaluationWorker, context, member, claim, strategy="PACK", arguments=(adapter,)
+            EvaluationWorker, context, member, claim, strategy="PACK", arguments=(adapter, step)
         )
 
     def _group(

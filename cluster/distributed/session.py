@@ -88,14 +88,16 @@ class RaySession:
         """Launch every worker group."""
         return Supervisor(self._config, self._launcher, self._context, report)
 
-    def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> RemoteMeasurement:
+    def evaluate(
+        self, adapter: Path | None, report: Callable[[str], None], *, step: int
+    ) -> RemoteMeasurement:
         """Measure in a process of its own, which ends with the answer."""
         self._evaluations += 1
         name = f"evaluator-{self._evaluations}"
 
         def launch(incarnation: int) -> GroupLaunch:
             return self._launcher.evaluator(
-                self._context, name, incarnation=incarnation, adapter=adapter
+                self._context, name, incarnation=incarnation, adapter=adapter, step=step
             )
 
         return RemoteMeasurement(name, launch, self._config.cluster, report)

@@ -1,8 +1,4 @@
-"""Builds the parts of a run from its configuration.
-
-A run over Ray and a run in one process build the same parts here; only the connections between
-them differ.
-"""
+"""Builds the parts of a run from its configuration, over Ray and in one process alike."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +68,8 @@ def build_actor(
         policy: makes one, of the base LM, from the seed of its draws.
     """
     prompt_seed, behaviour_seed, sampler_seed = np.random.SeedSequence(seed).spawn(3)
+    if lag := config.actors.lag_versions:
+        weights = LaggingWeights(weights, lag=lag, max_lag=config.max_lag_versions)
     return RolloutActor(
         name=name,
         task_name=task.name,
@@ -81,7 +79,7 @@ def build_actor(
         policy=policy(int(sampler_seed.generate_state(1)[0])),
         scorer=scorer_of(task, scorer),
         buffer=buffer,
-        weights=lagging(config, weights),
+        weights=weights,
         config=config.actors,
         rng=np.random.default_rng(behaviour_seed),
     )
@@ -91,20 +89,10 @@ def model_policy(
     config: RunConfig, base: LanguageModel, task: Task
 ) -> Callable[[int], SamplingPolicy]:
     """Makes the policy of a base LM, which becomes the policy's own, from a seed."""
+    max_rows = config.actors.max_rows
     return lambda seed: SamplingPolicy(
-        base,
-        task.actions,
-        task.tool,
-        lora=config.lora,
-        max_rows=config.actors.max_rows,
-        seed=seed,
+        base, task.actions, task.tool, lora=config.lora, max_rows=max_rows, seed=seed
     )
-
-
-def lagging(config: RunConfig, weights: WeightSource) -> WeightSource:
-    """The weights as late as the configuration wants them."""
-    lag = config.actors.lag_versions
-    return LaggingWeights(weights, lag=lag, max_lag=config.max_lag_versions) if lag else weights
 
 
 def scorer_of(task: Task, replicas: Scorer) -> Scorer:
@@ -144,14 +132,6 @@ def build_objective(config: LearnerConfig) -> Objective:
             raise ValueError(f"objective {config.objective!r} imitates: see imitation.py")
 
 
-def _learned(config: RunConfig, base: LanguageModel, task: Task, buffer: Replay) -> Learned:
-    """What the learner draws: from the buffer, unless it imitates."""
-    if config.learner.traits.imitates:
-        return imitation(config, base, task)
-    objective = build_objective(config.learner)
-    return Learned(replay=buffer, actions=task.actions, objective=objective)
-
-
 def build_learner(
     config: RunConfig,
     *,
@@ -175,17 +155,23 @@ def build_learner(
     """
     model = attach_adapter(base, config.lora, config.seed)
     log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
-    learned, gate = _learned(config, base, task, buffer), None
-    if gated and not config.learner.traits.imitates:
-        gate = AgreementGate(
-            replay=learned.replay,
-            model=model,
-            actions=task.actions,
-            past=PastPolicies(model, max_age=config.buffer.max_age),
-            quarantine=Quarantine(directory.quarantine),
-            config=config.learner,
-            warn=warn,
+    gate = None
+    if config.learner.traits.imitates:
+        learned = imitation(config, base, task)
+    else:
+        learned = Learned(
+            replay=buffer, actions=task.actions, objective=build_objective(config.learner)
         )
+        if gated:
+            gate = AgreementGate(
+                replay=buffer,
+                model=model,
+                actions=task.actions,
+                past=PastPolicies(model, max_age=config.buffer.max_age),
+                quarantine=Quarantine(directory.quarantine),
+                config=config.learner,
+                warn=warn,
+            )
     store = Checkpoints(
         directory.checkpoints,
         identity=identity_of(config, base, task),
@@ -210,15 +196,9 @@ def build_learner(
 
 
 def identity_of(config: RunConfig, base: LanguageModel, task: Task) -> dict[str, str]:
-    """What a run must share with a checkpoint to go on from it.
-
-    The base is known by its weights, wherever they lie.
-    """
-    identity = {
-        "base": base.fingerprint,
-        "lora": config.lora.model_dump_json(),
-        "task": task.name,
-    }
+    """What a run must share with a checkpoint to go on from it: the base by its weights."""
+    lora = config.lora.model_dump_json()
+    identity = {"base": base.fingerprint, "lora": lora, "task": task.name}
     learned_log_z = {"log_z": "learned"} if config.learner.log_z == "learned" else {}
     return identity | learned_log_z
 

@@ -8,8 +8,7 @@ import threading
 import time
 
 _BEAT_S = 0.5
-# A busy machine delays a beat by less.
-_STOPPED_S = 5.0
+_STOPPED_S = 5.0  # a busy machine delays a beat by less
 
 
 class AwakeClock:
@@ -24,8 +23,7 @@ class AwakeClock:
     def now_s(self) -> float:
         """Seconds on this clock."""
         with self._lock:
-            now = self._note_gap()
-            return now - self._stopped_s
+            return self._note_gap() - self._stopped_s
 
     def _run(self) -> None:
         while True:
@@ -42,9 +40,4 @@ class AwakeClock:
         return now
 
 
-_CLOCK = AwakeClock()
-
-
-def awake_s() -> float:
-    """Seconds on this process's awake clock."""
-    return _CLOCK.now_s()
+awake_s = AwakeClock().now_s  # of this process

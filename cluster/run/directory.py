@@ -51,35 +51,33 @@ class ScaleAnswer(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    id: str = Field(description="Of the request.")
+    id: str  # of the request
     outcome: ScaleOutcome
-    error: str = Field(default="", description="Why it was refused, or what was given up.")
+    error: str = ""  # why it was refused, or what was given up
 
 
 class RunState(BaseModel):
-    """What `state.json` says; the driver writes it, anybody reads it."""
+    """What `state.json` says; the driver writes it, anybody reads it. Times in Unix seconds."""
 
     model_config = ConfigDict(frozen=True)
 
     run: str
-    pid: int = Field(description="Of the driver, on `host`.")
-    pid_started_s: float = Field(description="Unix seconds; tells a reused pid apart.")
+    pid: int  # of the driver, on `host`
+    pid_started_s: float  # tells a reused pid apart
     host: str
-    started_s: float = Field(description="Unix seconds when this driver began.")
-    heartbeat_s: float = Field(description="Unix seconds of this state.")
+    started_s: float  # when this driver began
+    heartbeat_s: float  # of this state
     phase: RunPhase
     step: int = 0
     steps: int = 0
     version: int = 0
-    address: str = Field(default="", description="Of the Ray cluster; empty without Ray.")
-    desired: dict[str, int] = Field(default={}, description="Parts wanted, by kind.")
-    actual: dict[str, int] = Field(default={}, description="Parts that run, by kind.")
-    scale: ScaleAnswer | None = Field(default=None, description="To the last request to scale.")
-    metrics: dict[str, float] = Field(default={}, description="Last value of each.")
-    message: str = Field(default="", description="Why it failed, or the last event.")
-    killed: tuple[str, ...] = Field(
-        default=(), description="Parts that did not stop by themselves."
-    )
+    address: str = ""  # of the Ray cluster; empty without Ray
+    desired: dict[str, int] = {}  # parts by kind
+    actual: dict[str, int] = {}
+    scale: ScaleAnswer | None = None  # to the last request to scale
+    metrics: dict[str, float] = {}  # last value of each
+    message: str = ""  # why it failed, or the last event
+    killed: tuple[str, ...] = ()  # parts that did not stop by themselves
 
     @property
     def ended(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
-from buffer.stats import ReplayStats
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import (
@@ -20,22 +19,18 @@ from cluster.run.directory import (
 )
 from cluster.run.display import first_line
 from cluster.run.metrics_log import MetricsLog
+from cluster.run.own_buffer import RunBuffer
 from cluster.run.progress import Progress
 from cluster.run.session import DistributedRun, PendingMeasurement, Run, Session
 from cluster.run.terminal import Terminal
-from tasks.evaluation.evaluation import Scores
+from tasks.evaluation.evaluation import Evaluation, Scores
 
 _TICK_S = 0.1
 _STATE_EVERY_S = 1.0
 
 
 class Driver:
-    """Drives a run from `open` to the last word in `state.json`.
-
-    Args:
-        buffer_revived: why the run's Redis was started again since the last call, if it was.
-        buffer_stats: what is in the buffer now.
-    """
+    """Drives a run from `open` to the last word in `state.json`."""
 
     def __init__(
         self,
@@ -43,16 +38,13 @@ class Driver:
         directory: RunDirectory,
         session: Session,
         terminal: Terminal,
-        *,
-        buffer_revived: Callable[[], str],
-        buffer_stats: Callable[[], ReplayStats],
+        buffer: RunBuffer,
     ) -> None:
         self._config = config
         self._directory = directory
         self._session = session
         self._terminal = terminal
-        self._buffer_revived = buffer_revived
-        self._buffer_stats = buffer_stats
+        self._buffer = buffer
         self._state = first_state(directory.name, steps=config.learner.steps)
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
@@ -70,9 +62,8 @@ class Driver:
 
         A run that was stopped on request is not measured (again): it may be resumed.
 
-        Raises:
-            UserError, StartFailed, RunFailed, ...: after everything that had come up was stopped,
-                with a checkpoint if the learner could still write one.
+        Raises what ended it, after everything that had come up was stopped, with a checkpoint if
+        the learner could still write one.
         """
         try:
             self._enter("starting")
@@ -99,7 +90,9 @@ class Driver:
 
     def _train(self) -> None:
         """Bring the run up, step it to its end, stop it in order; meanwhile measure the base."""
-        before = self._session.evaluate(None, self._event) if self._scores.before is None else None
+        before = None
+        if self._scores.before is None:
+            before = self._session.evaluate(None, self._event, step=0)
         run = self._session.start(self._event, self._asked_to_stop)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
@@ -117,8 +110,7 @@ class Driver:
                 if not run.finished:
                     self._enter("stopping")
                 killed = tuple(run.stop(self._config.cluster.stop_timeout_s))
-                self._state = self._state.model_copy(update={"killed": killed})
-                self._state_written_s = float("-inf")  # the last figures must be in the state
+                self._change(at_once=True, killed=killed)  # with the last figures
                 self._watch(run, log)
         self._forget_older_policy()
         if before is not None and not self._stop_requested:
@@ -131,18 +123,19 @@ class Driver:
         if self._stop_requested:
             return False
         self._enter("evaluating")
-        pending = self._session.evaluate(self._directory.adapter, self._event)
+        pending = self._session.evaluate(
+            self._directory.adapter, self._event, step=self._state.step
+        )
         if not self._waited_for(pending):
             return False
-        after = pending.result().model_copy(update={"step": self._state.step})
-        self._keep(self._scores.model_copy(update={"after": after}))
+        self._keep(after=pending.result())
         return True
 
     def _forget_older_policy(self) -> None:
         """Keep no measurement of a policy that has learned on since."""
         after = self._scores.after
         if after is not None and (after.step is None or after.step < self._state.step):
-            self._keep(self._scores.model_copy(update={"after": None}))
+            self._keep(after=None)
 
     def _scale_on_request(self, run: Run) -> None:
         """Take a request to scale, and answer it in the state, which is written next."""
@@ -152,9 +145,7 @@ class Driver:
             self._event(str(error))
             return
         if request is not None:
-            answer = self._scale(run, request)
-            self._state = self._state.model_copy(update={"scale": answer})
-            self._state_written_s = float("-inf")
+            self._change(at_once=True, scale=self._scale(run, request))
 
     def _scale(self, run: Run, request: ScaleRequest) -> ScaleAnswer:
         wanted = ", ".join(f"{number} {kind}" for kind, number in request.numbers.items())
@@ -185,25 +176,24 @@ class Driver:
 
     def _watch(self, run: Run, log: MetricsLog) -> None:
         """Record new rows, keep the buffer alive, show and write the state."""
-        if event := self._buffer_revived():
+        if event := self._buffer.revived():
             self._event(event)
         status = run.learner_status
         step = int(status.get("step", self._state.step))
-        totals = run.actor_totals()
+        totals, counts = run.actor_totals(), run.counts()
         self._progress.observe(trajectories=totals.get("trajectories", 0.0), step=step)
         self._unwritten += [
             self._progress.row(row, step=int(row["progress/step"])) for row in run.learner_rows
         ]
         run.learner_rows.clear()
         self._write_rows(log)
-        self._state = self._state.model_copy(
-            update={
-                "step": step,
-                "version": int(status.get("version", self._state.version)),
-                "address": self._session.address,
-                "scale": self._scale_so_far(run),
-                **run.counts(),
-            }
+        self._change(
+            step=step,
+            version=int(status.get("version", self._state.version)),
+            address=self._session.address,
+            scale=self._scale_so_far(run),
+            desired=counts["desired"],
+            actual=counts["actual"],
         )
         self._show(run)
 
@@ -227,44 +217,43 @@ class Driver:
     def _keep_before(self, pending: PendingMeasurement) -> None:
         """Keep the base's results; training is worth more than they are, so it goes on without."""
         try:
-            self._keep(Scores(before=pending.result().model_copy(update={"step": 0})))
+            self._keep(before=pending.result())
         except Exception as error:
             self._event(
                 f"the base LM could not be measured: {type(error).__name__}: {first_line(error)}"
             )
 
-    def _keep(self, scores: Scores) -> None:
-        self._scores = scores
-        write_whole(self._directory.scores_file, scores.model_dump_json(indent=2))
+    def _keep(self, **measured: Evaluation | None) -> None:
+        self._scores = self._scores.model_copy(update=measured)
+        write_whole(self._directory.scores_file, self._scores.model_dump_json(indent=2))
 
     def _enter(self, phase: RunPhase, *, message: str = "") -> None:
-        self._state = self._state.model_copy(
-            update={"phase": phase, "message": message or self._state.message}
-        )
-        self._state_written_s = float("-inf")
+        self._change(at_once=True, phase=phase, message=message or self._state.message)
         self._show()
 
     def _event(self, text: str) -> None:
         self._terminal.event(text)
-        self._state = self._state.model_copy(update={"message": text})
+        self._change(message=text)
+
+    def _change(self, *, at_once: bool = False, **fields: object) -> None:
+        """Change the state; it is written at the next look, or when a second is over."""
+        self._state = self._state.model_copy(update=fields)
+        if at_once:
+            self._state_written_s = float("-inf")
 
     def _show(self, run: Run | None = None) -> None:
-        """Show the state; write it once a second, or at once when the phase has changed.
-
-        With a run: its figures too, and hand them to Prometheus.
-        """
+        """Show and write the state where that is due; with a run, its figures too."""
         now = time.monotonic()
         if now - self._state_written_s < _STATE_EVERY_S:
             return
         self._state_written_s = now
-        update: dict[str, object] = {"heartbeat_s": time.time()}
+        self._change(heartbeat_s=time.time())
         if run is not None:
-            buffer = self._buffer_stats()
+            buffer = self._buffer.stats()
             metrics = self._progress.shown(buffer_size=buffer.replay_size)
             if isinstance(run, DistributedRun):
                 run.record_metrics(metrics, buffer)
-            update["metrics"] = metrics
-        self._state = self._state.model_copy(update=update)
+            self._change(metrics=metrics)
         try:
             self._directory.write_state(self._state)
         except OSError as error:

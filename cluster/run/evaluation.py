@@ -27,13 +27,10 @@ def evaluate(
     left answers behind them.
 
     Args:
-        step: optimizer steps that the policy has taken.
+        step: optimizer steps that the policy has taken; None: all.
         progress: is told what is being done.
 
-    Raises:
-        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
-        DataError: a test file is missing or malformed.
-        NothingToMeasure: test files hold nothing.
+    Raises FileNotFoundError, AdapterMismatch, DataError, NothingToMeasure.
     """
     started_s = time.monotonic()
     progress("loading the language model")

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,36 +49,26 @@ def check_same_run(
     directory: RunDirectory, identity: Mapping[str, Any], weights: Mapping[str, str]
 ) -> None:
     """Raise UserError unless a run that goes on is the one that was begun; changes nothing."""
-    for key, before, now in _differences(_kept(directory, weights), identity):
-        content = "digest " if "sha256:" in f"{before}{now}" else ""
-        raise UserError(
-            f"run {directory.name!r} was begun with {key} = {content}{before}, and {content}{now} "
-            f"is asked for now: what its buffer and its checkpoints hold would not fit what is to "
-            f"come. Resume it as it was ({directory.config_file}), or begin another run"
-        )
+    try:
+        kept: dict[str, Any] = json.loads(directory.identity_file.read_text())
+    except FileNotFoundError:  # of a run that is older than this file
+        kept = identity_of_run(load_config(str(directory.config_file)), weights)
+    for key in dict.fromkeys([*kept, *identity]):
+        before, now = kept.get(key), identity.get(key)
+        if before != now:
+            content = "digest " if "sha256:" in f"{before}{now}" else ""
+            raise UserError(
+                f"run {directory.name!r} was begun with {key} = {content}{before}, and {content}"
+                f"{now} is asked for now: what its buffer and its checkpoints hold would not fit "
+                f"what is to come. Resume it as it was ({directory.config_file}), or begin another "
+                f"run"
+            )
 
 
 def keep_identity(directory: RunDirectory, identity: Mapping[str, Any]) -> None:
     """Write down what the run is, once; runs that go on are compared with it."""
     if not directory.identity_file.exists():
         write_whole(directory.identity_file, json.dumps(identity, indent=1))
-
-
-def _kept(directory: RunDirectory, weights: Mapping[str, str]) -> dict[str, Any]:
-    """What the run was begun as; of one older than this file, what its configuration says."""
-    try:
-        kept: dict[str, Any] = json.loads(directory.identity_file.read_text())
-    except FileNotFoundError:
-        return identity_of_run(load_config(str(directory.config_file)), weights)
-    return kept
-
-
-def _differences(
-    before: Mapping[str, Any], now: Mapping[str, Any]
-) -> Iterator[tuple[str, Any, Any]]:
-    for key in dict.fromkeys([*before, *now]):
-        if before.get(key) != now.get(key):
-            yield key, before.get(key), now.get(key)
 
 
 def _content(value: Any) -> Any:

@@ -6,6 +6,7 @@ joint  Z Y behind X, with Z ~ q(Z | X) of another run's policy: the M-step of EM
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,7 @@ class Learned:
 def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
     """Of `learner.objective`, which is one that imitates.
 
-    Raises:
-        NoDemonstrations, IllegalCompletion: sft has nothing that the policy could write.
-        TokenizerUnfit: texts need an end-of-text token, and there is none.
+    Raises NoDemonstrations, IllegalCompletion, or TokenizerUnfit without an end-of-text token.
     """
     if config.learner.traits.trains_model:
         actions = _any_text(base)
@@ -83,14 +82,11 @@ class LaterDraws:
     """A `Replay` that is made with the first draw: by rank 0 alone, when the run is up."""
 
     def __init__(self, make: Callable[[], Replay]) -> None:
-        self._make = make
-        self._made: Replay | None = None
+        self._make = functools.cache(make)
 
     def draw(self, request: DrawRequest) -> list[Group]:
         """See `Replay.draw`."""
-        if self._made is None:
-            self._made = self._make()
-        return self._made.draw(request)
+        return self._make().draw(request)
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """Nothing disagrees with a text: no policy sampled it."""

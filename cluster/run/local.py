@@ -3,6 +3,7 @@
 Actor and learner take turns, so the same seed gives the same trajectories and the same weights.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,7 +27,7 @@ from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
 from learner.engine import TorchEngine
 from learner.learner import StoppedWaiting
-from lm.model import load_base
+from lm.model import LanguageModel
 from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
 from tasks.evaluation.evaluation import Evaluation
@@ -85,6 +86,7 @@ class LocalRun:
         self._groups_per_step = config.learner.groups_per_step
         self._adapter = directory.adapter
         self._base, task = assembly.load_task(config)
+        untouched = twin(self._base)  # by the learner, which puts its adapter into the base
         self._weights = WeightStore()
         self._memory = buffer.memory
         self._buffer = assembly.build_buffer(config, run=directory.name, place=buffer)
@@ -104,20 +106,20 @@ class LocalRun:
             companion=None if self._memory is None else self,
         )
         if config.rollout_actors:
-            self._begin_rollouts(task)
+            self._begin_rollouts(task, untouched)
         self._go_on()
         self.learner_rows: list[dict[str, float]] = []
         self._deepest, self._progressed_s = 0, monotonic()
 
-    def _begin_rollouts(self, task: Task) -> None:
+    def _begin_rollouts(self, task: Task, base: LanguageModel) -> None:
         """Bring up reward replica and actor; the demonstrations go into the buffer."""
         config = self._config
         # A remembered score was rounded with others than it would be with now.
         scoring = config.reward if self._memory is None else config.changed(NO_CACHE).reward
-        self._replica = RewardReplica(
-            UnshardedRank(load_base(config.lm).model), [], scoring, name="reward-0"
-        )
-        make_policy = assembly.model_policy(config, load_base(config.lm), task)
+        self._replica = RewardReplica(UnshardedRank(base.model), [], scoring, name="reward-0")
+        changes_weights = base.model.dtype == torch.float32  # see `SamplingPolicy`
+        own = twin(base, own_weights=changes_weights)
+        make_policy = assembly.model_policy(config, own, task)
 
         def policy(seed: int) -> SamplingPolicy:
             self._policy = make_policy(seed)
@@ -205,9 +207,8 @@ class LocalRun:
         self._learner.checkpoint_when_due()
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """One actor and one replica, wanted and had; none of either for demonstrations."""
-        number = 0 if self._actor is None else 1
-        parts = {"actors": number, "replicas": number}
+        """One actor and one replica, wanted and had; none of either where the learner imitates."""
+        parts = dict.fromkeys(("actors", "replicas"), int(self._actor is not None))
         return {"desired": parts, "actual": parts}
 
     def actor_totals(self) -> dict[str, float]:
@@ -261,8 +262,7 @@ class LocalSession:
 
     def start(self, report: Callable[[str], None], stop: Callable[[], bool]) -> LocalRun:
         """Build actor, replica and learner, which bear with a Redis that has to be replaced."""
-        buffer, cluster = self._config.buffer, self._config.cluster
-        reply_s = buffer.timeout_s + cluster.silence_timeout_s
+        reply_s = self._config.buffer.timeout_s + self._config.cluster.silence_timeout_s
         return LocalRun(
             self._config.changed({"buffer.timeout_s": reply_s}),
             directory=self._directory,
@@ -271,11 +271,24 @@ class LocalSession:
             stop=stop,
         )
 
-    def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> "Future[Evaluation]":
+    def evaluate(
+        self, adapter: Path | None, report: Callable[[str], None], *, step: int
+    ) -> "Future[Evaluation]":
         """Measure now."""
         pending: Future[Evaluation] = Future()
-        pending.set_result(evaluate(self._config, adapter=adapter))
+        pending.set_result(evaluate(self._config, adapter=adapter, step=step))
         return pending
 
     def close(self) -> None:
         """Nothing is left."""
+
+
+def twin(base: LanguageModel, *, own_weights: bool = False) -> LanguageModel:
+    """The same base with layers of its own, on the same weights unless it is to change them.
+
+    It is loaded once. Policy, learner and replica each put layers of their own into it.
+    """
+    model = base.model
+    weights = [] if own_weights else [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(weight): weight for weight in weights}
+    return replace(base, model=copy.deepcopy(model, memo))

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 
 class MetricsLog:
@@ -21,9 +20,8 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one row; raises OSError where the disk does not take all of it."""
-        line = json.dumps(dict(row)).encode() + b"\n"
-        if self._torn:
-            line = b"\n" + line
+        begin = b"\n" if self._torn else b""
+        line = begin + json.dumps(dict(row)).encode() + b"\n"
         self._torn = True
         try:
             whole = self._file.write(line) == len(line)
@@ -36,12 +34,7 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
 

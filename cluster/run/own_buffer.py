@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 from buffer.connection import BufferUnreachable, redacted
 from buffer.folder import configured_password
@@ -31,12 +31,11 @@ _STEADY_S = 60.0  # who lived for so long did not die of what ended the one befo
 class OwnBuffer:
     """The run's Redis: one that the run keeps alive, or an external one, which is its owner's.
 
-    A server of the run that dies is started again on its files and its port; one that does not
-    answer for `cluster.silence_timeout_s`, as long as any other part of the run may take, is
-    killed first. Like any other part it may die `cluster.max_restarts` times. Each further start in
-    a row waits for longer: a disk may be full for a moment only. The server is kept alive to the
-    very end: who ends a run often signals all of its processes at once (`ray job stop`, systemd,
-    Slurm), and an orderly stop still needs the buffer.
+    A server of the run that dies is started again on its files and its port, as any other part up
+    to `cluster.max_restarts` times; one that does not answer for `cluster.silence_timeout_s` is
+    killed first. Each further start in a row waits for longer: a disk may be full for a moment
+    only. It is kept alive to the very end: who ends a run often signals all of its processes at
+    once (`ray job stop`, systemd, Slurm), and an orderly stop still needs the buffer.
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
@@ -86,7 +85,7 @@ class OwnBuffer:
         self._answered.wait(_STATS_S)
         return self._stats
 
-    def stop(self) -> None:
+    def close(self) -> None:
         """End the server in order; its files stay."""
         self._stopping.set()
         self._keeper.join()
@@ -161,9 +160,8 @@ class OwnBuffer:
             self._answered.set()
 
     def _start(self) -> RedisServer:
-        return RedisServer.start(
-            self._directory.buffer, run=self._directory.name, config=self._config.buffer
-        )
+        folder, run = self._directory.buffer, self._directory.name
+        return RedisServer.start(folder, run=run, config=self._config.buffer)
 
     def _end_server(self) -> None:
         if self._server is not None:
@@ -175,25 +173,21 @@ class MemoryBuffer:
 
     def __init__(self, config: RunConfig) -> None:
         self.address = BufferAddress(memory=MemoryStore())
-        self._replay = build_buffer(config, run="", place=self.address)
+        self.stats = build_buffer(config, run="", place=self.address).stats
 
     def revived(self) -> str:
         """It never is."""
         return ""
 
-    def stats(self) -> ReplayStats:
-        """What is in the buffer now."""
-        return self._replay.stats()
+
+RunBuffer = OwnBuffer | MemoryBuffer
 
 
 @contextmanager
-def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[OwnBuffer | MemoryBuffer]:
+def buffer_server(config: RunConfig, directory: RunDirectory) -> Iterator[RunBuffer]:
     """The run's buffer, for as long as the run lasts."""
     if config.buffer.kind == "memory":
         yield MemoryBuffer(config)
-        return
-    buffer = OwnBuffer(config, directory)
-    try:
-        yield buffer
-    finally:
-        buffer.stop()
+    else:
+        with closing(OwnBuffer(config, directory)) as buffer:
+            yield buffer

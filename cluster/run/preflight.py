@@ -13,6 +13,7 @@ from buffer.connection import connect
 from buffer.endpoint import configured_port
 from buffer.executable import find_executable
 from buffer.folder import configured_password
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.run.assembly import identity_of
 from cluster.run.directory import RunDirectory
@@ -26,22 +27,6 @@ from lm.model import context_limit, load_base
 from reward.probe import check_base
 from tasks.registry import build_task
 from tasks.task import QuestionTask, Task
-
-
-class LocalIsOne(ValueError):
-    """`--local` was asked for with more processes than one."""
-
-
-class NoAdapter(FileNotFoundError):
-    """A folder that should hold an adapter does not."""
-
-
-class NoRoom(ValueError):
-    """The replay buffer has less room than the task has prompts."""
-
-
-class PromptTooLong(ValueError):
-    """A prompt that leaves no room in the model for what is written behind it."""
 
 
 def check_before_start(
@@ -59,18 +44,11 @@ def check_before_start(
     Args:
         address: of a Ray cluster that exists; None starts one on this machine.
 
-    Raises:
-        RunExists, RunMissing, RunAlive: about the run's name.
-        LocalIsOne, DoesNotFit: more processes than there is room for.
-        WrongPassword, BufferUnreachable, NotOurRedis, NoRedisServer, CannotListen: about Redis.
-        ModelNotFound, ModelUnusable, TokenizerUnfit, DataError: about the models and the data.
-        PromptTooLong, NoRoom: about both, and the buffer.
-        LogZUnused, NoDemonstrations: about the objective.
-        UserError: the run that is to go on was begun as another.
+    Raises UserError, and what the rooms raise about Redis, the models, the data and the objective.
     """
     directory.check(resume=resume)
     if config.buffer.kind == "memory" and not local:
-        raise LocalIsOne(
+        raise UserError(
             'buffer.kind = "memory" keeps the buffer in one process, which the parts of a run over '
             "Ray are not: add --local, or leave it out"
         )
@@ -83,7 +61,7 @@ def check_before_start(
     check_buffer(config.buffer)
     here = local or address is None
     # The cluster's nodes have the GPUs; this machine need not have one.
-    weights = check_model_and_data(config if here else on_cpu(config))
+    weights = check_model_and_data(config if here else config.changed({"lm.device": "cpu"}))
     identity = identity_of_run(config, weights)
     if resume:
         check_same_run(directory, identity, weights)
@@ -91,14 +69,11 @@ def check_before_start(
 
 
 def check_local(config: RunConfig) -> None:
-    """Raise LocalIsOne when one process would have to be several."""
-    counts = {
-        "reward.ranks": config.reward.ranks,
-        "learner.ranks": config.learner.ranks,
-    }
+    """Raise UserError when one process would have to be several."""
+    counts = {"reward.ranks": config.reward.ranks, "learner.ranks": config.learner.ranks}
     several = [f"{name} = {count}" for name, count in counts.items() if count > 1]
     if several:
-        raise LocalIsOne(
+        raise UserError(
             f"--local is one process, but {' and '.join(several)}: set to 1, or leave --local out"
         )
 
@@ -140,59 +115,47 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
 
 
 def check_room(config: RunConfig, task: Task) -> None:
-    """Raise NoRoom where the buffer could not keep each prompt's best trajectory."""
+    """Raise UserError where the buffer could not keep each prompt's best trajectory."""
     prompts, capacity = len({prompt.key for prompt in task.prompts}), config.buffer.capacity
     if prompts > capacity and not config.learner.traits.imitates:
-        raise NoRoom(
+        raise UserError(
             f"buffer.capacity ({capacity}) is below the {prompts} prompts of task {task.name!r}, "
             "each of which is to keep its best trajectory: raise it"
         )
 
 
 def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
-    """Raise PromptTooLong where a prompt leaves a model of `limit` positions no room.
+    """Raise UserError where a prompt leaves a model of `limit` positions no room.
 
     Those to be measured on count too, and are read here; worked examples in front of them
     (`evaluation.shots`), and what a tool writes behind the last step, are not foreseen.
     """
-    longest, measured = task.actions.max_len, config.evaluation.max_items
-    questions = _question_lengths(task, config.task.tests, measured)
-    for text, length in (*_prompt_lengths(task, measured), *questions):
+    longest = task.actions.max_len
+    for text, length in _lengths(task, config.task.tests, config.evaluation.max_items):
         if (needed := longest + length) > limit:
-            raise PromptTooLong(
+            raise UserError(
                 f"task {task.name!r}: prompt {text[:60]!r} needs {needed} positions with a "
                 f"completion of max_len = {longest} and its answer, the model has {limit}: take "
                 "the prompt out, shorten it, or lower task.max_len"
             )
 
 
-def _prompt_lengths(task: Task, measured: int | None) -> Iterator[tuple[str, int]]:
+def _lengths(task: Task, tests: Sequence[str], measured: int | None) -> Iterator[tuple[str, int]]:
     """Text of each prompt, and tokens of it and its answer as whoever reads most of it does."""
     context = len(task.reward_query.context)
     for prompt in (*task.prompts, *task.test_prompts[:measured]):
         scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
         yield prompt.text, max(len(prompt.prompt), scored)
-
-
-def _question_lengths(
-    task: Task, tests: Sequence[str], measured: int | None
-) -> Iterator[tuple[str, int]]:
-    """The same of test questions, which the LM answers in its own words."""
-    if isinstance(task, QuestionTask):
-        others = len(task.reward_query.context) + task.answer_actions.max_len
+    if isinstance(task, QuestionTask):  # which the LM answers in its own words
+        others = context + task.answer_actions.max_len
         for item in (item for path in tests for item in task.test_items(path)[:measured]):
             yield item.text, others + len(item.prompt)
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise NoAdapter unless `folder` looks like one; whose it is, only loading tells."""
+    """Raise UserError unless `folder` looks like one; whose it is, only loading tells."""
     if not (folder / "adapter_config.json").is_file():
-        raise NoAdapter(
+        raise UserError(
             f"{folder} holds no adapter (no adapter_config.json): give the 'adapter' folder of a "
             f"run, or name the run with --run"
         )
-
-
-def on_cpu(config: RunConfig) -> RunConfig:
-    """The same run with its models on the CPU."""
-    return config.changed({"lm.device": "cpu"})

@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Mapping
+from statistics import fmean
 
 from cluster.run.display import (
     BUFFER_SIZE,
@@ -49,9 +50,7 @@ class Progress:
     def row(self, row: Mapping[str, float], *, step: int) -> dict[str, float]:
         """The learner's row as it is recorded: with its step and the driver's figures."""
         self._rows.append(row)
-        rate = self._rate(1)
-        rates = {} if rate is None else {TRAJECTORIES_PER_S: rate}
-        return {"step": float(step), ELAPSED_S: self.elapsed_s, **row, **rates}
+        return {"step": float(step), ELAPSED_S: self.elapsed_s, **row, **self._trajectory_rate()}
 
     def observe(self, *, trajectories: float, step: int) -> None:
         """Note the counters at this moment."""
@@ -62,19 +61,21 @@ class Progress:
 
     def shown(self, *, buffer_size: int) -> dict[str, float]:
         """What a person sees now."""
-        keys = {key for row in self._rows for key in row}
-        means = {}
-        for key in keys:
-            values = [row[key] for row in self._rows if key in row]
-            means[key] = sum(values) / len(values)
-        figures = means | {BUFFER_SIZE: float(buffer_size), ELAPSED_S: self.elapsed_s}
+        values: dict[str, list[float]] = {}
+        for row in self._rows:
+            for key, value in row.items():
+                values.setdefault(key, []).append(value)
+        figures = {key: fmean(each) for key, each in values.items()}
+        figures |= {BUFFER_SIZE: float(buffer_size), ELAPSED_S: self.elapsed_s}
         if self._marks:
             figures[TRAJECTORIES] = self._marks[-1][1]
-        if (rate := self._rate(1)) is not None:
-            figures[TRAJECTORIES_PER_S] = rate
         if (left_s := self._left_s()) is not None:
             figures[TIME_LEFT_S] = left_s
-        return figures
+        return figures | self._trajectory_rate()
+
+    def _trajectory_rate(self) -> dict[str, float]:
+        rate = self._rate(1)
+        return {} if rate is None else {TRAJECTORIES_PER_S: rate}
 
     def _rate(self, column: int) -> float | None:
         """Growth of one column of the marks per second."""
@@ -85,9 +86,8 @@ class Progress:
 
     def _left_s(self) -> float | None:
         limits = []
-        steps_per_s = self._rate(2)
-        if steps_per_s:
+        if steps_per_s := self._rate(2):
             limits.append((self._steps - self._marks[-1][2]) / steps_per_s)
         if self._time_limit_s is not None and self._began_s is not None:
             limits.append(max(0.0, self._time_limit_s - self.elapsed_s))
-        return min(limits) if limits else None
+        return min(limits, default=None)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from cluster.config.placement import Placement
+from cluster.config.placement import GroupPlacement, Placement
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 
@@ -44,27 +44,15 @@ def check_fit(config: RunConfig, nodes: Sequence[Node]) -> None:
 def demands_of(config: RunConfig) -> list[Demand]:
     """What the parts of a run claim."""
     cluster = config.cluster
-    reward, learner = cluster.reward_placement, cluster.learner_placement
 
-    def together(strategy: str, ranks: int) -> int:
-        return ranks if strategy == "STRICT_PACK" else 1
+    def ranks(kind: str, groups: int, number: int, claim: GroupPlacement) -> Demand:
+        together = number if claim.strategy == "STRICT_PACK" else 1
+        return Demand(f"{kind} ranks", groups * number, claim, kind, together)
 
     demands = [
         Demand("rollout actors", cluster.actors, cluster.actor_placement, "actor"),
-        Demand(
-            "reward ranks",
-            config.reward_replicas * config.reward.ranks,
-            reward,
-            "reward",
-            together(reward.strategy, config.reward.ranks),
-        ),
-        Demand(
-            "learner ranks",
-            config.learner.ranks,
-            learner,
-            "learner",
-            together(learner.strategy, config.learner.ranks),
-        ),
+        ranks("reward", config.reward_replicas, config.reward.ranks, cluster.reward_placement),
+        ranks("learner", 1, config.learner.ranks, cluster.learner_placement),
         Demand("evaluator", 1, cluster.actor_placement, "actor"),
     ]
     return [demand for demand in demands if demand.number]
@@ -102,13 +90,10 @@ def _check_one_node(demand: Demand, nodes: Sequence[Node]) -> None:
     gpus = demand.together * demand.claim.gpus
     if any(node.cpus + _ROUNDING >= cpus and node.gpus + _ROUNDING >= gpus for node in nodes):
         return
-    key = f"cluster.{demand.key}_placement"
-    who = (
-        f"{demand.together} {demand.what} together (STRICT_PACK)"
-        if demand.together > 1
-        else f"each of the {demand.what}"
-    )
+    who = f"each of the {demand.what}"
+    if demand.together > 1:
+        who = f"{demand.together} {demand.what} together (STRICT_PACK)"
     raise UserError(
         f"{who} must have {cpus:g} CPU and {gpus:g} GPU on one node, but no node has them "
-        f"({describe(nodes)}): lower {key}, or add a larger node"
+        f"({describe(nodes)}): lower cluster.{demand.key}_placement, or add a larger node"
     )

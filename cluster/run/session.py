@@ -18,28 +18,22 @@ class Run(Protocol):
     @property
     def finished(self) -> bool:
         """Whether the learner has done its steps."""
-        ...
 
     @property
     def learner_status(self) -> Mapping[str, Any]:
         """Step and version; empty before the learner has come up."""
-        ...
 
     def tick(self) -> None:
         """Do or watch a little."""
-        ...
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Desired and actual numbers of actors and replicas."""
-        ...
 
     def actor_totals(self) -> dict[str, float]:
         """Counters summed over all actors."""
-        ...
 
     def stop(self, timeout_s: float) -> list[str]:
         """Stop in order; names of the parts that had to be killed."""
-        ...
 
 
 @runtime_checkable
@@ -49,20 +43,16 @@ class DistributedRun(Run, Protocol):
     @property
     def settled(self) -> bool:
         """Whether all parts that are wanted run, and no others."""
-        ...
 
     @property
     def given_up(self) -> str:
         """Why parts that the last `scale` added were given up; empty if none were."""
-        ...
 
     def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
         """Have these numbers from now on; raises UserError."""
-        ...
 
     def record_metrics(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
         """Hand metrics to Prometheus."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +69,9 @@ class PendingMeasurement(Protocol):
 
     def done(self) -> bool:
         """Whether `result` would return at once."""
-        ...
 
     def result(self) -> Evaluation:
         """Wait for it, until its deadline; raises what the evaluation raised."""
-        ...
 
 
 class Session(Protocol):
@@ -93,16 +81,14 @@ class Session(Protocol):
 
     def open(self) -> None:
         """Get what every run needs, before any part of it starts."""
-        ...
 
     def start(self, report: Callable[[str], None], stop: Callable[[], bool]) -> Run:
         """Start every part of the run; `stop` ends waits of parts in this process."""
-        ...
 
-    def evaluate(self, adapter: Path | None, report: Callable[[str], None]) -> PendingMeasurement:
-        """Begin to measure the base (None) or an adapter."""
-        ...
+    def evaluate(
+        self, adapter: Path | None, report: Callable[[str], None], *, step: int
+    ) -> PendingMeasurement:
+        """Begin to measure the base (None) or an adapter after that many optimizer steps."""
 
     def close(self) -> None:
         """Leave nothing behind."""
-        ...

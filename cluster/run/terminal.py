@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a live panel, or a plain line now and then."""
 
 import time
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +19,7 @@ class Terminal:
     """Shows states of a run, and events as they come.
 
     On a terminal the panel is redrawn in place. Anywhere else, a pipe or a log file, a line is
-    written every `plain_every_s` seconds and whenever the phase changes.
+    written whenever the phase changes, and every `plain_every_s` seconds if it has changed.
     """
 
     def __init__(
@@ -30,24 +29,19 @@ class Terminal:
         self._live: Live | None = None
         self._plain_every_s = plain_every_s
         self._last_plain_s = float("-inf")
-        self._phase = ""
+        self._phase = self._line = ""
 
     def __enter__(self) -> "Terminal":
         if self._console.is_terminal:
             self._live = Live(
                 console=self._console, refresh_per_second=_REFRESH_PER_S, transient=True
             )
-            self._live.__enter__()
+            self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
-            self._live.__exit__(kind, error, traceback)
+            self._live.stop()
             self._live = None
 
     def event(self, text: str) -> None:
@@ -60,10 +54,11 @@ class Terminal:
         if self._live is not None:
             self._live.update(panel(state))
             return
-        now = time.monotonic()
-        if state.phase != self._phase or now - self._last_plain_s >= self._plain_every_s:
-            self._phase, self._last_plain_s = state.phase, now
-            self._console.print(Text(plain_line(state)), soft_wrap=True)
+        now, line = time.monotonic(), plain_line(state)
+        due = line != self._line and now - self._last_plain_s >= self._plain_every_s
+        if state.phase != self._phase or due:
+            self._phase, self._line, self._last_plain_s = state.phase, line, now
+            self._console.print(Text(line), soft_wrap=True)
 
 
 def plain_line(state: RunState) -> str:
@@ -84,10 +79,8 @@ def panel(state: RunState) -> Group:
     )
     if ELAPSED_S in state.metrics:
         head.append(f"  {duration(state.metrics[ELAPSED_S])}")
-    grid = Table.grid(padding=(0, 3))
     shown = list(figures(state.metrics))
-    for _ in shown:
-        grid.add_column()
+    grid = Table.grid(*[""] * len(shown), padding=(0, 3))
     grid.add_row(*(Text(label, style="dim") for label, _ in shown))
     grid.add_row(*(Text(value, style="bold") for _, value in shown))
     bar = ProgressBar(total=max(state.steps, 1), completed=state.step, width=60)

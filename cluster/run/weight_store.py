@@ -14,15 +14,11 @@ class WeightStore:
         self._weights: PublishedWeights | None = None
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
-        """Replace the weights.
+        """Replace the weights; a version names one set of weights for ever.
 
         The same may come again: Ray repeats a call whose answer was lost, and a learner that went
-        back to the checkpoint of just this version begins with it.
-
-        Raises:
-            StaleWeights: `version` is below the one in the store, or names other weights there. A
-                version names one set of weights for ever, so a learner that has lost its last
-                steps goes on counting from the highest version ever published.
+        back to a checkpoint begins with its version. One that has lost steps counts on from the
+        highest version ever published. Raises StaleWeights.
         """
         held = self._weights
         if held is not None and (version, checksum) == (held.version, held.checksum):
