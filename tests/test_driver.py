@@ -54,7 +54,7 @@ class TrainedRun:
     def actor_totals(self) -> dict[str, float]:
         return {}
 
-    def tell(self, *_: object) -> None:
+    def record_metrics(self, *_: object) -> None:
         """To nobody."""
 
     def stop(self, timeout_s: float) -> list[str]:

@@ -1,9 +1,9 @@
 """Clients of a run's other processes: weight store, replica registry, replicas, other ranks."""
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,9 @@ class _RemoteService:
         self._handle = handle
         self._timeout_s = timeout_s
 
-    def _answer(self, ref: "ray.ObjectRef[Any]", phase: str) -> Any:
-        return wait_for(ref, peer=self.peer, phase=phase, timeout_s=self._timeout_s)
+    def _ask(self, method: str, *arguments: Any, **settings: Any) -> Any:
+        ref = getattr(self._handle, method).remote(*arguments, **settings)
+        return wait_for(ref, peer=self.peer, phase=method, timeout_s=self._timeout_s)
 
 
 class RemoteWeightStore(_RemoteService):
@@ -44,12 +45,11 @@ class RemoteWeightStore(_RemoteService):
 
     def newer_than(self, version: int) -> PublishedWeights | None:
         """See `WeightStore.newer_than`."""
-        return self._answer(self._handle.newer_than.remote(version), "newer_than")
+        return self._ask("newer_than", version)
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
         """See `WeightStore.publish`."""
-        ref = self._handle.publish.remote(data, version=version, checksum=checksum)
-        self._answer(ref, "publish")
+        self._ask("publish", data, version=version, checksum=checksum)
 
 
 class RemoteRegistry(_RemoteService):
@@ -61,88 +61,63 @@ class RemoteRegistry(_RemoteService):
 
     def names(self) -> tuple[str, ...]:
         """See `ReplicaRegistry.names`."""
-        return self._answer(self._handle.names.remote(), "names")
+        return self._ask("names")
 
     def announce(self, names: tuple[str, ...], *, wait: bool = True) -> None:
         """Announce the names where they have changed, or were announced a while ago.
 
-        A registry that was restarted has forgotten them, and nobody hears of its restart.
-
-        Args:
-            wait: until changed names are known there; else they are on their way.
-
-        Raises PeerTimeout, PeerDied.
+        A registry that was restarted has forgotten them, and nobody hears of its restart. Where
+        they have changed and `wait` says so, they are known there when this returns.
         """
         changed = names != self._announced
-        if not changed and time.monotonic() - self._announced_s < _REMIND_S:
-            return
-        ref = self._handle.announce.remote(names)
         if changed and wait:
-            self._answer(ref, "announce")
+            self._ask("announce", names)
+        elif changed or time.monotonic() - self._announced_s >= _REMIND_S:
+            self._handle.announce.remote(names)
+        else:
+            return
         self._announced, self._announced_s = names, time.monotonic()
 
 
+@dataclass
 class RemoteScorer:
-    """Spreads scorings over the live reward replicas; a failed one is tried on another.
+    """Spreads scorings over the live reward replicas; a failed one is tried on another."""
 
-    Args:
-        registry: knows which replicas live.
-        namespace: the run's Ray namespace.
-        attempt_s: seconds after which one replica's answer counts as late.
-        handover_s: seconds within which some replica has to take a scoring; it may have to come up
-            before.
-        stop: whether the caller is to finish, which it cannot without a replica.
-        first: index of the replica to begin with, so that actors do not all start on one.
-
-    `retries` counts scorings that failed or were late, and were handed to a replica again.
-    """
-
-    def __init__(
-        self,
-        registry: RemoteRegistry,
-        *,
-        namespace: str,
-        attempt_s: float,
-        handover_s: float,
-        stop: Callable[[], bool],
-        first: int = 0,
-    ) -> None:
-        self._registry = registry
-        self._namespace = namespace
-        self._attempt_s = attempt_s
-        self._handover_s = handover_s
-        self._stop = stop
-        self._turn = itertools.count(first)
-        self._handles: dict[str, ActorHandle] = {}
-        self.retries = 0
+    registry: RemoteRegistry
+    _: KW_ONLY
+    namespace: str
+    attempt_s: float  # after which one replica's answer counts as late
+    handover_s: float  # within which some replica takes a scoring; it may have to come up before
+    stop: Callable[[], bool]  # whether the caller is to finish, which needs a replica
+    turn: int = 0  # of the replica that is next, so that actors do not all begin with one
+    retries: int = field(default=0, init=False)  # scorings that failed or were late
+    _handles: dict[str, ActorHandle] = field(default_factory=dict, init=False)
 
     def submit(self, items: Sequence[ScoreItem]) -> "RemoteScores":
         """Start to score; returns at once, unless no replica lives yet; raises as `start` does."""
-        return RemoteScores(self, list(items), attempt_s=self._attempt_s)
+        return RemoteScores(self, list(items))
 
     def start(
-        self, items: list[ScoreItem], *, avoid: str | None = None, timeout_s: float | None = None
+        self, items: list[ScoreItem], *, avoid: str = "", timeout_s: float | None = None
     ) -> "tuple[str, ray.ObjectRef[Any]]":
         """Hand the items to the next live replica, another than `avoid` where there is one.
 
-        Args:
-            timeout_s: None is `handover_s`.
-
         Raises:
-            PeerTimeout: none took them in time.
+            PeerTimeout: none took them within `timeout_s`, or `handover_s`.
             NobodyScores: none lives, and `stop()` holds.
         """
-        deadline = time.monotonic() + (self._handover_s if timeout_s is None else timeout_s)
         began = time.monotonic()
+        deadline = began + (self.handover_s if timeout_s is None else timeout_s)
         while True:
-            names = self._registry.names()
+            names = self.registry.names()
             if others := [name for name in names if name != avoid] or list(names):
-                name = others[next(self._turn) % len(others)]
+                name = others[self.turn % len(others)]
+                self.turn += 1
                 try:
                     return name, self._handle(name).score.remote(items)
                 except ValueError:  # Ray: no actor of that name, the replica has just died
-                    self._handles.pop(name, None)
-            elif self._stop():
+                    self.forget(name)
+            elif self.stop():
                 raise NobodyScores("no reward replica lives, and the run is being stopped")
             if (now := time.monotonic()) > deadline:
                 raise PeerTimeout(
@@ -157,17 +132,16 @@ class RemoteScorer:
 
     def _handle(self, name: str) -> ActorHandle:
         if name not in self._handles:
-            self._handles[name] = ray.get_actor(name, namespace=self._namespace)
+            self._handles[name] = ray.get_actor(name, namespace=self.namespace)
         return self._handles[name]
 
 
 class RemoteScores:
     """One scoring under way; `result` retries it elsewhere until its own deadline."""
 
-    def __init__(self, scorer: RemoteScorer, items: list[ScoreItem], *, attempt_s: float) -> None:
+    def __init__(self, scorer: RemoteScorer, items: list[ScoreItem]) -> None:
         self._scorer = scorer
         self._items = items
-        self._attempt_s = attempt_s
         self._replica, self._ref = scorer.start(items)
 
     def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
@@ -178,7 +152,7 @@ class RemoteScores:
             NobodyScores: see `RemoteScorer.start`.
             BadItem: an item cannot be scored; another replica would say the same.
         """
-        deadline = time.monotonic() + timeout_s
+        scorer, deadline = self._scorer, time.monotonic() + timeout_s
         while True:
             left_s = max(deadline - time.monotonic(), 0.0)
             try:
@@ -186,16 +160,17 @@ class RemoteScores:
                     self._ref,
                     peer=f"reward replica {self._replica}",
                     phase=f"scoring {len(self._items)} items",
-                    timeout_s=min(self._attempt_s, left_s),
+                    timeout_s=min(scorer.attempt_s, left_s),
                 )
             except (PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed):
-                self._scorer.forget(self._replica)
+                scorer.forget(self._replica)
                 if time.monotonic() + _POLL_S > deadline:
                     raise
                 time.sleep(_POLL_S)
-                self._scorer.retries += 1
-                self._replica, self._ref = self._scorer.start(
-                    self._items, avoid=self._replica, timeout_s=deadline - time.monotonic()
+                scorer.retries += 1
+                left_s = deadline - time.monotonic()
+                self._replica, self._ref = scorer.start(
+                    self._items, avoid=self._replica, timeout_s=left_s
                 )
 
 

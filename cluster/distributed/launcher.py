@@ -78,8 +78,8 @@ class Launcher:
     def service(self, service: type, name: str) -> ActorHandle:
         """A small process on the driver's node, which Ray starts again should it die.
 
-        Ray would choose any node for what claims nothing, and heeds no soft wish; the service
-        would then go with a node that the run survives.
+        On another, where Ray may put what claims nothing, it would go with a node that the run
+        survives; a soft wish is not heeded.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options = {"name": name, "namespace": self._namespace, "num_cpus": 0}
@@ -146,12 +146,11 @@ class Launcher:
 
 
 def process_environment(threads: int) -> dict[str, str]:
-    """Environment of a worker that holds a model.
+    """Of a worker that holds a model.
 
-    Ray would size OMP by `num_cpus`; DeepSpeed must build no kernels, and without a GPU it must be
-    told so, or it probes for one.
+    Ray would size OMP by `num_cpus`; DeepSpeed must build no kernels, and is told where there is
+    no GPU, or it probes for one.
     """
-    environment = {"OMP_NUM_THREADS": str(threads), "DS_BUILD_OPS": "0"}
-    if accelerator := os.environ.get("DS_ACCELERATOR"):
-        environment["DS_ACCELERATOR"] = accelerator
-    return environment
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    told = {"DS_ACCELERATOR": accelerator} if accelerator else {}
+    return {"OMP_NUM_THREADS": str(threads), "DS_BUILD_OPS": "0", **told}

@@ -70,10 +70,9 @@ def leave_cluster() -> None:
 
 
 def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
-    """Raise UserError unless a Ray cluster answers at `address` in time.
+    """Raise UserError unless a Ray cluster answers in time; Ray would try for minutes, silently.
 
-    Ray itself would try for minutes, and say nothing. What is no host and port, such as "auto", is
-    left to Ray.
+    What is no host and port, such as "auto", is left to Ray.
     """
     host, _, port = address.rpartition(":")
     if address in ("auto", "local") or address.startswith("ray://"):
@@ -101,8 +100,8 @@ def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> No
 def source_for_workers(config: RunConfig) -> dict[str, Any]:
     """Runtime environment that gives every worker the source of this process, as it is now.
 
-    Without it workers would import what lies on their node when they start: another checkout, or
-    files that were edited since. A job has brought its code to all nodes already.
+    Else workers would import what lies on their node when they start: another checkout, or files
+    that were edited since. A job has brought its code to all nodes already.
     """
     if PROJECT_ROOT.name.startswith(RAY_PACKAGE):
         return {}

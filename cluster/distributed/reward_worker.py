@@ -74,8 +74,7 @@ class RewardWorker(Worker):
     def run(self) -> dict[str, Any]:
         """Serve until stopped and no call is held or comes any more.
 
-        Raises:
-            RuntimeError: the ranks are out of step; the replica must be built anew.
+        Raises RuntimeError where the ranks are out of step: the replica must be built anew.
         """
         while not self._stopping.wait(timeout=_HEALTH_POLL_S):
             self._check_health()

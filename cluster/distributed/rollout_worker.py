@@ -32,7 +32,7 @@ class RolloutWorker(Worker):
             attempt_s=self._config.reward.deadline_s,
             handover_s=self._config.actors.score_timeout_s,
             stop=self._stopping.is_set,
-            first=self._member.index,
+            turn=self._member.index,
         )
         store = self._weight_store()
         self._actor = assembly.build_actor(

@@ -1,10 +1,10 @@
 """The two small processes of a run that need no torch: weight store and replica registry.
 
-Ray starts each again should it die, and `ServiceWatch` has it do so should one fall silent. It is
-empty then until the learner's next publication and the supervisor's next announcement; nobody
-waits for either.
+One that is started again is empty until the learner's next publication or the supervisor's next
+announcement; nobody waits for either.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -48,25 +48,17 @@ class ReplicaRegistry(Service):
         return self._names
 
 
+@dataclass
 class ServiceWatch:
-    """Finds out that a service is silent, and has Ray start it again.
+    """Finds out that a service is silent, and has Ray start it again."""
 
-    Args:
-        name: for people.
-        timeout_s: longest that it may leave a ping unanswered.
-        start_timeout_s: longest that it may take to answer after a death, when it starts anew.
-    """
-
-    def __init__(
-        self, name: str, handle: ActorHandle, *, timeout_s: float, start_timeout_s: float
-    ) -> None:
-        self._name = name
-        self._handle = handle
-        self._timeout_s = timeout_s
-        self._start_timeout_s = max(timeout_s, start_timeout_s)
-        self._starts = False
-        self._ping: ray.ObjectRef[Any] | None = None
-        self._asked_s = awake_s()
+    name: str
+    handle: ActorHandle
+    timeout_s: float  # longest that it may leave a ping unanswered
+    start_timeout_s: float  # longest that it may take to answer after a death, starting anew
+    _starts: bool = field(default=False, init=False)
+    _ping: "ray.ObjectRef[Any] | None" = field(default=None, init=False)
+    _asked_s: float = field(default=0.0, init=False)
 
     def poll(self) -> str:
         """Why it was killed just now, for people; empty if it was not."""
@@ -79,19 +71,18 @@ class ServiceWatch:
                 self._send(now)
         elif now - self._asked_s > (limit_s := self._limit_s):
             key = "start" if self._starts else "silence"
-            ray.kill(self._handle, no_restart=False)
+            ray.kill(self.handle, no_restart=False)
             self._ping, self._starts = None, True
             limit = f"{limit_s:.0f} s (cluster.{key}_timeout_s)"
-            return f"{self._name}: no answer for {limit}; replacing it"
+            return f"{self.name}: no answer for {limit}; replacing it"
         return ""
 
     @property
     def _limit_s(self) -> float:
-        return self._start_timeout_s if self._starts else self._timeout_s
+        return max(self.timeout_s, self.start_timeout_s if self._starts else 0.0)
 
     def _send(self, now_s: float) -> None:
-        self._ping = self._handle.ping.remote()
-        self._asked_s = now_s
+        self._ping, self._asked_s = self.handle.ping.remote(), now_s
 
 
 def _answered(ping: "ray.ObjectRef[Any]") -> bool:

@@ -55,8 +55,7 @@ def end_in_order(
 
     Learner and actors are asked at once: the learner leaves a checkpoint, an actor stores what is
     being scored. Replicas are asked when no actor runs any more, or when three quarters of the
-    time are over. The learner has all of it, whatever others need. A group that does not run yet
-    holds nothing, and is killed at once.
+    time are over. A group that does not run yet holds nothing, and is killed at once.
 
     Args:
         report: takes one line for each group that dies meanwhile.

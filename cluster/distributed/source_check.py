@@ -1,8 +1,4 @@
-"""Whether all processes of a run run the same source.
-
-A job carries its code to every node, but a checkout on one node that differs from the others', or
-a file that is edited while a run goes on, would make a run of two programs.
-"""
+"""Whether all processes of a run run the same source, on every node and to its end."""
 
 import functools
 import hashlib
@@ -20,7 +16,7 @@ class SourceMixture(RuntimeError):
 
 @functools.cache
 def source_fingerprint(root: Path = PROJECT_ROOT) -> str:
-    """Hexadecimal digits that change with every code, script or configuration file of the project.
+    """Hexadecimal digits that change with any code, script or configuration file of the project.
 
     Each process looks once: what it imported does not change with the files.
     """

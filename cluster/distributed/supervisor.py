@@ -100,8 +100,6 @@ class Supervisor:
     def tick(self) -> None:
         """Look at every group once, replace the dead, pass on what changed; then rest a little.
 
-        The rest is what keeps the driver from taking a core that the workers need.
-
         Raises:
             StartFailed: a part that never ran could not start.
             RunFailed: a part died more than `cluster.max_restarts` times.
@@ -122,7 +120,7 @@ class Supervisor:
         self._report_waiting()
         self._announce(wait=False)
         self._collect_reports()
-        time.sleep(_TICK_S)
+        time.sleep(_TICK_S)  # else the driver takes a core that the workers need
 
     def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
         """Have these numbers from now on; None leaves one as it is. Nothing else is touched.
@@ -158,13 +156,13 @@ class Supervisor:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Desired and running numbers of actors and reward replicas; those that leave still run."""
-
-        def running(prefix: str) -> int:
-            return sum(group.phase is Phase.RUNNING for group in self._parts(prefix))
-
+        running = [group for group in self._parts() if group.phase is Phase.RUNNING]
         return {
             "desired": {kind: len(self._names(kind)) for kind in _PREFIXES},
-            "actual": {kind: running(prefix) for kind, prefix in _PREFIXES.items()},
+            "actual": {
+                kind: sum(group.name.startswith(prefix) for group in running)
+                for kind, prefix in _PREFIXES.items()
+            },
         }
 
     def actor_totals(self) -> dict[str, float]:
@@ -223,11 +221,8 @@ class Supervisor:
 
     def _in_order_of_need(self, kind: str) -> list[str]:
         """Names of a kind, in the order in which they stay when there are to be fewer."""
-
-        def key(name: str) -> tuple[bool, bool]:
-            return name != "actor-0", self.groups[name].phase is not Phase.RUNNING
-
-        return sorted(self._names(kind), key=key)
+        up = [name for name, group in self.groups.items() if group.phase is Phase.RUNNING]
+        return sorted(self._names(kind), key=lambda name: (name != "actor-0", name not in up))
 
     def _add(self, prefix: str) -> None:
         """Launch one more, under the lowest number that is free."""
@@ -242,13 +237,9 @@ class Supervisor:
         if name == "learner":
             self._collect_reports()
         group.kill()
-        if name in self._added:
-            self._give_up(name, group)
-        else:
+        if name not in self._added:
             self._replace(name, group, ever_ran=ever_ran)
-
-    def _give_up(self, name: str, group: WorkerGroup) -> None:
-        """Drop a part that was added and did not come up; the run goes on as it was."""
+            return
         self._added.discard(name)
         del self.groups[name]
         text = f"{group.cause}; given up"

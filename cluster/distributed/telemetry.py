@@ -154,12 +154,10 @@ class Telemetry:
     def record(
         self, source: Source, values: Mapping[str, float], *, part: str, incarnation: int = 0
     ) -> None:
-        """Record those values of one part that have a metric.
+        """Record those values of one part that have a metric; counters are totals since its start.
 
         Args:
-            values: counters as totals since the part's start.
-            incarnation: how often the part was started before; each time its counters began
-                at zero.
+            incarnation: how often it was started before; each time its counters began at zero.
         """
         tags = {"run": self._run, "part": part}
         for instrument in INSTRUMENTS[source]:

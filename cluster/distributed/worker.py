@@ -83,20 +83,13 @@ class Worker:
         return self._member.full_name
 
     def rendezvous(self) -> Meeting:
-        """Reserve a port of this node until `_meet`, and say where it is.
-
-        Loading a model takes long, and on a busy node a port that is merely free now is soon
-        another process's.
-        """
+        """Reserve a port until `_meet`: one that is merely free is soon another process's."""
         self._reserved = socket.socket()
         self._reserved.bind(("", 0))
         return Meeting(ray.util.get_node_ip_address(), self._reserved.getsockname()[1])
 
     def start(self, meeting: Meeting) -> None:
-        """Build what this process holds, and join the other ranks.
-
-        Raises SourceMixture where this process runs other source than the driver.
-        """
+        """Build what this process holds, and join the other ranks; raises SourceMixture."""
         self._node = ray.util.get_node_ip_address()
         check_source(self._context.source, node=self._node)
         pin_interface(self._node)
@@ -133,9 +126,8 @@ def with_patience(config: RunConfig) -> RunConfig:
     """The same run whose parts bear with one another being placed, started and found silent, once.
 
     Placing and starting may each take `start_timeout_s`; a part, Redis among them, is replaced
-    after `silence_timeout_s` without an answer. A part that comes back only at a later try is
-    waited for by the supervisor; who needs it meanwhile ends in an error that says so, and is
-    replaced.
+    after `silence_timeout_s` without an answer. Who needs a part that comes back only at a later
+    try ends in an error that says so, and is replaced.
     """
     start_s, silence_s = 2 * config.cluster.start_timeout_s, config.cluster.silence_timeout_s
     longer_by_s = {
@@ -150,11 +142,10 @@ def with_patience(config: RunConfig) -> RunConfig:
 
 
 def pin_interface(address: str) -> None:
-    """Have gloo and NCCL use the network interface that has `address`, Ray's for this node.
+    """Have gloo and NCCL use the interface that has `address`, Ray's; the environment goes first.
 
     Left alone, gloo asks for the address of the host's name, which is often loopback, and NCCL
-    takes the first interface it likes, which may be a container's. What the environment names
-    already, stands.
+    takes the first interface it likes, which may be a container's.
     """
     if (name := interface_of(address)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

@@ -155,23 +155,22 @@ def build_learner(
     """
     model = attach_adapter(base, config.lora, config.seed)
     log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
-    gate = None
-    if config.learner.traits.imitates:
+    if imitates := config.learner.traits.imitates:
         learned = imitation(config, base, task)
     else:
-        learned = Learned(
-            replay=buffer, actions=task.actions, objective=build_objective(config.learner)
+        objective = build_objective(config.learner)
+        learned = Learned(replay=buffer, actions=task.actions, objective=objective)
+    gate = None
+    if gated and not imitates:
+        gate = AgreementGate(
+            replay=buffer,
+            model=model,
+            actions=task.actions,
+            past=PastPolicies(model, max_age=config.buffer.max_age),
+            quarantine=Quarantine(directory.quarantine),
+            config=config.learner,
+            warn=warn,
         )
-        if gated:
-            gate = AgreementGate(
-                replay=buffer,
-                model=model,
-                actions=task.actions,
-                past=PastPolicies(model, max_age=config.buffer.max_age),
-                quarantine=Quarantine(directory.quarantine),
-                config=config.learner,
-                warn=warn,
-            )
     store = Checkpoints(
         directory.checkpoints,
         identity=identity_of(config, base, task),

@@ -30,13 +30,13 @@ class Figure(NamedTuple):
 
 
 FIGURES = (
-    Figure(TRAJECTORIES_PER_S, "trajectories/s", lambda value: f"{value:.1f}"),
-    Figure(LOG_REWARD, "log reward", lambda value: f"{value:.2f} nats"),
-    Figure(CORRECT, "correct", lambda value: f"{value:.1%}"),
-    Figure(LOSS, "loss", lambda value: f"{value:.3g}"),
-    Figure(ELBO, "ELBO", lambda value: f"{value:.2f} nats"),
-    Figure(BUFFER_SIZE, "buffer", lambda value: f"{value:.0f}"),
-    Figure(POLICY_AGE, "policy age", lambda value: f"{value:.1f} versions"),
+    Figure(TRAJECTORIES_PER_S, "trajectories/s", "{:.1f}".format),
+    Figure(LOG_REWARD, "log reward", "{:.2f} nats".format),
+    Figure(CORRECT, "correct", "{:.1%}".format),
+    Figure(LOSS, "loss", "{:.3g}".format),
+    Figure(ELBO, "ELBO", "{:.2f} nats".format),
+    Figure(BUFFER_SIZE, "buffer", "{:.0f}".format),
+    Figure(POLICY_AGE, "policy age", "{:.1f} versions".format),
     Figure(TIME_LEFT_S, "left", lambda value: duration(value)),
 )
 
@@ -77,5 +77,4 @@ def duration(seconds: float) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first non-empty line of an error's text: enough for an event, the rest is in the log."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)

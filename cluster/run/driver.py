@@ -21,7 +21,7 @@ from cluster.run.display import first_line
 from cluster.run.metrics_log import MetricsLog
 from cluster.run.own_buffer import RunBuffer
 from cluster.run.progress import Progress
-from cluster.run.session import DistributedRun, PendingMeasurement, Run, Session
+from cluster.run.session import PendingMeasurement, Run, Session
 from cluster.run.terminal import Terminal
 from tasks.evaluation.evaluation import Evaluation, Scores
 
@@ -140,21 +140,14 @@ class Driver:
     def _scale_on_request(self, run: Run) -> None:
         """Take a request to scale, and answer it in the state, which is written next."""
         try:
-            request = take_scale_request(self._directory)
+            if request := take_scale_request(self._directory):
+                self._change(at_once=True, scale=self._scale(run, request))
         except UserError as error:
             self._event(str(error))
-            return
-        if request is not None:
-            self._change(at_once=True, scale=self._scale(run, request))
 
     def _scale(self, run: Run, request: ScaleRequest) -> ScaleAnswer:
         wanted = ", ".join(f"{number} {kind}" for kind, number in request.numbers.items())
         try:
-            if not isinstance(run, DistributedRun):
-                raise UserError(
-                    "this run is one process (--local) with one actor and one replica: stop it, "
-                    "and go on over Ray with --resume and without --local"
-                )
             run.scale(**request.numbers)
         except UserError as error:
             self._event(f"not scaled to {wanted}: {error}")
@@ -168,11 +161,9 @@ class Driver:
         return self._stop_requested
 
     def _should_end(self) -> bool:
-        stopped = self._asked_to_stop()
         if self._progress.time_is_up:
             self._event(f"time limit of {self._config.cluster.time_limit_s:g} s is over")
-            return True
-        return stopped
+        return self._asked_to_stop() or self._progress.time_is_up
 
     def _watch(self, run: Run, log: MetricsLog) -> None:
         """Record new rows, keep the buffer alive, show and write the state."""
@@ -200,7 +191,7 @@ class Driver:
     def _scale_so_far(self, run: Run) -> ScaleAnswer | None:
         """The answer to the last request, with what has become of it."""
         answer = self._state.scale
-        if not isinstance(run, DistributedRun) or answer is None or answer.outcome == "refused":
+        if answer is None or answer.outcome == "refused":
             return answer
         outcome = "given up" if run.given_up else "done" if run.settled else "under way"
         return answer.model_copy(update={"outcome": outcome, "error": run.given_up})
@@ -251,8 +242,7 @@ class Driver:
         if run is not None:
             buffer = self._buffer.stats()
             metrics = self._progress.shown(buffer_size=buffer.replay_size)
-            if isinstance(run, DistributedRun):
-                run.record_metrics(metrics, buffer)
+            run.record_metrics(metrics, buffer)
             self._change(metrics=metrics)
         try:
             self._directory.write_state(self._state)

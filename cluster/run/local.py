@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,6 +19,7 @@ from actors.actor import RolloutActor
 from actors.policy import SamplingPolicy
 from buffer.replay import BufferStarved, DrawRequest, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
+from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.run import assembly
 from cluster.run.directory import RunDirectory
@@ -70,6 +71,9 @@ class LocalRun:
     Args:
         stop: ends a wait for groups.
     """
+
+    settled = True
+    given_up = ""
 
     def __init__(
         self,
@@ -189,11 +193,8 @@ class LocalRun:
     def tick(self) -> None:
         """Roll out once while the learner lacks groups, else take one step.
 
-        Groups that are too old or wrong to be drawn are made up for during the step.
-
-        Raises:
-            BufferStarved: the groups in the buffer have not become more for
-                `learner.starvation_timeout_s`.
+        Groups that are too old or wrong to be drawn are made up for during the step. Raises
+        BufferStarved where they have not become more for `learner.starvation_timeout_s`.
         """
         if self._actor is not None and (depth := self._buffer.depth()) < self._groups_per_step:
             self._check_progress(depth)
@@ -206,6 +207,13 @@ class LocalRun:
         self._deepest, self._progressed_s = 0, monotonic()
         self._learner.checkpoint_when_due()
 
+    def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
+        """Raise UserError: nothing can."""
+        raise UserError(
+            "this run is one process (--local) with one actor and one replica: stop it, and go on "
+            "over Ray with --resume and without --local"
+        )
+
     def counts(self) -> dict[str, dict[str, int]]:
         """One actor and one replica, wanted and had; none of either where the learner imitates."""
         parts = dict.fromkeys(("actors", "replicas"), int(self._actor is not None))
@@ -213,8 +221,10 @@ class LocalRun:
 
     def actor_totals(self) -> dict[str, float]:
         """The actor's counters."""
-        stats = {} if self._actor is None else asdict(self._actor.stats)
-        return {key: value for key, value in stats.items() if key != "version"}
+        return {} if self._actor is None else asdict(self._actor.stats)
+
+    def record_metrics(self, learner: object, buffer: object) -> None:
+        """Nobody collects them: there is no Ray."""
 
     def stop(self, timeout_s: float) -> list[str]:
         """Store what is in flight and checkpoint; nothing can be left to kill.
@@ -247,28 +257,24 @@ class LocalRun:
             self._actor.step()
 
 
+@dataclass
 class LocalSession:
     """Everything in this process."""
 
-    address = ""
-
-    def __init__(self, config: RunConfig, directory: RunDirectory, buffer: BufferAddress) -> None:
-        self._config = config
-        self._directory = directory
-        self._buffer = buffer
+    config: RunConfig
+    directory: RunDirectory
+    buffer: BufferAddress
+    address: str = ""
 
     def open(self) -> None:
         """Nothing is needed."""
 
     def start(self, report: Callable[[str], None], stop: Callable[[], bool]) -> LocalRun:
         """Build actor, replica and learner, which bear with a Redis that has to be replaced."""
-        reply_s = self._config.buffer.timeout_s + self._config.cluster.silence_timeout_s
+        reply_s = self.config.buffer.timeout_s + self.config.cluster.silence_timeout_s
+        config = self.config.changed({"buffer.timeout_s": reply_s})
         return LocalRun(
-            self._config.changed({"buffer.timeout_s": reply_s}),
-            directory=self._directory,
-            buffer=self._buffer,
-            report=report,
-            stop=stop,
+            config, directory=self.directory, buffer=self.buffer, report=report, stop=stop
         )
 
     def evaluate(
@@ -276,7 +282,7 @@ class LocalSession:
     ) -> "Future[Evaluation]":
         """Measure now."""
         pending: Future[Evaluation] = Future()
-        pending.set_result(evaluate(self._config, adapter=adapter, step=step))
+        pending.set_result(evaluate(self.config, adapter=adapter, step=step))
         return pending
 
     def close(self) -> None:

@@ -39,12 +39,11 @@ def check_before_start(
 ) -> dict[str, Any]:
     """Check all that can be known of a run before its first process; writes nothing.
 
-    Returns what the run is known by when it goes on: `cluster.run.identity`.
-
     Args:
         address: of a Ray cluster that exists; None starts one on this machine.
 
-    Raises UserError, and what the rooms raise about Redis, the models, the data and the objective.
+    Returns what the run is known by when it goes on: `cluster.run.identity`. Raises UserError, and
+    what the rooms raise about Redis, the models, the data and the objective.
     """
     directory.check(resume=resume)
     if config.buffer.kind == "memory" and not local:

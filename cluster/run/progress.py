@@ -19,16 +19,11 @@ _SHOWN_ROWS = 10
 
 
 class Progress:
-    """Rates over the last seconds, averages over the last rows, and the time that is left.
-
-    Args:
-        steps: optimizer steps of the whole run.
-        time_limit_s: of training; None for none.
-    """
+    """Rates over the last seconds, averages over the last rows, and the time that is left."""
 
     def __init__(self, steps: int, time_limit_s: float | None) -> None:
-        self._steps = steps
-        self._time_limit_s = time_limit_s
+        self._steps = steps  # of the whole run
+        self._time_limit_s = time_limit_s  # of training; None for none
         self._rows: deque[Mapping[str, float]] = deque(maxlen=_SHOWN_ROWS)
         self._marks: deque[tuple[float, float, float]] = deque()  # clock, trajectories, step
         self._began_s: float | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from buffer.memory import MemoryStore
 from buffer.stats import ReplayStats
@@ -20,27 +20,6 @@ class Run(Protocol):
         """Whether the learner has done its steps."""
 
     @property
-    def learner_status(self) -> Mapping[str, Any]:
-        """Step and version; empty before the learner has come up."""
-
-    def tick(self) -> None:
-        """Do or watch a little."""
-
-    def counts(self) -> dict[str, dict[str, int]]:
-        """Desired and actual numbers of actors and replicas."""
-
-    def actor_totals(self) -> dict[str, float]:
-        """Counters summed over all actors."""
-
-    def stop(self, timeout_s: float) -> list[str]:
-        """Stop in order; names of the parts that had to be killed."""
-
-
-@runtime_checkable
-class DistributedRun(Run, Protocol):
-    """A run of several processes: it can be scaled, and its metrics are collected."""
-
-    @property
     def settled(self) -> bool:
         """Whether all parts that are wanted run, and no others."""
 
@@ -48,11 +27,27 @@ class DistributedRun(Run, Protocol):
     def given_up(self) -> str:
         """Why parts that the last `scale` added were given up; empty if none were."""
 
+    @property
+    def learner_status(self) -> Mapping[str, Any]:
+        """Step and version; empty before the learner has come up."""
+
+    def tick(self) -> None:
+        """Do or watch a little."""
+
     def scale(self, *, actors: int | None = None, replicas: int | None = None) -> None:
         """Have these numbers from now on; raises UserError."""
 
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Desired and actual numbers of actors and replicas."""
+
+    def actor_totals(self) -> dict[str, float]:
+        """Counters summed over all actors."""
+
     def record_metrics(self, learner: Mapping[str, float], buffer: ReplayStats) -> None:
         """Hand metrics to Prometheus."""
+
+    def stop(self, timeout_s: float) -> list[str]:
+        """Stop in order; names of the parts that had to be killed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
