@@ -1,8 +1,8 @@
 """Generates the shipped arithmetic questions: `python -m seed_lm.arithmetic_files`.
 
-Training questions have three or four operands. Test questions are those that the seed LM's corpus
-holds out, so neither the base LM nor its fine-tuning has met them. Beside them stand all questions
-of two operands, whose posterior can be enumerated.
+Training questions have three or four operands. Questions to validate and to test on are those that
+the seed LM's corpus holds out, so neither the base LM nor its fine-tuning has met them. Beside them
+stand all questions of two operands, whose posterior can be enumerated.
 """
 
 import argparse
@@ -20,12 +20,13 @@ TRAINING_OPERANDS = (3, 4)
 TEST_OPERANDS = (3, 4, 5)
 NUM_DEMONSTRATIONS = 50
 NUM_QUESTIONS = 1000
-NUM_TESTS = 500  # of each number of operands
+NUM_TESTS = 500  # of each number of operands ...
+NUM_VALIDATION = 100  # ... and as many of each to make choices on
 NUM_WORKED_PAIRS = 20  # of the 200 questions of two operands
 
 
 def write_files(folder: Path, seed: int) -> None:
-    """Write demonstrations.json, questions.json and test_N.json; the same for the same seed."""
+    """Write all files; the same for the same seed."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     training = _distinct(
@@ -38,6 +39,10 @@ def write_files(folder: Path, seed: int) -> None:
     for operands in TEST_OPERANDS:
         tested = _distinct(NUM_TESTS, partial(draw_expression, operands, rng), held_out=True)
         _write(folder / f"test_{operands}.json", _unworked(tested))
+        own = random.Random(f"{seed} validation {operands}")
+        draw = partial(draw_expression, operands, own)
+        validated = _distinct(NUM_VALIDATION, draw, held_out=True, other_than=tested)
+        _write(folder / f"validation_{operands}.json", _unworked(validated))
     pairs = [
         Expression((left, right), (operator,))
         for left in range(10)
@@ -49,11 +54,18 @@ def write_files(folder: Path, seed: int) -> None:
     _write(folder / "pairs.json", _unworked(pairs[NUM_WORKED_PAIRS:]))
 
 
-def _distinct(count: int, draw: Callable[[], Expression], *, held_out: bool) -> list[Expression]:
+def _distinct(
+    count: int,
+    draw: Callable[[], Expression],
+    *,
+    held_out: bool,
+    other_than: Sequence[Expression] = (),
+) -> list[Expression]:
     found: dict[str, Expression] = {}
+    known = set(other_than)
     while len(found) < count:
         expression = draw()
-        if expression.held_out == held_out:
+        if expression.held_out == held_out and expression not in known:
             found[expression.text] = expression
     return list(found.values())
 

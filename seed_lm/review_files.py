@@ -1,8 +1,7 @@
 """Generates the shipped reviews: `python -m seed_lm.review_files`.
 
-The seed LM may have read the reviews to train on, among readers' guesses, and never those to test
-on. Labels alternate, so that a guess is right as often as a coin, in the whole and in the first 10,
-20 and 50 reviews: sets of labels are nested.
+The seed LM may have read the reviews to train on, among readers' guesses, and never those to
+validate and to test on. Labels alternate, so that a guess is right as often as a coin.
 """
 
 import argparse
@@ -16,24 +15,30 @@ from tasks.subjectivity.data import LABELS
 FOLDER = Path(__file__).parent.parent / "tasks" / "data" / "subjectivity"
 NUM_LABELS = 50
 NUM_TESTS = 300
+NUM_VALIDATION = 200
 
 
 def write_files(folder: Path, seed: int) -> None:
-    """Write train.jsonl and test.jsonl; the same for the same seed."""
+    """Write train.jsonl, test.jsonl and validation.jsonl; the same for the same seed."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, count in (("train", NUM_LABELS), ("test", NUM_TESTS)):
+    known: set[str] = set()
+    for name, count in (("train", NUM_LABELS), ("test", NUM_TESTS), ("validation", NUM_VALIDATION)):
         rng = random.Random(f"{seed} {name}")
-        lines = [_record(review) for review in _draw(count, rng, held_out=name == "test")]
+        reviews = _draw(count, rng, held_out=name != "train", other_than=known)
+        known |= {review.text for review in reviews}
+        lines = [_record(review) for review in reviews]
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _draw(count: int, rng: random.Random, *, held_out: bool) -> list[ReviewText]:
+def _draw(
+    count: int, rng: random.Random, *, held_out: bool, other_than: set[str]
+) -> list[ReviewText]:
     """Different reviews, their labels in turn."""
     drawn: dict[str, ReviewText] = {}
     while len(drawn) < count:
         review = draw_text(rng)
         wanted = LABELS[len(drawn) % len(LABELS)]
-        if (review.held_out, review.label) == (held_out, wanted):
+        if (review.held_out, review.label) == (held_out, wanted) and review.text not in other_than:
             drawn.setdefault(review.text, review)
     return list(drawn.values())
 

@@ -15,6 +15,7 @@ from pydantic import (
 
 from actors.reward_query import RewardKind
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
+from tasks.held_out import HeldOutConfig
 
 
 class Lengths(BaseModel):
@@ -42,7 +43,7 @@ class Lengths(BaseModel):
         return self
 
 
-class ArithmeticConfig(Lengths):
+class ArithmeticConfig(HeldOutConfig, Lengths):
     """The `[task]` section of a run on arithmetic with a calculator."""
 
     reward_kind: ClassVar[RewardKind] = "suffix"
@@ -50,9 +51,6 @@ class ArithmeticConfig(Lengths):
     name: Literal["arithmetic"]
     demonstrations: str = Field(min_length=1, description="JSON file: questions with rationales.")
     questions: str = Field(min_length=1, description="JSON file: questions with answers only.")
-    tests: tuple[str, ...] = Field(
-        default=(), description="JSON files to evaluate on; none: the distance to the posterior."
-    )
     demonstration_weight: float = Field(
         default=1.0, ge=0, description="Share of draws of one question with a rationale ..."
     )
@@ -94,7 +92,7 @@ class RandomNumberConfig(BaseModel):
         return self
 
 
-class _SentenceConfig(Lengths):
+class _SentenceConfig(HeldOutConfig, Lengths):
     """What tasks of one sentence share."""
 
     embedder: str | None = Field(
@@ -111,9 +109,6 @@ class InfillingConfig(_SentenceConfig):
 
     name: Literal["infilling"]
     stories: str = Field(min_length=1, description="JSON Lines or CSV: stories to train on.")
-    tests: tuple[str, ...] = Field(
-        default=(), description="... and to evaluate on; none: the distance to the posterior."
-    )
     demonstrations: int = Field(
         default=0, ge=0, description="Stories whose true middle seeds the replay buffer."
     )
@@ -131,12 +126,9 @@ class ContinuationConfig(_SentenceConfig):
         description="JSON Lines: prompts with the next sentence, which seed the replay buffer and "
         "which supervised fine-tuning imitates; None: none.",
     )
-    tests: tuple[str, ...] = Field(
-        default=(), description="... and to evaluate on; none: the distance to the posterior."
-    )
 
 
-class SubjectivityConfig(Lengths):
+class SubjectivityConfig(HeldOutConfig, Lengths):
     """The `[task]` section of a run on reasons why a review is objective or subjective."""
 
     reward_kind: ClassVar[RewardKind] = "suffix"
@@ -144,10 +136,10 @@ class SubjectivityConfig(Lengths):
     name: Literal["subjectivity"]
     reviews: str = Field(min_length=1, description="JSON Lines: labelled reviews to train on.")
     labels: int | None = Field(
-        default=None, ge=1, description="Only the first so many of them; None: all."
-    )
-    tests: tuple[str, ...] = Field(
-        default=(), description="... and to evaluate on; none: the distance to the posterior."
+        default=None,
+        ge=1,
+        description="Only so many of them, drawn by the run's seed, of either label alike; "
+        "None: all.",
     )
     max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
 

@@ -1,8 +1,9 @@
 """What a user's own task is made from: a class of settings that builds the task."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from tasks.custom_config import CustomTaskConfig
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
+from tasks.held_out import Split, check_split
 from tasks.posterior.assessment import evaluate_posterior
 from tasks.task import QuestionTask, Task, Tokenizer
 
@@ -46,7 +48,7 @@ class PlainTask:
     demonstrations: Sequence[Demonstration] = ()
     tool: Tool | None = None
     log_reward: Callable[[ScoreItem], NDArray[np.float32]] | None = None
-    test_prompts: Sequence[Prompt] = ()
+    held_out: Mapping[Split, Sequence[Sequence[Any]]] = field(default_factory=dict)  # of TestItem
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
         """Nothing is right or wrong."""
@@ -56,15 +58,19 @@ class PlainTask:
         """All that can be sampled is meant."""
         return True
 
-    def check_evaluation(self) -> None:
-        """Nothing is needed."""
+    def check_evaluation(self, split: Split = "test") -> None:
+        """Raises NothingToMeasure where only the other split holds anything."""
+        check_split(self.name, self.held_out, split)
 
     def evaluate(self, context: EvaluationContext) -> Evaluation:
-        """On the test files where there are some, else by the distance to the posterior."""
-        return self.evaluate_tests(context) if context.tests else evaluate_posterior(self, context)
+        """On what is held out where something is, else by the distance to the posterior."""
+        check_split(self.name, self.held_out, context.split)
+        if self.held_out.get(context.split):
+            return self.evaluate_held_out(context)
+        return evaluate_posterior(self, context)
 
-    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
-        """Answers to test questions are counted; a task without questions measures otherwise."""
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """Answers to questions are counted; a task without questions measures otherwise."""
         assert isinstance(self, QuestionTask), f"{type(self).__name__} cannot measure test files"
         return evaluate_answers(self, context)
 
@@ -75,7 +81,7 @@ class UnfitTask(ValueError):
 
 _MEMBERS = (
     *("name", "actions", "tool", "prompts", "demonstrations", "reward_query", "log_reward"),
-    *("verdict", "valid", "test_prompts", "check_evaluation", "evaluate"),
+    *("verdict", "valid", "held_out", "check_evaluation", "evaluate"),
 )
 
 
@@ -102,8 +108,10 @@ def _fault(config: CustomTask, task: Task) -> str:
         return "a log_reward goes with reward_kind 'function', and with no other"
     if not task.prompts:
         return "it has no prompts: give one at least"
-    if config.tests and not (isinstance(task, QuestionTask) or task.test_prompts):
-        return "it reads no test files (tasks.task.QuestionTask): leave task.tests and --data out"
+    if config.tests and not task.held_out.get("test"):
+        return "it holds out no test data (PlainTask.held_out): leave task.tests and --data out"
+    if (config.validation or config.validation_share) and not task.held_out.get("validation"):
+        return "it holds out no validation data: leave task.validation and validation_share out"
     return _prompt_fault(task.prompts, kind)
 
 

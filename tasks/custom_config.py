@@ -15,24 +15,22 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from actors.reward_query import RewardKind
+from tasks.held_out import HeldOutConfig
 
 _NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
-class CustomTaskConfig(BaseModel):
+class CustomTaskConfig(HeldOutConfig):
     """The keys of every such task; its class adds its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: str = Field(description="Module and class of the task (docs/own_task.md).")
-    tests: tuple[str, ...] = Field(
-        default=(), description="Files of test questions, of a task that can read such."
-    )
 
 
 class _NoSuchTask(ValueError):

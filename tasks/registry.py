@@ -26,13 +26,15 @@ _BUILDERS: dict[type[Any], Callable[[Any, Tokenizer], Task]] = {
     ContinuationConfig: build_continuation,
     InfillingConfig: build_infilling,
     RandomNumberConfig: build_random_number,
-    SubjectivityConfig: build_subjectivity,
     ToyConfig: build_toy,
 }
 
 
-def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
+def build_task(config: TaskConfig, tokenizer: Tokenizer, *, seed: int) -> Task:
     """The configured task, with its data loaded and its texts encoded.
+
+    Args:
+        seed: the run's, of what is drawn of the data.
 
     Raises:
         DataError: a data file is missing or malformed.
@@ -41,4 +43,6 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer) -> Task:
     """
     if isinstance(config, CustomTask):
         return build_own(config, tokenizer)
+    if isinstance(config, SubjectivityConfig):
+        return build_subjectivity(config, tokenizer, seed=seed)
     return _BUILDERS[type(config)](config, tokenizer)

@@ -1,6 +1,6 @@
 """What a task says to the rest of the system."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from lm.sampling import Tool
 from reward.request import ScoreItem
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
+from tasks.held_out import Split
 
 
 class Tokenizer(Protocol):
@@ -32,12 +33,17 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestItem:
-    """A question to evaluate on, with its true answer."""
+    """Something held out: a prompt that is measured on; subclasses add what is known of it."""
 
     __test__ = False  # for pytest, which collects classes named Test...
 
-    text: str  # X
-    prompt: tuple[int, ...]  # token ids of X
+    prompt: Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestQuestion(TestItem):
+    """A question with its true answer."""
+
     answer: int
     group: str = ""  # that it is counted in, such as a number of operands
     unseen: bool  # not in the training data, word for word
@@ -78,16 +84,16 @@ class Task(Protocol):
         ...
 
     @property
-    def test_prompts(self) -> Sequence[Prompt]:
-        """What it is measured on, where that is of the kind that is trained on."""
+    def held_out(self) -> Mapping[Split, Sequence[Sequence[TestItem]]]:
+        """Items of each split, file by file: in neither the other split nor the training data."""
         ...
 
-    def check_evaluation(self) -> None:
+    def check_evaluation(self, split: Split = "test") -> None:
         """Raise, before a run starts, where something that `evaluate` needs is not there."""
         ...
 
     def evaluate(self, context: EvaluationContext) -> Evaluation:
-        """Measure a policy: on test files where there are some, else against the posterior."""
+        """Measure a policy on `context.split`; where nothing is held out, against the posterior."""
         ...
 
 
@@ -103,7 +109,11 @@ class AnsweredTask(Task, Protocol):
 
 @runtime_checkable
 class QuestionTask(Task, Protocol):
-    """A task whose rationales lead to answers, so that answers to test questions can be counted."""
+    """A task whose rationales lead to answers, so that those to held-out TestQuestions can be
+    counted."""
+
+    @property
+    def held_out(self) -> Mapping[Split, Sequence[Sequence[TestQuestion]]]: ...
 
     @property
     def answer_actions(self) -> ActionSpace:
@@ -112,8 +122,4 @@ class QuestionTask(Task, Protocol):
 
     def parse_answer(self, text: str) -> int | None:
         """The answer in a text that the base LM wrote behind X Z; None where it is none."""
-        ...
-
-    def test_items(self, path: str) -> Sequence[TestItem]:
-        """The questions of a data file in the task's format; raises DataError."""
         ...

@@ -28,7 +28,7 @@ from tasks.evaluation.accuracy import (
     vote_metrics,
 )
 from tasks.records import DataError
-from tasks.task import TestItem, Tokenizer
+from tasks.task import TestQuestion, Tokenizer
 
 DATA = arithmetic_files.FOLDER
 GOOD = {"str_query": "Question: 6 - 0 - 4 = ? Answer:", "num_sol": 2}
@@ -267,22 +267,24 @@ class Script:
     def load(self, adapter: bytes) -> None: ...
 
 
-def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestItem:
+def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestQuestion:
     expression = parse_question(text)
-    return TestItem(
-        text=text,
-        prompt=spell(task.tokenizer, text),
+    asked = Prompt(key=text, text=text, prompt=spell(task.tokenizer, text), answer=())
+    return TestQuestion(
+        prompt=asked,
         answer=expression.value,
         group=str(len(expression.operands)),
         unseen=unseen,
     )
 
 
-def ask(task: Arithmetic, items: list[TestItem], policy: Script, answerer: Script, n: int) -> Any:
-    drawn = [policy.sample([Request(prompt=one.prompt)] * n) for one in items]
+def ask(
+    task: Arithmetic, items: list[TestQuestion], policy: Script, answerer: Script, n: int
+) -> Any:
+    drawn = [policy.sample([Request(prompt=one.prompt.prompt)] * n) for one in items]
     return vote(
         items,
-        [one.prompt for one in items],
+        [one.prompt.prompt for one in items],
         [[tuple(z.tokens.tolist()) for z in same] for same in drawn],
         answer=answerer.sample,
         decode=task.tokenizer.decode,
@@ -330,7 +332,7 @@ def test_equal_rationales_of_one_question_are_answered_once(task: Arithmetic) ->
     policy = Script(task.tokenizer, lambda text, _: " 1 + 1 = 2")
     answerer = Script(task.tokenizer, lambda text, _: ". The answer is 2.")
     voted = ask(task, questions, policy, answerer, 10)
-    assert answerer.asked == [f"{one.text} 1 + 1 = 2" for one in questions]
+    assert answerer.asked == [f"{one.prompt.text} 1 + 1 = 2" for one in questions]
     assert [one.right for one in voted] == [True, False, False]
 
 
@@ -350,10 +352,11 @@ def test_scores_are_apart_for_operands_and_for_unseen_questions(task: Arithmetic
 
 
 def test_a_test_question_of_the_training_data_is_not_unseen(
-    task: Arithmetic, tmp_path: Path
+    task: Arithmetic, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     seen, fresh = task.prompts[0].text, "Question: 0 + 0 + 0 + 0 + 0 = ? Answer:"
     records = [{"str_query": q, "num_sol": parse_question(q).value} for q in (seen, fresh)]
-    items = task.test_items(write(tmp_path / "test.json", records))
+    tests = (write(tmp_path / "test.json", records),)
+    [items] = build_arithmetic(configuration(tests=tests), tokenizer).held_out["test"]
     assert [one.unseen for one in items] == [False, True]
     assert [one.answer for one in items] == [parse_question(q).value for q in (seen, fresh)]

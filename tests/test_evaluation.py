@@ -76,7 +76,7 @@ def test_a_task_is_built_without_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     loads = Loads(monkeypatch)
     config = load_config("tasks/infilling.toml")
     context = evaluation_context(config, None)
-    assert build_task(config.task, context.language_model.tokenizer).prompts
+    assert build_task(config.task, context.language_model.tokenizer, seed=config.seed).prompts
     assert loads.count == 0
 
 

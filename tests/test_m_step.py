@@ -149,7 +149,7 @@ def loss_of(model: torch.nn.Module, task: Task, groups: Sequence[Group]) -> Tens
 
 def test_loss_and_gradient_equal_the_enumerated_expectation(config: RunConfig) -> None:
     base = load_base(config.lm)
-    task = build_task(config.task, base.tokenizer)
+    task = build_task(config.task, base.tokenizer, seed=config.seed)
     texts = texts_of(base.model, task)
     model = tuned(config, base, 0.1)
     found = loss_of(model, task, groups_of(task, texts))
@@ -175,7 +175,7 @@ class Upwards(TextLikelihood):
 def m_step(config: RunConfig, folder: Path, *, broken: str = "") -> tuple[float, float]:
     """log p(Y | X) before and after one M-step with exact posteriors; leaves the LM in a folder."""
     base = load_base(config.lm)
-    task = build_task(config.task, base.tokenizer)
+    task = build_task(config.task, base.tokenizer, seed=config.seed)
     before = log_likelihood(base.model, task)
     texts = texts_of(base.model, task)
     model = attach_adapter(base, config.lora, seed=1)
@@ -228,7 +228,7 @@ def test_rationales_are_the_policys_in_front_of_the_answers(
     config: RunConfig, tmp_path: Path
 ) -> None:
     base = load_base(config.lm)
-    task = build_task(config.task, base.tokenizer)
+    task = build_task(config.task, base.tokenizer, seed=config.seed)
     model = tuned(config, base, 0.3)
     save_adapter(model, tmp_path / "adapter", base.fingerprint)
     asked = load_config(

@@ -104,7 +104,7 @@ def test_mistakes_are_told_with_file_line_and_remedy(project: Path) -> None:
     told = mistakes("task.max_len=0")
     assert f"last_word.toml:{line}: task.word = 7: Input should be a valid string" in told
     assert f'last_word.toml:{line + 1}: task.wrod = "boat": unknown key; last_word:LastWord' in told
-    assert "has name, tests, beginnings, word, max_len" in told
+    assert "has tests, validation, validation_share, name, beginnings, word, max_len" in told
     assert "command line: task.max_len = 0: Input should be greater than or equal to 1" in told
     assert told.endswith("3 mistakes")
 
@@ -160,7 +160,7 @@ def test_a_task_that_no_run_could_work_on_is_refused(
     )
     config = load_config("last_word.toml")
     tokenizer = load_tokenizer(config.lm)
-    task = build_task(config.task, tokenizer)
+    task = build_task(config.task, tokenizer, seed=config.seed)
     assert isinstance(task, PlainTask)
     first, second = task.prompts
     query = task.reward_query
@@ -178,11 +178,11 @@ def test_a_task_that_no_run_could_work_on_is_refused(
         with monkeypatch.context() as patched:
             patched.setattr(type(config.task), "build", lambda *_, made=made: made)
             with pytest.raises(UnfitTask, match=expected) as refusal:
-                build_task(config.task, tokenizer)
+                build_task(config.task, tokenizer, seed=config.seed)
         assert "task last_word:LastWord: " in str(refusal.value)
     config = load_config("last_word.toml", ["task.tests=['x.json']"])
     with pytest.raises(UnfitTask, match=r"leave task.tests and --data out"):
-        build_task(config.task, tokenizer)
+        build_task(config.task, tokenizer, seed=config.seed)
 
 
 def test_only_what_is_not_installed_travels_to_the_workers(project: Path) -> None:
@@ -214,7 +214,8 @@ from lm.hub import load_tokenizer
 from tasks.registry import build_task
 
 def prompts(config):
-    return [prompt.text for prompt in build_task(config.task, load_tokenizer(config.lm)).prompts]
+    task = build_task(config.task, load_tokenizer(config.lm), seed=0)
+    return [prompt.text for prompt in task.prompts]
 
 for name in ("last_word:LastWord", "mine.words:LastWord"):  # a file, and a module of a package
     config = load_config("last_word.toml", ["cluster.cpus=1", f"task.name={name}"])

@@ -120,7 +120,7 @@ def test_the_shipped_settings_run_on_another_model_by_one_line(
 def test_rewards_of_these_models_are_those_of_naive_passes(task: str, folder: Path) -> None:
     config = load_config(f"tasks/paper/{task}.toml", overrides(task, folder))
     base = load_base(LMConfig(model=config.lm.model))
-    built = build_task(config.task, base.tokenizer)
+    built = build_task(config.task, base.tokenizer, seed=config.seed)
     tokens = base.tokenizer.encode(
         " 6 + 0 = 6" if task == "arithmetic" else " The captain looked at the boat"
     )

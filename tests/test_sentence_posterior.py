@@ -21,7 +21,8 @@ both_tasks = pytest.mark.parametrize(
 
 def assessed(config: RunConfig, adapter: Path | None) -> PromptReport:
     context = evaluation_context(config, adapter)
-    [found] = assess(build_task(config.task, context.language_model.tokenizer), context).prompts
+    task = build_task(config.task, context.language_model.tokenizer, seed=config.seed)
+    [found] = assess(task, context).prompts
     return found
 
 

@@ -72,7 +72,7 @@ def test_the_policy_reads_the_ending_and_the_frozen_lm_the_story_as_it_is_told(
     )
     scored = [*item.context, *item.completion, *item.answer]
     assert scored == tokenizer.encode(story.text)  # the very tokens of the plain story
-    assert task.tests[0].middle == story.middle.removesuffix(".")
+    assert task.held_out["test"][0][0].middle == story.middle.removesuffix(".")
 
 
 def test_a_sentence_holds_nothing_that_ends_one(tokenizer: PreTrainedTokenizerFast) -> None:

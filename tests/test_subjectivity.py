@@ -47,15 +47,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END_OF_TEXT)
 
 
-def build(tokenizer: PreTrainedTokenizerFast, **changes: object) -> Subjectivity:
+def build(tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **changes: object) -> Subjectivity:
     fields = {"name": "subjectivity", "reviews": TRAIN, "labels": 10, "tests": (TEST,)} | changes
-    return build_subjectivity(SubjectivityConfig.model_validate(fields), tokenizer)
+    return build_subjectivity(SubjectivityConfig.model_validate(fields), tokenizer, seed=seed)
 
 
 def test_the_policy_reads_no_label_and_the_frozen_lm_the_line_as_readers_write_it(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    task, review = build(tokenizer), load_reviews(TRAIN)[0]
+    task, review = build(tokenizer, labels=None), load_reviews(TRAIN)[0]
     prompt, z = task.prompts[0], tuple(tokenizer.encode(" about a debt"))
     asked = f'Classify this movie review as objective or subjective: "{review.text}" This review is'
     assert tokenizer.decode(list(prompt.prompt)) == asked
@@ -72,10 +72,11 @@ def test_supervised_fine_tuning_and_worked_examples_see_labels_without_reasons(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     task = build(tokenizer)
-    first = load_reviews(TRAIN)[0]
-    shown = task.answered[0]
-    text = tokenizer.decode([*shown.prompt.prompt, *shown.completion])
-    assert text.endswith(f'"{first.text}" This review is {first.label}.')
+    label_of = {review.text: review.label for review in load_reviews(TRAIN)}
+    for shown in task.answered:
+        text = tokenizer.decode([*shown.prompt.prompt, *shown.completion])
+        review = text.split('"')[1]
+        assert text.endswith(f'"{review}" This review is {label_of[review]}.')
     lines = tokenizer.decode(list(answered_examples(task, tokenizer, count=4, seed=0))).split("\n")
     assert lines.pop() == "" and len(lines) == 4
     assert all(line.endswith((" is objective.", " is subjective.")) for line in lines)
@@ -98,9 +99,28 @@ def test_shipped_sets_are_nested_balanced_and_apart_from_what_is_tested(
     assert 130 < hasty < 170
 
 
+def test_labels_are_drawn_by_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    draws = [build(tokenizer, seed=seed).prompts for seed in (0, 1, 2, 0)]
+    assert draws[0] == draws[3] and len({frozenset(one.text for one in d) for d in draws}) == 3
+    config = load_config("tasks/subjectivity.toml", ["seed=1", "task.labels=10"])
+    assert [prompt.text for prompt in load_task(config)[1].prompts] == [p.text for p in draws[1]]
+
+
+def test_an_odd_number_and_a_label_that_runs_out_are_drawn_as_even_as_can_be(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    labels = [0] * 2 + [1] * 5
+    lines = [json.dumps({"text": f"a film {n}", "label": label}) for n, label in enumerate(labels)]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    for number, objective in ((3, 2), (4, 2), (6, 2)):
+        task = build(tokenizer, reviews=str(tmp_path / "few.jsonl"), labels=number, tests=())
+        answers = [tokenizer.decode(list(prompt.answer)) for prompt in task.prompts]
+        assert (len(answers), answers.count(", so it is objective.")) == (number, objective)
+
+
 def test_the_shipped_files_are_those_that_the_command_writes(tmp_path: Path) -> None:
     write_files(tmp_path, 0)
-    for name in ("train.jsonl", "test.jsonl"):
+    for name in ("train.jsonl", "test.jsonl", "validation.jsonl"):
         assert (tmp_path / name).read_text() == (DATA / name).read_text()
 
 
@@ -108,12 +128,12 @@ def test_reviews_that_are_trained_on_are_not_tested_on(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     path = tmp_path / "test.jsonl"
-    review = load_reviews(TRAIN)[3]
-    path.write_text(json.dumps({"text": review.text, "label": 0}))
-    with pytest.raises(DataError, match=r"1 reviews of task\.tests are among task\.reviews"):
+    [text] = {p.text.split('"')[1] for p in build(tokenizer).prompts[9:]}
+    path.write_text(json.dumps({"text": text, "label": 0}))
+    with pytest.raises(DataError, match=r"1 records of task\.tests are among those of task\.rev"):
         build(tokenizer, tests=(str(path),))
     build(tokenizer, labels=3, tests=(str(path),))
-    with pytest.raises(DataError, match=r"holds 50 reviews, but task.labels asks for 51"):
+    with pytest.raises(DataError, match=r"holds 50 reviews to train on, but .* asks for 51"):
         build(tokenizer, labels=51)
 
 

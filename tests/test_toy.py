@@ -52,7 +52,7 @@ def test_the_tool_adds_letters_up() -> None:
 @pytest.mark.parametrize("change", ["task.min_len=0", "task.min_len=2", "task.tool=true"])
 def test_the_shipped_configuration_builds(change: str, shipped: LanguageModel) -> None:
     config = load_config("tasks/toy.toml", [change])
-    task = build_task(config.task, shipped.tokenizer)
+    task = build_task(config.task, shipped.tokenizer, seed=config.seed)
     assert (task.tool is not None) == (change == "task.tool=true")
     assert task.actions.min_len == (2 if change == "task.min_len=2" else 0)
     assert not isinstance(task, QuestionTask)
@@ -63,7 +63,7 @@ def test_the_shipped_configuration_builds(change: str, shipped: LanguageModel) -
 
 def test_another_tokenizer_is_refused() -> None:
     with pytest.raises(TokenizerUnfit, match="tasks/toy/model"):
-        build_task(ToyConfig(name="toy"), _WithoutLetters())
+        build_task(ToyConfig(name="toy"), _WithoutLetters(), seed=0)
 
 
 class _WithoutLetters:
@@ -84,7 +84,7 @@ class _WithoutLetters:
 def test_stop_states_can_be_made_sparse(shipped: LanguageModel) -> None:
     changes = ['task.stop_behind=["b"]', "task.stop_every=2", "task.min_len=1", "task.tool=true"]
     config = load_config("tasks/toy.toml", changes)
-    actions = build_task(config.task, shipped.tokenizer).actions
+    actions = build_task(config.task, shipped.tokenizer, seed=config.seed).actions
     letters = {text: shipped.tokenizer.encode(text)[0] for text in LETTERS}
     assert actions.stop_behind == {letters["b"]} and actions.stop_every == 2
     tokens = [letters[text] for text in "baabb"]
@@ -94,4 +94,4 @@ def test_stop_states_can_be_made_sparse(shipped: LanguageModel) -> None:
 def test_a_text_that_no_choice_ends_with_is_refused(shipped: LanguageModel) -> None:
     config = load_config("tasks/toy.toml", ['task.stop_behind=["b "]'])
     with pytest.raises(TokenizerUnfit, match=r"stop_behind: .* ends with 'b '"):
-        build_task(config.task, shipped.tokenizer)
+        build_task(config.task, shipped.tokenizer, seed=config.seed)

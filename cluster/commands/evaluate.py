@@ -78,5 +78,7 @@ def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:
             f"task {config.task.name!r} is measured by its distance to the posterior, on no files: "
             "leave --data out"
         )
-    tests = [str(locate(path).resolve()) for path in paths]
-    return config.changed({"task.tests": tests, "evaluation.split": "test"})
+    files = [str(locate(path).resolve()) for path in paths]
+    return config.changed(
+        {"task.tests": files, "task.validation": [], "evaluation.split": "test"}
+    )

@@ -28,7 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         adapter, plot = directory.adapter, directory.plots / "posterior.png"
         check_adapter(adapter)
     context = evaluation_context(config, adapter)
-    assessment = assess(build_task(config.task, context.language_model.tokenizer), context)
+    task = build_task(config.task, context.language_model.tokenizer, seed=config.seed)
+    assessment = assess(task, context)
     policy = arguments.run or _BASE
     pairs = zip(assessment.prompts, assessment.pictures, strict=True)
     pictures = [(report.title, picture) for report, picture in pairs if picture is not None]

@@ -37,7 +37,7 @@ _LOG_PROBABILITY = -1.0  # nats, of everything that a simulated model says
 
 def load_simulated_task(config: RunConfig) -> Task:
     """The real task in the real tokens of the configured LM, whose weights are never read."""
-    return build_task(config.task, load_tokenizer(config.lm))
+    return build_task(config.task, load_tokenizer(config.lm), seed=config.seed)
 
 
 class SimulatedPolicy:

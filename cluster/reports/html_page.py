@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cluster.reports.score_table import after_title, rows
+from cluster.reports.score_table import after_title, note, rows
 from cluster.run.directory import write_whole
 from tasks.evaluation.evaluation import Evaluation
 
@@ -47,6 +47,7 @@ def write_report(
         facts=facts,
         rows=rows(before, after),
         after_title=after_title(after),
+        note=note(before, after),
         examples=[(question, old.get(question), new.get(question)) for question in {**new, **old}],
         plots=plots,
         config=config,

@@ -38,7 +38,8 @@ def rows(before: Evaluation | None, after: Evaluation | None) -> list[Row]:
 
 def table(before: Evaluation | None, after: Evaluation | None) -> Table:
     """The rows for a terminal; without `before` a single column of values."""
-    drawn = Table(box=None, title_justify="left")
+    told = escape(note(before, after))
+    drawn = Table(box=None, title_justify="left", caption=told, caption_justify="left")
     if before is not None:
         drawn.title = "before training and after it"
     drawn.add_column("")
@@ -48,6 +49,11 @@ def table(before: Evaluation | None, after: Evaluation | None) -> Table:
         old = (row.before,) if before is not None else ()
         drawn.add_row(escape(row.label), row.items, *old, f"[bold]{row.after}[/bold]")
     return drawn
+
+
+def note(before: Evaluation | None, after: Evaluation | None) -> str:
+    """What must be known beside the figures; empty for nothing."""
+    return next((known.note for known in (after, before) if known is not None), "")
 
 
 def after_title(after: Evaluation | None) -> str:

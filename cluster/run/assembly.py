@@ -212,4 +212,4 @@ def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapte
 def load_task(config: RunConfig) -> tuple[LanguageModel, Task]:
     """The base LM and the task in its tokens."""
     base = load_base(config.lm)
-    return base, build_task(config.task, base.tokenizer)
+    return base, build_task(config.task, base.tokenizer, seed=config.seed)

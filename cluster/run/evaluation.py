@@ -41,7 +41,8 @@ def evaluate(
             adapter=Path(str(config.em.policy)),
             answering=SharedModel(config.changed({"lm.model": str(merged_folder(adapter))}).lm),
         )
-    found = build_task(config.task, context.language_model.tokenizer).evaluate(context)
+    task = build_task(config.task, context.language_model.tokenizer, seed=config.seed)
+    found = task.evaluate(context)
     seconds = time.monotonic() - started_s
     return found.model_copy(update={"step": step, "seconds": seconds})
 
@@ -64,6 +65,5 @@ def evaluation_context(
         temperature=config.learner.trained_temperature(step),
         seed=config.seed,
         token_budget=config.reward.token_budget,
-        tests=config.task.tests,
         progress=progress,
     )

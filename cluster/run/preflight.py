@@ -4,7 +4,7 @@ Each room raises its own errors; this calls them in order of price.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
     base = load_base(config.lm)
     check_base(config.lm, base)
     check_adaptable(base, config.lora)
-    task = build_task(config.task, base.tokenizer)
+    task = build_task(config.task, base.tokenizer, seed=config.seed)
     check_log_z(config.learner, task.actions)
     check_room(config, task)
     check_lengths(config, task, context_limit(base.model))
@@ -130,7 +130,7 @@ def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
     (`evaluation.shots`), and what a tool writes behind the last step, are not foreseen.
     """
     longest = task.actions.max_len
-    for text, length in _lengths(task, config.task.tests, config.evaluation.max_items):
+    for text, length in _lengths(task, config.evaluation.max_items):
         if (needed := longest + length) > limit:
             raise UserError(
                 f"task {task.name!r}: prompt {text[:60]!r} needs {needed} positions with a "
@@ -139,16 +139,17 @@ def check_lengths(config: RunConfig, task: Task, limit: int) -> None:
             )
 
 
-def _lengths(task: Task, tests: Sequence[str], measured: int | None) -> Iterator[tuple[str, int]]:
+def _lengths(task: Task, measured: int | None) -> Iterator[tuple[str, int]]:
     """Text of each prompt, and tokens of it and its answer as whoever reads most of it does."""
     context = len(task.reward_query.context)
-    for prompt in (*task.prompts, *task.test_prompts[:measured]):
+    files = [file[:measured] for split in task.held_out.values() for file in split]
+    held_out = [item.prompt for file in files for item in file]
+    for prompt in (*task.prompts, *held_out):
         scored = context + len(prompt.scored_prompt) + max(len(prompt.answer), 1)
         yield prompt.text, max(len(prompt.prompt), scored)
-    if isinstance(task, QuestionTask):  # which the LM answers in its own words
-        others = context + task.answer_actions.max_len
-        for item in (item for path in tests for item in task.test_items(path)[:measured]):
-            yield item.text, others + len(item.prompt)
+    if isinstance(task, QuestionTask):  # whose questions the LM answers in its own words
+        for prompt in held_out:
+            yield prompt.text, context + len(prompt.prompt) + task.answer_actions.max_len
 
 
 def check_adapter(folder: Path) -> None:

@@ -22,8 +22,9 @@ from tasks.custom import PlainTask
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
+from tasks.held_out import read_splits
 from tasks.stop_rule import narrowed
-from tasks.task import TestItem, Tokenizer
+from tasks.task import TestQuestion, Tokenizer
 
 STOP_TEXT = "."
 LONGEST_ANSWER = -9999  # no sum of a readable rationale takes more characters
@@ -52,22 +53,8 @@ class Arithmetic(PlainTask):
         match = _ANSWER.match(text)
         return None if match is None else int(match[1])
 
-    def test_items(self, path: str) -> tuple[TestItem, ...]:
-        """The questions of a file in the task's format; raises DataError."""
-        seen = {prompt.text for prompt in self.prompts}
-        return tuple(
-            TestItem(
-                text=item.expression.question,
-                prompt=spell(self.tokenizer, item.expression.question),
-                answer=item.answer,
-                group=str(len(item.expression.operands)),
-                unseen=item.expression.question not in seen,
-            )
-            for item in load_items(path)
-        )
-
-    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
-        """Answers to test questions, by number of operands."""
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """Answers to held-out questions, by number of operands."""
         return evaluate_answers(self, context, groups="operands")
 
 
@@ -81,11 +68,23 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
         )
     tool = Calculator(tokenizer)
     actions = build_actions(tokenizer, config)
+    shown = {item.expression for item in worked}
+    others = [item for item in load_items(config.questions) if item.expression not in shown]
+    splits = read_splits(config, others, load_items, lambda item: item.expression.question)
     questions = [(item, config.demonstration_weight) for item in worked]
-    questions += [(item, config.question_weight) for item in load_items(config.questions)]
+    questions += [(item, config.question_weight) for item in splits.training]
     prompts: dict[str, Prompt] = {}
     for item, weight in questions:  # a question that comes again counts where it came first
         prompts.setdefault(item.expression.text, _prompt(item, weight, tokenizer))
+
+    def test_question(item: Item) -> TestQuestion:
+        return TestQuestion(
+            prompt=_prompt(item, 1.0, tokenizer),
+            answer=item.answer,
+            group=str(len(item.expression.operands)),
+            unseen=item.expression.text not in prompts,
+        )
+
     return Arithmetic(
         name="arithmetic",
         tokenizer=tokenizer,
@@ -97,6 +96,7 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
             demonstrate(prompts[item.expression.text], item.steps or (), tokenizer, tool)
             for item in worked
         ),
+        held_out=splits.made(test_question),
         reward_query=RewardQuery(
             kind="suffix",
             stop_token=actions.stop_token,

@@ -19,7 +19,7 @@ from lm.sampling import Request
 from tasks.evaluation.context import Draw, EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric, mean_of
 from tasks.evaluation.few_shot import worked_examples
-from tasks.task import QuestionTask, TestItem
+from tasks.task import QuestionTask, TestQuestion
 
 # Low enough that the likeliest token is drawn unless the runner-up is as likely.
 GREEDY_TEMPERATURE = 1e-4
@@ -30,7 +30,7 @@ Tokens = tuple[int, ...]
 class Voted:
     """One question with its rationales and their answers."""
 
-    item: TestItem
+    item: TestQuestion
     rationales: tuple[str, ...]
     answers: tuple[int | None, ...]  # None: the text after the rationale was no answer
 
@@ -59,21 +59,17 @@ class Voted:
 def evaluate_answers(
     task: QuestionTask, context: EvaluationContext, *, groups: str = ""
 ) -> Evaluation:
-    """Vote on the items of the task's test files, and count by their groups.
+    """Vote on the held-out questions of a task, and count by their groups.
 
     Args:
         groups: what the items' groups are numbers of.
 
     Raises:
         FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
-        DataError: a test file is malformed.
-        NothingToMeasure: the files hold no question.
     """
     settings, tokenizer = context.settings, context.language_model.tokenizer
-    files = [task.test_items(path)[: settings.max_items] for path in context.tests]
-    items = [item for file in files for item in file]
-    context.require(items, task.name)
-    few = [item for file in files for item in file[: settings.diversity_items]]
+    items = context.items(task.held_out)
+    few = context.items(task.held_out, at_most=settings.diversity_items)
     shots: Tokens = ()
     if context.shots:
         shots = worked_examples(task, tokenizer, count=context.shots, seed=context.seed)
@@ -86,8 +82,8 @@ def evaluate_answers(
         )
         return [[tuple(z.tokens.tolist()) for z in same] for same in drawn]
 
-    asked = [(*shots, *item.prompt) for item in items]
-    asked_few = [(*shots, *item.prompt) for item in few]
+    asked = [(*shots, *item.prompt.prompt) for item in items]
+    asked_few = [(*shots, *item.prompt.prompt) for item in few]
     drawn = [*draw(asked, settings.temperature), *draw(asked_few, 1.0)]
     context.progress(f"answering behind {sum(map(len, drawn))} rationales")
     voted = vote(
@@ -111,7 +107,7 @@ def evaluate_answers(
 
 
 def vote(
-    items: Sequence[TestItem],
+    items: Sequence[TestQuestion],
     asked: Sequence[Tokens],
     rationales: Sequence[Sequence[Tokens]],
     *,
@@ -207,7 +203,7 @@ def _examples(voted: Sequence[Voted], count: int) -> Iterator[Example]:
     share = -(-count // max(len(groups), 1))
     for one in (one for same in groups.values() for one in same[:share]):
         yield Example(
-            question=one.item.text,
+            question=one.item.prompt.text,
             rationale=one.rationales[0],
             answer="" if one.answer is None else str(one.answer),
             truth=str(one.item.answer),

@@ -1,9 +1,10 @@
 """What a task is given to measure a policy with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -12,14 +13,12 @@ from lm.model import CausalLM
 from lm.sampling import Completion, Request, Sampler, Tool
 from lm.shared import SharedModel
 from tasks.evaluation.config import EvaluationConfig
+from tasks.held_out import Split
 from tasks.posterior.config import PosteriorConfig
 
 # One completion for each request, in order.
 Draw = Callable[[Sequence[Request]], list[Completion]]
-
-
-class NothingToMeasure(ValueError):
-    """Test files that leave nothing to measure on."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class EvaluationContext:
     temperature: float  # T: the posterior is proportional to R^(1/T)
     seed: int  # of worked examples, and of draws that are compared with the posterior
     token_budget: int  # of a padded micro-batch that the frozen LM scores
-    tests: Sequence[str]  # files to measure on; none: by the distance to the posterior
+    split: Split = "test"  # of the held-out data: choices are made on the validation split
     progress: Callable[[str], None] = lambda stage: None  # is told what is being done
 
     @property
@@ -85,10 +84,9 @@ class EvaluationContext:
         sampler = Sampler(model, actions, tool, max_rows=self.settings.max_rows)
         return partial(sampler.sample, generator=generator)
 
-    def require(self, items: Sequence[object], task: str) -> None:
-        """Raise NothingToMeasure for no items."""
-        if not items:
-            raise NothingToMeasure(
-                f"task {task!r}: the test files {', '.join(self.tests)} hold nothing to measure "
-                "on: give others as task.tests"
-            )
+    def items(
+        self, held_out: Mapping[Split, Sequence[Sequence[Item]]], *, at_most: int | None = None
+    ) -> list[Item]:
+        """Those of the split: `evaluation.max_items` of each file, and `at_most` so many."""
+        files = [file[: self.settings.max_items] for file in held_out.get(self.split, ())]
+        return [item for file in files for item in file[:at_most]]

@@ -6,7 +6,6 @@ is 0 there, while the reward still asks the LM how likely the full stop is.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,10 +16,11 @@ from tasks.config import ContinuationConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Metric
+from tasks.held_out import Split, read_splits
 from tasks.sentences.actions import demonstrate, sentence_actions
 from tasks.sentences.evaluation import likeness_of, sentence_metrics, write_sentences
 from tasks.sentences.prompt_files import load_continued, load_prompts
-from tasks.task import Tokenizer
+from tasks.task import TestItem, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,15 @@ class Continuation(PlainTask):
 
     embedder: str | None = None  # of sentences that are compared; None: by words
 
-    def check_evaluation(self) -> None:
-        """Raises ModelNotFound where the encoder of sentences is not there."""
-        if self.test_prompts:
+    def check_evaluation(self, split: Split = "test") -> None:
+        """Raises ModelNotFound, too, where the encoder of sentences is not there."""
+        super().check_evaluation(split)
+        if self.held_out[split]:
             likeness_of(self.embedder)
 
-    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
-        """Next sentences of the test prompts: how likely, and how different."""
-        prompts = self.test_prompts[: context.settings.max_items]
-        context.require(prompts, self.name)
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """Next sentences of held-out prompts: how likely, and how different."""
+        prompts = [item.prompt for item in context.items(self.held_out)]
         written = write_sentences(self, context, prompts)
         log_r = [[sentence.log_reward for sentence in group] for group in written]
 
@@ -58,27 +58,24 @@ def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Cont
     """Load the prompts and encode them; raises DataError, TokenizerUnfit."""
     actions = sentence_actions(tokenizer, config)
     pairs = () if config.demonstrations is None else load_continued(config.demonstrations)
+    splits = read_splits(config, load_prompts(config.data), load_prompts, str)
+    validated = {text for file in splits.held_out["validation"] for text in file}
+    told = dict.fromkeys(pair for pair in pairs if pair[0] not in validated)
     return Continuation(
         name="continuation",
         embedder=config.embedder,
         actions=actions,
-        prompts=_distinct(load_prompts(config.data), tokenizer),
-        test_prompts=_distinct(
-            [text for path in config.tests for text in load_prompts(path)], tokenizer
-        ),
+        prompts=tuple(_prompt(text, tokenizer) for text in dict.fromkeys(splits.training)),
+        held_out=splits.made(lambda text: TestItem(prompt=_prompt(text, tokenizer))),
         demonstrations=tuple(
             demonstration
-            for text, sentence in dict.fromkeys(pairs)
+            for text, sentence in told
             if (
                 demonstration := demonstrate(_prompt(text, tokenizer), sentence, actions, tokenizer)
             )
         ),
         reward_query=RewardQuery(kind="stop", stop_token=actions.stop_token),
     )
-
-
-def _distinct(texts: Sequence[str], tokenizer: Tokenizer) -> tuple[Prompt, ...]:
-    return tuple(_prompt(text, tokenizer) for text in dict.fromkeys(texts))
 
 
 def _prompt(text: str, tokenizer: Tokenizer) -> Prompt:

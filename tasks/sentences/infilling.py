@@ -6,7 +6,7 @@ stop, the first token of Y.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from tasks.config import InfillingConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
+from tasks.held_out import Split, read_splits
 from tasks.sentences.actions import STOP_TEXT, demonstrate, sentence_actions
 from tasks.sentences.evaluation import (
     Sentence,
@@ -26,34 +27,34 @@ from tasks.sentences.evaluation import (
 )
 from tasks.sentences.metrics import Likeness, bleu4, gleu4
 from tasks.sentences.story_files import Story, load_stories
-from tasks.task import Tokenizer
+from tasks.task import TestItem, Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StoryItem:
-    """A story to evaluate on: what is asked, and its true middle without the full stop."""
+class StoryItem(TestItem):
+    """A story to evaluate on, with its true middle."""
 
-    prompt: Prompt
-    middle: str
+    middle: str  # without the full stop
     ending: str
+    met: bool  # the middle is one of a training story too, word for word
 
 
 @dataclass(frozen=True, kw_only=True)
 class Infilling(PlainTask):
     """See tasks.task.Task. Many middles are right; those of test stories are known."""
 
-    tests: tuple[StoryItem, ...] = ()
+    held_out: Mapping[Split, Sequence[Sequence[StoryItem]]]
     embedder: str | None = None  # of sentences that are compared; None: by words
 
-    def check_evaluation(self) -> None:
-        """Raises ModelNotFound where the encoder of sentences is not there."""
-        if self.tests:
+    def check_evaluation(self, split: Split = "test") -> None:
+        """Raises ModelNotFound, too, where the encoder of sentences is not there."""
+        super().check_evaluation(split)
+        if self.held_out[split]:
             likeness_of(self.embedder)
 
-    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
-        """Middles of the test stories against the true ones."""
-        items = self.tests[: context.settings.max_items]
-        context.require(items, self.name)
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """Middles of held-out stories against the true ones."""
+        items = context.items(self.held_out)
         prompts = [item.prompt for item in items]
         written = write_sentences(self, context, prompts)
         likeness = likeness_of(self.embedder)
@@ -62,6 +63,8 @@ class Infilling(PlainTask):
             task=self.name,
             temperature=context.temperature,
             metrics={**_truth_metrics(items, written, likeness), **shared},
+            note=f"{sum(item.met for item in items)} of the {len(items)} true sentences stand word "
+            "for word in training stories too.",
             examples=tuple(
                 Example(
                     question=item.prompt.text,
@@ -107,18 +110,11 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
     """Load the stories and encode them; raises DataError, TokenizerUnfit."""
     actions = sentence_actions(tokenizer, config)
     told: dict[str, tuple[Prompt, Story]] = {}
-    for story in load_stories(config.stories):
+    splits = read_splits(config, load_stories(config.stories), load_stories, _asked)
+    for story in splits.training:
         prompt = prompt_of(story, tokenizer)
         told.setdefault(prompt.key, (prompt, story))
-    tests = tuple(
-        StoryItem(
-            prompt=prompt_of(story, tokenizer),
-            middle=story.middle.removesuffix(STOP_TEXT),
-            ending=story.ending,
-        )
-        for path in config.tests
-        for story in load_stories(path)
-    )
+    middles = {story.middle for _, story in told.values()}
     return Infilling(
         name="infilling",
         embedder=config.embedder,
@@ -129,8 +125,14 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
             for prompt, story in list(told.values())[: config.demonstrations]
             if (demonstration := demonstrate(prompt, story.middle, actions, tokenizer)) is not None
         ),
-        tests=tests,
-        test_prompts=tuple(item.prompt for item in tests),
+        held_out=splits.made(
+            lambda story: StoryItem(
+                prompt=prompt_of(story, tokenizer),
+                middle=story.middle.removesuffix(STOP_TEXT),
+                ending=story.ending,
+                met=story.middle in middles,
+            )
+        ),
         reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),
     )
 
@@ -140,9 +142,13 @@ def exercise_prompt(beginning: str, ending: str) -> str:
     return f"Beginning: {beginning}\nEnding: {ending}\nMiddle:"
 
 
+def _asked(story: Story) -> str:
+    return exercise_prompt(story.beginning, story.ending)
+
+
 def prompt_of(story: Story, tokenizer: Tokenizer) -> Prompt:
     """The policy reads beginning and ending, the frozen LM the beginning alone."""
-    shown = exercise_prompt(story.beginning, story.ending)
+    shown = _asked(story)
     ending = f"{STOP_TEXT} {story.ending}"
     scored, answer = spell(tokenizer, story.beginning), spell_after(tokenizer, ANY_WORD, ending)
     middle = spell_after(tokenizer, story.beginning, ANY_WORD)

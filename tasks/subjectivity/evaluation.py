@@ -7,14 +7,13 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.prompts import Prompt
 from lm.model import CausalLM
 from lm.next_action import next_logits
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.evaluation.few_shot import answered_examples
 from tasks.subjectivity.data import LABELS, Label, LabelledReview
-from tasks.task import AnsweredTask
+from tasks.task import AnsweredTask, TestItem
 
 Tokens = tuple[int, ...]
 # Texts whose answers are scored together: bounds memory, as each has logits of the vocabulary.
@@ -22,10 +21,9 @@ _TEXTS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReviewItem:
+class ReviewItem(TestItem):
     """A review to evaluate on, with its true label."""
 
-    prompt: Prompt
     review: LabelledReview
 
 
@@ -37,7 +35,7 @@ def evaluate_labels(
     answers: Mapping[Label, Tokens],
     bare_answers: Mapping[Label, Tokens],
 ) -> Evaluation:
-    """Labels of test reviews, against the true ones.
+    """Labels of held-out reviews, against the true ones.
 
     For each review `evaluation.samples` reasons Z are drawn of the policy; the frozen LM, or the
     one that an M-step left, says how likely either label is behind each, and the label of the
@@ -48,10 +46,8 @@ def evaluate_labels(
         answers: Y behind a reason.
         bare_answers: ... and without one.
 
-    Raises FileNotFoundError, AdapterMismatch, NothingToMeasure, TooFewDemonstrations.
+    Raises FileNotFoundError, AdapterMismatch, TooFewDemonstrations.
     """
-    items = items[: context.settings.max_items]
-    context.require(items, task.name)
     answering = context.answering or context.language_model
     shots: Tokens = ()
     if context.shots:

@@ -10,8 +10,10 @@ supervised fine-tuning and worked examples show.
 """
 
 import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
@@ -21,6 +23,7 @@ from tasks.config import SubjectivityConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
+from tasks.held_out import Split, check_apart, read_splits
 from tasks.records import DataError
 from tasks.sentences.actions import sentence_actions
 from tasks.subjectivity.data import (
@@ -36,7 +39,6 @@ from tasks.subjectivity.evaluation import ReviewItem, Tokens, evaluate_labels
 from tasks.task import Tokenizer
 
 _STOP = ","
-_SHOWN = 3  # reviews that an error quotes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +46,26 @@ class Subjectivity(PlainTask):
     """See tasks.task.Task and tasks.task.AnsweredTask. Nobody gives reasons, and many are right."""
 
     answered: tuple[Demonstration, ...]
-    tests: tuple[ReviewItem, ...]
+    held_out: Mapping[Split, Sequence[Sequence[ReviewItem]]]
     answers: Mapping[Label, Tokens]  # Y behind a reason
     bare_answers: Mapping[Label, Tokens]  # ... and without one
 
-    def evaluate_tests(self, context: EvaluationContext) -> Evaluation:
-        """Labels of the test reviews."""
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """Labels of the held-out reviews."""
+        items = context.items(self.held_out)
         return evaluate_labels(
-            self, context, self.tests, answers=self.answers, bare_answers=self.bare_answers
+            self, context, items, answers=self.answers, bare_answers=self.bare_answers
         )
 
 
-def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subjectivity:
-    """Load the reviews and encode them; raises DataError, TokenizerUnfit."""
+def build_subjectivity(
+    config: SubjectivityConfig, tokenizer: Tokenizer, *, seed: int
+) -> Subjectivity:
+    """Load the reviews and encode them; raises DataError, TokenizerUnfit.
+
+    Args:
+        seed: of the draw of `task.labels` reviews.
+    """
     actions = sentence_actions(tokenizer, config, stop_text=_STOP)
     answers = {label: spell_after(tokenizer, ANY_WORD, answer_text(label)) for label in LABELS}
     bare_answers = {
@@ -78,10 +87,11 @@ def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subj
             answer=answer,
         )
 
-    labelled = _labelled(config)
-    tests = [review for path in config.tests for review in load_reviews(path)]
-    _check_unseen(labelled, tests)
-    items = tuple(ReviewItem(prompt=prompt_of(review), review=review) for review in tests)
+    splits = read_splits(config, load_reviews(config.reviews), load_reviews, _text)
+    labelled = _labelled(config, splits.training, seed)
+    for split, files in splits.held_out.items():
+        key = "task.tests" if split == "test" else "task.validation"
+        check_apart(key, files, "task.reviews", (labelled,), _text)
     prompts = {prompt_of(review): review for review in labelled}
     return Subjectivity(
         name="subjectivity",
@@ -92,29 +102,31 @@ def build_subjectivity(config: SubjectivityConfig, tokenizer: Tokenizer) -> Subj
             for prompt, review in prompts.items()
             if (bare := bare_answers[review.label])
         ),
-        tests=items,
-        test_prompts=tuple(item.prompt for item in items),
+        held_out=splits.made(lambda one: ReviewItem(prompt=prompt_of(one), review=one)),
         answers=answers,
         bare_answers=bare_answers,
         reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),
     )
 
 
-def _labelled(config: SubjectivityConfig) -> tuple[LabelledReview, ...]:
-    reviews = load_reviews(config.reviews)
-    if config.labels is not None and config.labels > len(reviews):
-        raise DataError(
-            f"{config.reviews}: holds {len(reviews)} reviews, but task.labels asks for "
-            f"{config.labels}: ask for fewer, or give more"
-        )
-    return reviews[: config.labels]
+def _text(review: LabelledReview) -> str:
+    return review.text
 
 
-def _check_unseen(labelled: Sequence[LabelledReview], tests: Sequence[LabelledReview]) -> None:
-    """Raise DataError for reviews that would be tested on and trained on."""
-    trained = {review.text for review in labelled}
-    if leaked := sorted({review.text for review in tests} & trained):
+def _labelled(
+    config: SubjectivityConfig, reviews: tuple[LabelledReview, ...], seed: int
+) -> tuple[LabelledReview, ...]:
+    """Those that are trained on: of a draw, labels in turn as long as there are both; the draws of
+    a seed are nested."""
+    number = config.labels
+    if number is None:
+        return reviews
+    if number > len(reviews):
         raise DataError(
-            f"{len(leaked)} reviews of task.tests are among task.reviews too, and would count as "
-            f"learned by heart; take them out of one: {leaked[:_SHOWN]}"
+            f"{config.reviews}: holds {len(reviews)} reviews to train on, but task.labels asks for "
+            f"{number}: ask for fewer, or give more"
         )
+    rng = random.Random(f"{seed} labels")
+    shuffled = rng.sample(reviews, len(reviews))
+    in_turn = zip_longest(*([one for one in shuffled if one.label == each] for each in LABELS))
+    return tuple(one for pair in in_turn for one in pair if one is not None)[:number]
