@@ -116,7 +116,8 @@ def test_plain_generate_draws_from_the_policy(min_len: int) -> None:
     main(["export", "--run", "mine", "--to", "out", "--merge"])
     model = AutoModelForCausalLM.from_pretrained("out").eval()
     tokenizer = AutoTokenizer.from_pretrained("out")
-    task = build_task(load_config("runs/mine/config.toml").task, tokenizer)
+    config = load_config("runs/mine/config.toml")
+    task = build_task(config.task, tokenizer, seed=config.seed)
     prompt, stop = task.prompts[0].prompt, task.actions.stop_token
     torch.manual_seed(1)
     drawn = model.generate(

@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.push:
         check_push(arguments.push)
     config = load_config(str(run.config_file))
-    task = build_task(config.task, load_tokenizer(config.lm))
+    task = build_task(config.task, load_tokenizer(config.lm), seed=config.seed)
     texts, state = learns_texts(config, task), run.state()
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     card = model_card(
