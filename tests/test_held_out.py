@@ -62,7 +62,8 @@ def test_a_policy_is_measured_on_the_split_that_is_asked_for(name: str) -> None:
     task = task_of(name)
     metrics = []
     for split in SPLITS:
-        found = task.evaluate(replace(context, split=split))
+        settings = context.settings.model_copy(update={"split": split})
+        found = task.evaluate(replace(context, settings=settings))
         firsts = [file[0].prompt.text for file in task.held_out[split]]
         for example, text in zip(found.examples, firsts, strict=name != "continuation"):
             assert example.question in text
@@ -76,9 +77,9 @@ def test_choices_on_test_data_are_refused_with_a_remedy(name: str) -> None:
     task.check_evaluation("test")
     with pytest.raises(NothingToMeasure, match=r"name files as task\.validation, or hold a tenth"):
         task.check_evaluation("validation")
-    context = evaluation_context(load_config(f"tasks/{name}.toml"), None)
+    config = load_config(f"tasks/{name}.toml", ["evaluation.split=validation"])
     with pytest.raises(NothingToMeasure):
-        task.evaluate(replace(context, split="validation"))
+        task.evaluate(evaluation_context(config, None))
 
 
 @pytest.mark.parametrize("name", ["toy", "random_number", "two_operands"])

@@ -79,6 +79,4 @@ def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:
             "leave --data out"
         )
     files = [str(locate(path).resolve()) for path in paths]
-    return config.changed(
-        {"task.tests": files, "task.validation": [], "evaluation.split": "test"}
-    )
+    return config.changed({"task.tests": files, "task.validation": [], "evaluation.split": "test"})

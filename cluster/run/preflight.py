@@ -109,7 +109,7 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
         policy = Path(str(config.em.policy))
         check_adapter(policy)
         load_adapter(base, policy)
-    task.check_evaluation()
+    task.check_evaluation(config.evaluation.split)
     return identity_of(config, base, task)
 
 

@@ -4,13 +4,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tasks.held_out import Split
+
 
 class EvaluationConfig(BaseModel):
     """The `[evaluation]` section: how answers are drawn before training and after it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    split: Literal["validation", "test"] = Field(
+    split: Split = Field(
         default="test", description="Held-out data to measure on: choices are made on validation."
     )
     samples: int = Field(default=10, ge=1, description="Answers per item; the commonest counts.")

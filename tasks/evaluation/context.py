@@ -34,8 +34,12 @@ class EvaluationContext:
     temperature: float  # T: the posterior is proportional to R^(1/T)
     seed: int  # of worked examples, and of draws that are compared with the posterior
     token_budget: int  # of a padded micro-batch that the frozen LM scores
-    split: Split = "test"  # of the held-out data: choices are made on the validation split
     progress: Callable[[str], None] = lambda stage: None  # is told what is being done
+
+    @property
+    def split(self) -> Split:
+        """Of the held-out data: choices are made on the validation split."""
+        return self.settings.split
 
     @property
     def shots(self) -> int:

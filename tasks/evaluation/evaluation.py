@@ -84,7 +84,6 @@ class Evaluation(BaseModel):
     metrics: dict[str, Metric] = Field(description="By a short name that scripts can use.")
     note: str = Field(default="", description="What must be known beside the figures.")
     examples: tuple[Example, ...] = ()
-    note: str = Field(default="", description="What must be known beside the figures.")
 
     def value(self, name: str) -> float | None:
         """Of a metric; None where it was not measured."""
