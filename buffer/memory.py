@@ -162,6 +162,12 @@ class MemoryStore:
             self._state.meta["groups_quarantined"] += 1
             self._keep_evidence(f"group:{number}", payload)
 
+    def newest_group(self) -> bytes | None:
+        with self._lock:
+            fresh = self._state.fresh
+            newest = max(fresh, key=lambda number: (fresh[number], number), default=None)
+            return None if newest is None else self._state.groups[newest]
+
     def depth(self) -> int:
         with self._lock:
             return len(self._state.fresh) - len(self._state.draws)

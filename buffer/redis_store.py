@@ -112,6 +112,10 @@ class RedisStore:
     def quarantine_group(self, number: int, payload: bytes) -> None:
         self.call("quarantine", "group", f"{number:016d}", payload, KEPT_EVIDENCE)
 
+    def newest_group(self) -> bytes | None:
+        numbers: list[bytes] = self.read("ZREVRANGE", "fresh", 0, 0)
+        return self.read("HGET", "groups", numbers[0].decode()) if numbers else None
+
     def depth(self) -> int:
         return int(self.read("ZCARD", "undrawn"))
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from buffer.audit import Audit, audit_contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats
 from buffer.store import Reader, Store
-from buffer.trajectory import Trajectory
+from buffer.trajectory import MalformedTrajectory, Trajectory, unpack_group
 from buffer.writer import AddReport, accept, total
 
 log_warning = logging.getLogger("buffer").warning
@@ -126,6 +127,23 @@ class ReplayBuffer:
         """Take drawn trajectories out of replay for good; they count as quarantined."""
         for trajectory in trajectories:
             self._store.quarantine_item(trajectory.id, trajectory.prompt_key)
+
+    def newest(self) -> Sequence[Trajectory]:
+        """Trajectories of one prompt, to look at: the freshest group that waits for the learner.
+
+        Where none waits, what replay holds of some prompt, the newest first; none before there is
+        anything.
+        """
+        payload = self._store.newest_group()
+        if payload is not None:
+            with suppress(MalformedTrajectory):  # whoever draws it puts it into quarantine
+                return unpack_group(payload)
+        prompts = self._store.prompts()
+        if not prompts:
+            return ()
+        chosen = prompts[np.random.default_rng().integers(len(prompts))]
+        stored = self._reader.trajectories(chosen)
+        return sorted(stored, key=lambda trajectory: trajectory.created_s, reverse=True)
 
     def depth(self) -> int:
         """Fresh groups that the learner has not drawn yet: what actors pace on."""

@@ -99,6 +99,9 @@ class Store(Protocol):
     def quarantine_group(self, number: int, payload: bytes) -> None:
         """Take a drawn group out of the way, and keep its bytes as evidence."""
 
+    def newest_group(self) -> bytes | None:
+        """Payload of the freshest group, which goes on waiting; None where none waits."""
+
     def depth(self) -> int:
         """Fresh groups that were never drawn."""
 

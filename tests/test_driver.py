@@ -28,6 +28,7 @@ NOTHING = ReplayStats(
 )
 
 BUFFER: Any = SimpleNamespace(revived=lambda: "", stats=lambda: NOTHING)
+NOBODY: Any = SimpleNamespace(row=lambda row: None, scores=lambda scores: None)
 
 
 class Endless:
@@ -103,6 +104,7 @@ def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
         session,
         terminal,
         BUFFER,
+        NOBODY,
     )
     assert driver.drive() == Scores(before=before)
     state = directory.state()
@@ -158,6 +160,7 @@ def test_a_run_that_its_time_limit_ended_says_so(tmp_path: Path) -> None:
         Session(),
         terminal,
         BUFFER,
+        NOBODY,
     ).drive()
     state = directory.state()
     assert state is not None and (state.phase, state.ended) == ("out of time", True)
@@ -179,6 +182,7 @@ def test_a_measurement_of_an_earlier_step_is_not_shown_beside_a_later_policy(
             EndlessSession(),
             terminal,
             BUFFER,
+            NOBODY,
         )
         driver.request_stop()
         assert driver.drive() == Scores(before=BASE, after=after if kept else None)

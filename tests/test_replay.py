@@ -133,6 +133,26 @@ def test_the_freshest_version_is_drawn_first_and_the_old_expire(make_store: Make
     assert buffer.depth() == 0
 
 
+def test_the_newest_group_can_be_looked_at_and_goes_on_waiting(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
+    assert buffer.newest() == ()
+    for version, actor in ((1, "a"), (2, "b"), (2, "c"), (0, "d")):
+        buffer.add([toy_trajectory((version, 2), actor=actor, policy_version=version)])
+    (seen,) = buffer.newest()
+    assert (seen.actor, seen.policy_version) == ("c", 2)
+    before = buffer.stats()
+    buffer.newest()
+    assert buffer.stats() == before and buffer.depth() == 4
+
+
+def test_where_no_group_waits_the_newest_of_a_prompt_are_looked_at(make_store: MakeStore) -> None:
+    buffer = new_buffer(make_store)
+    late = toy_trajectory((1, 2), log_reward=-9.0, created_s=3.0)
+    early = toy_trajectory((8, 9, 10), created_s=2.0)
+    buffer.seed([late, early])
+    assert [seen.id for seen in buffer.newest()] == [late.id, early.id]
+
+
 def test_the_same_group_sent_twice_counts_once(make_store: MakeStore) -> None:
     buffer = new_buffer(make_store)
     group = [toy_trajectory((1,)), toy_trajectory((2, 2))]

@@ -14,6 +14,8 @@ from cluster.config.schema import RunConfig
 from cluster.distributed.ray_cluster import join_cluster, living_nodes, may_grow, namespace_of
 from cluster.distributed.session import RaySession
 from cluster.reports.run_report import conclude, show_conclusion
+from cluster.reports.trackers import check_trackers
+from cluster.reports.tracking import Tracking
 from cluster.run.directory import RunDirectory, new_name, write_whole
 from cluster.run.driver import Driver
 from cluster.run.identity import keep_identity
@@ -70,9 +72,10 @@ def train(
         console: where progress is shown.
 
     Raises:
-        what `check_before_start` and `Driver.drive` raise.
+        what `check_trackers`, `check_before_start` and `Driver.drive` raise.
     """
     address = None if local else config.cluster.ray_address(address)
+    check_trackers(config.tracking.trackers)
     identity = check_before_start(config, directory, resume=resume, address=address, local=local)
     if address is not None:
         config = join_cluster(config, address, namespace_of(directory.name))
@@ -84,13 +87,17 @@ def train(
         write_whole(directory.config_file, resolved_toml(config))
         if before is not None and not directory.scores_file.exists():
             write_whole(directory.scores_file, Scores(before=before).model_dump_json(indent=2))
-        with Terminal(console=console) as terminal, buffer_server(config, directory) as buffer:
+        with (
+            Terminal(console=console) as terminal,
+            buffer_server(config, directory) as buffer,
+            Tracking(config, directory, buffer.newest, terminal.event) as tracking,
+        ):
             session: Session = (
                 LocalSession(config, directory, buffer.address)
                 if local
                 else RaySession(config, directory, buffer.address, address=address)
             )
-            driver = Driver(config, directory, session, terminal, buffer)
+            driver = Driver(config, directory, session, terminal, buffer, tracking)
             with stop_on_signal(driver.request_stop):
                 scores = driver.drive()
         conclude(config, directory, scores)

@@ -12,6 +12,7 @@ from actors.config import ActorConfig
 from buffer.config import BufferConfig
 from cluster.config.experiments import CompareConfig, EMConfig, ThroughputConfig
 from cluster.config.placement import ClusterConfig
+from cluster.config.tracking import TrackingConfig
 from cluster.config.validation import Section, set_key, validated
 from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
@@ -35,6 +36,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     posterior: PosteriorConfig = PosteriorConfig()
+    tracking: TrackingConfig = TrackingConfig()
     compare: CompareConfig = CompareConfig()
     em: EMConfig = EMConfig()
     throughput: ThroughputConfig = ThroughputConfig()

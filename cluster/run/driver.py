@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from pydantic import ValidationError
 
@@ -29,6 +30,16 @@ _TICK_S = 0.1
 _STATE_EVERY_S = 1.0
 
 
+class Audience(Protocol):
+    """Who is told a run's figures besides its own folder; nothing that it does holds the run up."""
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """A row of `metrics.jsonl`, once it is written."""
+
+    def scores(self, scores: Scores) -> None:
+        """What has been measured so far, whenever there is more of it."""
+
+
 class Driver:
     """Drives a run from `open` to the last word in `state.json`."""
 
@@ -39,12 +50,14 @@ class Driver:
         session: Session,
         terminal: Terminal,
         buffer: RunBuffer,
+        audience: Audience,
     ) -> None:
         self._config = config
         self._directory = directory
         self._session = session
         self._terminal = terminal
         self._buffer = buffer
+        self._audience = audience
         self._state = first_state(directory.name, steps=config.learner.steps)
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
@@ -217,6 +230,7 @@ class Driver:
     def _keep(self, **measured: Evaluation | None) -> None:
         self._scores = self._scores.model_copy(update=measured)
         write_whole(self._directory.scores_file, self._scores.model_dump_json(indent=2))
+        self._audience.scores(self._scores)
 
     def _enter(self, phase: RunPhase, *, message: str = "") -> None:
         self._change(at_once=True, phase=phase, message=message or self._state.message)
@@ -254,7 +268,7 @@ class Driver:
         try:
             while self._unwritten:
                 log.write(self._unwritten[0])
-                self._unwritten.pop(0)
+                self._audience.row(self._unwritten.pop(0))
         except OSError as error:
             self._bear_with(error)
         else:

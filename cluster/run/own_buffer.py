@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 
 from buffer.connection import BufferUnreachable, redacted
@@ -11,6 +11,7 @@ from buffer.folder import configured_password
 from buffer.memory import MemoryStore
 from buffer.server import RedisServer, ServerFailed
 from buffer.stats import ReplayStats
+from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
 from cluster.run.assembly import build_buffer
 from cluster.run.awake import awake_s
@@ -84,6 +85,10 @@ class OwnBuffer:
         self._wanted.set()
         self._answered.wait(_STATS_S)
         return self._stats
+
+    def newest(self) -> Sequence[Trajectory]:
+        """See `ReplayBuffer.newest`."""
+        return self._replay.newest()
 
     def close(self) -> None:
         """End the server in order; its files stay."""
@@ -173,7 +178,8 @@ class MemoryBuffer:
 
     def __init__(self, config: RunConfig) -> None:
         self.address = BufferAddress(memory=MemoryStore())
-        self.stats = build_buffer(config, run="", place=self.address).stats
+        replay = build_buffer(config, run="", place=self.address)
+        self.stats, self.newest = replay.stats, replay.newest
 
     def revived(self) -> str:
         """It never is."""
