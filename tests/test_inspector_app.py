@@ -22,6 +22,7 @@ from buffer.connection import connect
 from buffer.endpoint import free_port
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
+from cluster.config.project import UserError
 from cluster.inspector.access import COOKIE, is_loopback, keep_token
 from cluster.inspector.app import build_app
 from cluster.inspector.catalogue import Catalogue, Listing
@@ -31,13 +32,12 @@ from cluster.inspector.rows import Row
 from cluster.inspector.serve import (
     HOST,
     InspectorGone,
-    InspectorNotStarted,
     Place,
     answers,
     prefix,
     served_here,
 )
-from cluster.inspector.sources import Sources, Target
+from cluster.inspector.sources import Target
 from cluster.run.directory import RunDirectory
 from tests.inspector_toy import (
     HOSTILE,
@@ -68,7 +68,7 @@ def application(directory: RunDirectory, server: RedisServer) -> FastAPI:
     """As it is mounted when it is served."""
     target = target_of(directory, server)
     outer = FastAPI()
-    outer.mount(prefix(target.run), build_app(Sources(target), token=target.token))
+    outer.mount(prefix(target.run), build_app(target))
     return outer
 
 
@@ -403,7 +403,7 @@ def test_the_table_follows_the_buffer(tmp_path: Path) -> None:
         buffer.add([replace(some[5], policy_version=11)])
         row = listed()[some[5].id]
         assert (row.version, row.tally) == (11, Tally(duplicates=1))
-        assert row.rationale == " 5 + 0 = 5, 5 5"
+        assert "".join(piece.text for piece in row.pieces) == " 5 + 0 = 5, 5 5"
 
 
 def test_the_buffer_is_left_in_peace_between_refreshes(tmp_path: Path) -> None:
@@ -493,7 +493,7 @@ def test_it_is_served_on_a_port_of_its_own_until_it_is_left(
         with urllib.request.urlopen(request, timeout=30.0) as answer:
             assert b"trajectories in replay" in answer.read()
         place.watch()
-        with pytest.raises(InspectorNotStarted, match=f"port {place.port} of .* is in use"):
+        with pytest.raises(UserError, match=f"port {place.port} of .* is in use"):
             served_here(target, port=place.port).__enter__()
     monkeypatch.setattr("cluster.inspector.serve._SILENCE_TIMEOUT_S", 0.5)
     with pytest.raises(InspectorGone, match=r"the Ray cluster has ended.*inspect --run demo"):

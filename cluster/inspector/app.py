@@ -1,85 +1,62 @@
 """The inspector as a web application: which page answers which address."""
 
-from typing import Annotated, Any
+import time
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 
 from buffer.connection import BufferUnreachable, NotOurRedis, WrongPassword
 from cluster.inspector.access import Gate
 from cluster.inspector.curves import draw_curves
-from cluster.inspector.pages import POLICY, Pages
+from cluster.inspector.pages import POLICY, environment_of, facts
 from cluster.inspector.queries import BadQuery, parse_query
-from cluster.inspector.sources import Gone, Sources
-
-_LIVE = ("starting", "evaluating", "training", "stopping")
+from cluster.inspector.sources import Gone, Sources, Target
 
 
-def base_of(request: Request) -> str:
-    """The prefix of every address of the inspector."""
-    return str(request.scope.get("root_path", "")).rstrip("/")
-
-
-Base = Annotated[str, Depends(base_of)]
-
-
-def build_app(sources: Sources, *, token: str) -> FastAPI:
-    """The application. Its handlers read files and Redis, so they run in threads.
-
-    Args:
-        token: without which nothing is shown.
-    """
+def build_app(target: Target) -> FastAPI:
+    """The application. Its handlers read files and Redis, so they run in threads."""
     app = FastAPI(title="amortize inspector", docs_url=None, redoc_url=None, openapi_url=None)
-    pages = Pages(sources.directory.name)
+    sources = Sources(target)
+    environment = environment_of(target.run)
 
-    def page(template: str, base: str, *, growing: bool = False, **context: Any) -> str:
+    def page(
+        request: Request, template: str, *, growing: bool = False, **context: Any
+    ) -> HTMLResponse:
+        """A template, filled; it refreshes itself while the run goes on or what it shows grows."""
         state = sources.state()
-        live = growing or (state is not None and state.phase in _LIVE)
-        return pages.render(template, state=state, base=base, live=live, **context)
+        live = growing or (state is not None and not state.ended)
+        base = str(request.scope.get("root_path", "")).rstrip("/")
+        text = environment.get_template(f"{template}.html").render(
+            facts=facts(state), now=time.time(), base=base, live=live, **context
+        )
+        return HTMLResponse(text)
 
-    @app.get("/", response_class=HTMLResponse)
-    def table(request: Request, base: Base) -> str:
+    @app.get("/")
+    def table(request: Request) -> HTMLResponse:
         query = parse_query(request.query_params)
         listing = sources.catalogue.listing()
         found = sources.catalogue.page(listing, query)
+        growing = listing.unread_prompts + found.unsearched > 0
         tasks = sorted({entry.task for entry in listing.entries})
-        return page(
-            "table",
-            base,
-            growing=listing.unread_prompts + found.unsearched > 0,
-            page=found,
-            query=query,
-            listing=listing,
-            tasks=tasks,
-        )
+        shown = {"page": found, "query": query, "listing": listing, "tasks": tasks}
+        return page(request, "table", growing=growing, **shown)
 
-    @app.get("/trajectory/{id}", response_class=HTMLResponse)
-    def trajectory(id: str, base: Base) -> str:
-        return page("trajectory", base, detail=sources.detail(id))
+    @app.get("/trajectory/{id}")
+    def trajectory(request: Request, id: str) -> HTMLResponse:
+        return page(request, "trajectory", detail=sources.detail(id))
 
-    @app.get("/curves", response_class=HTMLResponse)
-    def curves(base: Base) -> str:
-        return page("curves", base, curves=draw_curves(sources.metrics.rows()))
-
-    explain_errors(app, sources, pages)
-    app.add_middleware(Gate, token=token, policy=POLICY)
-    return app
-
-
-def explain_errors(app: FastAPI, sources: Sources, pages: Pages) -> None:
-    """Answer errors with a page that explains them."""
+    @app.get("/curves")
+    def curves(request: Request) -> HTMLResponse:
+        return page(request, "curves", curves=draw_curves(sources.metrics.rows()))
 
     def explain(kind: type[Exception] | int, status: int, title: str, text: str = "") -> None:
+        """Answer such errors with a page that explains them."""
+
         def answer(request: Request, error: Exception) -> HTMLResponse:
-            content = pages.render(
-                "message",
-                state=sources.state(),
-                base=base_of(request),
-                live=False,
-                title=title,
-                text=text or str(error),
-            )
-            return HTMLResponse(content, status_code=status)
+            message = page(request, "message", title=title, text=text or str(error))
+            message.status_code = status
+            return message
 
         app.add_exception_handler(kind, answer)
 
@@ -89,3 +66,5 @@ def explain_errors(app: FastAPI, sources: Sources, pages: Pages) -> None:
     explain(Gone, 404, "No such trajectory", missing)
     for kind in (BufferUnreachable, WrongPassword, NotOurRedis):
         explain(kind, 503, "The run's Redis does not answer")
+    app.add_middleware(Gate, token=target.token, policy=POLICY)
+    return app

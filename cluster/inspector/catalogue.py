@@ -1,9 +1,8 @@
 """The replay buffer as the inspector knows it: an index that is brought up to date on request.
 
-The buffer serves a run, and must not notice that somebody watches. So what has not changed is
-not read again, only a few small fields of each trajectory are read, a refresh reads in portions
-and ends when its time is up, to be continued by the next, and refreshes take up a small share of
-the time. Rationales are read and decoded for the rows of a page, and where a search needs them.
+The buffer serves a run, and must not notice that somebody watches. So refreshes read only small
+fields of what has changed, in portions until their time is up, and take a small share of the time.
+Rationales are read and decoded for the rows of a page, and where a search needs them.
 """
 
 import threading
@@ -22,7 +21,6 @@ _SHORTEST_REST_S = 1.0
 _PROMPTS_AT_ONCE = 20
 _SEARCHED_AT_ONCE = 50
 _REMEMBERED_SEARCHES = 8
-_NOTHING = Tally()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +30,12 @@ class Listing:
     entries: Sequence[Entry]
     stats: ReplayStats
     unread_prompts: int  # prompts whose changes the next refreshes will read
-    read_s: float  # unix seconds
 
 
 class Catalogue:
     """Keeps the index; safe to share between threads. Every method raises BufferUnreachable.
 
     Args:
-        decode: token ids to text.
         clock: seconds, for tests.
     """
 
@@ -47,13 +43,10 @@ class Catalogue:
         self,
         browser: ReplayBrowser,
         decode: Decode,
-        *,
-        budget_s: float = _BUDGET_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._browser = browser
         self._decode = decode
-        self._budget_s = budget_s
         self._clock = clock
         self._reading = threading.Lock()
         self._next_s = float("-inf")
@@ -99,18 +92,17 @@ class Catalogue:
             self._read(portion)
             self._revisions.update((name, revisions[name]) for name in portion)
             unread -= len(portion)
-            if self._clock() - began > self._budget_s:
+            if self._clock() - began > _BUDGET_S:
                 break
         tallies = self._browser.tallies()
         self._listing = Listing(
             entries=[
-                with_tally(entry, tallies.get(id, _NOTHING))
+                replace(entry, tally=tallies[id]) if id in tallies else entry
                 for entries in self._entries.values()
                 for id, entry in entries.items()
             ],
             stats=stats,
             unread_prompts=unread,
-            read_s=time.time(),
         )
         took_s = self._clock() - began
         # Nobody is held up by an index that is still being built, but the person who waits for it.
@@ -121,20 +113,15 @@ class Catalogue:
     def _read(self, prompts: Sequence[str]) -> None:
         """Read some prompts anew; the text of a known prompt is not decoded again."""
         by_prompt = self._browser.ids(prompts)
-        firsts = [
-            ids[0]
-            for prompt, ids in zip(prompts, by_prompt, strict=True)
-            if ids and prompt not in self._prompts
-        ]
+        pairs = zip(prompts, by_prompt, strict=True)
+        firsts = [ids[0] for prompt, ids in pairs if ids and prompt not in self._prompts]
         for trajectory in self._browser.trajectories(firsts):
             self._prompts[trajectory.prompt_key] = self._decode(trajectory.prompt.tolist())
-        summaries = self._browser.summaries([id for ids in by_prompt for id in ids])
-        found: dict[str, dict[str, Entry]] = {prompt: {} for prompt in prompts}
-        for summary in summaries:
+        self._entries |= {prompt: {} for prompt in prompts}
+        for summary in self._browser.summaries([id for ids in by_prompt for id in ids]):
             text = self._prompts.get(summary.prompt_key, "")
-            entry = Entry(**asdict(summary), prompt=text, tally=_NOTHING)
-            found[summary.prompt_key][summary.id] = entry
-        self._entries |= found
+            entry = Entry(**asdict(summary), prompt=text, tally=Tally())
+            self._entries[summary.prompt_key][summary.id] = entry
 
     def _search(self, entries: Sequence[Entry], folded: str) -> tuple[list[Entry], int]:
         """Those that mention the text, and how many there was no time to read.
@@ -153,7 +140,7 @@ class Catalogue:
                 elif entry.id not in mentions:
                     unread.append(entry.id)
             began, read = self._clock(), 0
-            while read < len(unread) and self._clock() - began <= self._budget_s:
+            while read < len(unread) and self._clock() - began <= _BUDGET_S:
                 portion = unread[read : read + _SEARCHED_AT_ONCE]
                 mentions.update(dict.fromkeys(portion, False))
                 for t in self._browser.trajectories(portion):
@@ -162,8 +149,3 @@ class Catalogue:
                 read += len(portion)
             found = [entry for entry in entries if mentions.get(entry.id, False)]
             return found, max(0, len(unread) - read)
-
-
-def with_tally(entry: Entry, tally: Tally) -> Entry:
-    """The entry with this tally."""
-    return entry if entry.tally == tally else replace(entry, tally=tally)

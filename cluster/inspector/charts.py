@@ -23,29 +23,23 @@ Mark = Literal["line", "faint", "dots", "bars"]
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 6.0, 22.0
 _BAR_SHARE = 0.6
 _HEADROOM = 0.06  # share of the height above and below the marks
-_DOT_RADIUS = "3"
+_DOT_RADIUS = 3.0
 
 Place = Callable[[ArrayLike], NDArray[np.float64]]  # points (x, y) -> where they stand
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """Points (x, y) drawn one way; a note, if there are any, is shown where its point is hovered.
-
-    Kinds: `line`, `faint` (a thin line behind others), `dots` (joined), `bars` (from zero).
-    """
+    """Points (x, y) drawn one way: a line, a faint one, joined dots, or bars from zero."""
 
     points: Sequence[tuple[float, float]]
     kind: Mark = "line"
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # of the points, shown where one is hovered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """A frame and what is in it.
-
-    Raises ValueError where there is not one point.
-    """
+    """A frame and what is in it."""
 
     title: str  # for those who do not see it
     series: Sequence[Series]
@@ -56,7 +50,7 @@ class Chart:
     counted: int | None = None  # x counts something, from 0 up to this
 
     def svg(self) -> Markup:
-        """The chart, for the middle of a page."""
+        """The chart, for the middle of a page; raises ValueError where there is not one point."""
         box = self._data_box()
         right, floor = self.width - _RIGHT, self.height - _BOTTOM
         # SVG counts y downwards.
@@ -78,7 +72,6 @@ class Chart:
         return Markup(tostring(root, encoding="unicode"))
 
     def _data_box(self) -> Bbox:
-        """The x and y that are shown."""
         points = [point for series in self.series for point in series.points]
         if not points:
             raise ValueError(f"chart {self.title!r} has no points")
@@ -89,8 +82,7 @@ class Chart:
             ys.append(0.0)
         # Bars at both ends need half their width.
         ends = (min(xs), max(xs)) if self.counted is None else (-0.5, max(1, self.counted) + 0.5)
-        x0, x1 = _apart(*ends)
-        y0, y1 = _apart(min(ys), max(ys))
+        (x0, x1), (y0, y1) = _apart(*ends), _apart(min(ys), max(ys))
         room = _HEADROOM * (y1 - y0)
         return Bbox.from_extents(x0, y0 - room, x1, y1 + room)
 
@@ -99,19 +91,22 @@ def _draw(root: Element, series: Series, place: Place) -> None:
     """The points of a series, as its kind has them."""
     if series.kind != "bars":
         _line(root, series.kind, place(series.points))
-    if series.kind == "dots":
-        for (x, y), note in zip_longest(place(series.points), series.notes):
-            middle = {"cx": f"{x:.1f}", "cy": f"{y:.1f}"}
-            _note(SubElement(root, "circle", {"class": "dot", **middle, "r": _DOT_RADIUS}), note)
-    if series.kind == "bars":
-        for (x, y), note in zip_longest(series.points, series.notes):
+    if series.kind in ("line", "faint"):
+        return
+    for (x, y), note in zip_longest(series.points, series.notes):
+        if series.kind == "bars":
             corners = place([(x - _BAR_SHARE / 2, y), (x + _BAR_SHARE / 2, 0.0)])
-            _note(_rectangle(root, "bar below" if y < 0 else "bar above", *corners), note)
+            mark = _rectangle(root, "bar below" if y < 0 else "bar above", *corners)
+        else:
+            cx, cy = place((x, y))
+            mark = _mark(root, "circle", "dot", cx=cx, cy=cy, r=_DOT_RADIUS)
+        if note:
+            SubElement(mark, "title").text = visible(note)
 
 
-def _note(mark: Element, note: str | None) -> None:
-    if note:
-        SubElement(mark, "title").text = visible(note)
+def _mark(root: Element, tag: str, kind: str, **numbers: float) -> Element:
+    places = {name: f"{value:.1f}" for name, value in numbers.items()}
+    return SubElement(root, tag, {"class": kind, **places})
 
 
 def _line(root: Element, kind: str, points: ArrayLike) -> None:
@@ -122,14 +117,12 @@ def _line(root: Element, kind: str, points: ArrayLike) -> None:
 def _rectangle(
     root: Element, kind: str, corner: NDArray[np.float64], opposite: NDArray[np.float64]
 ) -> Element:
-    (left, top), (width, height) = np.minimum(corner, opposite), np.abs(corner - opposite)
-    size = {"width": f"{width:.1f}", "height": f"{max(height, 0.8):.1f}"}
-    return SubElement(root, "rect", {"class": kind, "x": f"{left:.1f}", "y": f"{top:.1f}", **size})
+    (x, y), (width, height) = np.minimum(corner, opposite), np.abs(corner - opposite)
+    return _mark(root, "rect", kind, x=x, y=y, width=width, height=max(height, 0.8))
 
 
 def _text(root: Element, kind: str, x: float, y: float, value: float) -> None:
-    place = {"x": f"{x:.1f}", "y": f"{y:.1f}"}
-    SubElement(root, "text", {"class": kind, **place}).text = number(value)
+    _mark(root, "text", kind, x=x, y=y).text = number(value)
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:
@@ -142,13 +135,10 @@ def ticks(low: float, high: float, *, at_most: int, whole: bool = False) -> list
     """About `at_most` round values between two others: steps are 1, 2 or 5 times a power of ten."""
     locator = MaxNLocator(at_most, steps=[1, 2, 5, 10], integer=whole, min_n_ticks=1)
     slack = 1e-9 * (high - low)
-    values = [float(value) for value in locator.tick_values(low, high)]
+    values = (float(value) for value in locator.tick_values(low, high))
+    within = (value for value in values if low - slack <= value <= high + slack)
     # A sum of steps may miss zero by a rounding error.
-    return [
-        value if abs(value) > slack else 0.0
-        for value in values
-        if low - slack <= value <= high + slack
-    ]
+    return [value if abs(value) > slack else 0.0 for value in within]
 
 
 def number(value: float) -> str:
@@ -170,5 +160,4 @@ def outermost(
     size = -(-2 * len(points) // at_most)
     for start in range(0, len(points), size):
         group = points[start : start + size]
-        ends = {min(group, key=itemgetter(1)), max(group, key=itemgetter(1))}
-        yield from sorted(ends)
+        yield from sorted({min(group, key=itemgetter(1)), max(group, key=itemgetter(1))})

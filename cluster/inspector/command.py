@@ -3,7 +3,6 @@
 import argparse
 import signal
 import threading
-from types import FrameType
 
 from cluster.commands.stop import the_live_run
 from cluster.config.file import load_config
@@ -19,11 +18,12 @@ _WATCH_S = 2.0
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve the inspector; ends on Ctrl-C, or with the Ray cluster that it runs on."""
+    """Serve the inspector; ends on Ctrl-C, SIGTERM, or with the Ray cluster that it runs on."""
     directory = find_run(arguments.run) if arguments.run else the_run_of_interest()
     config = load_config(str(directory.config_file), arguments.overrides)
     ended = threading.Event()
-    on_signal(ended)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda *_: ended.set())
     with BufferKeeper(config, directory) as keeper:
         url, password = keeper.address
         target = Target(
@@ -52,25 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def the_run_of_interest() -> RunDirectory:
     """The one that goes on, else the newest; raises UserError."""
-    if (live := the_live_run()) is not None:
-        return live
-    runs = list(all_runs())
-    if not runs:
-        raise UserError("no runs here yet: 'amortize train CONFIG' starts one")
-    return runs[-1]
+    if found := the_live_run() or next(reversed(list(all_runs())), None):
+        return found
+    raise UserError("no runs here yet: 'amortize train CONFIG' starts one")
 
 
 def ray_address(state: RunState | None) -> str | None:
     """The Ray cluster that a run goes on on, or that RAY_ADDRESS names; None: there is none."""
     goes_on = state is not None and not state.ended and state.driver() is not None
     return ClusterConfig().ray_address(state.address if state is not None and goes_on else None)
-
-
-def on_signal(ended: threading.Event) -> None:
-    """End in order on Ctrl-C and SIGTERM."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        ended.set()
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, handle)

@@ -11,10 +11,9 @@ from markupsafe import Markup
 
 from cluster.inspector.charts import Chart, Series, number
 from cluster.reports.plots import smooth
-from cluster.run.display import FIGURES
+from cluster.run.display import FIGURES, Figure
 
 _POINTS = 400
-_SMOOTHING_SHARE = 0.04
 _STEP = "step"
 
 
@@ -65,38 +64,31 @@ class MetricsTail:
 def _row(line: bytes) -> dict[str, float]:
     """The numbers of a line; none where it is torn."""
     try:
-        fields = json.loads(line)
-    except ValueError:
+        fields = dict(json.loads(line))
+    except (TypeError, ValueError):
         return {}
-    if not isinstance(fields, dict):
-        return {}
-    return {
-        key: float(value)
-        for key, value in fields.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    numbers = ((k, float(v)) for k, v in fields.items() if isinstance(v, int | float))
+    return {key: value for key, value in numbers if math.isfinite(value)}
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
     """A curve for every metric of the rows, those that a run is judged by first."""
-    labels = {figure.key: figure.label for figure in FIGURES}
-    writers = {figure.key: figure.write for figure in FIGURES}
+    known = {figure.key: figure for figure in FIGURES}
     keys = {key for row in rows for key in row} - {_STEP}
-    ordered = [*(key for key in labels if key in keys), *sorted(keys - labels.keys())]
     curves = []
-    for key in ordered:
+    for key in [*(key for key in known if key in keys), *sorted(keys - known.keys())]:
         points = [(row[_STEP], row[key]) for row in rows if key in row]
-        values = [value for _, value in points]
-        span = max(1, round(_SMOOTHING_SHARE * len(values)))
-        smoothed = [(x, y) for (x, _), y in zip(points, smooth(values, span), strict=True)]
+        means = smooth([value for _, value in points])
+        smoothed = [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
         series = [Series(list(thin(points)), "faint"), Series(list(thin(smoothed)), "line")]
+        figure = known.get(key, Figure(key, key, number))
         curves.append(
             Curve(
                 key=key,
-                label=labels.get(key, key),
-                last=writers.get(key, number)(smoothed[-1][1]),
+                label=figure.label,
+                last=figure.write(means[-1]),
                 chart=Chart(title=f"{key} over steps", series=series).svg(),
-                is_headline=key in labels,
+                is_headline=key in known,
             )
         )
     return curves

@@ -1,13 +1,13 @@
 """One trajectory in full: its stop states with their flows, and what else its prompt has.
 
-All from the behaviour's own record: log q as the actor's version gave it, log R as the reward
-replica gave it. The learner computes log q afresh under its current weights, so its loss is
-another number.
+All as recorded: log q as the actor's version gave it, log R as the reward replica gave it. The
+learner computes log q afresh under its current weights, so its loss is another number.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,7 @@ from cluster.inspector.rows import Decode, Row, row_of, split_text, tool_spans
 from learner.step_metrics import log_weight
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefix:
+class Prefix(NamedTuple):
     """One stop state, the prefix of `length` tokens; all in nats."""
 
     length: int
@@ -77,32 +76,21 @@ def prefixes_of(trajectory: Trajectory, *, temperature: float, log_z: float) -> 
     stands before the first one, with its flow Z as its potential: phi = -log Z.
 
     Args:
-        temperature: T.
         log_z: of the prompt, nats, as `estimate_log_z` says.
     """
     potential_S = potentials(trajectory, temperature=temperature)
     root = -log_z if trajectory.stops[0] > 0 else np.nan
-    residual_S = np.diff(potential_S, prepend=root)
+    residuals = np.diff(potential_S, prepend=root).tolist()
     columns = (
         trajectory.stops,
         trajectory.log_reward,
         path_log_probs(trajectory),
         trajectory.behaviour_log_stop,
         potential_S,
-        residual_S,
     )
     return tuple(
-        Prefix(
-            length=length,
-            log_reward=log_reward,
-            log_path=log_path,
-            log_q_stop=log_q_stop,
-            potential=potential,
-            residual=None if np.isnan(residual) else residual,
-        )
-        for length, log_reward, log_path, log_q_stop, potential, residual in zip(
-            *(column.tolist() for column in columns), strict=True
-        )
+        Prefix(*row, None if math.isnan(residual) else residual)
+        for *row, residual in zip(*(column.tolist() for column in columns), residuals, strict=True)
     )
 
 
@@ -125,7 +113,7 @@ def estimate_log_z(trajectories: Sequence[Trajectory], *, temperature: float) ->
     """log Z of a prompt from some of its trajectories, nats: the mean of log R / T - log q.
 
     VarGrad's estimate (Richter et al. 2020), here from recorded log q of several versions.
-    Demonstrations have none, since no policy sampled them, and do not count; NaN of them alone.
+    Demonstrations, which no policy sampled, do not count; NaN of them alone.
     """
     sampled = [t for t in trajectories if t.behaviour != "demonstration"]
     return float(np.mean([log_weight(t, temperature) for t in sampled])) if sampled else math.nan

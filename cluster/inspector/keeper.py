@@ -1,5 +1,6 @@
 """Finds the Redis of the inspected run: the driver's while that lives, else one started here."""
 
+import contextlib
 import socket
 from types import TracebackType
 
@@ -21,7 +22,7 @@ class BufferKeeper:
     """
 
     def __init__(self, config: RunConfig, directory: RunDirectory) -> None:
-        self._config = config
+        self._config = config.buffer
         self._directory = directory
         self._server: RedisServer | None = None
 
@@ -32,14 +33,16 @@ class BufferKeeper:
             BufferUnreachable, NeverServed: the run should have a Redis, and has none that answers.
             FolderInUse, ForeignFolder, NoRedisServer, ...: it could not be started.
         """
-        if self._config.buffer.kind == "memory":
+        if self._config.kind == "memory":
             raise NeverServed(
                 f'run {self._directory.name} keeps its buffer in memory (buffer.kind = "memory"), '
                 "where nobody else can look: see its report, or train with a buffer in Redis"
             )
-        if not self._answers():
+        try:
+            self._connect()
+        except (BufferUnreachable, NeverServed):
             if not self._is_ours_to_start():
-                self._connect()  # says who does not answer
+                raise
             self._start()
         return self
 
@@ -55,43 +58,33 @@ class BufferKeeper:
     @property
     def address(self) -> tuple[str, str | None]:
         """Address and password."""
-        config = self._config.buffer
-        if config.url is None:
-            return reach(self._directory.buffer, config)
-        return config.url, configured_password(config)
+        if self._config.url is None:
+            return reach(self._directory.buffer, self._config)
+        return self._config.url, configured_password(self._config)
 
     def watch(self) -> None:
         """Take over where a driver has ended since, and revive a server of ours that died."""
-        if self._server is not None:
-            if self._server.alive():
-                return
-            self._server = None
-        if self._is_ours_to_start() and not self._answers():
-            try:
+        if (self._server is not None and self._server.alive()) or not self._is_ours_to_start():
+            return
+        try:
+            self._connect()
+        except (BufferUnreachable, NeverServed):
+            # The driver's may still be on its way out: then the next time.
+            with contextlib.suppress(FolderInUse):
                 self._start()
-            except FolderInUse:
-                return  # the driver's server is still on its way out: next time
 
     def _start(self) -> None:
-        self._server = RedisServer.start(
-            self._directory.buffer, run=self._directory.name, config=self._config.buffer
-        )
+        folder, run = self._directory.buffer, self._directory.name
+        self._server = RedisServer.start(folder, run=run, config=self._config)
 
     def _is_ours_to_start(self) -> bool:
         """Whether the files are a managed server's, and nobody drives the run."""
-        if self._config.buffer.url is not None or not self._directory.buffer.is_dir():
+        if self._config.url is not None or not self._directory.buffer.is_dir():
             return False
         state = self._directory.state()
         if state is None or state.ended:
             return True
         return state.host == socket.gethostname() and state.driver() is None
-
-    def _answers(self) -> bool:
-        try:
-            self._connect()
-        except (BufferUnreachable, NeverServed):
-            return False
-        return True
 
     def _connect(self) -> None:
         url, password = self.address

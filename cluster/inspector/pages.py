@@ -3,11 +3,10 @@
 import base64
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
+from jinja2 import Environment
 from markupsafe import Markup
 
 from cluster.inspector.charts import Chart, Mark, Series, number, outermost
@@ -51,43 +50,22 @@ POLICY = (
 )
 
 
-class Pages:
-    """The pages of one run.
-
-    Args:
-        run: its name.
-    """
-
-    def __init__(self, run: str) -> None:
-        self._environment = page_environment("cluster.inspector")
-        self._environment.filters.update(
-            nats=nats, ago=ago, number=number, times=times, charts=prefix_charts
-        )
-        self._environment.tests["missing"] = lambda value: value is None
-        self._environment.globals.update(
-            run=run,
-            style=_STYLE,
-            script=_SCRIPT,
-            refresh=REFRESH_S,
-            shown=_SHOWN,
-            most_steps=MOST_STEPS,
-            columns=_COLUMNS,
-            query_of=Query,
-        )
-
-    def render(
-        self, template: str, *, state: RunState | None, base: str, live: bool, **context: Any
-    ) -> str:
-        """A template, filled.
-
-        Args:
-            state: of the run, on top of every page.
-            base: what every address begins with.
-            live: whether the page refreshes itself.
-        """
-        return self._environment.get_template(f"{template}.html").render(
-            facts=facts(state), now=time.time(), base=base, live=live, **context
-        )
+def environment_of(run: str) -> Environment:
+    """The templates, with all that every page of this run needs."""
+    environment = page_environment("cluster.inspector")
+    environment.filters.update(nats=nats, ago=ago, number=number, times=times, charts=prefix_charts)
+    environment.tests["missing"] = lambda value: value is None
+    environment.globals.update(
+        run=run,
+        style=_STYLE,
+        script=_SCRIPT,
+        refresh=REFRESH_S,
+        shown=_SHOWN,
+        most_steps=MOST_STEPS,
+        columns=_COLUMNS,
+        query_of=Query,
+    )
+    return environment
 
 
 def facts(state: RunState | None) -> Mapping[str, str]:
@@ -95,48 +73,47 @@ def facts(state: RunState | None) -> Mapping[str, str]:
     if state is None:
         return {}
     known = {"phase": phase(state), "step": f"{state.step} of {state.steps}"}
-    known |= {"version": str(state.version)}
+    known["version"] = str(state.version)
     if state.desired and not state.ended:
         known["parts"] = parts(state)
-    metrics = dict(state.metrics)
-    if state.ended:
-        metrics.pop(TIME_LEFT_S, None)
-    return known | dict(figures(metrics))
+    hidden = {TIME_LEFT_S} if state.ended else set()
+    return known | dict(figures({k: v for k, v in state.metrics.items() if k not in hidden}))
 
 
 def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
     """The four quantities of a trajectory's prefixes, by their caption."""
-    steps = [prefix for prefix, _ in detail.steps]
-    residuals = [(p.length, p.residual) for p in steps if p.residual is not None]
-    drawn = {
-        "log R, nats": (_series([(p.length, p.log_reward) for p in steps]), None),
-        "log q(stop), nats": (_series([(p.length, p.log_q_stop) for p in steps]), None),
-        "potential φ, nats; dashed: −log Z": (
-            _series([(p.length, p.potential) for p in steps]),
-            None if math.isnan(detail.log_z) else -detail.log_z,
+    prefixes = [prefix for prefix, _ in detail.steps]
+    minus_log_z = None if math.isnan(detail.log_z) else -detail.log_z
+    columns: Sequence[tuple[str, list[float | None], Mark, float | None]] = (
+        ("log R, nats", [p.log_reward for p in prefixes], "dots", None),
+        ("log q(stop), nats", [p.log_q_stop for p in prefixes], "dots", None),
+        (
+            "potential φ, nats; dashed: −log Z",
+            [p.potential for p in prefixes],
+            "dots",
+            minus_log_z,
         ),
-        "SubTB residual, nats": (_series(residuals, "bars"), None),
-    }
-    return {
-        caption: Chart(
-            title=f"{caption}, by tokens of the rationale",
-            series=[series],
-            level=level,
-            bands=detail.tool_spans,
-            counted=detail.row.num_tokens,
-        ).svg()
-        for caption, (series, level) in drawn.items()
-        if series.points
-    }
-
-
-def _series(points: Sequence[tuple[int, float]], kind: Mark = "dots") -> Series:
-    shown = list(outermost(points, at_most=MOST_STEPS))
-    return Series(shown, kind, [f"after {t} tokens: {number(y)}" for t, y in shown])
+        ("SubTB residual, nats", [p.residual for p in prefixes], "bars", None),
+    )
+    charts = {}
+    for caption, values, kind, level in columns:
+        pairs = zip(prefixes, values, strict=True)
+        known = [(prefix.length, y) for prefix, y in pairs if y is not None]
+        points = list(outermost(known, at_most=MOST_STEPS))
+        if points:
+            notes = [f"after {t} tokens: {number(y)}" for t, y in points]
+            charts[caption] = Chart(
+                title=f"{caption}, by tokens of the rationale",
+                series=[Series(points, kind, notes)],
+                level=level,
+                bands=detail.tool_spans,
+                counted=detail.row.num_tokens,
+            ).svg()
+    return charts
 
 
 def nats(value: float | None) -> str:
-    """A log-probability or log-reward, in a column of its like."""
+    """A log-probability or log-reward; empty where there is none."""
     if value is None or math.isnan(value):
         return "" if value is None else "unknown"
     return f"{value:.3f}".replace("-", "−")

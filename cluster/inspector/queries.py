@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.inspector.rows import Entry, Row
 
 PAGE_SIZE = 50
-_LONGEST_TEXT = 500
 
 Sort = Literal["created", "reward", "version", "length", "draws", "again", "replaced", "prompt"]
 SORT_KEYS: Mapping[Sort, Callable[[Entry], Any]] = {
@@ -23,7 +22,8 @@ SORT_KEYS: Mapping[Sort, Callable[[Entry], Any]] = {
     "replaced": lambda entry: entry.tally.near_replaced,
     "prompt": lambda entry: entry.prompt,
 }
-_VERDICTS: Mapping[str, bool | None] = {"yes": True, "no": False, "unknown": None}
+_VERDICTS = {"yes": True, "no": False, "unknown": None}
+_Text = Annotated[str | None, Field(max_length=500)]
 
 
 class BadQuery(ValueError):
@@ -35,21 +35,15 @@ class Query(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    task: str | None = Field(None, max_length=_LONGEST_TEXT)
-    prompt: str | None = Field(
-        None, max_length=_LONGEST_TEXT, description="Its key, or a part of its text."
-    )
-    search: str | None = Field(
-        None,
-        max_length=_LONGEST_TEXT,
-        description="Part of prompt, rationale or answer, in either case; or how an id begins.",
-    )
-    reward_min: float | None = Field(None, description="nats")
-    reward_max: float | None = Field(None, description="nats")
+    task: _Text = None
+    prompt: _Text = None  # its key, or a part of its text
+    search: _Text = None  # part of prompt, rationale or answer; or how an id begins
+    reward_min: float | None = None  # nats
+    reward_max: float | None = None
     correct: Literal["yes", "no", "unknown"] | None = None
     version_min: int | None = None
     version_max: int | None = None
-    age_max: int | None = Field(None, description="versions")
+    age_max: int | None = None  # versions
     tool: Literal["yes", "no"] | None = None
     sort: Sort = "created"
     order: Literal["asc", "desc"] = "desc"
@@ -57,13 +51,11 @@ class Query(BaseModel):
 
     @property
     def is_filtering(self) -> bool:
-        """Whether any filter is set."""
         return bool(self.model_dump(exclude={"sort", "order", "page"}, exclude_none=True))
 
     def address(self, **changes: Any) -> str:
         """This query, changed, as the query part of an address; '' for the default one."""
-        changed = Query.model_validate(self.model_dump() | changes)
-        filled = changed.model_dump(exclude_defaults=True)
+        filled = Query(**(self.model_dump() | changes)).model_dump(exclude_defaults=True)
         return f"?{urlencode(filled)}" if filled else ""
 
 
@@ -84,12 +76,9 @@ class Page:
         pages = max(1, -(-len(entries) // PAGE_SIZE))
         number = min(number, pages)
         start = (number - 1) * PAGE_SIZE
+        shown, matching = entries[start : start + PAGE_SIZE], len(entries)
         return cls(
-            entries=entries[start : start + PAGE_SIZE],
-            matching=len(entries),
-            number=number,
-            pages=pages,
-            unsearched=unsearched,
+            entries=shown, matching=matching, number=number, pages=pages, unsearched=unsearched
         )
 
 
@@ -102,9 +91,8 @@ def parse_query(parameters: Mapping[str, str]) -> Query:
     try:
         return Query.model_validate({name: text for name, text in given.items() if text})
     except ValidationError as error:
-        raise BadQuery(
-            "; ".join(f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors())
-        ) from error
+        found = (f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors())
+        raise BadQuery("; ".join(found)) from error
 
 
 def select(entries: Sequence[Entry], query: Query, *, version: int) -> list[Entry]:
@@ -120,19 +108,20 @@ def select(entries: Sequence[Entry], query: Query, *, version: int) -> list[Entr
 
 def matches(entry: Entry, query: Query, *, version: int) -> bool:
     """Whether an entry passes every filter but the search."""
+    asked = query.prompt
     return (
         query.task in (None, entry.task)
-        and (query.prompt is None or _is_of_prompt(entry, query.prompt))
+        and (
+            asked is None
+            or asked == entry.prompt_key
+            or asked.casefold() in entry.prompt.casefold()
+        )
         and _within(entry.log_reward, query.reward_min, query.reward_max)
         and (query.correct is None or entry.correct is _VERDICTS[query.correct])
         and _within(entry.version, query.version_min, query.version_max)
         and _within(entry.age(version), None, query.age_max)
         and (query.tool is None or entry.used_tool == (query.tool == "yes"))
     )
-
-
-def _is_of_prompt(entry: Entry, text: str) -> bool:
-    return text == entry.prompt_key or text.casefold() in entry.prompt.casefold()
 
 
 def _within(value: float, low: float | None, high: float | None) -> bool:

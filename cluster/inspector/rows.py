@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 from buffer.browser import Summary, Tally
@@ -44,11 +44,6 @@ class Row(Entry):
     temperature: float
     actor: str
 
-    @property
-    def rationale(self) -> str:
-        """Its whole text."""
-        return "".join(piece.text for piece in self.pieces)
-
     def beginning(self, characters: int) -> tuple[Piece, ...]:
         """Its first pieces, cut after so many characters; an ellipsis says so."""
         shown: list[Piece] = []
@@ -78,22 +73,24 @@ def row_of(trajectory: Trajectory, decode: Decode, tally: Tally) -> Row:
 
 def tool_spans(from_tool: Sequence[bool]) -> list[tuple[int, int]]:
     """Prefix lengths between which a tool wrote: (before its first token, after its last)."""
-    marks = [False, *from_tool, False]
-    changes = [t for t in range(1, len(marks)) if marks[t] != marks[t - 1]]
-    return [(start - 1, end - 1) for start, end in zip(changes[::2], changes[1::2], strict=True)]
+    return [(start, end) for by_tool, start, end in _stretches(from_tool) if by_tool]
 
 
 def split_pieces(
     tokens: Sequence[int], from_tool: Sequence[bool], decode: Decode
 ) -> tuple[Piece, ...]:
     """The text, cut where the writer changes."""
-    cuts = [t for t in range(1, len(tokens)) if from_tool[t] != from_tool[t - 1]]
-    starts, ends = [0, *cuts], [*cuts, len(tokens)]
-    return tuple(
-        Piece(text, from_tool[start])
-        for text, start in zip(split_text(tokens, ends, decode), starts, strict=True)
-        if text
-    )
+    stretches = _stretches(from_tool)
+    texts = split_text(tokens, [end for _, _, end in stretches], decode)
+    pairs = zip(texts, stretches, strict=True)
+    return tuple(Piece(text, by_tool) for text, (by_tool, _, _) in pairs if text)
+
+
+def _stretches(from_tool: Sequence[bool]) -> list[tuple[bool, int, int]]:
+    """Stretches of one writer: whether it is the tool, and the tokens before and up to its end."""
+    runs = [(by_tool, len(list(marks))) for by_tool, marks in groupby(from_tool)]
+    ends = accumulate(length for _, length in runs)
+    return [(by_tool, end - length, end) for (by_tool, length), end in zip(runs, ends, strict=True)]
 
 
 def split_text(tokens: Sequence[int], ends: Sequence[int], decode: Decode) -> list[str]:

@@ -16,12 +16,12 @@ import uvicorn
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve import Application
 
+from cluster.config.project import UserError
 from cluster.distributed.ray_cluster import connect_ray, namespace_of
 from cluster.inspector.access import NO_TOKEN
 from cluster.inspector.app import build_app
-from cluster.inspector.sources import Sources, Target
+from cluster.inspector.sources import Target
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -36,10 +36,6 @@ _REPLY_TIMEOUT_S = 10.0
 _POLL_S = 0.2
 
 
-class InspectorNotStarted(RuntimeError):
-    """The inspector did not come up."""
-
-
 class InspectorGone(ConnectionError):
     """The inspector does not answer any more."""
 
@@ -49,18 +45,13 @@ def prefix(run: str) -> str:
     return f"/inspect/{run}"
 
 
-def application_name(run: str) -> str:
-    """Name under which the dashboard's Serve tab lists the inspector of a run."""
-    return f"inspector-{run}"
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where the inspector of a run can be seen."""
 
     run: str
     port: int
-    dashboard: str | None = None  # the page that lists it
+    dashboard: str | None = None  # the page of Ray's that lists it
 
     @property
     def url(self) -> str:
@@ -79,16 +70,13 @@ class Place:
 
 @contextmanager
 def served_by_ray(target: Target, *, port: int | None, address: str | None) -> Iterator[Place]:
-    """Run on the Ray cluster at `address`, or on one started here.
+    """Run on the Ray cluster at `address`, or on one started here; raises UserError.
 
     The application runs on this machine, which has the run's folder. It leaves the cluster as it
     was, but for Serve itself, which others may use by then.
 
     Args:
         port: of Serve's HTTP proxy; None is DEFAULT_PORT.
-
-    Raises:
-        InspectorNotStarted: says what Ray Serve says.
     """
     port = port or DEFAULT_PORT
     os.environ.setdefault(*_PROXY_PATIENCE)
@@ -96,15 +84,16 @@ def served_by_ray(target: Target, *, port: int | None, address: str | None) -> I
         connect_ray(target.config, address, namespace_of(target.run))
     except Exception as error:  # Ray has no class of its own for what can go wrong here
         what = f"join the Ray cluster at {address}" if address else "start Ray on this machine"
-        raise InspectorNotStarted(
-            f"cannot {what}: {error}. --no-serve shows the run without Ray"
-        ) from error
-    name = application_name(target.run)
+        raise UserError(f"cannot {what}: {error}. --no-serve shows the run without Ray") from error
+    name = f"inspector-{target.run}"
     try:
-        _start(target, name, port)
-        place = Place(target.run, port, serve_tab())
+        _deploy(target, name, port)
+        _wait_until_running(name)
+        # Asked again, Ray says where this process is; it joins nothing a second time.
+        dashboard = ray.init(ignore_reinit_error=True).dashboard_url
+        place = Place(target.run, port, f"http://{dashboard}/#/serve" if dashboard else None)
         if not answers(place, within_s=_ROUTE_TIMEOUT_S):
-            raise InspectorNotStarted(
+            raise UserError(
                 f"the inspector does not answer at {place.url}. Another program may have the port;"
                 f" or Ray Serve was started before on this cluster, and listens where it did then:"
                 f" name another port, or that one, with --port"
@@ -114,23 +103,28 @@ def served_by_ray(target: Target, *, port: int | None, address: str | None) -> I
         # A cluster that is gone answers no requests, and may take long to say so.
         raise
     except RayError as error:
-        raise InspectorNotStarted(f"the Ray cluster gave up on {name}: {error}") from error
+        raise UserError(f"the Ray cluster gave up on {name}: {error}") from error
     except BaseException:
-        leave(name)
+        _leave(name)
         raise
     else:
-        leave(name)
+        _leave(name)
 
 
-def _start(target: Target, name: str, port: int) -> None:
-    """Deploy the application, and wait until it runs."""
+def _deploy(target: Target, name: str, port: int) -> None:
+    """Start the Serve application; waits for nothing."""
     # Access logs would be one line for each refresh of each open page.
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     for name_of_log in ("ray", "ray.serve"):
         logging.getLogger(name_of_log).setLevel(logging.WARNING)
     serve.start(http_options={"host": HOST, "port": port}, logging_config=quiet)
+    # The run's folder and its Redis are here: so is the replica.
+    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
+    deployment = serve.deployment(serve.ingress(lambda: build_app(target))()).options(
+        name="Inspector", num_replicas=1, ray_actor_options={"num_cpus": 0, "resources": here}
+    )
     application = serve.RunTarget(
-        target=deployment(target),
+        target=deployment.bind(),
         name=name,
         route_prefix=prefix(target.run),
         logging_config=quiet,
@@ -140,57 +134,28 @@ def _start(target: Target, name: str, port: int) -> None:
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    _wait_until_running(name)
-
-
-def leave(application: str) -> None:
-    """Take the application off the cluster, and this process too."""
-    if ray.is_initialized():
-        serve.delete(application)
-        ray.shutdown()
-
-
-def serve_tab() -> str | None:
-    """Address of the page of Ray's dashboard that lists applications, where there is one."""
-    # Asked again, Ray says where this process is; it joins nothing a second time.
-    where = ray.init(ignore_reinit_error=True).dashboard_url
-    return f"http://{where}/#/serve" if where else None
-
-
-def deployment(target: Target) -> Application:
-    """The Serve application."""
-
-    def build() -> FastAPI:
-        return build_app(Sources(target), token=target.token)
-
-    # The run's folder and its Redis are here: so is the replica.
-    here = {f"node:{ray.util.get_node_ip_address()}": 0.001}
-    return (
-        serve.deployment(serve.ingress(build)())
-        .options(
-            name="Inspector",
-            num_replicas=1,
-            ray_actor_options={"num_cpus": 0, "resources": here},
-        )
-        .bind()
-    )
 
 
 def _wait_until_running(name: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        application = serve.status().applications.get(name)
-        if application is not None:
-            if application.status == "RUNNING":
-                return
-            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise InspectorNotStarted(
-                    f"Ray Serve could not start {name}: {application.message}"
-                )
+    while (application := serve.status().applications.get(name)) is None or (
+        application.status != "RUNNING"
+    ):
+        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise UserError(f"Ray Serve could not start {name}: {application.message}")
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"Ray Serve did not start {name} within {_START_TIMEOUT_S:.0f} s; "
+                f"its state: {application}"
+            )
         time.sleep(_POLL_S)
-    raise InspectorNotStarted(
-        f"Ray Serve did not start {name} within {_START_TIMEOUT_S:.0f} s; its state: {application}"
-    )
+
+
+def _leave(application: str) -> None:
+    """Take the application off the cluster, and this process too."""
+    if ray.is_initialized():
+        serve.delete(application)
+        ray.shutdown()
 
 
 def answers(place: Place, *, within_s: float) -> bool:
@@ -212,16 +177,13 @@ def answers(place: Place, *, within_s: float) -> bool:
 
 @contextmanager
 def served_here(target: Target, *, port: int | None) -> Iterator[Place]:
-    """Run in this process, without Ray.
+    """Run in this process, without Ray; raises UserError.
 
     Args:
         port: to listen on; None is DEFAULT_PORT, or a free one where that is taken.
-
-    Raises:
-        InspectorNotStarted: the port is taken, or the server did not come up.
     """
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    outer.mount(prefix(target.run), build_app(Sources(target), token=target.token))
+    outer.mount(prefix(target.run), build_app(target))
     with _listening(port) as listener:
         settings = uvicorn.Config(outer, access_log=False, log_level="warning", lifespan="off")
         server = uvicorn.Server(settings)
@@ -230,26 +192,15 @@ def served_here(target: Target, *, port: int | None) -> Iterator[Place]:
         try:
             place = Place(target.run, listener.getsockname()[1])
             if not answers(place, within_s=_ROUTE_TIMEOUT_S):
-                raise InspectorNotStarted(f"the web server at {place.url} did not come up")
+                raise UserError(f"the web server at {place.url} did not come up")
             yield place
         finally:
             server.should_exit = True
             thread.join(_STOP_TIMEOUT_S)
 
 
-@contextmanager
-def _listening(port: int | None) -> Iterator[socket.socket]:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            try:
-                listener.bind((HOST, port or DEFAULT_PORT))
-            except OSError:
-                if port is not None:
-                    raise
-                listener.bind((HOST, 0))
-        except OSError as error:
-            raise InspectorNotStarted(
-                f"port {port} of {HOST} is in use by another program: name another with --port"
-            ) from error
-        yield listener
+def _listening(port: int | None) -> socket.socket:
+    for wanted in (DEFAULT_PORT, 0) if port is None else (port,):
+        with contextlib.suppress(OSError):
+            return socket.create_server((HOST, wanted))
+    raise UserError(f"port {port} of {HOST} is in use by another program: name another with --port")

@@ -9,7 +9,7 @@ from cluster.config.schema import RunConfig
 from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import MetricsTail
 from cluster.inspector.detail import Detail, detail_of
-from cluster.run.directory import RunDirectory, RunState
+from cluster.run.directory import RunDirectory
 from lm.hub import load_tokenizer
 
 # A person waits for a page, not a run: short.
@@ -41,19 +41,15 @@ class Sources:
     """
 
     def __init__(self, target: Target) -> None:
-        self.directory = RunDirectory(target.run, root=target.root)
-        self.metrics = MetricsTail(self.directory.metrics_file)
-        self._config = target.config
+        directory = RunDirectory(target.run, root=target.root)
+        self.state = directory.state
+        self.metrics = MetricsTail(directory.metrics_file)
+        self._temperature_at = target.config.learner.reward_temperature.at
         self._decode = load_tokenizer(target.config.lm).decode
-        client = connect(
-            target.buffer_url, password=target.buffer_password, timeout_s=_REDIS_TIMEOUT_S
-        )
+        password, timeout_s = target.buffer_password, _REDIS_TIMEOUT_S
+        client = connect(target.buffer_url, password=password, timeout_s=timeout_s)
         self._browser = ReplayBrowser(client, run=target.run)
         self.catalogue = Catalogue(self._browser, self._decode)
-
-    def state(self) -> RunState | None:
-        """State of the run as the driver last wrote it."""
-        return self.directory.state()
 
     def detail(self, id: str) -> Detail:
         """One trajectory, read now; raises Gone, BufferUnreachable."""
@@ -63,16 +59,12 @@ class Sources:
         (ids,) = self._browser.ids([trajectory.prompt_key])
         # The buffer may have replaced it since the line above.
         group = {t.id: t for t in self._browser.trajectories(ids)} | {id: trajectory}
+        state = self.state()
         return detail_of(
             trajectory,
             list(group.values()),
             self._browser.tallies_of(list(group)),
             self._decode,
-            temperature=self._temperature(),
+            temperature=self._temperature_at(0 if state is None else state.step),
             version=self.catalogue.listing().stats.version,
         )
-
-    def _temperature(self) -> float:
-        state = self.state()
-        step = 0 if state is None else state.step
-        return self._config.learner.reward_temperature.at(step)
