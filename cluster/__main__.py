@@ -40,11 +40,7 @@ def _silence_notices() -> None:
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
         warnings.simplefilter("ignore", category)
     # That a machine without a GPU computes on its CPU.
-    logging.getLogger("DeepSpeed").addFilter(_is_no_greeting)
-
-
-def _is_no_greeting(record: logging.LogRecord) -> bool:
-    return record.funcName != "get_accelerator"
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.funcName != "get_accelerator")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 _DESCRIPTION = """\
 Amortized Bayesian inference in language models: GFlowNet fine-tuning as a distributed
@@ -23,11 +23,13 @@ class _Parser(argparse.ArgumentParser):
         super().error(f"{told}{unknown}{' '.join(options)}")
 
 
-class _Verb(NamedTuple):
-    summary: str
-    arguments: Sequence[argparse.ArgumentParser]  # what argparse calls parents
-    room: str = "commands"  # of `cluster`; the verb's module there has the verb's name
-    module: str = ""  # ... but for the one that would shadow a module of the standard library
+class _Verb:
+    """What a verb does, its arguments (parents, to argparse), and its module in `cluster`."""
+
+    def __init__(
+        self, summary: str, *arguments: argparse.ArgumentParser, module: str = "commands.{verb}"
+    ) -> None:
+        self.summary, self.arguments, self.module = summary, arguments, module
 
 
 def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
@@ -41,16 +43,17 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     )
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help=argparse.SUPPRESS)
     name = parser.parse_args(argv[:1]).verb
-    summary, arguments, *_ = _VERBS[name]
-    verb_parser = _Parser(prog=f"amortize {name}", description=f"{summary}.", parents=arguments)
+    verb = _VERBS[name]
+    verb_parser = _Parser(
+        prog=f"amortize {name}", description=f"{verb.summary}.", parents=verb.arguments
+    )
     # Intermixed, so that overrides may stand before and after options.
     return name, verb_parser.parse_intermixed_args(argv[1:])
 
 
 def module_of(name: str) -> str:
     """The module that runs a verb."""
-    verb = _VERBS[name]
-    return f"cluster.{verb.room}.{verb.module or name}"
+    return f"cluster.{_VERBS[name].module}".format(verb=name)
 
 
 def _number(text: str) -> int:
@@ -114,124 +117,106 @@ _NEW_RUN = (
 )
 
 _SPLITS = ("validation", "test")
-_MANY = "experiments"
+_MANY = "experiments.{verb}"
 _VERBS = {
-    "train": _Verb("Fine-tune a language model on a task", (_CONFIG, *_NEW_RUN, _OVERRIDES)),
+    "train": _Verb("Fine-tune a language model on a task", _CONFIG, *_NEW_RUN, _OVERRIDES),
     "mstep": _Verb(
         "Fine-tune a run's language model on rationales of its policy",
-        (
-            *_NEW_RUN,
-            _OVERRIDES,
-            _argument("--of NAME", "the run whose policy gives the rationales", required=True),
-        ),
-        _MANY,
+        *_NEW_RUN,
+        _OVERRIDES,
+        _argument("--of NAME", "the run whose policy gives the rationales", required=True),
+        module=_MANY,
     ),
     "em": _Verb(
         "Alternate E-steps and M-steps, each a run",
-        (
-            *_MEASURING,
-            *_NEW_RUN,
-            _argument("--rounds N", "an E-step and an M-step each (default: em.rounds)", **_COUNT),
-        ),
-        _MANY,
+        *_MEASURING,
+        *_NEW_RUN,
+        _argument("--rounds N", "an E-step and an M-step each (default: em.rounds)", **_COUNT),
+        module=_MANY,
     ),
     "evaluate": _Verb(
         "Score a model, with or without an adapter, on test data",
-        (
-            *_MEASURING,
-            _one_of(
-                ("--run NAME", "evaluate the adapter of this run", {}),
-                ("--adapter PATH", "evaluate the adapter in this folder", {}),
-            ),
-            _one_of(
-                ("--data FILE", "test files (default: those of the configuration)", _LIST),
-                ("--split", "of what is held out (default: test)", {"choices": _SPLITS}),
-            ),
+        *_MEASURING,
+        _one_of(
+            ("--run NAME", "evaluate the adapter of this run", {}),
+            ("--adapter PATH", "evaluate the adapter in this folder", {}),
+        ),
+        _one_of(
+            ("--data FILE", "test files (default: those of the configuration)", _LIST),
+            ("--split", "of what is held out (default: test)", {"choices": _SPLITS}),
         ),
     ),
     "compare": _Verb(
         "Compare methods on one task at nearly equal numbers of trajectories",
-        (
-            *_MEASURING,
-            *_NEW_RUN,
-            _argument(
-                "--methods METHOD",
-                "such as base sft ppo gflownet beam; docs/compare.md lists all (default: "
-                "compare.methods of the file)",
-                **_LIST,
-            ),
-            _argument("--seeds N", "runs each (default: 3)", default=3, **_COUNT),
+        *_MEASURING,
+        *_NEW_RUN,
+        _argument(
+            "--methods METHOD",
+            "such as base sft ppo gflownet beam; docs/compare.md lists all (default: "
+            "compare.methods of the file)",
+            **_LIST,
         ),
-        _MANY,
+        _argument("--seeds N", "runs each (default: 3)", default=3, **_COUNT),
+        module=_MANY,
     ),
     "posterior": _Verb(
         "Compare a policy with the exact posterior, or bound its distance",
-        (
-            *_MEASURING,
-            _argument("--run NAME", "compare the adapter of this run (default: the base LM)"),
-        ),
+        *_MEASURING,
+        _argument("--run NAME", "compare the adapter of this run (default: the base LM)"),
     ),
     "export": _Verb(
         "Write a run's policy as a folder that transformers, peft and vLLM load",
-        (
-            _argument("--run NAME", "whose policy", required=True),
-            _argument("--to FOLDER", "a new folder, or empty", required=True),
-            _argument("--merge", "fold the adapter into the base", **_FLAG),
-            _argument("--dtype", "of the weights (default: as they are)", choices=("bf16", "fp32")),
-            _argument("--push REPO", "upload it to this repository of the Hugging Face hub too"),
-        ),
+        _argument("--run NAME", "whose policy", required=True),
+        _argument("--to FOLDER", "a new folder, or empty", required=True),
+        _argument("--merge", "fold the adapter into the base", **_FLAG),
+        _argument("--dtype", "of the weights (default: as they are)", choices=("bf16", "fp32")),
+        _argument("--push REPO", "upload it to this repository of the Hugging Face hub too"),
     ),
     "scale": _Verb(
         "Change the actors or replicas of a run that goes on, and wait",
-        (
-            _argument("--run NAME", "a run that goes on", required=True),
-            _argument("--actors N", "rollout actors from now on", **_COUNT),
-            _argument("--reward-replicas R", "reward replicas from now on", **_COUNT),
-        ),
+        _argument("--run NAME", "a run that goes on", required=True),
+        _argument("--actors N", "rollout actors from now on", **_COUNT),
+        _argument("--reward-replicas R", "reward replicas from now on", **_COUNT),
     ),
     "throughput": _Verb(
         "Measure how a run's rate grows with its rollout actors",
-        (
-            *_MEASURING,
-            _argument(
-                "--actors N,N,...",
-                "numbers of rollout actors to measure, 1 among them (default: 1,2,4,8)",
-                type=_actor_counts,
-                default="1,2,4,8",
-            ),
-            _argument("--reward-replicas R", "replicas (default: reward.replicas)", **_COUNT),
-            _argument(
-                "--simulate",
-                "waits stand for model compute (throughput.simulation); all else is real",
-                **_FLAG,
-            ),
-            _argument(
-                "--output FILE",
-                "where the picture goes (default: throughput-TASK.png in the folder of runs)",
-            ),
+        *_MEASURING,
+        _argument(
+            "--actors N,N,...",
+            "numbers of rollout actors to measure, 1 among them (default: 1,2,4,8)",
+            type=_actor_counts,
+            default="1,2,4,8",
         ),
-        _MANY,
+        _argument("--reward-replicas R", "replicas (default: reward.replicas)", **_COUNT),
+        _argument(
+            "--simulate",
+            "waits stand for model compute (throughput.simulation); all else is real",
+            **_FLAG,
+        ),
+        _argument(
+            "--output FILE",
+            "where the picture goes (default: throughput-TASK.png in the folder of runs)",
+        ),
+        module=_MANY,
     ),
     "status": _Verb(
         "Show runs: progress, parts that live, last figures",
-        (_JSON, _argument("--run NAME", "one run in full (default: all, a line each)")),
+        _JSON,
+        _argument("--run NAME", "one run in full (default: all, a line each)"),
     ),
     "inspect": _Verb(
         "Show the trajectories of a run in a browser",
-        (
-            _OVERRIDES,
-            _argument("--run NAME", "which run (default: the one that goes on, else the newest)"),
-            _argument("--port P", "of 127.0.0.1 (default: 8000)", type=int),
-            _one_of(
-                ("--address A", _ADDRESS.format("the run's"), {}),
-                ("--no-serve", "in this process, without Ray", _FLAG),
-            ),
+        _OVERRIDES,
+        _argument("--run NAME", "which run (default: the one that goes on, else the newest)"),
+        _argument("--port P", "of 127.0.0.1 (default: 8000)", type=int),
+        _one_of(
+            ("--address A", _ADDRESS.format("the run's"), {}),
+            ("--no-serve", "in this process, without Ray", _FLAG),
         ),
-        "inspector",
-        "command",
+        module="inspector.command",
     ),
     "stop": _Verb(
         "Ask a run to checkpoint and end, and wait until it has",
-        (_argument("--run NAME", "which run (default: the one that runs)"),),
+        _argument("--run NAME", "which run (default: the one that runs)"),
     ),
 }

@@ -24,7 +24,7 @@ from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
 from cluster.config.project import UserError
 from cluster.inspector.access import COOKIE, is_loopback, keep_token
-from cluster.inspector.app import build_app
+from cluster.inspector.app import Target, build_app
 from cluster.inspector.catalogue import Catalogue, Listing
 from cluster.inspector.pages import POLICY
 from cluster.inspector.queries import Query
@@ -37,7 +37,6 @@ from cluster.inspector.serve import (
     prefix,
     served_here,
 )
-from cluster.inspector.sources import Target
 from cluster.run.directory import RunDirectory
 from tests.inspector_toy import (
     HOSTILE,
@@ -474,6 +473,7 @@ def test_a_redis_that_is_gone_is_said_and_found_again(tmp_path: Path) -> None:
         assert client.get(f"{BASE}/").status_code == 200
     answer = client.get(f"{BASE}/trajectory/{sums(3)[0].id}")
     assert answer.status_code == 503 and "did not answer" in answer.text
+    assert "data-refresh" not in answer.text, "a message stays"
     assert server.password not in answer.text
     with filled(directory, []):
         assert client.get(f"{BASE}/trajectory/{sums(3)[0].id}").status_code == 200

@@ -5,12 +5,13 @@ import math
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.inspector.charts import Chart, Series, number, outermost, ticks
-from cluster.inspector.curves import MetricsTail, draw_curves, thin
+from cluster.inspector.curves import draw_curves, rows_by_step, thin
 from cluster.inspector.rows import Piece, split_pieces, split_text, tool_spans
 from tests.inspector_toy import HOSTILE, TOKENIZER, encode
 
@@ -120,19 +121,18 @@ def test_numbers_are_short() -> None:
 
 def test_the_metrics_are_read_on_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    tail = MetricsTail(path)
-    assert tail.rows() == []
+    assert rows_by_step(path) == []
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 1, "a": 1.0}\n{"step": 2, "a"')
         file.flush()
-        assert [row["step"] for row in tail.rows()] == [1]
+        assert [row["step"] for row in rows_by_step(path)] == [1]
         file.write(': 2.0}\nnot json\n[1]\n{"step": 3, "a": "<b>", "c": NaN}\n{"a": 4.0}\n')
         file.flush()
-        assert tail.rows() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 3}]
+        assert rows_by_step(path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 3}]
         # The run was resumed from a checkpoint at step 1.
         file.write('{"step": 2, "a": 20.0}\n')
         file.flush()
-        assert [row.get("a") for row in tail.rows()] == [1.0, 20.0, None]
+        assert [row.get("a") for row in rows_by_step(path)] == [1.0, 20.0, None]
 
 
 def test_every_metric_has_a_curve_and_the_known_ones_come_first() -> None:
@@ -152,11 +152,11 @@ def test_every_metric_has_a_curve_and_the_known_ones_come_first() -> None:
 
 def test_thinning_keeps_the_mean_and_the_ends_in_sight() -> None:
     points = [(float(x), float(x % 7)) for x in range(4000)]
-    found = list(thin(points))
+    found = thin(np.array(points))
     assert len(found) == 400
     assert found[0][0] < 10 and found[-1][0] > 3990
     assert sum(y for _, y in found) / 400 == pytest.approx(sum(y for _, y in points) / 4000)
-    assert list(thin(points[:3])) == points[:3]
+    assert thin(np.array(points[:3])) == points[:3]
 
 
 @given(heights=st.lists(st.floats(-10, 10), max_size=300), at_most=st.integers(2, 50))

@@ -20,7 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from cluster.reports.html_page import visible
 
 Mark = Literal["line", "faint", "dots", "bars"]
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 10.0, 6.0, 22.0
+_WIDTH, _HEIGHT = 460.0, 150.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, _WIDTH - 10.0, 6.0, _HEIGHT - 22.0  # of the frame
 _BAR_SHARE = 0.6
 _HEADROOM = 0.06  # share of the height above and below the marks
 _DOT_RADIUS = 3.0
@@ -43,8 +44,6 @@ class Chart:
 
     title: str  # for those who do not see it
     series: Sequence[Series]
-    width: float = 460.0
-    height: float = 150.0
     level: float | None = None  # a dashed line at this height
     bands: Sequence[tuple[float, float]] = ()  # stretches of x that are shaded
     counted: int | None = None  # x counts something, from 0 up to this
@@ -52,19 +51,18 @@ class Chart:
     def svg(self) -> Markup:
         """The chart, for the middle of a page; raises ValueError where there is not one point."""
         box = self._data_box()
-        right, floor = self.width - _RIGHT, self.height - _BOTTOM
         # SVG counts y downwards.
-        place = BboxTransform(box, Bbox.from_extents(_LEFT, floor, right, _TOP)).transform
-        size = f"0 0 {self.width:g} {self.height:g}"
+        place = BboxTransform(box, Bbox.from_extents(_LEFT, _BOTTOM, _RIGHT, _TOP)).transform
+        size = f"0 0 {_WIDTH:g} {_HEIGHT:g}"
         root = Element("svg", {"viewBox": size, "role": "img", "aria-label": visible(self.title)})
         for start, end in self.bands:
             _rectangle(root, "band", *place([(start, box.y0), (end, box.y1)]))
         for value in ticks(box.y0, box.y1, at_most=5):
             (_, y) = place((box.x0, value))
-            _line(root, "grid", [(_LEFT, y), (right, y)])
+            _line(root, "grid", [(_LEFT, y), (_RIGHT, y)])
             _text(root, "end", _LEFT - 6, y + 3.5, value)
         for value in ticks(box.x0, box.x1, at_most=8, whole=self.counted is not None):
-            _text(root, "middle", place((value, box.y0))[0], self.height - 5, value)
+            _text(root, "middle", place((value, box.y0))[0], _HEIGHT - 5, value)
         if self.level is not None:
             _line(root, "level", place([(box.x0, self.level), (box.x1, self.level)]))
         for series in self.series:

@@ -9,9 +9,9 @@ from cluster.config.file import load_config
 from cluster.config.placement import ClusterConfig
 from cluster.config.project import UserError
 from cluster.inspector.access import TOKEN_PARAMETER, keep_token
+from cluster.inspector.app import Target
 from cluster.inspector.keeper import BufferKeeper
 from cluster.inspector.serve import served_by_ray, served_here
-from cluster.inspector.sources import Target
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 
 _WATCH_S = 2.0

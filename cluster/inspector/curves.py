@@ -1,17 +1,18 @@
-"""Curves of a run from its metrics file, of which each look reads the lines that are new."""
+"""Curves of a run from its metrics file."""
 
-import json
 import math
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from cluster.inspector.charts import Chart, Series, number
 from cluster.reports.plots import smooth
 from cluster.run.display import FIGURES, Figure
+from cluster.run.metrics_log import read_metrics
 
 _POINTS = 400
 _STEP = "step"
@@ -28,47 +29,17 @@ class Curve:
     is_headline: bool
 
 
-class MetricsTail:
-    """The rows of a metrics file by step; safe to share between threads.
+def rows_by_step(path: Path) -> list[Mapping[str, float]]:
+    """The finite numbers of each whole row of a metrics file, in the order of their steps.
 
     A run that was resumed writes the steps after its checkpoint again: the later row counts.
     """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._offset = 0
-        self._rows: dict[float, Mapping[str, float]] = {}
-
-    def rows(self) -> list[Mapping[str, float]]:
-        """All whole rows so far, in the order of their steps."""
-        with self._lock:
-            self._read_on()
-            return [self._rows[step] for step in sorted(self._rows)]
-
-    def _read_on(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        # A line that is still being written is for the next time.
-        whole = data.rpartition(b"\n")[0]
-        self._offset += len(whole) + 1 if whole else 0
-        for line in whole.splitlines():
-            row = _row(line)
-            if _STEP in row:
-                self._rows[row[_STEP]] = row
-
-
-def _row(line: bytes) -> dict[str, float]:
-    """The numbers of a line; none where it is torn."""
-    try:
-        fields = dict(json.loads(line))
-    except (TypeError, ValueError):
-        return {}
-    numbers = ((k, float(v)) for k, v in fields.items() if isinstance(v, int | float))
-    return {key: value for key, value in numbers if math.isfinite(value)}
+    rows = {}
+    for row in read_metrics(path):
+        known = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+        if _STEP in known:
+            rows[known[_STEP]] = known
+    return [rows[step] for step in sorted(rows)]
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
@@ -77,10 +48,10 @@ def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
     keys = {key for row in rows for key in row} - {_STEP}
     curves = []
     for key in [*(key for key in known if key in keys), *sorted(keys - known.keys())]:
-        points = [(row[_STEP], row[key]) for row in rows if key in row]
-        means = smooth([value for _, value in points])
-        smoothed = [(step, mean) for (step, _), mean in zip(points, means, strict=True)]
-        series = [Series(list(thin(points)), "faint"), Series(list(thin(smoothed)), "line")]
+        points_N2 = np.array([(row[_STEP], row[key]) for row in rows if key in row], dtype=float)
+        means = smooth(points_N2[:, 1])
+        smoothed_N2 = np.column_stack([points_N2[:, 0], means])
+        series = [Series(thin(points_N2), "faint"), Series(thin(smoothed_N2), "line")]
         figure = known.get(key, Figure(key, key, number))
         curves.append(
             Curve(
@@ -94,9 +65,9 @@ def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Curve]:
     return curves
 
 
-def thin(points: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+def thin(points_N2: NDArray[np.float64]) -> list[tuple[float, float]]:
     """At most _POINTS of the points: means of equally many neighbours."""
-    size = -(-len(points) // _POINTS)
-    for start in range(0, len(points), size):
-        group = points[start : start + size]
-        yield sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)
+    starts = np.arange(0, len(points_N2), -(-len(points_N2) // _POINTS))
+    counts = np.diff(starts, append=len(points_N2))
+    means_M2 = np.add.reduceat(points_N2, starts) / counts[:, None]
+    return [(x, y) for x, y in means_M2.tolist()]

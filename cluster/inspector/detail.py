@@ -5,17 +5,21 @@ learner computes log q afresh under its current weights, so its loss is another 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.browser import Tally
+from buffer.browser import ReplayBrowser
 from buffer.trajectory import Trajectory
 from cluster.inspector.rows import Decode, Row, row_of, split_text, tool_spans
 from learner.step_metrics import log_weight
+
+
+class Gone(LookupError):
+    """No trajectory is stored under this id."""
 
 
 class Prefix(NamedTuple):
@@ -42,25 +46,30 @@ class Detail:
     version: int  # the learner's
 
 
-def detail_of(
-    trajectory: Trajectory,
-    group: Sequence[Trajectory],
-    tallies: Mapping[str, Tally],
-    decode: Decode,
-    *,
-    temperature: float,
-    version: int,
+def read_detail(
+    browser: ReplayBrowser, id: str, decode: Decode, *, temperature: float, version: int
 ) -> Detail:
-    """Put together what the page of a trajectory shows; the group holds it too."""
-    log_z = estimate_log_z(group, temperature=temperature)
+    """The trajectory as it is stored now; raises Gone, BufferUnreachable.
+
+    Args:
+        temperature: T.
+        version: the learner's.
+    """
+    trajectory = next(browser.trajectories([id]), None)
+    if trajectory is None:
+        raise Gone(id)
+    (ids,) = browser.ids([trajectory.prompt_key])
+    # The buffer may have replaced it since the line above.
+    group = {t.id: t for t in browser.trajectories(ids)} | {id: trajectory}
+    tallies = browser.tallies_of(list(group))
+    rows = {t.id: row_of(t, decode, tallies[t.id]) for t in group.values()}
+    log_z = estimate_log_z(list(group.values()), temperature=temperature)
     prefixes = prefixes_of(trajectory, temperature=temperature, log_z=log_z)
-    ends = [prefix.length for prefix in prefixes]
-    texts = split_text(trajectory.completion.tolist(), ends, decode)
-    rows = [row_of(t, decode, tallies[t.id]) for t in group]
+    texts = split_text(trajectory.completion.tolist(), [p.length for p in prefixes], decode)
     return Detail(
-        row=next(row for row in rows if row.id == trajectory.id),
+        row=rows[id],
         steps=list(zip(prefixes, texts, strict=True)),
-        group=sorted(rows, key=lambda row: (-row.log_reward, row.id)),
+        group=sorted(rows.values(), key=lambda row: (-row.log_reward, row.id)),
         log_z=log_z,
         temperature=temperature,
         tool_spans=tool_spans(trajectory.from_tool.tolist()),
@@ -89,7 +98,7 @@ def prefixes_of(trajectory: Trajectory, *, temperature: float, log_z: float) -> 
         potential_S,
     )
     return tuple(
-        Prefix(*row, None if math.isnan(residual) else residual)
+        Prefix._make((*row, None if math.isnan(residual) else residual))
         for *row, residual in zip(*(column.tolist() for column in columns), residuals, strict=True)
     )
 

@@ -19,19 +19,6 @@ from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
 REFRESH_S = 5
 MOST_STEPS = 200  # stop states in a chart
 _SHOWN = 400  # characters of a rationale, where it stands among others
-_COLUMNS = (  # heading, order, its explanation
-    ("rationale", None, "What the policy wrote; a tool's text is marked."),
-    ("prompt", "prompt", "What it was asked."),
-    ("log R", "reward", "Log-reward of the whole rationale, nats, untempered."),
-    ("right", None, "The task's verdict."),
-    ("version", "version", "Of the weights that sampled it."),
-    ("age", None, "The learner's version less its own."),
-    ("length", "length", "Tokens, the tool's included."),
-    ("sampled", "created", "When."),
-    ("drawn", "draws", "Times the learner drew it from replay."),
-    ("again", "again", "Times it came again while it was stored."),
-    ("replaced", "replaced", "Near-duplicates that made way for it."),
-)
 
 
 def _asset(name: str) -> Markup:
@@ -53,7 +40,7 @@ POLICY = (
 def environment_of(run: str) -> Environment:
     """The templates, with all that every page of this run needs."""
     environment = page_environment("cluster.inspector")
-    environment.filters.update(nats=nats, ago=ago, number=number, times=times, charts=prefix_charts)
+    environment.filters.update(nats=nats, ago=ago, number=number, charts=prefix_charts)
     environment.tests["missing"] = lambda value: value is None
     environment.globals.update(
         run=run,
@@ -62,7 +49,6 @@ def environment_of(run: str) -> Environment:
         refresh=REFRESH_S,
         shown=_SHOWN,
         most_steps=MOST_STEPS,
-        columns=_COLUMNS,
         query_of=Query,
     )
     return environment
@@ -117,11 +103,6 @@ def nats(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "" if value is None else "unknown"
     return f"{value:.3f}".replace("-", "−")
-
-
-def times(count: int) -> str:
-    """How often."""
-    return ("never", "once", "twice")[count] if count <= 2 else f"{count} times"
 
 
 def ago(unix_s: float, now: float) -> str:

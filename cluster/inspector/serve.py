@@ -20,8 +20,7 @@ from ray.exceptions import RayError
 from cluster.config.project import UserError
 from cluster.distributed.ray_cluster import connect_ray, namespace_of
 from cluster.inspector.access import NO_TOKEN
-from cluster.inspector.app import build_app
-from cluster.inspector.sources import Target
+from cluster.inspector.app import Target, build_app
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8000

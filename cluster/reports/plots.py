@@ -6,16 +6,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
-from cluster.run.display import (
-    CORRECT,
-    ELBO,
-    IWAE_GAP,
-    LOG_REWARD,
-    LOSS,
-    POLICY_AGE,
-    TRAJECTORIES_PER_S,
-)
+from cluster.run import display
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 6.4, 3.2
 _DOTS_PER_INCH = 110
@@ -25,13 +18,13 @@ _SMOOTHING_SHARE = 0.04
 
 # File name, metric, axis.
 _CURVES = (
-    ("loss", LOSS, "loss, nats²"),
-    ("reward", LOG_REWARD, "log reward, nats"),
-    ("correct", CORRECT, "right on-policy rationales, share"),
-    ("elbo", ELBO, "ELBO of log Z, nats"),
-    ("iwae_gap", IWAE_GAP, "KL(q || p) is at least, nats"),
-    ("policy_age", POLICY_AGE, "policy age, versions"),
-    ("throughput", TRAJECTORIES_PER_S, "trajectories per second"),
+    ("loss", display.LOSS, "loss, nats²"),
+    ("reward", display.LOG_REWARD, "log reward, nats"),
+    ("correct", display.CORRECT, "right on-policy rationales, share"),
+    ("elbo", display.ELBO, "ELBO of log Z, nats"),
+    ("iwae_gap", display.IWAE_GAP, "KL(q || p) is at least, nats"),
+    ("policy_age", display.POLICY_AGE, "policy age, versions"),
+    ("throughput", display.TRAJECTORIES_PER_S, "trajectories per second"),
 )
 
 
@@ -49,7 +42,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]
         axes.plot(steps, smooth(values), color=_SMOOTH, linewidth=1.8)
         axes.set_xlabel("step")
         axes.set_ylabel(axis)
-        if key == LOSS and min(values) > 0:
+        if key == display.LOSS and min(values) > 0:
             axes.set_yscale("log")
         files.append(folder / f"{name}.png")
         figure.savefig(files[-1])
@@ -101,9 +94,9 @@ def new_figure(
     return figure, grid[:panels]
 
 
-def smooth(values: Sequence[float], share: float = _SMOOTHING_SHARE) -> list[float]:
+def smooth(values: ArrayLike, share: float = _SMOOTHING_SHARE) -> list[float]:
     """Mean of each value and those before it, over so large a share of all."""
-    sums = np.cumsum([0.0, *values])
+    sums = np.cumsum(np.insert(np.asarray(values, dtype=np.float64), 0, 0.0))
     ends = np.arange(1, len(sums))
-    starts = np.maximum(ends - max(1, round(share * len(values))), 0)
+    starts = np.maximum(ends - max(1, round(share * len(ends))), 0)
     return ((sums[ends] - sums[starts]) / (ends - starts)).tolist()
