@@ -38,7 +38,9 @@ class LightLauncher(Launcher):
         self.actors: dict[int, type] = {}
         self.learners: type = CountingWorker
 
-    def launch(self, context: RunContext, name: str, *, incarnation: int) -> GroupLaunch:
+    def launch(
+        self, context: RunContext, name: str, *arguments: Any, incarnation: int
+    ) -> GroupLaunch:
         kind, _, index = name.partition("-")
         worker: type = CountingWorker
         if kind == "actor":

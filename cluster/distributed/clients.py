@@ -44,11 +44,9 @@ class RemoteWeightStore(_RemoteService):
     peer = "weight store"
 
     def newer_than(self, version: int) -> PublishedWeights | None:
-        """See `WeightStore.newer_than`."""
         return self._ask("newer_than", version)
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
-        """See `WeightStore.publish`."""
         self._ask("publish", data, version=version, checksum=checksum)
 
 
@@ -60,7 +58,6 @@ class RemoteRegistry(_RemoteService):
     _announced_s = float("-inf")
 
     def names(self) -> tuple[str, ...]:
-        """See `ReplicaRegistry.names`."""
         return self._ask("names")
 
     def announce(self, names: tuple[str, ...], *, wait: bool = True) -> None:
@@ -149,7 +146,6 @@ class RemoteScores:
 
         Raises:
             PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed: no replica answered in `timeout_s`.
-            NobodyScores: see `RemoteScorer.start`.
             BadItem: an item cannot be scored; another replica would say the same.
         """
         scorer, deadline = self._scorer, time.monotonic() + timeout_s

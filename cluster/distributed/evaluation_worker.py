@@ -27,7 +27,6 @@ class EvaluationWorker(Worker):
         return {"evaluation": found}
 
     def status(self) -> dict[str, Any]:
-        """The number of stages that were begun."""
         return {"stages": self._stages}
 
     def _build(self, _: Meeting) -> None:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -29,12 +28,10 @@ class GroupLaunch:
     """Room for a worker group on the cluster, and what makes its ranks there.
 
     Room is requested at once, got for all ranks or none, and held until `give_up`, or until the
-    driver ends, however that ends.
+    driver ends. A group of one goes to the node that has most of its claim to spare.
 
     Args:
-        name: of the group, in Ray's dashboard.
         claim: of each rank.
-        strategy: Ray's; a group of one goes to the node that has most of its claim to spare.
         create: makes the Ray actors, rank 0 first, from the options that give each its place.
     """
 
@@ -86,46 +83,18 @@ class Launcher:
         restarts = {"max_restarts": -1, "max_task_retries": 2}
         return ray.remote(service).options(**options, **restarts, scheduling_strategy=here).remote()
 
-    def launch(self, context: RunContext, name: str, *, incarnation: int) -> GroupLaunch:
-        """The worker group called actor-N, reward-N or learner."""
+    def launch(
+        self, context: RunContext, name: str, *arguments: Any, incarnation: int
+    ) -> GroupLaunch:
+        """The worker group called actor-N, reward-N, learner or evaluator-N.
+
+        Args:
+            arguments: of the worker, behind context and member.
+        """
         kind, _, index = name.partition("-")
         member = Member(name=name, index=int(index or 0), incarnation=incarnation)
-        cluster = self._config.cluster
-        worker: type[Worker]
-        if kind == "actor":
-            claim = cluster.actor_placement
-            return self._group(RolloutWorker, context, member, claim, strategy="SPREAD")
-        if kind == "reward":
-            worker, ranks = RewardWorker, self._config.reward.ranks
-            placement = cluster.reward_placement
-        else:
-            worker, ranks = LearnerWorker, self._config.learner.ranks
-            placement = cluster.learner_placement
-        return self._group(
-            worker, context, member, placement, strategy=placement.strategy, num_ranks=ranks
-        )
+        worker, claim, strategy, num_ranks = self._layout(kind)
 
-    def evaluator(
-        self, context: RunContext, name: str, *, incarnation: int, adapter: Path | None, step: int
-    ) -> GroupLaunch:
-        """A process that evaluates, as a worker group of one."""
-        member = Member(name=name, incarnation=incarnation)
-        claim = self._config.cluster.actor_placement
-        return self._group(
-            EvaluationWorker, context, member, claim, strategy="PACK", arguments=(adapter, step)
-        )
-
-    def _group(
-        self,
-        worker: type[Worker],
-        context: RunContext,
-        member: Member,
-        claim: Placement,
-        *,
-        strategy: str,
-        num_ranks: int = 1,
-        arguments: tuple[Any, ...] = (),
-    ) -> GroupLaunch:
         def create(places: list[dict[str, Any]]) -> list[ActorHandle]:
             remote = ray.remote(worker)
             ranks: list[ActorHandle] = []
@@ -143,6 +112,19 @@ class Launcher:
         return GroupLaunch(
             member.full_name, claim, num_ranks=num_ranks, strategy=strategy, create=create
         )
+
+    def _layout(self, kind: str) -> tuple[type[Worker], Placement, str, int]:
+        """Class of the ranks, what each claims, how they lie among the nodes, and how many."""
+        cluster = self._config.cluster
+        if kind == "actor":
+            return RolloutWorker, cluster.actor_placement, "SPREAD", 1
+        if kind == "evaluator":
+            return EvaluationWorker, cluster.actor_placement, "PACK", 1
+        if kind == "reward":
+            placement = cluster.reward_placement
+            return RewardWorker, placement, placement.strategy, self._config.reward.ranks
+        placement = cluster.learner_placement
+        return LearnerWorker, placement, placement.strategy, self._config.learner.ranks
 
 
 def process_environment(threads: int) -> dict[str, str]:

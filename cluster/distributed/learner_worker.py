@@ -15,28 +15,20 @@ from learner.engine import Engine
 _log = logging.getLogger(__name__)
 
 
-class Outbox:
-    """Items for a reader that says how many it has; those are forgotten."""
+class Outbox(deque[Any]):
+    """Items for a reader in another thread that says how many it has; those are forgotten."""
 
-    def __init__(self) -> None:
-        self._items: deque[Any] = deque()
-        self._forgotten = 0
-
-    @property
-    def total(self) -> int:
-        """Items that there have been."""
-        return self._forgotten + len(self._items)
+    total = 0  # that there have been
 
     def append(self, item: Any) -> None:
-        """Add one at the end; from another thread than the reader's."""
-        self._items.append(item)
+        self.total += 1  # before, so that the reader forgets none that it has not read
+        super().append(item)
 
     def after(self, count: int) -> list[Any]:
         """The items after the first `count`."""
-        while self._forgotten < count and self._items:
-            self._items.popleft()
-            self._forgotten += 1
-        return list(self._items)
+        while len(self) > self.total - count:
+            self.popleft()
+        return list(self)
 
 
 class LearnerWorker(Worker):

@@ -54,10 +54,8 @@ class RemoteMeasurement:
     def result(self) -> Evaluation:
         """Wait for the answer and end the process.
 
-        Raises:
-            PeerTimeout: no stage of the evaluation ended within STAGE_TIMEOUT_S.
-            PeerDied: the process died, or was silent, more than `cluster.max_restarts` times.
-            Exception: whatever the evaluation raised, as its own class.
+        Raises PeerTimeout after STAGE_TIMEOUT_S without progress, PeerDied after more deaths than
+        `cluster.max_restarts`, and whatever the evaluation raised, as its own class.
         """
         try:
             while not self.done():

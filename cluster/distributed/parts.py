@@ -1,5 +1,4 @@
-"""What the processes of a distributed run are built from: language models, unless an experiment
-puts something in their place."""
+"""What processes of a distributed run are built from: models, or an experiment's stand-ins."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -15,6 +15,7 @@ import ray
 from cluster.config.project import PACKAGES, PROJECT_ROOT, UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RAY_PACKAGE
+from cluster.run.display import first_line
 from cluster.run.resources import Node, describe
 from tasks.custom_config import CustomTaskConfig
 
@@ -59,7 +60,13 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     # Ray's handler would end this process at a SIGTERM that is a request to stop in order.
     handler = signal.getsignal(signal.SIGTERM)
     environment = source_for_workers(config)
-    ray.init(namespace=namespace, runtime_env=environment, log_to_driver=False, **settings)
+    try:
+        ray.init(namespace=namespace, runtime_env=environment, log_to_driver=False, **settings)
+    except Exception as error:  # of many classes
+        raise UserError(
+            f"Ray did not come up: {first_line(error)}: try again, when this machine has less to "
+            f"do; Ray's logs are in /tmp/ray/session_latest/logs"
+        ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 

@@ -18,10 +18,7 @@ _TOOL_BEGINS, _TOOL_ENDS = "⟦", "⟧"
 
 
 def print_line(line: str) -> None:
-    """Print a line; what the stream's encoding lacks is written out, and a full disk loses lines.
-
-    Neither is an error: an actor has better to do than to write its log.
-    """
+    """Print a line; what the stream's encoding lacks is escaped, and a full disk loses lines."""
     encoding = sys.stdout.encoding or "utf-8"
     with contextlib.suppress(OSError):
         print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -51,7 +48,6 @@ class LoggedSink:
         self._seen_s = clock()
 
     def add(self, group: Sequence[Trajectory]) -> object:
-        """Store one group; when this returns, the buffer owns it."""
         answer = self._buffer.add(group)
         now = self._clock()
         grown = self._allowance + (now - self._seen_s) * _LINES_PER_S
@@ -63,7 +59,6 @@ class LoggedSink:
         return answer
 
     def depth(self) -> int:
-        """Groups stored that the learner has not drawn yet."""
         return self._buffer.depth()
 
 

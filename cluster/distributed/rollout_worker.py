@@ -62,5 +62,4 @@ class RolloutWorker(Worker):
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        """The actor's counters."""
         return asdict(self._actor.stats) | {"scoring_retries": self._scorer.retries}

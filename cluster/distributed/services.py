@@ -40,7 +40,6 @@ class ReplicaRegistry(Service):
         self._names: tuple[str, ...] = ()
 
     def announce(self, names: tuple[str, ...]) -> None:
-        """Replace the names."""
         self._names = names
 
     def names(self) -> tuple[str, ...]:

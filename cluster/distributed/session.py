@@ -85,7 +85,6 @@ class RaySession:
     def start(
         self, report: Callable[[str], None], stop: Callable[[], bool] = lambda: False
     ) -> Supervisor:
-        """Launch every worker group."""
         return Supervisor(self._config, self._launcher, self._context, report)
 
     def evaluate(
@@ -96,8 +95,8 @@ class RaySession:
         name = f"evaluator-{self._evaluations}"
 
         def launch(incarnation: int) -> GroupLaunch:
-            return self._launcher.evaluator(
-                self._context, name, incarnation=incarnation, adapter=adapter, step=step
+            return self._launcher.launch(
+                self._context, name, adapter, step, incarnation=incarnation
             )
 
         return RemoteMeasurement(name, launch, self._config.cluster, report)

@@ -10,40 +10,6 @@ REPLICAS_SHARE = 0.25
 _POLL_S = 0.05
 
 
-class Leaving:
-    """A worker group that the run needs no longer: ends in order, or is killed at its deadline.
-
-    An actor stores what it has in flight, a replica answers the calls that it holds. A group that
-    does not run yet holds nothing and is ended at once.
-    """
-
-    def __init__(self, group: WorkerGroup, *, timeout_s: float) -> None:
-        self.group = group
-        self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
-        self._runs = group.phase is Phase.RUNNING
-        if self._runs:
-            group.ask_to_stop()
-        else:
-            group.kill()
-
-    def poll(self) -> str | None:
-        """How it ended, for people, once it has ended; None until then."""
-        group = self.group
-        if self._runs:
-            runs_on = group.poll() is Phase.RUNNING
-            if runs_on and time.monotonic() < self._deadline:
-                return None
-            group.kill()
-            if runs_on:
-                return (
-                    f"{group.name} did not stop within {self._timeout_s:.0f} s "
-                    f"(cluster.stop_timeout_s) and was killed"
-                )
-        failed = group.phase is Phase.FAILED
-        return f"{group.cause}; it was leaving" if failed else f"{group.name} has left"
-
-
 def end_in_order(
     groups: Sequence[WorkerGroup],
     *,

@@ -16,7 +16,7 @@ from cluster.distributed.clients import RemoteRegistry
 from cluster.distributed.launcher import Launcher
 from cluster.distributed.ray_cluster import living_nodes, may_grow, room
 from cluster.distributed.services import ServiceWatch
-from cluster.distributed.shutdown import Leaving, end_in_order
+from cluster.distributed.shutdown import end_in_order
 from cluster.distributed.telemetry import Telemetry
 from cluster.distributed.waiting import PeerDied, PeerTimeout
 from cluster.distributed.worker import RunContext
@@ -36,11 +36,7 @@ class RunFailed(RuntimeError):
 
 
 class Supervisor:
-    """Owns the worker groups of a run.
-
-    Args:
-        report: takes one line for people each time something happens.
-    """
+    """Owns the worker groups of a run, and reports in lines for people what happens to them."""
 
     def __init__(
         self,
@@ -66,7 +62,7 @@ class Supervisor:
         self._launches: Counter[str] = Counter()  # names and seeds are never used twice
         self._deaths: Counter[str] = Counter()
         self._added: set[str] = set()  # by `scale`, and did not run yet
-        self._leaving: list[Leaving] = []
+        self._leaving: list[tuple[WorkerGroup, float]] = []  # with their deadlines
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died or left
         self._waited: list[WorkerGroup] = []  # for a placement, and it was reported
         self.given_up = ""
@@ -79,7 +75,6 @@ class Supervisor:
 
     @property
     def running(self) -> bool:
-        """Whether every part has come up."""
         return all(group.phase is Phase.RUNNING for group in self.groups.values())
 
     @property
@@ -89,12 +84,10 @@ class Supervisor:
 
     @property
     def finished(self) -> bool:
-        """Whether the learner has done its steps."""
         return self.groups["learner"].phase is Phase.FINISHED
 
     @property
     def learner_status(self) -> dict[str, Any]:
-        """Step and version of the learner, as last heard."""
         return self.groups["learner"].status
 
     def tick(self) -> None:
@@ -129,9 +122,8 @@ class Supervisor:
         that do not run leave first, then those with the highest numbers, withdrawn from the
         registry before. The first actor always stays: it seeds the buffer.
 
-        Raises:
-            UserError: the run has no parts of that kind, there is no room and no autoscaler that
-                could make some, or the registry does not answer.
+        Raises UserError where the run has no parts of that kind, there is no room and no autoscaler
+        that could make some, or the registry does not answer.
         """
         wanted = {kind: len(self._names(kind)) for kind in _PREFIXES}
         for kind, number in (("actors", actors), ("replicas", replicas)):
@@ -148,8 +140,8 @@ class Supervisor:
         except (PeerTimeout, PeerDied) as error:
             raise UserError(f"no replica could be withdrawn: {error}") from error
         self._added.difference_update(gone)
-        timeout_s = self._config.cluster.stop_timeout_s
-        self._leaving += [Leaving(self.groups.pop(name), timeout_s=timeout_s) for name in gone]
+        for name in gone:
+            self._dismiss(self.groups.pop(name))
         for kind, number in wanted.items():
             for _ in range(number - len(self._names(kind))):
                 self._add(_PREFIXES[kind])
@@ -194,7 +186,6 @@ class Supervisor:
         return killed
 
     def _report_waiting(self) -> None:
-        """Report once of each group that it waits for its placement, and what room there is."""
         waiting = [
             group
             for group in self.groups.values()
@@ -210,7 +201,7 @@ class Supervisor:
 
     def _parts(self, prefix: str = "") -> list[WorkerGroup]:
         """Groups of one kind or of all, those that leave included."""
-        groups = [*self.groups.values(), *(leaving.group for leaving in self._leaving)]
+        groups = [*self.groups.values(), *(group for group, _ in self._leaving)]
         return [group for group in groups if group.name.startswith(prefix)]
 
     def _names(self, kind: str) -> list[str]:
@@ -262,7 +253,6 @@ class Supervisor:
         self._launch(name)
 
     def _launch(self, name: str) -> None:
-        """Launch a group of that name, in place of the one that had it."""
         incarnation = self._launches[name]
         self._launches[name] += 1
         launch = self._launcher.launch(self._context, name, incarnation=incarnation)
@@ -270,13 +260,36 @@ class Supervisor:
             name, launch, incarnation=incarnation, config=self._config.cluster
         )
 
+    def _dismiss(self, group: WorkerGroup) -> None:
+        """Have a group leave: an actor stores what is being scored, a replica answers its calls.
+
+        One that does not run yet holds nothing and is ended at once.
+        """
+        if group.phase is Phase.RUNNING:
+            group.ask_to_stop()
+            self._leaving.append((group, time.monotonic() + self._config.cluster.stop_timeout_s))
+        else:
+            self._part_with(group, f"{group.name} has left")
+
     def _let_go(self) -> None:
-        """Drop the groups that have left, and keep what they counted."""
-        for leaving in list(self._leaving):
-            if (end := leaving.poll()) is not None:
-                self._leaving.remove(leaving)
-                self._retire(leaving.group)
-                self._report(end)
+        """Part with the groups that have left, and with those that have not by their deadline."""
+        for group, deadline in list(self._leaving):
+            runs_on = group.poll() is Phase.RUNNING
+            if runs_on and time.monotonic() < deadline:
+                continue
+            self._leaving.remove((group, deadline))
+            end = f"{group.name} has left"
+            if runs_on:
+                limit = f"{self._config.cluster.stop_timeout_s:.0f} s (cluster.stop_timeout_s)"
+                end = f"{group.name} did not stop within {limit} and was killed"
+            elif group.phase is Phase.FAILED:
+                end = f"{group.cause}; it was leaving"
+            self._part_with(group, end)
+
+    def _part_with(self, group: WorkerGroup, end: str) -> None:
+        group.kill()
+        self._retire(group)
+        self._report(end)
 
     def _retire(self, group: WorkerGroup) -> None:
         """Keep and record the last counters of a part that is gone."""

@@ -63,10 +63,9 @@ class Member:
 
 
 class Worker:
-    """The part of a process's life that is the same for all. `WorkerGroup` drives it.
+    """The part of a process's life that is the same for all; `WorkerGroup` drives it.
 
-    `rendezvous` says where it may be reached, `start` builds what it holds, `run` works until
-    stopped; `status` and `stop` are called beside them, in another thread.
+    `run` and `status` are each kind's own, and `status` and `stop` come from another thread.
     """
 
     concurrency: ClassVar[int] = 4  # calls at a time

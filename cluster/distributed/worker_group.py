@@ -42,7 +42,6 @@ class WorkerGroup:
     """Ranks that live and die together.
 
     Args:
-        name: for events and errors, e.g. "reward-0".
         incarnation: how many groups of this name the run had before.
         config: `start_timeout_s` for placing, and again for meeting and starting together;
             `silence_timeout_s` for a running rank to answer `status`.
@@ -75,7 +74,6 @@ class WorkerGroup:
 
     @property
     def leader(self) -> ActorHandle:
-        """Rank 0."""
         return self.handles[0]
 
     def poll(self) -> Phase:
@@ -103,12 +101,8 @@ class WorkerGroup:
     def reports(self, kind: str, *, timeout_s: float = 0.0) -> list[Any]:
         """What a worker with `reports_since` has added to one kind since the last call.
 
-        Args:
-            timeout_s: 0 waits for nothing, and the rest comes with a later call; more, for all
-                that there is.
-
-        Raises:
-            Exception: what came instead; the group's death is for `poll` to find.
+        With `timeout_s` = 0 it waits for nothing, and the rest comes with a later call; else for
+        all that there is. Raises what came instead; the group's death is for `poll` to find.
         """
         found: list[Any] = []
         while True:

@@ -28,12 +28,8 @@ from learner.config import LearnerConfig
 from learner.engine import Engine
 from learner.learner import Companion, Learner, WeightSink
 from learner.log_z import attach_log_z
+from learner.objectives import db, ppo, raptb, subtb, tb
 from learner.objectives.base import Objective
-from learner.objectives.db import DetailedBalance
-from learner.objectives.ppo import ClippedPolicyGradient
-from learner.objectives.raptb import RootedPrefixBalance
-from learner.objectives.subtb import SubTB
-from learner.objectives.tb import TrajectoryBalance
 from lm.adapter import adapter_bytes, save_adapter
 from lm.merged import save_merged
 from lm.model import LanguageModel, attach_adapter, load_base
@@ -119,15 +115,15 @@ def build_objective(config: LearnerConfig) -> Objective:
     """The configured objective, one that learns from rewards."""
     match config.objective:
         case "subtb":
-            return SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
+            return subtb.SubTB(decay=config.subtb_lambda, normalisation=config.normalisation)
         case "db":
-            return DetailedBalance(normalisation=config.normalisation)
+            return db.DetailedBalance(normalisation=config.normalisation)
         case "raptb":
-            return RootedPrefixBalance(normalisation=config.normalisation)
+            return raptb.RootedPrefixBalance(normalisation=config.normalisation)
         case "tb":
-            return TrajectoryBalance()
+            return tb.TrajectoryBalance()
         case "ppo":
-            return ClippedPolicyGradient(clip=config.ppo_clip, kl=config.ppo_kl)
+            return ppo.ClippedPolicyGradient(clip=config.ppo_clip, kl=config.ppo_kl)
         case "sft" | "joint":
             raise ValueError(f"objective {config.objective!r} imitates: see imitation.py")
 
@@ -148,8 +144,6 @@ def build_learner(
     """One rank of the learner, where an earlier one of the run has left off: `Learner.take_up`.
 
     Args:
-        directory: of the run, for checkpoints and quarantined trajectories.
-        warn: takes one line when there are some of the latter.
         gated: whether samplers are held to the learner's own log q.
         companion: the rest of the run, where it goes back with the learner.
     """
@@ -210,6 +204,5 @@ def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapte
 
 
 def load_task(config: RunConfig) -> tuple[LanguageModel, Task]:
-    """The base LM and the task in its tokens."""
     base = load_base(config.lm)
     return base, build_task(config.task, base.tokenizer, seed=config.seed)

@@ -21,7 +21,6 @@ class AwakeClock:
         threading.Thread(target=self._run, name="awake", daemon=True).start()
 
     def now_s(self) -> float:
-        """Seconds on this clock."""
         with self._lock:
             return self._note_gap() - self._stopped_s
 

@@ -181,7 +181,6 @@ class RunDirectory:
             self._lock = None
 
     def write_state(self, state: RunState) -> None:
-        """Replace `state.json`."""
         write_whole(self.state_file, state.model_dump_json(indent=2))
 
     def state(self) -> RunState | None:

@@ -73,10 +73,8 @@ class Driver:
     def drive(self) -> Scores:
         """Measure the base, train, measure the policy; what was measured.
 
-        A run that was stopped on request is not measured (again): it may be resumed.
-
-        Raises what ended it, after everything that had come up was stopped, with a checkpoint if
-        the learner could still write one.
+        A run that was stopped on request is not measured (again): it may be resumed. What is raised
+        ended it, after all that had come up was stopped, with a checkpoint where that could be.
         """
         try:
             self._enter("starting")
@@ -202,7 +200,6 @@ class Driver:
         self._show(run)
 
     def _scale_so_far(self, run: Run) -> ScaleAnswer | None:
-        """The answer to the last request, with what has become of it."""
         answer = self._state.scale
         if answer is None or answer.outcome == "refused":
             return answer
@@ -210,7 +207,7 @@ class Driver:
         return answer.model_copy(update={"outcome": outcome, "error": run.given_up})
 
     def _waited_for(self, pending: PendingMeasurement) -> bool:
-        """Wait until it is done; False if the run was stopped before."""
+        """Wait until it is done; False where the run is stopped before."""
         while not pending.done():
             if self._asked_to_stop():
                 return False
@@ -282,7 +279,6 @@ class Driver:
 
 
 def _is_up(run: Run) -> bool:
-    """Whether every part has come up."""
     counts = run.counts()
     return counts["actual"] == counts["desired"] and bool(run.learner_status)
 

@@ -1,8 +1,7 @@
 """What a run cannot change when it goes on: everything that decides a log-reward or a record.
 
-The buffer of a run that goes on holds what was scored before. With another reward, other legal
-texts or other data the old and the new would be mixed in silence, so such a change is refused.
-Whatever is not known to be harmless counts.
+Its buffer holds what was scored before. With another reward, other legal texts or other data, old
+and new would be mixed in silence. Whatever is not known to be harmless counts.
 """
 
 import hashlib
@@ -31,8 +30,7 @@ _HARMLESS: Mapping[str, frozenset[str]] = {
 def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
     """Dotted key -> JSON value; of a file that a task names, the digest of its content.
 
-    Args:
-        weights: what a checkpoint is known by, see `cluster.run.assembly.identity_of`.
+    `weights`: what a checkpoint is known by, see `cluster.run.assembly.identity_of`.
     """
     identity: dict[str, Any] = dict(weights)
     for section, harmless in _HARMLESS.items():

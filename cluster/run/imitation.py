@@ -85,7 +85,6 @@ class LaterDraws:
         self._make = functools.cache(make)
 
     def draw(self, request: DrawRequest) -> list[Group]:
-        """See `Replay.draw`."""
         return self._make().draw(request)
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:

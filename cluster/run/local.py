@@ -45,7 +45,6 @@ class RollingReplay:
         self._roll_out = roll_out
 
     def draw(self, request: DrawRequest) -> list[Group]:
-        """See `ReplayBuffer.draw`."""
         deadline_s = monotonic() + request.timeout_s
         while True:
             try:
@@ -58,7 +57,6 @@ class RollingReplay:
                 self._roll_out()
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
-        """See `ReplayBuffer.discard`."""
         self._buffer.discard(trajectories)
 
 
@@ -182,12 +180,10 @@ class LocalRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the learner has done its steps."""
         return self._learner.completed_steps >= self._config.learner.steps
 
     @property
     def learner_status(self) -> dict[str, Any]:
-        """Step and version of the learner."""
         return {"step": self._learner.completed_steps, "version": self._learner.version}
 
     def tick(self) -> None:
@@ -220,7 +216,6 @@ class LocalRun:
         return {"desired": parts, "actual": parts}
 
     def actor_totals(self) -> dict[str, float]:
-        """The actor's counters."""
         return {} if self._actor is None else asdict(self._actor.stats)
 
     def record_metrics(self, learner: object, buffer: object) -> None:
@@ -280,7 +275,6 @@ class LocalSession:
     def evaluate(
         self, adapter: Path | None, report: Callable[[str], None], *, step: int
     ) -> "Future[Evaluation]":
-        """Measure now."""
         pending: Future[Evaluation] = Future()
         pending.set_result(evaluate(self.config, adapter=adapter, step=step))
         return pending

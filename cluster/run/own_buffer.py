@@ -63,7 +63,6 @@ class OwnBuffer:
 
     @property
     def address(self) -> BufferAddress:
-        """Where clients connect."""
         if self._server is not None:
             return BufferAddress(url=self._server.url, password=self._server.password)
         config = self._config.buffer

@@ -93,8 +93,7 @@ def check_buffer(config: BufferConfig) -> None:
 def check_model_and_data(config: RunConfig) -> dict[str, str]:
     """Raise unless the model loads and every file of the task is such as it can use.
 
-    Reads the weights: files that do not belong together show only then. Returns what a checkpoint
-    of the run is known by.
+    Returns what a checkpoint of the run is known by.
     """
     base = load_base(config.lm)
     check_base(config.lm, base)

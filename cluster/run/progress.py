@@ -29,17 +29,14 @@ class Progress:
         self._began_s: float | None = None
 
     def begin(self) -> None:
-        """Training begins now."""
         self._began_s = time.monotonic()
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training so far."""
         return 0.0 if self._began_s is None else time.monotonic() - self._began_s
 
     @property
     def time_is_up(self) -> bool:
-        """Whether the time limit has passed."""
         return self._time_limit_s is not None and self.elapsed_s >= self._time_limit_s
 
     def row(self, row: Mapping[str, float], *, step: int) -> dict[str, float]:
@@ -55,7 +52,6 @@ class Progress:
             self._marks.popleft()
 
     def shown(self, *, buffer_size: int) -> dict[str, float]:
-        """What a person sees now."""
         values: dict[str, list[float]] = {}
         for row in self._rows:
             for key, value in row.items():

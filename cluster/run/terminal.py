@@ -50,7 +50,6 @@ class Terminal:
         self._console.print(Text(f"{clock} {text}"), soft_wrap=True)
 
     def show(self, state: RunState) -> None:
-        """Show how far the run is."""
         if self._live is not None:
             self._live.update(panel(state))
             return
@@ -62,7 +61,6 @@ class Terminal:
 
 
 def plain_line(state: RunState) -> str:
-    """The state in one line."""
     pieces = [f"{state.phase} step {state.step}/{state.steps} version {state.version}"]
     pieces += [f"{label} {value}" for label, value in figures(state.metrics)]
     if state.desired:
