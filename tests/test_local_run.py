@@ -15,10 +15,12 @@ from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from cluster.distributed.telemetry import INSTRUMENTS, Source
 from cluster.run import assembly as roles
+from cluster.run import local
 from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
 from cluster.run.session import BufferAddress
-from lm.model import load_base
+from lm.config import LMConfig, LoRAConfig
+from lm.model import LanguageModel, attach_adapter, load_base
 from lm.scoring import completion_log_probs
 from reward.request import ScoreItem
 from tests.naive_rewards import naive_log_rewards
@@ -138,6 +140,31 @@ def test_a_second_sitting_goes_on_where_the_first_one_ended(
     again.stop(timeout_s=30)
     assert [row["progress/step"] for row in again.learner_rows] == [6.0]
     assert buffer.stats().replay_size >= stored
+
+
+def test_the_base_is_loaded_once_and_each_part_has_layers_of_its_own(
+    server: RedisServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[LanguageModel] = []
+
+    def load(config: LMConfig) -> LanguageModel:
+        loaded.append(load_base(config))
+        return loaded[-1]
+
+    for module in (roles, local):
+        monkeypatch.setattr(module, "load_base", load, raising=False)
+    start(load_config("tasks/arithmetic.toml", SMALL), tmp_path, server)
+    [base] = loaded
+    assert any("lora" in name for name, _ in base.model.named_parameters())  # the learner's
+
+    pristine = load_base(load_config("tasks/arithmetic.toml").lm)
+    shared, own = local.twin(pristine), local.twin(pristine, own_weights=True)
+    for mine, theirs, copied in zip(
+        *(model.model.parameters() for model in (pristine, shared, own)), strict=True
+    ):
+        assert mine is theirs and mine is not copied and torch.equal(mine, copied)
+    attach_adapter(shared, LoRAConfig(), seed=0)
+    assert not any("lora" in name for name, _ in pristine.model.named_parameters())
 
 
 def test_a_run_that_imitates_has_the_learner_alone_and_comes_to_its_end(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from cluster.config.schema import ClusterConfig
 from cluster.distributed.launcher import GroupLaunch
@@ -13,25 +14,16 @@ STAGE_TIMEOUT_S = 3600.0
 _POLL_S = 0.2
 
 
+@dataclass
 class RemoteMeasurement:
-    """An evaluation whose process is replaced should it die or fall silent.
+    """An evaluation whose process is replaced should it die or fall silent."""
 
-    Args:
-        launch: launches the process; takes the number of those before it.
-        report: takes one line for people each time that the process is replaced.
-    """
+    name: str
+    launch: Callable[[int], GroupLaunch]  # takes the number of processes before
+    config: ClusterConfig
+    report: Callable[[str], None]  # takes a line for people each time that one is replaced
 
-    def __init__(
-        self,
-        name: str,
-        launch: Callable[[int], GroupLaunch],
-        config: ClusterConfig,
-        report: Callable[[str], None],
-    ) -> None:
-        self._name = name
-        self._launch = launch
-        self._config = config
-        self._report = report
+    def __post_init__(self) -> None:
         self._stages = 0
         self._group = self._begin(0)
 
@@ -42,9 +34,9 @@ class RemoteMeasurement:
         stages = group.status.get("stages", 0)
         if phase is not Phase.RUNNING or stages != self._stages:
             self._stages, self._progressed_s = stages, time.monotonic()
-        replaceable = group.error is None and group.incarnation < self._config.max_restarts
+        replaceable = group.error is None and group.incarnation < self.config.max_restarts
         if phase is Phase.FAILED and replaceable:
-            self._report(f"{group.cause}; replacing it")
+            self.report(f"{group.cause}; replacing it")
             group.kill()
             self._group = self._begin(group.incarnation + 1)
             return False
@@ -60,20 +52,20 @@ class RemoteMeasurement:
         try:
             while not self.done():
                 time.sleep(_POLL_S)
-            if self._group.error is not None:
-                raise self._group.error
-            if self._group.phase is Phase.FAILED:
-                raise PeerDied(self._group.cause)
-            if self._group.result is None:
-                raise PeerTimeout(
-                    f"{self._name}: no progress of its evaluation within {STAGE_TIMEOUT_S:.0f} s"
-                )
-            answer: Evaluation = self._group.result["evaluation"]
+            group = self._group
+            if group.error is not None:
+                raise group.error
+            if group.phase is Phase.FAILED:
+                raise PeerDied(group.cause)
+            if group.result is None:
+                limit = f"{STAGE_TIMEOUT_S:.0f} s"
+                raise PeerTimeout(f"{self.name}: no progress of its evaluation within {limit}")
+            answer: Evaluation = group.result["evaluation"]
             return answer
         finally:
             self._group.kill()
 
     def _begin(self, incarnation: int) -> WorkerGroup:
         self._progressed_s = time.monotonic()
-        launch = self._launch(incarnation)
-        return WorkerGroup(self._name, launch, incarnation=incarnation, config=self._config)
+        launch = self.launch(incarnation)
+        return WorkerGroup(self.name, launch, incarnation=incarnation, config=self.config)

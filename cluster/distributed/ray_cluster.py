@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 
 from cluster.config.project import PACKAGES, PROJECT_ROOT, UserError
 from cluster.config.schema import RunConfig
@@ -46,6 +47,7 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
         return
     # Notices that Ray has for its own users, of tokens and of folders that it does not pack.
     logging.getLogger("ray").setLevel(logging.ERROR)
+    ray_worker._worker_logs_enabled = False  # a raylet's: of a death our own events tell
     settings: dict[str, Any]
     if address is not None:
         check_reachable(address)

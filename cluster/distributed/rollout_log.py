@@ -5,6 +5,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from actors.protocols import TrajectorySink
 from buffer.trajectory import Trajectory
@@ -24,42 +25,32 @@ def print_line(line: str) -> None:
         print(line.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+@dataclass
 class LoggedSink:
-    """The replay buffer as an actor sees it; some of what it has taken is written down.
+    """The replay buffer as an actor sees it; some of what it has taken is written down."""
 
-    Args:
-        write: takes one line; standard output is what Ray keeps as the actor's log.
-        clock: seconds, for tests.
-    """
+    buffer: TrajectorySink
+    decode: Decode
+    write: Callable[[str], None] = print_line  # Ray keeps standard output as the actor's log
+    clock: Callable[[], float] = time.monotonic  # seconds
 
-    def __init__(
-        self,
-        buffer: TrajectorySink,
-        decode: Decode,
-        *,
-        write: Callable[[str], None] = print_line,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._buffer = buffer
-        self._decode = decode
-        self._write = write
-        self._clock = clock
+    def __post_init__(self) -> None:
         self._allowance = _BURST_LINES
-        self._seen_s = clock()
+        self._seen_s = self.clock()
 
     def add(self, group: Sequence[Trajectory]) -> object:
-        answer = self._buffer.add(group)
-        now = self._clock()
+        answer = self.buffer.add(group)
+        now = self.clock()
         grown = self._allowance + (now - self._seen_s) * _LINES_PER_S
         self._allowance, self._seen_s = min(_BURST_LINES, grown), now
         shown = group[: int(self._allowance)]
         self._allowance -= len(shown)
         for trajectory in shown:
-            self._write(describe(trajectory, self._decode))
+            self.write(describe(trajectory, self.decode))
         return answer
 
     def depth(self) -> int:
-        return self._buffer.depth()
+        return self.buffer.depth()
 
 
 def describe(trajectory: Trajectory, decode: Decode) -> str:
