@@ -71,7 +71,7 @@ class Trained:
         return SimpleNamespace(evaluate=self._evaluate)
 
     def _evaluate(self, context: EvaluationContext) -> Evaluation:
-        [[split]] = self.held_out[context.settings.split]
+        [split] = context.items(self.held_out)
         learner = self._config.learner
         best = 0.1 if learner.objective == "ppo" else 0.01
         value = abs(learner.learning_rate - best) + (split == "test")
