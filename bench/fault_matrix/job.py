@@ -52,6 +52,7 @@ class Job:
         self._arguments = arguments
         self._host = host
         self._environment = {
+            "RAY_worker_niceness": "0",  # a busy machine would starve nice ones
             "PYTHONPATH": str(PROJECT),
             "OMP_NUM_THREADS": "1",
             "AMORTIZE_RUNS": f"{shared_at}/runs" if host is not None else str(runs),

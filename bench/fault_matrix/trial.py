@@ -33,6 +33,8 @@ class Trial:
         self._job = job
         self._part = part
         self._silent = (part, fault) in UNNOTICED
+        # Rows of steps from before a learner's death may come after it.
+        self._learner_stands = part not in ("learner rank", "Ray node")
         self._steps = job.steps()
         self._since = job.log.stat().st_size
         self._known = {each.pid for each in job.processes(PARTS[part].title)}
@@ -54,7 +56,9 @@ class Trial:
         if self.detected_s is None and (self._was_told() or self._has_successor()):
             self.detected_s = self.seconds()
             self._news_after_s = time.time() + STATE_S
-        noticed = self._silent or self.detected_s is not None
+        if not self._learner_stands and any("learner is up" in line for line in self._said()):
+            self._learner_stands, self._steps = True, job.steps()
+        noticed = self._silent or (self._learner_stands and self.detected_s is not None)
         news = state is not None and state.heartbeat_s > self._news_after_s
         if not (noticed and news and job.is_whole() and job.steps() >= self._steps + 2):
             return False
@@ -62,11 +66,14 @@ class Trial:
 
     def error(self) -> str:
         """The first line of the error that ended the run."""
-        errors = [line for line in self._job.said(self._since) if line.startswith("amortize")]
+        errors = [line for line in self._said() if line.startswith("amortize")]
         return errors[-1] if errors else f"killed ({self._job.process.returncode})"
 
+    def _said(self) -> list[str]:
+        return self._job.said(self._since)
+
     def _was_told(self) -> bool:
-        said = [line for line in self._job.said(self._since) if PARTS[self._part].name in line]
+        said = [line for line in self._said() if PARTS[self._part].name in line]
         return any(sign in line for line in said for sign in SIGNS)
 
     def _has_successor(self) -> bool:
