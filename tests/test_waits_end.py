@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+from ray.exceptions import RayActorError
 
 from cluster.config.file import load_config
 from cluster.config.project import UserError
@@ -247,7 +248,7 @@ def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up_or_be_sil
     assert patient.learner.collective_timeout_s > patient.learner.starvation_timeout_s
     silence_s = config.cluster.silence_timeout_s
     assert patient.buffer.timeout_s > silence_s  # for Redis
-    assert patient.cluster.answer_timeout_s > silence_s  # for the weight store
+    assert patient.cluster.answer_timeout_s > silence_s + 900  # for the weight store
 
 
 class Pinged:
@@ -256,8 +257,13 @@ class Pinged:
     def __init__(self) -> None:
         self.answers = True
         self.starts_at_once = True
+        self.dies = False
         self.restarts = 0
         self.ping = SimpleNamespace(remote=lambda: self)
+
+    def get(self, ping: object) -> None:
+        if self.dies:
+            raise RayActorError
 
 
 @pytest.fixture
@@ -304,6 +310,33 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
     service.answers = True
     assert said(200) == []
     assert service.restarts == 2
+
+
+def test_a_service_that_dies_is_told_once_and_has_the_time_of_a_start(
+    service: Pinged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(lambda now_s: None)
+    monkeypatch.setattr(services, "awake_s", clock.monotonic)
+    monkeypatch.setattr("ray.get", service.get)
+    handle: Any = service
+    watch = ServiceWatch("weight store", handle, timeout_s=60, start_timeout_s=300)
+
+    def said(seconds: int) -> list[str]:
+        lines = []
+        for _ in range(seconds):
+            clock.sleep(1.0)
+            lines.append(watch.poll())
+        return [line for line in lines if line]
+
+    assert said(100) == []
+    service.dies = True
+    assert said(10) == ["weight store: died; Ray is starting it again"]
+    service.answers = service.dies = False  # it starts, and calls wait for it
+    assert said(250) == []
+    service.answers = True
+    assert said(100) == []
+    service.answers = False
+    assert len(said(70)) == 1 and service.restarts == 1  # the time of a start is over
 
 
 def test_a_driver_that_was_stopped_does_not_take_its_parts_for_silent(

@@ -21,8 +21,9 @@ _PING_EVERY_S = 1.0
 class Service:
     """A process that answers short calls."""
 
+    @ray.method(max_task_retries=0)
     def ping(self) -> None:
-        """Show that this process answers."""
+        """Show that this process answers; one that dies meanwhile shows it by an error."""
 
     def check_source(self, expected: str) -> None:
         """Raise SourceMixture unless this process runs what the driver does."""
@@ -60,14 +61,16 @@ class ServiceWatch:
     _asked_s: float = field(default=0.0, init=False)
 
     def poll(self) -> str:
-        """Why it was killed just now, for people; empty if it was not."""
+        """What became of it just now, for people; empty while it answers or may yet."""
         now = awake_s()
         if self._ping is None:
             self._send(now)
         elif ray.wait([self._ping], timeout=0)[0]:
-            self._starts = not _answered(self._ping)  # a death is Ray's to see to
+            was_starting, self._starts = self._starts, not _answered(self._ping)
             if now - self._asked_s > _PING_EVERY_S:
                 self._send(now)
+            if self._starts and not was_starting:
+                return f"{self.name}: died; Ray is starting it again"
         elif now - self._asked_s > (limit_s := self._limit_s):
             key = "start" if self._starts else "silence"
             ray.kill(self.handle, no_restart=False)

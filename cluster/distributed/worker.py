@@ -125,17 +125,18 @@ def with_patience(config: RunConfig) -> RunConfig:
     """The same run whose parts bear with one another being placed, started and found silent, once.
 
     Placing and starting may each take `start_timeout_s`; a part, Redis among them, is replaced
-    after `silence_timeout_s` without an answer. Who needs a part that comes back only at a later
-    try ends in an error that says so, and is replaced.
+    after `silence_timeout_s` without an answer, and weight store and registry need no place, but
+    start anew then. Who needs a part that comes back only at a later try ends in an error that
+    says so, and is replaced.
     """
-    start_s, silence_s = 2 * config.cluster.start_timeout_s, config.cluster.silence_timeout_s
+    start_s, silence_s = config.cluster.start_timeout_s, config.cluster.silence_timeout_s
     longer_by_s = {
-        "actors.score_timeout_s": start_s,
-        "actors.pace_timeout_s": start_s,
-        "learner.starvation_timeout_s": start_s,
-        "learner.collective_timeout_s": start_s,
+        "actors.score_timeout_s": 2 * start_s,
+        "actors.pace_timeout_s": 2 * start_s,
+        "learner.starvation_timeout_s": 2 * start_s,
+        "learner.collective_timeout_s": 2 * start_s,
         "buffer.timeout_s": silence_s,
-        "cluster.answer_timeout_s": silence_s,
+        "cluster.answer_timeout_s": silence_s + start_s,
     }
     return config.changed({key: attrgetter(key)(config) + s for key, s in longer_by_s.items()})
 
