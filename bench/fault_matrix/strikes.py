@@ -36,7 +36,7 @@ PARTS = {
     "driver": Part("cluster train", "could not write"),
     "Ray node": Part("raylet", "replacing it"),
 }
-SIGNS = ("replacing", "started again", "starting it again", "could not write")
+SIGNS = ("replacing", "started", "starting it again", "could not write")
 # Nothing has to be replaced, so nobody has to be told.
 UNNOTICED = {("driver", "SIGSTOP"), ("driver", "slow disk"), ("Redis", "slow disk")}
 
