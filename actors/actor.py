@@ -1,15 +1,13 @@
-"""The rollout actor: samples with the newest weights, has the samples scored, stores them.
+"""The rollout actor: while one batch is being scored, it samples the next.
 
-It overlaps: while one batch is being scored, the next is being sampled. A trajectory belongs to
-the actor until the buffer has acknowledged it.
+A trajectory belongs to the actor until the buffer has acknowledged it.
 """
 
 import json
-import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import msgpack
@@ -19,25 +17,17 @@ from actors.config import ActorConfig
 from actors.prompts import PromptStream
 from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
 from actors.reward_query import RewardQuery
-from actors.rollout import (
-    IsCorrect,
-    Rollouts,
-    plan_groups,
-    requests,
-    score_items,
-    trajectories,
-)
+from actors.rollout import GroupPlan, IsCorrect, join, plan_groups
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group
-from lm.adapter import checksum
+from lm.adapter import AdapterMismatch, checksum
+from lm.sampling import Completion, Request
 
-_log = logging.getLogger(__name__)
 _PACE_POLL_S = 0.02
+# Groups of one batch differ in time by this, which unix seconds in float64 still resolve: the
+# buffer takes equal bytes for one group sent twice, and a peaked policy samples equal groups.
+_GROUP_APART_S = 1e-6
 
 _InFlight = Callable[[], list[list[Trajectory]]]  # waits for the scores of a batch; its groups
-
-
-class CorruptWeights(ValueError):
-    """Published weights do not have the checksum that the learner gave them."""
 
 
 class LearnerStalled(TimeoutError):
@@ -62,52 +52,26 @@ class ActorStats:
     paced_s: float = 0.0
 
 
+@dataclass(slots=True, eq=False, kw_only=True)
 class RolloutActor:
-    """Prompts in, scored trajectories out.
+    """Prompts in, scored trajectories out; `policy` begins with the weights of version 0."""
 
-    Args:
-        name: who this is, written into every trajectory.
-        task_name, query, is_correct: what the task says of its prompts.
-        version: policy version of the weights that `policy` holds now.
-    """
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        task_name: str,
-        query: RewardQuery,
-        is_correct: IsCorrect,
-        prompts: PromptStream,
-        policy: Policy,
-        scorer: Scorer,
-        buffer: TrajectorySink,
-        weights: WeightSource,
-        config: ActorConfig,
-        rng: np.random.Generator,
-        version: int = 0,
-    ) -> None:
-        self.name = name
-        self.stats = ActorStats(version=version)
-        self._task_name = task_name
-        self._query = query
-        self._is_correct = is_correct
-        self._prompts = prompts
-        self._policy = policy
-        self._scorer = scorer
-        self._buffer = buffer
-        self._weights = weights
-        self._config = config
-        self._rng = rng
-        self._in_flight: deque[_InFlight] = deque()  # oldest first
+    name: str  # written into every trajectory
+    task_name: str
+    query: RewardQuery
+    is_correct: IsCorrect
+    prompts: PromptStream
+    policy: Policy
+    scorer: Scorer
+    buffer: TrajectorySink
+    weights: WeightSource
+    config: ActorConfig
+    rng: np.random.Generator
+    stats: ActorStats = field(default_factory=ActorStats, init=False)
+    _in_flight: deque[_InFlight] = field(default_factory=deque, init=False)  # oldest first
 
     def run(self, stop: Callable[[], bool]) -> None:
-        """Sample, score and store until `stop()`; then finish what is in flight.
-
-        Consumes prompts and weights; produces groups in the buffer. Waits for scores (at most
-        `score_timeout_s`) and, while the buffer holds enough, for the learner to draw (at most
-        `pace_timeout_s`).
-        """
+        """Sample, score and store until `stop()`; then finish what is in flight."""
         while not stop():
             if self._pace(stop):
                 self.step()
@@ -116,10 +80,16 @@ class RolloutActor:
     def step(self) -> None:
         """Sample one batch; store the oldest batch once `max_in_flight` are being scored."""
         self._refresh_weights()
-        rollouts = self._sample()
-        pending = self._scorer.submit(score_items(rollouts, self._query))
-        self._in_flight.append(partial(self._scored, rollouts, pending))
-        if len(self._in_flight) >= self._config.max_in_flight:
+        plans, completions = self._sample()
+        sampled_s = time.time()
+        items = [
+            self.query.item(plan.prompt, completion.tokens, completion.stops)
+            for plan, completion in zip(plans, completions, strict=True)
+        ]
+        pending, version = self.scorer.submit(items), self.stats.version
+        batch = partial(self._scored, plans, completions, pending, version, sampled_s)
+        self._in_flight.append(batch)
+        if len(self._in_flight) >= self.config.max_in_flight:
             self._store_oldest()
 
     def flush(self) -> None:
@@ -133,38 +103,54 @@ class RolloutActor:
             pack_group([pack_group([pack(t) for t in group]) for group in finish()])
             for finish in self._in_flight
         ]
-        random = [self._rng.bit_generator.state, self._prompts.rng.bit_generator.state]
-        stats = asdict(self.stats)
-        data: bytes = msgpack.packb([json.dumps(random), stats, in_flight])
-        return data
+        random = [self.rng.bit_generator.state, self.prompts.rng.bit_generator.state]
+        return msgpack.packb([json.dumps(random), asdict(self.stats), in_flight])
 
     def restore(self, data: bytes) -> None:
         """Sample on from the moment of `save`, with weights to be fetched anew."""
         random, stats, in_flight = msgpack.unpackb(data)
-        self._rng.bit_generator.state, self._prompts.rng.bit_generator.state = json.loads(random)
+        self.rng.bit_generator.state, self.prompts.rng.bit_generator.state = json.loads(random)
         self.stats = ActorStats(**(stats | {"version": -1}))
         for batch in in_flight:
             groups = [list(unpack_group(group)) for group in read_array(batch, max_len=MAX_GROUP)]
             self._in_flight.append(partial(list, groups))
 
-    def _scored(self, rollouts: Rollouts, pending: PendingScores) -> list[list[Trajectory]]:
-        """The groups of a batch, once it is scored."""
-        return trajectories(
-            rollouts,
-            pending.result(self._config.score_timeout_s),
-            task=self._task_name,
-            actor=self.name,
-            is_correct=self._is_correct,
-        )
+    def _scored(
+        self,
+        plans: Sequence[GroupPlan],
+        completions: Sequence[Completion],
+        pending: PendingScores,
+        version: int,
+        sampled_s: float,
+    ) -> list[list[Trajectory]]:
+        """The groups of a batch, once it is scored; a plan for each completion."""
+        size = self.config.group_size
+        scored = zip(plans, completions, pending.result(self.config.score_timeout_s), strict=True)
+        found = [
+            join(
+                plan.prompt,
+                completion,
+                log_reward_S,
+                self.is_correct,
+                task=self.task_name,
+                actor=self.name,
+                policy_version=version,
+                behaviour="on_policy" if plan.temperature == 1.0 else "tempered",
+                temperature=plan.temperature,
+                created_s=sampled_s + number // size * _GROUP_APART_S,
+            )
+            for number, (plan, completion, log_reward_S) in enumerate(scored)
+        ]
+        return [found[at : at + size] for at in range(0, len(found), size)]
 
     def _pace(self, stop: Callable[[], bool]) -> bool:
         """Wait until the buffer wants more groups; False when stopped instead."""
         started = time.monotonic()
-        while (depth := self._buffer.depth()) >= self._config.max_ready_groups:
+        while (depth := self.buffer.depth()) >= self.config.max_ready_groups:
             waited = time.monotonic() - started
             if stop():
                 break
-            if waited > self._config.pace_timeout_s:
+            if waited > self.config.pace_timeout_s:
                 raise LearnerStalled(
                     f"{self.name}: the buffer has held {depth} groups that no learner drew for "
                     f"{waited:.0f} s (actors.pace_timeout_s); is the learner alive?"
@@ -174,44 +160,40 @@ class RolloutActor:
         return not stop()
 
     def _refresh_weights(self) -> None:
-        fresh = self._weights.newer_than(self.stats.version)
+        fresh = self.weights.newer_than(self.stats.version)
         if fresh is None:
             return
         if (seen := checksum(fresh.data)) != fresh.checksum:
-            raise CorruptWeights(
+            raise AdapterMismatch(
                 f"{self.name}: weights of version {fresh.version} have checksum {seen}, "
                 f"published as {fresh.checksum}; not loaded"
             )
-        self._policy.load(fresh.data)
+        self.policy.load(fresh.data)
         self.stats.version = fresh.version
 
-    def _sample(self) -> Rollouts:
+    def _sample(self) -> tuple[list[GroupPlan], list[Completion]]:
+        """A batch of completions, group by group, and the plan of each."""
         started = time.monotonic()
-        size = self._config.group_size
-        plans = plan_groups(
-            self._prompts.take(self._config.groups_per_batch), self._config, self._rng
+        prompts = self.prompts.take(self.config.groups_per_batch)
+        plans = [
+            plan
+            for plan in plan_groups(prompts, self.config, self.rng)
+            for _ in range(self.config.group_size)
+        ]
+        completions = self.policy.sample(
+            [Request(prompt=plan.prompt.prompt, temperature=plan.temperature) for plan in plans]
         )
-        completions = self._policy.sample(requests(plans, size))
-        rollouts = Rollouts(
-            plans=plans,
-            completions=tuple(
-                tuple(completions[first : first + size])
-                for first in range(0, len(completions), size)
-            ),
-            policy_version=self.stats.version,
-            sampled_s=time.time(),
-        )
-        self.stats.tokens += rollouts.num_tokens
+        self.stats.tokens += sum(len(completion.tokens) for completion in completions)
         self.stats.sampled += len(completions)
         self.stats.sampling_s += time.monotonic() - started
-        return rollouts
+        return plans, completions
 
     def _store_oldest(self) -> None:
         started = time.monotonic()
         groups = self._in_flight[0]()
         scored = time.monotonic()
         for group in groups:
-            self._buffer.add(group)
+            self.buffer.add(group)
         self._in_flight.popleft()
         stored = time.monotonic()
         stats = self.stats

@@ -6,8 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ActorConfig(BaseModel):
     """The `[actors]` section: what one actor samples, and how far ahead it may run.
 
-    The paper trains on 1/4 on-policy, 1/2 tempered and 1/4 replayed trajectories. Replay is the
-    learner's (`learner.replayed_per_group`); of what actors sample, 1/3 is then on-policy.
+    The paper trains on 1/4 on-policy, 1/2 tempered and, by the learner, 1/4 replayed trajectories.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from actors.prompts import Prompt
 from actors.protocols import Scorer
 from actors.reward_query import RewardQuery
-from actors.rollout import IsCorrect
+from actors.rollout import IsCorrect, join
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
+from lm.sampling import Completion
 from reward.request import ScoreItem
+
+_ORIGIN = {"actor": "data", "policy_version": 0, "behaviour": "demonstration", "temperature": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +32,7 @@ class Demonstration:
 class SeedSink(Protocol):
     """The replay buffer as the seeder sees it."""
 
-    def seed(self, trajectories: Sequence[Trajectory]) -> object:
-        """Store for replay; what is stored already stays as it is."""
-        ...
+    def seed(self, trajectories: Sequence[Trajectory]) -> object: ...
 
 
 def seed_demonstrations(
@@ -48,33 +49,21 @@ def seed_demonstrations(
 ) -> int:
     """Score the demonstrations and put them into replay; how many.
 
-    They are scored and stored portion by portion, so that any number of them, and any speed of the
-    reward model, only takes its time. Doing it again changes nothing: the buffer knows them by
-    content.
+    In requests of `token_budget` tokens, each of them waited for, so that any number only takes its
+    time. Doing it again changes nothing: the buffer knows them by content.
 
-    Args:
-        token_budget: tokens that are scored in one request; a single demonstration may exceed it.
-        timeout_s: longest wait for the rewards of one request.
-
-    Raises:
-        IllegalCompletion: a demonstration that the policy could never produce; nothing was stored.
-        TimeoutError, RuntimeError: a scoring failed; what came before it was stored.
+    Raises IllegalCompletion for what the policy could never produce, before any is stored, and
+    TimeoutError or RuntimeError where a scoring failed, with what came before it stored.
     """
-    stops = [_stops(demonstration, actions) for demonstration in demonstrations]
+    completions = [_as_sampled(demonstration, actions) for demonstration in demonstrations]
     items = [
-        query.item(demonstration.prompt, demonstration.completion, stops_S)
-        for demonstration, stops_S in zip(demonstrations, stops, strict=True)
+        query.item(demonstration.prompt, completion.tokens, completion.stops)
+        for demonstration, completion in zip(demonstrations, completions, strict=True)
     ]
     for portion in _portions(items, token_budget):
         log_rewards = scorer.submit(items[portion]).result(timeout_s)
-        buffer.seed(
-            [
-                _trajectory(demonstration, stops_S, log_reward_S, task=task, is_correct=is_correct)
-                for demonstration, stops_S, log_reward_S in zip(
-                    demonstrations[portion], stops[portion], log_rewards, strict=True
-                )
-            ]
-        )
+        scored = zip(demonstrations[portion], completions[portion], log_rewards, strict=True)
+        buffer.seed([_record(*parts, task, is_correct) for parts in scored])
     return len(items)
 
 
@@ -98,52 +87,34 @@ def unscored_demonstrations(
     actions: ActionSpace,
     is_correct: IsCorrect,
 ) -> list[Trajectory]:
-    """The demonstrations as trajectories for a learner that asks for no reward: theirs says 0.
-
-    Raises:
-        IllegalCompletion: a demonstration that the policy could never produce.
-    """
-    return [
-        _trajectory(
-            demonstration,
-            stops_S := _stops(demonstration, actions),
-            np.zeros(len(stops_S), dtype=np.float32),
-            task=task,
-            is_correct=is_correct,
-        )
-        for demonstration in demonstrations
-    ]
+    """As trajectories for a learner that asks for no reward, else IllegalCompletion."""
+    found = []
+    for demonstration in demonstrations:
+        completion = _as_sampled(demonstration, actions)
+        zeros_S = np.zeros(len(completion.stops), dtype=np.float32)
+        found.append(_record(demonstration, completion, zeros_S, task, is_correct))
+    return found
 
 
-def _trajectory(
-    demonstration: Demonstration,
-    stops_S: NDArray[np.int32],
-    log_reward_S: NDArray[np.float32],
-    *,
-    task: str,
-    is_correct: IsCorrect,
-) -> Trajectory:
-    prompt, completion = demonstration.prompt, demonstration.completion
-    return Trajectory(
-        task=task,
-        prompt_key=prompt.key,
-        prompt=np.array(prompt.prompt, dtype=np.int32),
-        answer=np.array(prompt.answer, dtype=np.int32),
-        completion=np.array(completion, dtype=np.int32),
+def _as_sampled(demonstration: Demonstration, actions: ActionSpace) -> Completion:
+    """The completion with its stop states, log q 0; raises IllegalCompletion."""
+    actions.check(demonstration.completion, demonstration.from_tool)
+    stops_S = actions.stop_positions(demonstration.completion, demonstration.from_tool)
+    return Completion(
+        tokens=np.array(demonstration.completion, dtype=np.int32),
         from_tool=np.array(demonstration.from_tool, dtype=np.bool_),
+        log_q_token=np.zeros(len(demonstration.completion), dtype=np.float32),
         stops=stops_S,
-        log_reward=log_reward_S,
-        behaviour_log_prob=np.zeros(len(completion), dtype=np.float32),
-        behaviour_log_stop=np.zeros(len(stops_S), dtype=np.float32),
-        policy_version=0,
-        behaviour="demonstration",
-        temperature=1.0,
-        actor="data",
-        created_s=time.time(),
-        correct=is_correct(prompt, completion),
+        log_q_stop=np.zeros(len(stops_S), dtype=np.float32),
     )
 
 
-def _stops(demonstration: Demonstration, actions: ActionSpace) -> NDArray[np.int32]:
-    actions.check(demonstration.completion, demonstration.from_tool)
-    return actions.stop_positions(demonstration.completion, demonstration.from_tool)
+def _record(
+    demonstration: Demonstration,
+    completion: Completion,
+    log_reward_S: NDArray[np.float32],
+    task: str,
+    is_correct: IsCorrect,
+) -> Trajectory:
+    origin = _ORIGIN | {"task": task, "created_s": time.time()}
+    return join(demonstration.prompt, completion, log_reward_S, is_correct, **origin)

@@ -1,7 +1,7 @@
 """The policy as an actor holds it: the base LM with the newest adapter, and our sampler."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -16,14 +16,9 @@ from lm.sampling import Completion, Request, Sampler, Tool
 class SamplingPolicy:
     """Samples completions; takes new adapter weights between calls.
 
-    In float32 the adapter is folded into the weights, which decodes faster. In bfloat16 that
-    would round small updates away, so there it stays beside them.
-
-    Args:
-        language_model: becomes this policy's own: its weights or layers are changed.
-        lora: shape of the adapters to come.
-        max_rows: completions under way at once.
-        seed: of the random generator of this policy alone.
+    In float32 the adapter is folded into the weights, which decodes faster. In bfloat16 that would
+    round small updates away, so there it stays beside them. The language model becomes this
+    policy's own; at most `max_rows` completions are under way at once.
     """
 
     def __init__(
@@ -36,22 +31,16 @@ class SamplingPolicy:
         max_rows: int,
         seed: int,
     ) -> None:
-        model: Any = language_model.model
-        self._merged: MergedModel | None = None
-        if model.dtype == torch.float32:
-            self._merged = MergedModel(language_model)
+        self.model: CausalLM = language_model.model  # with the newest adapter
+        self._load: Callable[[bytes], None]
+        if self.model.dtype == torch.float32:
+            self._load = MergedModel(language_model).load
         else:
-            model = attach_adapter(language_model, lora, seed)
-        self._model = model
-        self._sampler = Sampler(model, actions, tool, max_rows=max_rows)
-        device = next(model.parameters()).device
+            self.model = attach_adapter(language_model, lora, seed)
+            self._load = partial(load_adapter_bytes, self.model)
+        self._sampler = Sampler(self.model, actions, tool, max_rows=max_rows)
+        device = next(self.model.parameters()).device
         self._generator = torch.Generator(device=device).manual_seed(seed)
-
-    @property
-    def model(self) -> CausalLM:
-        """What completions are drawn from, with the newest adapter."""
-        model: CausalLM = self._model
-        return model
 
     @property
     def random_state(self) -> bytes:
@@ -68,7 +57,4 @@ class SamplingPolicy:
 
     def load(self, adapter: bytes) -> None:
         """Take up an adapter from `lm.adapter.adapter_bytes`; raises AdapterMismatch."""
-        if self._merged is not None:
-            self._merged.load(adapter)
-        else:
-            load_adapter_bytes(self._model, adapter)
+        self._load(adapter)

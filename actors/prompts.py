@@ -26,15 +26,7 @@ class Prompt:
 
 
 class PromptStream:
-    """Draws prompts by weight, with replacement, for ever.
-
-    Args:
-        prompts: at least one, weights not all zero.
-        rng: the stream's own generator; two actors need two seeds.
-
-    Raises:
-        ValueError: no prompt, or weights that are no distribution.
-    """
+    """Draws prompts by weight, with replacement, for ever; two actors need two seeds of `rng`."""
 
     def __init__(self, prompts: Sequence[Prompt], rng: np.random.Generator) -> None:
         if not prompts:

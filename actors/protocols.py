@@ -1,8 +1,4 @@
-"""What an actor needs from the rest of the system, as it sees it.
-
-Each Protocol has at least two implementations: the real one behind Ray and the direct one of a
-run in one process.
-"""
+"""What an actor needs from the rest of the system: behind Ray, or directly in one process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,23 +17,16 @@ class Policy(Protocol):
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion for each request, in order."""
-        ...
 
     def load(self, adapter: bytes) -> None:
         """Take these adapter weights from now on."""
-        ...
 
 
 class PendingScores(Protocol):
     """A scoring under way."""
 
-    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
-        """Log-rewards [S] in nats for each submitted item.
-
-        Raises:
-            TimeoutError, RuntimeError: no score; never a made-up value.
-        """
-        ...
+    def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
+        """Log-rewards [S] in nats for each submitted item, else TimeoutError or RuntimeError."""
 
 
 class Scorer(Protocol):
@@ -45,7 +34,6 @@ class Scorer(Protocol):
 
     def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
         """Start to score; returns at once."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +50,6 @@ class WeightSource(Protocol):
 
     def newer_than(self, version: int) -> PublishedWeights | None:
         """The newest weights if they are newer than `version`, else None; never waits for any."""
-        ...
 
 
 class TrajectorySink(Protocol):
@@ -70,8 +57,6 @@ class TrajectorySink(Protocol):
 
     def add(self, group: Sequence[Trajectory]) -> object:
         """Store one group; when this returns, the buffer owns it."""
-        ...
 
     def depth(self) -> int:
         """Groups stored that the learner has not drawn yet."""
-        ...

@@ -1,6 +1,7 @@
 """How a task is rewarded: the text that the frozen LM scores after every prefix, or a function."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,32 +35,18 @@ class RewardQuery:
     ) -> ScoreItem:
         """The question for one completion at its stop states, [S] prefix lengths."""
         answer = (self.stop_token,) if self.kind == "stop" else prompt.answer
-        return ScoreItem(
-            context=np.array([*self.context, *prompt.scored_prompt], dtype=np.int32),
-            completion=np.asarray(completion, dtype=np.int32),
-            stops=stops,
-            answer=np.array(answer, dtype=np.int32),
-        )
+        context = (*self.context, *prompt.scored_prompt)
+        return ScoreItem.of(context, completion, stops=stops, answer=answer)
 
 
 class DirectScorer:
-    """A Scorer for tasks whose log-reward is a function.
-
-    Args:
-        log_reward: log R in nats at every stop state of an item, [S].
-    """
+    """A Scorer for tasks whose log-reward is a function: nats at each stop state of an item."""
 
     def __init__(self, log_reward: Callable[[ScoreItem], NDArray[np.float32]]) -> None:
         self._log_reward = log_reward
 
-    def submit(self, items: Sequence[ScoreItem]) -> "_Scored":
+    def submit(self, items: Sequence[ScoreItem]) -> Future[list[NDArray[np.float32]]]:
         """Score at once."""
-        return _Scored([self._log_reward(item) for item in items])
-
-
-class _Scored:
-    def __init__(self, log_rewards: list[NDArray[np.float32]]) -> None:
-        self._log_rewards = log_rewards
-
-    def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
-        return self._log_rewards
+        scores: Future[list[NDArray[np.float32]]] = Future()
+        scores.set_result([self._log_reward(item) for item in items])
+        return scores

@@ -12,23 +12,15 @@ _POLL_S = 0.005
 class LaggingWeights:
     """Hands out the newest version that is at least `lag` behind the newest.
 
-    Nothing ever gets more than `max_lag` behind, or the buffer would drop all that is sampled and
-    the learner starve. An actor keeps the version it has, at the start version 0, for as long as
-    that allows; then it takes the oldest version that it has seen published since. That is younger
-    than `lag` for an actor that joins late or asks so seldom that it never saw the one due.
-
-    Args:
-        source: where the newest appears.
-        lag: versions, above 0.
-        max_lag: versions, at least `lag`.
+    Nothing gets more than `max_lag` behind, or the buffer would drop all that is sampled. An actor
+    keeps the version it has, at the start 0, for as long as that allows; then it takes the oldest
+    that it has seen published since, which is too young only where it never saw the one due.
     """
 
     def __init__(self, source: WeightSource, *, lag: int, max_lag: int) -> None:
         if not 0 < lag <= max_lag:
             raise ValueError(f"lag {lag}, max_lag {max_lag}: need 0 < lag <= max_lag")
-        self._source = source
-        self._lag = lag
-        self._max_lag = max_lag
+        self._source, self._lag, self._max_lag = source, lag, max_lag
         self._seen: deque[PublishedWeights] = deque()  # oldest first; at most one is due
         self._newest = -1
 
@@ -52,28 +44,17 @@ class TakingTurns:
     """Sampling and learning in turns: every published version once, after a wait for the next.
 
     With one actor that stores a batch before it asks (`max_in_flight` 1), and a learner that draws
-    just that batch, nobody works while another does.
-
-    Args:
-        source: where the newest appears.
-        stop: ends a wait.
-        timeout_s: longest wait.
+    just that batch, nobody works while another does. `stop` ends a wait.
     """
 
     def __init__(
         self, source: WeightSource, stop: Callable[[], bool], *, timeout_s: float = 600.0
     ) -> None:
-        self._source = source
-        self._stop = stop
-        self._timeout_s = timeout_s
+        self._source, self._stop, self._timeout_s = source, stop, timeout_s
         self._begun = False
 
     def newer_than(self, version: int) -> PublishedWeights | None:
-        """The first weights newer than `version`; None at the start, or when stopped.
-
-        Raises:
-            TimeoutError: the learner published nothing for `timeout_s`.
-        """
+        """The first weights newer than `version`; None at the start, or when stopped."""
         began = time.monotonic()
         while (fresh := self._source.newer_than(version)) is None and self._begun:
             if self._stop():

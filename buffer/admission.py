@@ -1,18 +1,19 @@
 """Which newcomers a prompt's replay admits: duplicates, near-duplicates, quota.
 
-Pure: it decides from what is stored, and the store commits the decision only if nothing has
-changed since it was read.
+Pure: the store commits the decision only if what it was made on is still stored.
 """
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
+
+from buffer.config import BufferConfig
 
 COUNTED = ("offered", "duplicates", "near_rejected", "near_replaced", "evicted_quota")
 # Tokens from which on an edit distance costs more than a bound of it.
@@ -20,8 +21,7 @@ _LONG = 512
 _BUCKETS = 4096
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Item:
+class Item(NamedTuple):
     """The part of a trajectory that the rules see, and of a newcomer its packed record."""
 
     id: str
@@ -30,8 +30,7 @@ class Item:
     payload: bytes = b""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Put:
+class Put(NamedTuple):
     """A newcomer to write, and what its arrival did."""
 
     item: Item
@@ -39,10 +38,11 @@ class Put:
     near_replaced: int = 0  # items that made way for it
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """Changes to one prompt; every newcomer and every loss is counted exactly once."""
+class Plan(NamedTuple):
+    """Changes to one revision of a prompt; each newcomer and each loss is counted exactly once."""
 
+    prompt: str
+    revision: int
     put: tuple[Put, ...]
     removed: tuple[str, ...]  # ids stored before that have to go, even if they come again
     counts: Counter[str]  # by the names in COUNTED, as `buffer.stats.Counters` has them
@@ -50,26 +50,27 @@ class Plan:
 
 
 def plan(
+    prompt: str,
+    revision: int,
     stored: Sequence[Item],
     newcomers: Sequence[Item],
+    rules: BufferConfig,
     *,
-    tolerance: float,
-    quota: int,
-    keep_stored: bool = False,
+    keep_stored: bool,
 ) -> Plan:
     """Admit newcomers in order.
 
     A newcomer meets ALL items of its prompt, so that no two stored items are ever near-duplicates:
     it is rejected if one near it has at least its log-reward, else it replaces all those near it.
-    Ties of the quota go by id.
-
-    Args:
-        keep_stored: nothing that is stored gives way, and who is stored already is no newcomer.
+    Ties of the quota go by id. With `keep_stored` nothing that is stored gives way, and who is
+    stored already is no newcomer.
     """
     fixed = {item.id for item in stored} if keep_stored else set()
     newcomers = [newcomer for newcomer in newcomers if newcomer.id not in fixed]
     completions = [item.completion for item in (*stored, *newcomers)]
-    near = near_duplicates(completions[len(stored) :], completions, tolerance=tolerance)
+    near = near_duplicates(
+        completions[len(stored) :], completions, tolerance=rules.near_duplicate_tolerance
+    )
     kept = {item.id: (item.log_reward, column) for column, item in enumerate(stored)}
     put: dict[str, Put] = {}
     removed: list[str] = []
@@ -85,7 +86,7 @@ def plan(
             counts["duplicates"] += 1
             kept[newcomer.id] = (newcomer.log_reward, kept[newcomer.id][1])
             so_far = put.get(newcomer.id, Put(newcomer))
-            put[newcomer.id] = replace(so_far, item=newcomer, duplicates=so_far.duplicates + 1)
+            put[newcomer.id] = so_far._replace(item=newcomer, duplicates=so_far.duplicates + 1)
             continue
         rivals = [id for id, (_, column) in kept.items() if near[row, column]]
         if any(id in fixed or kept[id][0] >= newcomer.log_reward for id in rivals):
@@ -96,10 +97,10 @@ def plan(
         counts["near_replaced"] += len(rivals)
         kept[newcomer.id] = (newcomer.log_reward, len(stored) + row)
         put[newcomer.id] = Put(newcomer, near_replaced=len(rivals))
-        while len(kept) > quota:
+        while len(kept) > rules.quota_per_prompt:
             remove(min(kept.keys() - fixed, key=lambda id: (kept[id][0], id)))
             counts["evicted_quota"] += 1
-    return Plan(tuple(put.values()), tuple(removed), counts, keep_stored)
+    return Plan(prompt, revision, tuple(put.values()), tuple(removed), counts, keep_stored)
 
 
 def advantages(log_reward: Mapping[str, float]) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """Looking at a replay buffer without changing it, in portions that hold nobody up."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import redis
-from redis.client import Pipeline
 
 from buffer.connection import naming_errors
 from buffer.redis_store import RedisStore
@@ -83,12 +83,7 @@ class ReplayBrowser:
 
     def tallies_of(self, ids: Sequence[str]) -> dict[str, Tally]:
         """By id, as of one instant."""
-
-        def ask(pipeline: Pipeline) -> None:
-            for name in _TALLIES:
-                pipeline.hmget(self._store.key(name), list(ids))
-
-        columns = self._store.pipeline(ask) if ids else [[], [], []]
+        columns = self._store.read(*(("HMGET", name, *ids) for name in _TALLIES)) if ids else [[]]
         return {
             id: Tally(*(int(count or 0) for count in counts))
             for id, *counts in zip(ids, *columns, strict=True)
@@ -96,36 +91,25 @@ class ReplayBrowser:
 
     def ids(self, prompts: Sequence[str]) -> list[list[str]]:
         """For each prompt, the ids of what is stored for it."""
-
-        def ask(pipeline: Pipeline) -> None:
-            for prompt in prompts:
-                pipeline.zrange(self._store.key(f"prompt:{prompt}"), 0, -1)
-
-        return [[id.decode() for id in ids] for ids in self._store.pipeline(ask)]
+        return [[id for id, _ in ranked] for ranked in self._store.rank(prompts)]
 
     def summaries(self, ids: Sequence[str]) -> Iterator[Summary]:
         """Small fields of what is stored, read where it lies; without what is gone or damaged."""
         for start in range(0, len(ids), _SUMMARIES_AT_ONCE):
             portion = ids[start : start + _SUMMARIES_AT_ONCE]
             for id, data in zip(portion, self._store.call("summary", *portion), strict=True):
-                try:
+                with suppress(MalformedTrajectory):
                     if data is not None:
                         yield _summary(id, data)
-                except MalformedTrajectory:
-                    continue
 
     def trajectories(self, ids: Sequence[str]) -> Iterator[Trajectory]:
         """What is stored under the ids; without those that are gone or cannot be read."""
         for start in range(0, len(ids), PORTION):
-            portion = ids[start : start + PORTION]
-            for payload in self._store.read("HMGET", "payload", *portion):
-                if payload is None:
-                    continue
-                try:
-                    yield unpack(payload)
-                except MalformedTrajectory:
-                    # The next to read it for use puts it into quarantine and says so.
-                    continue
+            for payload in self._store.peek(ids[start : start + PORTION]):
+                # The next to read a damaged one for use puts it into quarantine and says so.
+                with suppress(MalformedTrajectory):
+                    if payload is not None:
+                        yield unpack(payload)
 
     def _scan(self, name: str) -> Iterator[tuple[bytes, bytes]]:
         """Fields of a hash, portion by portion."""

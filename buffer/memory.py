@@ -12,7 +12,7 @@ from buffer.admission import Plan, advantages
 from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats, summarise
-from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, StoredItem
+from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, Drawn, Stored
 from buffer.trajectory import MalformedTrajectory, unpack
 
 FORMAT = 1
@@ -56,9 +56,7 @@ class MemoryStore:
         except (ValueError, TypeError) as error:
             raise ForeignSave(f"these are no bytes of a saved buffer: {error!r:.200}") from error
         if version != FORMAT or len(values) != len(fields(_State)):
-            raise ForeignSave(
-                f"the saved buffer has format {version!r}, this program reads {FORMAT}"
-            )
+            raise ForeignSave(f"the saved buffer has format {version!r}, not {FORMAT}: start anew")
         with self._lock:
             self._state = _State()
             for entry, value in zip(fields(_State), values, strict=True):
@@ -70,38 +68,28 @@ class MemoryStore:
             values = [dict(getattr(self._state, entry.name)) for entry in fields(_State)]
             return msgpack.packb([FORMAT, *values])
 
-    def commit(
-        self,
-        prompt: str,
-        revision: int,
-        plan: Plan,
-        arrival: Arrival | None,
-        limits: BufferConfig,
-    ) -> Commit:
+    def commit(self, plan: Plan, arrival: Arrival | None, limits: BufferConfig) -> Commit:
         with self._lock:
-            state = self._state
+            state, prompt = self._state, plan.prompt
             if arrival is not None and arrival.digest in state.accepted:
                 return Commit("repeated")
-            if state.revision[prompt] != revision:
+            if state.revision[prompt] != plan.revision:
                 return Commit("conflict")
             for id in plan.removed:
                 self._forget_item(id, prompt)
-            for put in plan.put:
-                id = put.item.id
-                state.payload[id] = put.item.payload
-                state.prompts.setdefault(prompt, {})[id] = put.item.log_reward
+            for item, duplicates, near_replaced in plan.put:
+                state.payload[item.id] = item.payload
+                state.prompts.setdefault(prompt, {})[item.id] = item.log_reward
                 state.revision[prompt] += 1
-                state.duplicates[id] += put.duplicates
-                state.near_replaced[id] += put.near_replaced
-            evicted = self._evict(prompt, plan, limits.capacity)
+                state.duplicates[item.id] += duplicates
+                state.near_replaced[item.id] += near_replaced
+            evicted = self._evict(plan, limits.capacity)
             state.meta.update(plan.counts, evicted_capacity=evicted)
             if arrival is None:
                 return Commit("none", evicted)
             return Commit("queued" if self._queue(arrival, limits) else "expired", evicted)
 
-    def draw(
-        self, num_groups: int, version: int, limits: BufferConfig
-    ) -> tuple[int, list[tuple[int, bytes]]]:
+    def draw(self, num_groups: int, version: int, limits: BufferConfig) -> Drawn:
         with self._lock:
             state = self._state
             state.meta["version"] = version
@@ -121,21 +109,11 @@ class MemoryStore:
             state.meta["groups_drawn"] += num_groups
             return eligible, drawn
 
-    def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
+    def read_completions(self, prompt: str, shortest: int, longest: int) -> Stored:
         with self._lock:
             return self._state.revision[prompt], [
-                StoredItem(id, log_reward, self._state.payload.get(id))
-                for id, log_reward in self._ranked(prompt)
-            ]
-
-    def read_completions(
-        self, prompt: str, shortest: int, longest: int
-    ) -> tuple[int, list[StoredItem]]:
-        with self._lock:
-            revision, items = self.read_prompt(prompt)
-            return revision, [
-                StoredItem(id, score, completion(payload, shortest, longest))
-                for id, score, payload in items
+                (id, score, completion(self._state.payload.get(id), shortest, longest))
+                for id, score in self._ranked(prompt)
             ]
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
@@ -145,6 +123,10 @@ class MemoryStore:
     def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
         with self._lock:
             self._state.sampled.update(id for id in ids if id in self._state.payload)
+            return [self._state.payload.get(id) for id in ids]
+
+    def peek(self, ids: Sequence[str]) -> list[bytes | None]:
+        with self._lock:
             return [self._state.payload.get(id) for id in ids]
 
     def quarantine_item(self, id: str, prompt: str) -> None:
@@ -179,30 +161,21 @@ class MemoryStore:
     def stats(self) -> ReplayStats:
         with self._lock:
             state = self._state
-            return summarise(
-                state.meta,
-                replay_size=len(state.payload),
-                replay_prompts=len(state.revision),
-                times_sampled=list(state.sampled.values()),
-                fresh_versions=list(state.fresh.values()),
-                undrawn_groups=self.depth(),
-            )
+            sampled, versions = list(state.sampled.values()), list(state.fresh.values())
+            sizes = (len(state.payload), len(state.revision))
+            return summarise(state.meta, *sizes, sampled, versions, self.depth())
 
     def contents(self) -> Contents:
         with self._lock:
             state = self._state
+            plain = ("meta", "payload", "sampled", "groups", "fresh", "draws")
             return Contents(
-                meta=dict(state.meta),
-                payload=dict(state.payload),
+                **{name: dict(getattr(state, name)) for name in plain},
                 priority={(id, p): score for score, id, p in self._priorities()},
                 prompts={prompt: dict(items) for prompt, items in state.prompts.items()},
-                sampled=dict(state.sampled),
                 duplicates=dict(+state.duplicates),
                 near_replaced=dict(+state.near_replaced),
-                groups=dict(state.groups),
-                fresh=dict(state.fresh),
                 undrawn=frozenset(state.fresh.keys() - state.draws.keys()),
-                draws=dict(state.draws),
             )
 
     def _ranked(self, prompt: str) -> list[tuple[str, float]]:
@@ -215,13 +188,13 @@ class MemoryStore:
             for id, advantage in advantages(items).items():
                 yield advantage, id, prompt
 
-    def _evict(self, prompt: str, plan: Plan, capacity: int) -> int:
+    def _evict(self, plan: Plan, capacity: int) -> int:
         """Make room; how many items went."""
         excess = len(self._state.payload) - capacity
         if excess <= 0:
             return 0
         if plan.keep_stored:
-            victims = [(put.item.id, prompt) for put in plan.put[-excess:]]
+            victims = [(put.item.id, plan.prompt) for put in plan.put[-excess:]]
         else:
             victims = [(id, p) for _, id, p in heapq.nsmallest(excess, self._priorities())]
         for id, owner in victims:

@@ -1,21 +1,17 @@
-"""The store that processes share: keys of one run in a Redis, changed by Lua scripts.
+"""The store that processes share: keys of one run in a Redis, changed by atomic Lua scripts."""
 
-A script is atomic, so a crash leaves all of its work or nothing.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import redis
-from redis.client import Pipeline
 
 from buffer.admission import COUNTED, Plan
 from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.connection import naming_errors
 from buffer.stats import ReplayStats, summarise
-from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, StoredItem
+from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, Drawn, Stored
 
 FORMAT = b"2"
 ID_LENGTH = 32
@@ -61,50 +57,39 @@ class RedisStore:
         }
         self._claim()
 
-    def commit(
-        self,
-        prompt: str,
-        revision: int,
-        plan: Plan,
-        arrival: Arrival | None,
-        limits: BufferConfig,
-    ) -> Commit:
-        arguments: list[Any] = [prompt, revision, limits.capacity, int(plan.keep_stored)]
+    def commit(self, plan: Plan, arrival: Arrival | None, limits: BufferConfig) -> Commit:
+        arguments: list[Any] = [plan.prompt, plan.revision, limits.capacity]
+        arguments.append(int(plan.keep_stored))
         arguments += [plan.counts[name] for name in COUNTED]
         arguments += [len(plan.removed), *plan.removed, len(plan.put)]
-        for put in plan.put:
-            arguments += (put.item.id, put.item.log_reward, put.item.payload)
-            arguments += (put.duplicates, put.near_replaced)
+        for item, duplicates, near_replaced in plan.put:
+            arguments += (item.id, item.log_reward, item.payload, duplicates, near_replaced)
         if arrival is not None:
             arguments += (arrival.digest, arrival.version, limits.max_age)
             arguments += (limits.fresh_capacity, REMEMBERED_GROUPS, arrival.payload)
         fate, *evicted = self.call("commit", *arguments)
         return Commit(fate.decode(), *evicted)
 
-    def draw(
-        self, num_groups: int, version: int, limits: BufferConfig
-    ) -> tuple[int, list[tuple[int, bytes]]]:
+    def draw(self, num_groups: int, version: int, limits: BufferConfig) -> Drawn:
         eligible, drawn = self.call("draw", num_groups, version, limits.max_age, limits.max_draws)
         return eligible, [(int(seq), payload) for seq, payload in by_two(drawn)]
 
-    def read_prompt(self, prompt: str) -> tuple[int, list[StoredItem]]:
-        return stored_items(*self.call("read", prompt))
-
-    def read_completions(
-        self, prompt: str, shortest: int, longest: int
-    ) -> tuple[int, list[StoredItem]]:
-        return stored_items(*self.call("completions", prompt, shortest, longest))
+    def read_completions(self, prompt: str, shortest: int, longest: int) -> Stored:
+        revision, ranked, tokens = self.call("completions", prompt, shortest, longest)
+        return int(revision), [
+            (id.decode(), float(score), each)
+            for (id, score), each in zip(by_two(ranked), tokens, strict=True)
+        ]
 
     def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
-
-        def read(pipeline: Pipeline) -> None:
-            for prompt in prompts:
-                pipeline.zrange(self.key(f"prompt:{prompt}"), 0, -1, withscores=True)
-
-        return [[(id.decode(), score) for id, score in ranked] for ranked in self.pipeline(read)]
+        found = self.read(*(("ZRANGE", f"prompt:{p}", 0, -1, "WITHSCORES") for p in prompts))
+        return [[(id.decode(), score) for id, score in ranked] for ranked in found]
 
     def fetch(self, ids: Sequence[str]) -> list[bytes | None]:
         return self.call("fetch", *ids)
+
+    def peek(self, ids: Sequence[str]) -> list[bytes | None]:
+        return self.read(("HMGET", "payload", *ids))[0] if ids else []
 
     def quarantine_item(self, id: str, prompt: str) -> None:
         self.call("quarantine", "item", id, prompt, KEPT_EVIDENCE)
@@ -113,34 +98,24 @@ class RedisStore:
         self.call("quarantine", "group", f"{number:016d}", payload, KEPT_EVIDENCE)
 
     def newest_group(self) -> bytes | None:
-        numbers: list[bytes] = self.read("ZREVRANGE", "fresh", 0, 0)
-        return self.read("HGET", "groups", numbers[0].decode()) if numbers else None
+        (numbers,) = self.read(("ZREVRANGE", "fresh", 0, 0))
+        return self.read(("HGET", "groups", numbers[0]))[0] if numbers else None
 
     def depth(self) -> int:
-        return int(self.read("ZCARD", "undrawn"))
+        return int(self.read(("ZCARD", "undrawn"))[0])
 
     def prompts(self) -> list[str]:
-        return sorted(prompt.decode() for prompt in self.read("HKEYS", "revision"))
+        return sorted(prompt.decode() for prompt in self.read(("HKEYS", "revision"))[0])
 
     def stats(self) -> ReplayStats:
         # Reads the index of fresh groups and one number per drawn item.
-        def read(pipeline: Pipeline) -> None:
-            pipeline.hgetall(self.key("meta"))
-            pipeline.zcard(self.key("priority"))
-            pipeline.hlen(self.key("revision"))
-            pipeline.hvals(self.key("sampled"))
-            pipeline.zrange(self.key("fresh"), 0, -1, withscores=True)
-            pipeline.zcard(self.key("undrawn"))
-
-        meta, size, prompts, sampled, fresh, undrawn = self.pipeline(read)
-        return summarise(
-            numbers(meta),
-            replay_size=size,
-            replay_prompts=prompts,
-            times_sampled=[int(count) for count in sampled],
-            fresh_versions=[int(version) for _, version in fresh],
-            undrawn_groups=undrawn,
+        meta, size, prompts, sampled, fresh, undrawn = self.read(
+            *(("HGETALL", "meta"), ("ZCARD", "priority"), ("HLEN", "revision")),
+            *(("HVALS", "sampled"), ("ZRANGE", "fresh", 0, -1, "WITHSCORES"), ("ZCARD", "undrawn")),
         )
+        times_sampled = [int(count) for count in sampled]
+        versions = [int(version) for _, version in fresh]
+        return summarise(numbers(meta), size, prompts, times_sampled, versions, undrawn)
 
     def contents(self) -> Contents:
         answer = self.call("snapshot")
@@ -169,15 +144,13 @@ class RedisStore:
     def key(self, name: str) -> str:
         return f"{self._prefix}:{name}"
 
-    def read(self, command: str, key: str, *arguments: str | int) -> Any:
-        """Answer of one read command."""
-        with naming_errors(self.place, phase="reading"):
-            return self.client.execute_command(command, self.key(key), *arguments)
-
-    def pipeline(self, fill: Callable[[Pipeline], None]) -> list[Any]:
-        """Answers of the read commands that `fill` puts into a pipeline, as of one instant."""
-        with naming_errors(self.place, phase="reading"), self.client.pipeline() as pipeline:
-            fill(pipeline)
+    def read(self, *commands: Sequence[Any]) -> list[Any]:
+        """Answers of read commands, as of one instant: each its name, its key and its arguments."""
+        pipeline = self.client.pipeline(transaction=len(commands) > 1)
+        with naming_errors(self.place, phase="reading"), pipeline:
+            for command, key, *arguments in commands:
+                scored = {"withscores": True} if "WITHSCORES" in arguments else {}  # for redis-py
+                pipeline.execute_command(command, self.key(key), *arguments, **scored)
             return pipeline.execute()
 
     def call(self, script: str, *arguments: str | int | float | bytes) -> Any:
@@ -189,7 +162,7 @@ class RedisStore:
         """Write the format, or refuse keys of another."""
         meta = self.key("meta")
         with naming_errors(self.place, phase="opening the buffer"):
-            kind = str(self.read("TYPE", "meta"), "ascii")
+            kind = str(self.read(("TYPE", "meta"))[0], "ascii")
             if kind not in ("none", "hash"):
                 raise ForeignKeys(
                     f"key {meta} at {self.place} is a {kind}, not the buffer's hash."
@@ -209,16 +182,6 @@ def address(client: redis.Redis) -> str:
     """Where a client connects to, without its password."""
     settings = client.get_connection_kwargs()
     return settings.get("path") or f"{settings.get('host')}:{settings.get('port')}"
-
-
-def stored_items(
-    revision: bytes, ranked: Sequence[bytes], records: Sequence[bytes | None]
-) -> tuple[int, list[StoredItem]]:
-    """What read.lua and completions.lua answer."""
-    return int(revision), [
-        StoredItem(id.decode(), float(score), record)
-        for (id, score), record in zip(by_two(ranked), records, strict=True)
-    ]
 
 
 def by_two(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

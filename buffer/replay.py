@@ -1,28 +1,51 @@
 """The replay buffer: actors add groups of trajectories, the learner draws them."""
 
+import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from buffer.admission import Item, lengths_near, plan
 from buffer.audit import Audit, audit_contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats
-from buffer.store import Reader, Store
-from buffer.trajectory import MalformedTrajectory, Trajectory, unpack_group
-from buffer.writer import AddReport, accept, total
+from buffer.store import Arrival, Fate, Reader, Store
+from buffer.trajectory import (
+    MAX_GROUP,
+    MalformedTrajectory,
+    Trajectory,
+    pack,
+    pack_group,
+    unpack,
+    unpack_group,
+)
 
 log_warning = logging.getLogger("buffer").warning
 POLL_S = 0.01
+MAX_CONFLICTS = 200
 
 
 class BufferStarved(TimeoutError):
     """Too few fresh groups came in for too long."""
+
+
+class BufferContended(RuntimeError):
+    """Other writers changed one prompt again and again between our reading and writing it."""
+
+
+class AddReport(NamedTuple):
+    """What one add did. Replaced and evicted items may have come with earlier ones."""
+
+    counts: Counter[str]  # by the names of `buffer.stats.Counters`
+    fate: Fate  # of the group
+    conflicts: int  # times another writer was faster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,14 +73,10 @@ class Replay(Protocol):
     """Where the learner's groups come from."""
 
     def draw(self, request: DrawRequest) -> list[Group]:
-        """As many groups as requested; none once `stop()` holds in a wait.
-
-        Raises:
-            BufferStarved: too few came within `timeout_s`.
-        """
+        """As many groups as requested, else BufferStarved; none once `stop()` holds in a wait."""
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
-        """Take drawn trajectories out of replay for good."""
+        """Take drawn trajectories out of replay for good; they count as quarantined."""
 
 
 class ReplayBuffer:
@@ -69,18 +88,14 @@ class ReplayBuffer:
 
     Safe to share between threads. An add that was not acknowledged may be repeated as it is: the
     store knows a group by its bytes and counts it once; two groups that are alike in all else
-    differ in `created_s`. A draw is delivered at most once.
-    On Redis every method raises BufferUnreachable when the server is gone for longer than the
-    client's timeout.
-
-    Args:
-        warn: takes one line for people when something stored cannot be read.
+    differ in `created_s`. A draw is delivered at most once. A Redis that is gone for longer than
+    its timeout is BufferUnreachable. `warn` takes a line when something stored cannot be read.
     """
 
     def __init__(
         self, store: Store, *, config: BufferConfig, warn: Callable[[str], None] = log_warning
     ) -> None:
-        self._store = store
+        self.store = store
         self._reader = Reader(store, warn=warn)
         self._config = config
         self.waited_s = 0.0  # for groups, in all draws of this client
@@ -88,32 +103,28 @@ class ReplayBuffer:
     def add(self, group: Sequence[Trajectory]) -> AddReport:
         """Accept the trajectories that one actor drew for one prompt: all of them or none.
 
-        Once this returns they survive the death of this process and, on a Redis with
-        `appendfsync always`, that of the server.
+        Then they survive the death of this process and, with `appendfsync always`, of the server.
         """
-        return accept(group, self._store, self._reader, self._config, queue=True)
+        return self._accept(group, queue=True)
 
-    def seed(self, trajectories: Sequence[Trajectory]) -> AddReport:
-        """Put trajectories of any prompts, such as demonstrations, into replay only.
+    def seed(self, trajectories: Sequence[Trajectory]) -> Counter[str]:
+        """Put trajectories of any prompts, such as demonstrations, into replay only; the counts.
 
-        Nothing that is stored changes or makes way for them; those whose id is stored already are
-        not counted.
+        Nothing stored changes or makes way for them; those whose id is stored are not counted.
         """
-        by_prompt: dict[str, list[Trajectory]] = {}
+        by_prompt: dict[str, list[Trajectory]] = defaultdict(list)
         for trajectory in trajectories:
-            by_prompt.setdefault(trajectory.prompt_key, []).append(trajectory)
-        parts = (self._store, self._reader, self._config)
-        return total([accept(group, *parts, queue=False) for group in by_prompt.values()])
+            by_prompt[trajectory.prompt_key].append(trajectory)
+        counts = Counter[str]()
+        for group in by_prompt.values():
+            counts.update(self._accept(group, queue=False).counts)
+        return counts
 
     def draw(self, request: DrawRequest) -> list[Group]:
         """The freshest groups, each joined by up to `num_replayed` draws from its prompt's replay.
 
         Freshest is the highest policy version, then the latest arrival. The age of a group is
-        `version` less the lowest policy version in it. Replay is drawn by softmax of
-        inverse_temperature * terminal log-reward, without replacement within a group.
-
-        Blocks until `num_groups` groups are eligible; raises BufferStarved after `timeout_s`.
-        Gives none once `stop()` holds while it blocks.
+        `version` less the lowest policy version in it. Replay is drawn by `sample_by_priority`.
         """
         fresh = self._fresh(request)
         prompts = [group[0].prompt_key for group in fresh]
@@ -124,9 +135,8 @@ class ReplayBuffer:
         ]
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
-        """Take drawn trajectories out of replay for good; they count as quarantined."""
         for trajectory in trajectories:
-            self._store.quarantine_item(trajectory.id, trajectory.prompt_key)
+            self.store.quarantine_item(trajectory.id, trajectory.prompt_key)
 
     def newest(self) -> Sequence[Trajectory]:
         """Trajectories of one prompt, to look at: the freshest group that waits for the learner.
@@ -134,33 +144,57 @@ class ReplayBuffer:
         Where none waits, what replay holds of some prompt, the newest first; none before there is
         anything.
         """
-        payload = self._store.newest_group()
-        if payload is not None:
-            with suppress(MalformedTrajectory):  # whoever draws it puts it into quarantine
+        # Whoever draws what is damaged puts it into quarantine.
+        with suppress(MalformedTrajectory):
+            if (payload := self.store.newest_group()) is not None:
                 return unpack_group(payload)
-        prompts = self._store.prompts()
-        if not prompts:
+        if not (prompts := self.store.prompts()):
             return ()
         chosen = prompts[np.random.default_rng().integers(len(prompts))]
-        stored = self._reader.trajectories(chosen)
+        stored = []
+        for payload in self.store.peek([id for id, _ in self.store.rank([chosen])[0]]):
+            with suppress(MalformedTrajectory):
+                stored.append(unpack(payload or b""))
         return sorted(stored, key=lambda trajectory: trajectory.created_s, reverse=True)
 
     def depth(self) -> int:
         """Fresh groups that the learner has not drawn yet: what actors pace on."""
-        return self._store.depth()
+        return self.store.depth()
 
     def stats(self) -> ReplayStats:
         """Sizes, ages, times sampled, and what has happened to everything accepted."""
-        return self._store.stats()
+        return self.store.stats()
 
     def audit(self) -> Audit:
         """Recount everything from the data itself; reads the whole buffer."""
-        return audit_contents(self._store.contents(), self._config)
+        return audit_contents(self.store.contents(), self._config)
 
-    def trajectories(self) -> Iterator[Trajectory]:
-        """Everything in replay, prompt by prompt, the best of each prompt first."""
-        for prompt in self._store.prompts():
-            yield from reversed(self._reader.trajectories(prompt))
+    def _accept(self, group: Sequence[Trajectory], *, queue: bool) -> AddReport:
+        """Plan on what is stored of the prompt, commit if it still is, else plan again.
+
+        Without `queue` the group goes to replay alone, as `seed` says.
+        """
+        if not 1 <= len(group) <= MAX_GROUP:
+            raise ValueError(f"a group has 1 to {MAX_GROUP} trajectories, not {len(group)}")
+        if len({trajectory.prompt_key for trajectory in group}) != 1:
+            raise ValueError("a group has trajectories of exactly one prompt")
+        prompt, tolerance = group[0].prompt_key, self._config.near_duplicate_tolerance
+        newcomers = [Item(t.id, t.completion, t.terminal_log_reward, pack(t)) for t in group]
+        lengths = lengths_near([t.completion.size for t in group], tolerance=tolerance)
+        arrival = arrival_of(group, newcomers) if queue else None
+        for conflicts in range(MAX_CONFLICTS):
+            revision, stored = self._reader.prompt(prompt, lengths)
+            change = plan(prompt, revision, stored, newcomers, self._config, keep_stored=not queue)
+            fate, evicted = self.store.commit(change, arrival, self._config)
+            if fate == "repeated":
+                return AddReport(Counter(), fate, conflicts)
+            if fate != "conflict":
+                counts = change.counts + Counter(evicted_capacity=evicted)
+                return AddReport(counts, fate, conflicts)
+        raise BufferContended(
+            f"prompt {prompt!r} changed {MAX_CONFLICTS} times while a group of {len(group)} was"
+            f" being added at {self.store.place}. Let fewer actors share a prompt"
+        )
 
     def _fresh(self, request: DrawRequest) -> list[tuple[Trajectory, ...]]:
         """The freshest eligible groups; none at all once `stop()` holds in a wait."""
@@ -174,10 +208,9 @@ class ReplayBuffer:
         groups: list[tuple[Trajectory, ...]] = []
         while missing := num_groups - len(groups):
             asked_s = time.monotonic()
-            eligible, drawn = self._store.draw(missing, request.version, config)
-            for number, payload in drawn:
-                if (group := self._reader.group(number, payload)) is not None:
-                    groups.append(group)
+            eligible, drawn = self.store.draw(missing, request.version, config)
+            read = (self._reader.group(number, payload) for number, payload in drawn)
+            groups += (group for group in read if group is not None)
             if drawn:
                 continue
             if request.stop():
@@ -192,14 +225,11 @@ class ReplayBuffer:
     def _replayed(
         self, prompts: Sequence[str], num_replayed: int, rng: np.random.Generator
     ) -> list[tuple[Trajectory, ...]]:
-        """For each prompt, up to `num_replayed` different trajectories by priority.
-
-        One that another writer replaces between choosing and fetching is left out.
-        """
-        if not prompts or num_replayed == 0:
-            return [() for _ in prompts]
+        """For each prompt, draws by priority, without what was replaced since it was chosen."""
+        if not num_replayed:
+            return [()] * len(prompts)
         chosen = []
-        for prompt, ranked in zip(prompts, self._store.rank(prompts), strict=True):
+        for prompt, ranked in zip(prompts, self.store.rank(prompts), strict=True):
             picks = sample_by_priority(
                 np.array([log_reward for _, log_reward in ranked]),
                 num_draws=num_replayed,
@@ -207,28 +237,35 @@ class ReplayBuffer:
                 rng=rng,
             )
             chosen.append([(ranked[pick][0], prompt) for pick in picks])
-        payloads = iter(self._store.fetch([id for pairs in chosen for id, _ in pairs]))
-        return [
-            tuple(
-                trajectory
+        payloads = iter(self.store.fetch([id for pairs in chosen for id, _ in pairs]))
+        found = [
+            [
+                self._reader.item(id, prompt, data)
                 for id, prompt in pairs
-                if (payload := next(payloads)) is not None
-                and (trajectory := self._reader.item(id, prompt, payload)) is not None
-            )
+                if (data := next(payloads)) is not None
+            ]
             for pairs in chosen
         ]
+        return [tuple(each for each in group if each is not None) for group in found]
 
     def _shortage(self, eligible: int, missing: int, version: int, waited_s: float) -> str:
         """Why a draw gave up, in numbers."""
-        counters = self._store.stats().counters
+        counters = self.store.stats().counters
         names = ("accepted", "drawn", "exhausted", "expired", "dropped", "quarantined")
         history = ", ".join(f"{getattr(counters, f'groups_{name}')} {name}" for name in names)
         return (
             f"{eligible} of {missing} fresh groups eligible at policy version {version} after"
             f" {waited_s:.1f} s (max_age {self._config.max_age}, max_draws"
-            f" {self._config.max_draws}; groups so far: {history}) at {self._store.place}."
+            f" {self._config.max_draws}; groups so far: {history}) at {self.store.place}."
             " Are the actors alive and scored? If most groups expired, raise buffer.max_age"
         )
+
+
+def arrival_of(group: Sequence[Trajectory], newcomers: Sequence[Item]) -> Arrival:
+    """The group as it waits for the learner."""
+    payload = pack_group([item.payload for item in newcomers])
+    digest = hashlib.blake2b(payload, digest_size=16).hexdigest()
+    return Arrival(digest, min(trajectory.policy_version for trajectory in group), payload)
 
 
 def sample_by_priority(
@@ -241,8 +278,8 @@ def sample_by_priority(
     """Positions of `num_draws` different items, fewer if there are fewer.
 
     Successive draws without replacement, each with probability proportional to
-    exp(inverse_temperature * log_reward) among those left. Adding Gumbel noise and taking the
-    largest gives exactly this law (Yellott 1977), in one pass and without a normaliser.
+    exp(inverse_temperature * log_reward) among those left: the law of the largest under Gumbel
+    noise (Yellott 1977).
     """
     noisy_N = inverse_temperature * log_reward_N + rng.gumbel(size=log_reward_N.shape)
     return np.argsort(-noisy_N)[:num_draws]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -38,6 +39,7 @@ class NeverServed(FileNotFoundError):
     """No redis-server was ever started on the folder."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class RedisServer:
     """A redis-server that syncs every write to disk before it answers.
 
@@ -45,22 +47,16 @@ class RedisServer:
     it, it holds everything that was acknowledged, on the same port if that is still free.
     """
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], *, url: str, password: str, pid: int
-    ) -> None:
-        self._process = process
-        self.url = url
-        self.password = password
-        self.pid = pid  # of redis-server itself
+    watchdog: subprocess.Popen[bytes]
+    url: str
+    password: str = field(repr=False)
+    pid: int  # of redis-server itself
 
     @classmethod
     def start(
         cls, folder: Path, *, run: str, config: BufferConfig, timeout_s: float = 60.0
     ) -> Self:
-        """Start on a folder, new or of the same run, and wait until it answers.
-
-        Raises NoRedisServer, ForeignFolder, FolderInUse, CannotListen, ServerFailed.
-        """
+        """Start on a folder, new or of the same run, and wait until it answers."""
         folder = folder.resolve()
         executable = find_executable()
         owner = claim_folder(folder, run=run, executable=executable)
@@ -77,7 +73,7 @@ class RedisServer:
                 pid = wait_until_ready(process, url, password, timeout_s)
                 if pid is not None:
                     write_owner(folder, Owner(run, executable.version, port))
-                    return cls(process, url=url, password=password, pid=pid)
+                    return cls(process, url, password, pid)
                 tail = log.read_bytes()[logged:].decode(errors="replace")
                 if "Address already in use" not in tail:
                     raise ServerFailed(
@@ -85,8 +81,8 @@ class RedisServer:
                         f" on {folder}; redis.log says: {tail[-LOG_TAIL:] or 'nothing'}"
                     )
             raise CannotListen(
-                f"every free port of {config.address} was taken before redis-server had it, the"
-                f" last one {port}. Set buffer.port"
+                f"another program took port {port} of {config.address} before redis-server had it."
+                " Set buffer.port to a free one, or to 0 to have one chosen"
             )
         finally:
             # The server's watchdog holds the lock from here on.
@@ -94,17 +90,17 @@ class RedisServer:
 
     def alive(self) -> bool:
         """Whether the server process runs; whether it answers is for `connect` to find out."""
-        return self._process.poll() is None
+        return self.watchdog.poll() is None
 
     def stop(self, *, timeout_s: float) -> None:
         """End it in order. Raises ServerFailed after killing one that does not end."""
-        self._process.terminate()
+        self.watchdog.terminate()
         try:
-            self._process.wait(timeout=timeout_s)
+            self.watchdog.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            self._process.wait(timeout=KILLED_S)
+            self.watchdog.wait(timeout=KILLED_S)
             raise ServerFailed(
                 f"redis-server {self.pid} at {self.url} did not stop within {timeout_s} s and was"
                 " killed; what it had acknowledged is on disk"
@@ -112,10 +108,7 @@ class RedisServer:
 
 
 def reach(folder: Path, config: BufferConfig) -> tuple[str, str]:
-    """Address and password of the server that runs on a folder, or ran there last.
-
-    Raises NeverServed, ForeignFolder.
-    """
+    """Address and password of the server that runs on a folder, or ran there last."""
     folder = folder.resolve()
     try:
         owner, password = read_owner(folder), (folder / "password").read_text()
@@ -143,10 +136,7 @@ def spawn(command: list[str], folder: Path, lock: int) -> subprocess.Popen[bytes
 def wait_until_ready(
     process: subprocess.Popen[bytes], url: str, password: str, timeout_s: float
 ) -> int | None:
-    """Process id of the server once it answers, None if it ended; after an error it is ended.
-
-    Reading a long log takes a while, in which it does not answer.
-    """
+    """Process id of the server once it answers, None if it ended; after an error it is ended."""
     deadline_s = time.monotonic() + timeout_s
     try:
         while process.poll() is None:

@@ -11,10 +11,7 @@ LEAVING_FRESH = ("groups_exhausted", "groups_expired", "groups_dropped", "groups
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counters:
-    """Since the run began. Replay counts trajectories, fresh counts groups.
-
-    What was accepted is stored, or has left in one of the ways of LEAVING_REPLAY, LEAVING_FRESH.
-    """
+    """Since the run began, of trajectories and groups: what was accepted is stored, or has left."""
 
     offered: int = 0
     duplicates: int = 0
@@ -54,19 +51,15 @@ class ReplayStats:
 
 def summarise(
     meta: Mapping[str, int],
-    *,
     replay_size: int,
     replay_prompts: int,
     times_sampled: Sequence[int],
     fresh_versions: Sequence[int],
     undrawn_groups: int,
 ) -> ReplayStats:
-    """The statistics of a store.
+    """The statistics of a store; `meta` has the counters, and `version` once there was a draw.
 
-    Args:
-        meta: counters by name, and `version` once the learner has drawn.
-        times_sampled: of the items that were ever drawn from replay.
-        fresh_versions: lowest policy version of each waiting group.
+    `times_sampled` is of the items ever drawn, `fresh_versions` the lowest of each waiting group.
     """
     # Until the learner has drawn once nobody has an age.
     ages = [meta["version"] - version for version in fresh_versions] if "version" in meta else []

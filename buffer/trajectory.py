@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -15,6 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = 1
+INTEGERS = ("prompt", "answer", "completion", "stops")
+LOGS = ("log_reward", "behaviour_log_prob", "behaviour_log_stop")
+ORIGIN = ("policy_version", "behaviour", "temperature", "actor", "created_s", "correct")
+integers_of, logs_of, origin_of = (attrgetter(*names) for names in (INTEGERS, LOGS, ORIGIN))
 BEHAVIOURS = ("on_policy", "tempered", "demonstration")
 MAX_BYTES = 1 << 22
 MAX_TEXT = 1024
@@ -65,8 +70,8 @@ class Trajectory:
     def id(self) -> str:
         """Hex blake2b-128 of task, prompt and completion: equal content, equal id."""
         digest = hashlib.blake2b(digest_size=16)
-        texts, rows = (self.task, self.prompt_key), (self.prompt, self.completion)
-        for field in (*(text.encode() for text in texts), *(row.tobytes() for row in rows)):
+        texts = (self.task.encode(), self.prompt_key.encode())
+        for field in (*texts, self.prompt.tobytes(), self.completion.tobytes()):
             # The length goes first, so that no two lists of fields share their bytes.
             digest.update(len(field).to_bytes(8, "little"))
             digest.update(field)
@@ -85,7 +90,6 @@ class Trajectory:
 
 
 def check_scalars(trajectory: Trajectory) -> None:
-    """Raise MalformedTrajectory for a text, number or label outside its range."""
     for name in ("task", "prompt_key", "actor"):
         text = getattr(trajectory, name)
         if type(text) is not str or not 0 < len(text) <= MAX_TEXT:
@@ -105,8 +109,7 @@ def check_scalars(trajectory: Trajectory) -> None:
 
 
 def check_tokens(trajectory: Trajectory) -> None:
-    """Raise MalformedTrajectory for token ids, tool mask or stop states that cannot be."""
-    integers = rows(trajectory, ("prompt", "answer", "completion", "stops"), np.int32)
+    integers = rows(trajectory, INTEGERS, np.int32)
     # Read as unsigned, a negative number is a huge one: one reduction bounds both sides.
     if np.maximum.reduce(integers.view(np.uint32)) >= MAX_TOKEN:
         raise MalformedTrajectory(f"a token id or stop state lies outside [0, {MAX_TOKEN})")
@@ -121,18 +124,12 @@ def check_tokens(trajectory: Trajectory) -> None:
 
 
 def check_logs(trajectory: Trajectory) -> None:
-    """Raise MalformedTrajectory for log-rewards and log-probabilities that cannot be."""
     num_stops, length = trajectory.stops.size, trajectory.completion.size
-    logs = rows(trajectory, ("log_reward", "behaviour_log_prob", "behaviour_log_stop"), np.float32)
-    sizes = (
-        trajectory.log_reward.size,
-        trajectory.behaviour_log_prob.size,
-        trajectory.behaviour_log_stop.size,
-    )
+    logs = rows(trajectory, LOGS, np.float32)
+    sizes = tuple(map(len, logs_of(trajectory)))
     if sizes != (num_stops, length, num_stops):
         raise MalformedTrajectory(
-            f"log_reward, behaviour_log_prob, behaviour_log_stop have {sizes} entries for "
-            f"{num_stops} stop states and {length} tokens"
+            f"{LOGS} have {sizes} entries for {num_stops} stop states and {length} tokens"
         )
     if not np.logical_and.reduce(np.isfinite(logs)):
         raise MalformedTrajectory("a log-reward or log-probability is not finite")
@@ -145,10 +142,7 @@ def check_logs(trajectory: Trajectory) -> None:
 def rows(
     trajectory: Trajectory, names: tuple[str, ...], dtype: type[np.generic]
 ) -> NDArray[np.generic]:
-    """The named fields as one row; raises MalformedTrajectory unless each is a row of `dtype`.
-
-    A record is short, so that numpy's cost is one of calls: checks run on one row, not on each.
-    """
+    """The named fields in one row, which is faster to check than each; all must be of `dtype`."""
     arrays = [getattr(trajectory, name) for name in names]
     for name, array in zip(names, arrays, strict=True):
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
@@ -157,26 +151,17 @@ def rows(
 
 
 def pack(trajectory: Trajectory) -> bytes:
-    """Bytes of one trajectory, at most MAX_BYTES; the inverse of `unpack`.
-
-    All integers stand in one little-endian block and all logs in another: two copies per record.
-    """
-    integers = (trajectory.prompt, trajectory.answer, trajectory.completion, trajectory.stops)
-    logs = (trajectory.log_reward, trajectory.behaviour_log_prob, trajectory.behaviour_log_stop)
+    """At most MAX_BYTES: all integers in one little-endian block, all logs in another."""
+    integers = integers_of(trajectory)
     record = (
         FORMAT,
         trajectory.task,
         trajectory.prompt_key,
-        [array.size for array in integers],
+        [len(array) for array in integers],
         np.concatenate(integers).astype("<i4", copy=False).tobytes(),
         trajectory.from_tool.tobytes(),
-        np.concatenate(logs).astype("<f4", copy=False).tobytes(),
-        trajectory.policy_version,
-        trajectory.behaviour,
-        trajectory.temperature,
-        trajectory.actor,
-        trajectory.created_s,
-        trajectory.correct,
+        np.concatenate(logs_of(trajectory)).astype("<f4", copy=False).tobytes(),
+        *origin_of(trajectory),
     )
     data: bytes = msgpack.packb(record)
     if len(data) > MAX_BYTES:
@@ -185,14 +170,12 @@ def pack(trajectory: Trajectory) -> bytes:
 
 
 def unpack(data: bytes) -> Trajectory:
-    """Read one trajectory; its arrays are read-only views of `data`.
-
-    Raises MalformedTrajectory for anything `pack` could not have written.
-    """
+    """Read what `pack` wrote, else MalformedTrajectory; arrays are read-only views of `data`."""
     fields = read_array(data, max_len=13)
     if len(fields) != 13 or type(fields[0]) is not int or fields[0] != FORMAT:
         raise MalformedTrajectory(f"not a trajectory of format {FORMAT}")
-    sizes, integers, from_tool, logs = fields[3], fields[4], fields[5], fields[6]
+    _, task, prompt_key, sizes, integers, from_tool, logs, *origin = fields
+    version, behaviour, temperature, actor, created_s, correct = origin
     if type(sizes) is not list or list(map(type, sizes)) != [int] * 4 or min(sizes) < 0:
         raise MalformedTrajectory("sizes must be four integers >= 0")
     if not all(type(block) is bytes for block in (integers, from_tool, logs)):
@@ -207,8 +190,8 @@ def unpack(data: bytes) -> Trajectory:
     floats = np.frombuffer(logs, "<f4")
     answer_at, completion_at = num_prompt, num_prompt + num_answer
     return Trajectory(
-        task=fields[1],
-        prompt_key=fields[2],
+        task=task,
+        prompt_key=prompt_key,
         prompt=tokens[:answer_at],
         answer=tokens[answer_at:completion_at],
         completion=tokens[completion_at : completion_at + length],
@@ -217,12 +200,12 @@ def unpack(data: bytes) -> Trajectory:
         log_reward=floats[:num_stops],
         behaviour_log_prob=floats[num_stops : num_stops + length],
         behaviour_log_stop=floats[num_stops + length :],
-        policy_version=fields[7],
-        behaviour=fields[8],
-        temperature=fields[9],
-        actor=fields[10],
-        created_s=fields[11],
-        correct=fields[12],
+        policy_version=version,
+        behaviour=behaviour,
+        temperature=temperature,
+        actor=actor,
+        created_s=created_s,
+        correct=correct,
     )
 
 

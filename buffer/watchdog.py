@@ -2,11 +2,9 @@
 
     python watchdog.py PARENT_PID COMMAND...
 
-A parent killed by SIGKILL cannot stop its server, and the kernel's parent-death signal follows
-the THREAD that forked, which may end long before its process. So a small process of its own
-watches: it ends the server when its parent is gone, and the kernel ends the server with it.
-Imports the standard library only and runs isolated, which makes it start in a few hundredths of a
-second.
+The kernel's parent-death signal follows the THREAD that forked, which may end long before its
+process. So a small process of its own watches: it ends the server when its parent is gone, and the
+kernel ends the server with it. Imports the standard library only, to start at once.
 """
 
 import contextlib
@@ -15,7 +13,6 @@ import os
 import signal
 import subprocess
 import sys
-from types import FrameType
 
 POLL_S = 0.2
 GRACE_S = 10.0
@@ -32,11 +29,7 @@ def watch(parent: int, command: list[str]) -> int:
     """Run the command until it ends, SIGTERM arrives or the parent is gone; its exit status."""
     # This process has one thread, so code between fork and exec is safe here.
     server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        server.terminate()
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     # Ctrl-C reaches a whole terminal; the run decides in which order its parts end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while os.getppid() == parent:

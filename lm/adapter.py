@@ -37,7 +37,7 @@ UNDERSTOOD = {
 
 
 class AdapterMismatch(ValueError):
-    """An adapter that does not belong to this base model or to this configuration."""
+    """An adapter that is damaged, or of another base model or configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import deepspeed
 import numpy as np
 import torch
-import torch.distributed as dist
 from deepspeed.utils import set_z3_leaf_modules
 from numpy.typing import NDArray
 
@@ -28,14 +27,10 @@ class RewardRank:
     """
 
     def __init__(self, model: CausalLM, rendezvous: Rendezvous) -> None:
-        """Join the other ranks and give up the parameters that are theirs.
-
-        Raises:
-            RankLost: the ranks did not meet within the rendezvous's timeout.
-        """
+        """Join the other ranks, else RankLost, and give up the parameters that are theirs."""
         self.limits: ScoreLimits = score_limits(model)
         self._rendezvous = rendezvous
-        self._model = model.eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         with waiting_for_ranks(rendezvous, part="reward", phase="rendezvous"):
             join_ranks(rendezvous, model.device)
             # Else DeepSpeed compiles this at start: a minute, and no start without a compiler.
@@ -46,26 +41,13 @@ class RewardRank:
             # One gather for a whole layer instead of one for each of its matrices.
             set_z3_leaf_modules(model, list(model._no_split_modules))
             deepspeed.initialize(
-                model=self._model, config=_zero3_config(model), dist_init_required=False
+                model=self.model, config=_zero3_config(model), dist_init_required=False
             )
 
     def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
-        """Log-probabilities of all edges of each micro-batch.
-
-        Raises:
-            RankLost: a peer died or did not come within the timeout.
-        """
+        """Log p of all edges of each micro-batch; raises RankLost for a dead or stalled peer."""
         with waiting_for_ranks(self._rendezvous, part="reward", phase="forward"):
-            return [edge_log_probs(self._model, batch) for batch in share]
-
-    @property
-    def num_held(self) -> int:
-        """Parameters that this rank holds between passes."""
-        return sum(p.ds_tensor.numel() for p in self._model.parameters())
-
-    def close(self) -> None:
-        """Leave the process group."""
-        dist.destroy_process_group()
+            return [edge_log_probs(self.model, batch) for batch in share]
 
 
 def _zero3_config(model: CausalLM) -> dict[str, object]:

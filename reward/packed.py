@@ -1,10 +1,9 @@
 """Log-rewards of every prefix of a rationale under a causal LM, in one packed pass.
 
-Works for any causal LM of transformers that takes a 4-D additive mask, `position_ids` and a cache
-(GPT-2, GPT-J, GPT-NeoX, Llama, Qwen2 are tested), with sdpa or eager attention. A micro-batch is
-two forward passes: the distinct contexts, then the packed rows on the contexts' cached keys and
-values; wide rows have their copies of Y in further ones, on those of their stems. Precision:
-log-softmax in float32 whatever the weights are in, a chunk of states at a time; sums in float64.
+For any causal LM that takes a 4-D additive mask, `position_ids` and a cache (`reward.probe`). A
+micro-batch is two forward passes: the distinct contexts, then the packed rows on their keys and
+values; wide rows have their copies of Y in further ones, on those of their stems. Log-softmax in
+float32 whatever the weights are in, a chunk of states at a time; sums in float64.
 """
 
 from collections.abc import Sequence
@@ -19,47 +18,24 @@ from lm.attention import attention_mask
 from lm.cache import whole_cache
 from lm.chunked_head import OutputHead, head_replaced, target_log_probs
 from lm.model import CausalLM, context_limit, text_prefix_of, vocab_size
-from lm.packing import pad
+from lm.packing import Indices, pad
 from reward.packing import MicroBatch, gather_scores, lay_out
-from reward.request import ScoreItem, ScoreLimits, check_item
+from reward.request import ScoreItem, ScoreLimits, Tokens, check_item
 from reward.row import Columns
 
 
 def suffix_log_rewards(
     model: CausalLM, items: Sequence[ScoreItem], token_budget: int
 ) -> list[NDArray[np.float32]]:
-    """log p(z_1:t Y | context) in nats, [S] for each item, one value per stop state.
+    """log p(z_1:t Y | context) in nats, [S] for each item, else BadItem; one thread at a time.
 
-    Args:
-        model: causal LM in evaluation mode; one thread at a time.
-        items: any mixture of contexts, lengths and answers.
-        token_budget: tokens of one padded micro-batch, at most (one row may be larger).
-
-    Raises:
-        BadItem: an item that this model cannot score.
+    A padded micro-batch holds at most `token_budget` tokens, or one row.
     """
     limits = score_limits(model)
     for item in items:
         check_item(item, limits)
     layout = lay_out(items, token_budget)
     return gather_scores(items, layout, [edge_log_probs(model, batch) for batch in layout.batches])
-
-
-def stop_log_rewards(
-    model: CausalLM, items: Sequence[ScoreItem], stop_token: int, token_budget: int
-) -> list[NDArray[np.float32]]:
-    """log p(z_1:t ⊤ | context) in nats at every stop state; the items' own answers do not count."""
-    return suffix_log_rewards(model, [stopping(item, stop_token) for item in items], token_budget)
-
-
-def stopping(item: ScoreItem, stop_token: int) -> ScoreItem:
-    """The item with the stop token as its answer: turns a suffix reward into a stop reward."""
-    return ScoreItem(
-        context=item.context,
-        completion=item.completion,
-        stops=item.stops,
-        answer=np.array([stop_token], dtype=np.int32),
-    )
 
 
 def score_limits(model: CausalLM) -> ScoreLimits:
@@ -77,52 +53,66 @@ def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
     # The last context token is the first column of every row; what precedes it is shared. Where
     # nothing does, the token itself stands there, masked.
     prefix = text_prefix_of(model)
-    heads = [[*prefix, *context[:-1].tolist()] or context.tolist() for context in batch.contexts]
+    contexts = batch.contexts
+    heads = [[*prefix, *text[:-1].tolist()] or text.tolist() for text in contexts.values()]
     head_ids_CP = torch.from_numpy(pad(heads)).to(device)
     cache = whole_cache()
     model(input_ids=head_ids_CP, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_select_indices(torch.tensor(batch.context_of_row, device=device))
+    slots = {key: slot for slot, key in enumerate(contexts)}
+    context_of_row = [slots[row.context.tobytes()] for row in batch.rows]
+    cache.batch_select_indices(torch.tensor(context_of_row, device=device))
 
     head_width = head_ids_CP.shape[1]
     past_BK = np.tile(np.arange(head_width), (num_rows, 1))  # positions of what is cached
-    log_probs = [np.zeros(row.num_edges, dtype=np.float32) for row in batch.rows]
+    first_edges = np.cumsum([0, *(row.num_edges for row in batch.rows[:-1])])
+    targets = np.concatenate([tokens for row in batch.rows for tokens in row.targets])
+    log_probs = np.zeros(len(targets), dtype=np.float32)
     for number, columns in enumerate(batch.passes()):
         # A row whose copies are all done has a column that nobody asks anything.
+        ids_BQ = pad([part.tokens or [0] for part in columns])
         position_BQ = pad([part.positions or [0] for part in columns]) + len(prefix)
         position_BK = np.concatenate([past_BK, position_BQ], axis=1)
-        sees_BQK = _visible(
-            batch, columns, position_BQ.shape[1], len(prefix), head_width, past_BK.shape[1]
-        )
-        found = _pass(model, cache, batch, columns, position_BQ, position_BK, sees_BQK)
-        for values, part, log_prob_E in zip(log_probs, columns, found, strict=True):
-            values[part.edges] = log_prob_E
+        width = ids_BQ.shape[1]
+        sees_BQK = _visible(batch, columns, width, len(prefix), head_width, past_BK.shape[1])
+        edges = zip(first_edges, columns, strict=True)
+        edge_E = np.concatenate([first + part.edges for first, part in edges])
+        source_E = np.concatenate([n * width + part.sources for n, part in enumerate(columns)])
+        tables = (ids_BQ, position_BQ, position_BK, sees_BQK)
+        log_probs[edge_E] = _pass(model, cache, tables, source_E, targets[edge_E])
         if number == 0:
             past_BK = position_BK
         else:
-            cache.crop(-position_BQ.shape[1])
-    return np.concatenate(log_probs)
+            cache.crop(-width)
+    return log_probs
 
 
 def _pass(
     model: CausalLM,
     cache: Any,
-    batch: MicroBatch,
-    columns: Sequence[Columns],
-    position_BQ: NDArray[np.int64],
-    position_BK: NDArray[np.int64],
-    sees_BQK: NDArray[np.bool_],
-) -> list[NDArray[np.float32]]:
-    """Pass columns through the model, on what is cached; log p of their edges, row by row."""
-    ids, at, at_past, sees = (
-        torch.from_numpy(table).to(model.device)
-        for table in (pad([c.tokens or [0] for c in columns]), position_BQ, position_BK, sees_BQK)
-    )
-    found: list[NDArray[np.float32]] = []
+    tables: Sequence[NDArray[Any]],
+    source_E: Indices,
+    target_E: Tokens,
+) -> NDArray[np.float32]:
+    """[E] log p(target | source) by a pass on what is cached.
 
-    def of_hidden(hidden_BQD: Tensor) -> None:
-        found.extend(_predicted(model, hidden_BQD, batch, columns))
+    `tables`: ids and positions [B, Q], positions of what is there [B, K], who sees it [B, Q, K].
+    """
+    device = model.device
+    ids, at, at_past, sees = (torch.from_numpy(table).to(device) for table in tables)
+    order_E = source_E.argsort(kind="stable")
+    state_N, place_E = np.unique(source_E[order_E], return_inverse=True)
+    log_prob_E = np.empty(len(source_E), dtype=np.float32)
 
-    with head_replaced(model, of_hidden):
+    def predict(hidden_BQD: Tensor) -> None:
+        sorted_E = target_log_probs(
+            OutputHead.of(model),
+            hidden_BQD.flatten(0, 1)[torch.from_numpy(state_N).to(device)],
+            torch.from_numpy(place_E).to(device),
+            torch.from_numpy(target_E[order_E].astype(np.int64)).to(device),
+        )
+        log_prob_E[order_E] = sorted_E.float().cpu().numpy()
+
+    with head_replaced(model, predict):
         model(
             input_ids=ids,
             position_ids=at,
@@ -130,7 +120,7 @@ def _pass(
             past_key_values=cache,
             use_cache=True,
         )
-    return found
+    return log_prob_E
 
 
 def _visible(
@@ -154,28 +144,3 @@ def _visible(
         start = past_width if past_width > head_width else head_width + stem
         sees[number, :size, start : start + own.shape[1]] = own
     return sees
-
-
-def _predicted(
-    model: CausalLM, hidden_BQD: Tensor, batch: MicroBatch, columns: Sequence[Columns]
-) -> list[NDArray[np.float32]]:
-    """log p(target | source) of the edges of these columns, row by row."""
-    device, width = hidden_BQD.device, hidden_BQD.shape[1]
-    source_E = np.concatenate([n * width + part.sources for n, part in enumerate(columns)])
-    target_E = np.concatenate(
-        [
-            np.concatenate(row.targets)[part.edges]
-            for row, part in zip(batch.rows, columns, strict=True)
-        ]
-    )
-    order_E = source_E.argsort(kind="stable")
-    state_N, place_E = np.unique(source_E[order_E], return_inverse=True)
-    sorted_E = target_log_probs(
-        OutputHead.of(model),
-        hidden_BQD.flatten(0, 1)[torch.from_numpy(state_N).to(device)],
-        torch.from_numpy(place_E).to(device),
-        torch.from_numpy(target_E[order_E].astype(np.int64)).to(device),
-    )
-    log_prob_E = np.empty(len(source_E), dtype=np.float32)
-    log_prob_E[order_E] = sorted_E.float().cpu().numpy()
-    return np.split(log_prob_E, np.cumsum([len(part.edges) for part in columns])[:-1])

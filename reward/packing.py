@@ -5,6 +5,7 @@ Equation: the `suffix` reward of Hu et al. 2024 (arXiv 2310.04363), section 3.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +22,19 @@ PORTION = 384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Rows that pass through the model side by side, after the distinct contexts that they follow.
+    """Rows that pass through the model side by side, after a pass of their distinct contexts.
 
-    The contexts take one pass, the rows another; in portions, their stems take one and their
-    copies as many as they need.
+    In portions, their stems take one pass and their copies as many as they need.
     """
 
-    contexts: tuple[Tokens, ...]
     rows: tuple[ScoredRow, ...]
-    context_of_row: tuple[int, ...]
     portion: int | None = None  # columns of copies that a row has in one pass; None: all, at once
     min_passes: int = 2  # passes beyond the last copy are made for the sake of other ranks
+
+    @property
+    def contexts(self) -> dict[bytes, Tokens]:
+        """The distinct ones, by their content."""
+        return {row.context.tobytes(): row.context for row in self.rows}
 
     @property
     def num_passes(self) -> int:
@@ -52,15 +55,13 @@ class MicroBatch:
 
     def passes(self) -> Iterator[list[Columns]]:
         """The columns of each row in each pass after that of the contexts."""
-        if self.portion is None:
-            yield [row.columns(slice(None), with_stem=True) for row in self.rows]
-        else:
-            yield [row.columns(slice(0), with_stem=True) for row in self.rows]
+        first = slice(None if self.portion is None else 0)
+        yield [row.columns(first, with_stem=True) for row in self.rows]
         for number in range(self.num_passes - 2):
+            sizes = [self._copies(row) for row in self.rows]
             yield [
                 row.columns(slice(number * size, (number + 1) * size), with_stem=False)
-                for row in self.rows
-                for size in [self._copies(row)]
+                for row, size in zip(self.rows, sizes, strict=True)
             ]
 
     def _copies(self, row: ScoredRow) -> int:
@@ -68,28 +69,24 @@ class MicroBatch:
         return max(1, (self.portion or 0) // max(1, row.copy_width))
 
     def _num_tokens(self, portions: int) -> int:
-        context_width = max(len(context) for context in self.contexts)
+        contexts = self.contexts.values()
+        context_width = max(len(context) for context in contexts)
         at_once = [row.width if self.portion is None else row.stem.width for row in self.rows]
-        row_width = max(at_once) + portions
-        return len(self.contexts) * context_width + len(self.rows) * row_width
+        return len(contexts) * context_width + len(self.rows) * (max(at_once) + portions)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ItemEdges:
+class ItemEdges(NamedTuple):
     """Where an item finds its log-probabilities among the edges of its row."""
 
-    item: int
-    row: int
+    row: ScoredRow
     tokens: Indices  # [L] edges of z_1 .. z_L
     answers: Indices  # [S] first edge of the copy of Y at each stop state; A consecutive ones
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """All micro-batches of some items. `rows_of_batch` numbers the rows as `edges` do."""
+class Layout(NamedTuple):
+    """All micro-batches of some items, and the edges of each item."""
 
     batches: list[MicroBatch]
-    rows_of_batch: list[tuple[int, ...]]
     edges: list[ItemEdges]
 
 
@@ -97,8 +94,7 @@ def lay_out(items: Sequence[ScoreItem], token_budget: int, num_ranks: int = 1) -
     """Lay items out in micro-batches that hold at most `token_budget` tokens at a time.
 
     A lone row may be larger: by its context and its stem, whose copies pass in portions. Where the
-    items are too few to fill `num_ranks` micro-batches, these become smaller, so that every rank
-    gets its part.
+    items are few, micro-batches become smaller, so that each of `num_ranks` gets its part.
     """
     rows, edges = _build_rows(items)
     portion = min(PORTION, token_budget)
@@ -109,95 +105,65 @@ def lay_out(items: Sequence[ScoreItem], token_budget: int, num_ranks: int = 1) -
         slack = max(heads.values()) + max(row.width for row in rows)
         token_budget = min(token_budget, total // num_ranks + slack)
     at_once = min(ONE_PASS_WIDTH, token_budget)
-    whole = [n for n, row in enumerate(rows) if row.width <= at_once or not row.copy_width]
-    parted = sorted(set(range(len(rows))) - set(whole))
-    chosen: list[tuple[int | None, list[int]]]
-    chosen = [(None, part) for part in _split(rows, whole, token_budget, portion=None)]
-    chosen += [(portion, part) for part in _split(rows, parted, token_budget, portion=portion)]
-    return Layout(
-        batches=[_micro_batch([rows[n] for n in part], size) for size, part in chosen],
-        rows_of_batch=[tuple(part) for _, part in chosen],
-        edges=edges,
-    )
-
-
-def _micro_batch(rows: Sequence[ScoredRow], portion: int | None) -> MicroBatch:
-    distinct = {row.context.tobytes(): row.context for row in rows}
-    slot = {key: index for index, key in enumerate(distinct)}
-    return MicroBatch(
-        contexts=tuple(distinct.values()),
-        rows=tuple(rows),
-        context_of_row=tuple(slot[row.context.tobytes()] for row in rows),
-        portion=portion,
-    )
+    whole: list[ScoredRow] = []
+    parted: list[ScoredRow] = []
+    for row in rows:
+        (parted if row.width > at_once and row.copy_width else whole).append(row)
+    batches = [*_split(whole, token_budget, None), *_split(parted, token_budget, portion)]
+    return Layout(batches, edges)
 
 
 def _build_rows(items: Sequence[ScoreItem]) -> tuple[list[ScoredRow], list[ItemEdges]]:
     """Rows, those of one context together, and where in them each item's edges are."""
-    order = sorted(
-        range(len(items)),
-        key=lambda i: (
-            items[i].context.tobytes(),
-            items[i].answer.tobytes(),
-            items[i].completion.tobytes(),
-        ),
-    )
+    keys = [(i.context.tobytes(), i.answer.tobytes(), i.completion.tobytes()) for i in items]
     rows: list[ScoredRow] = []
-    edges = []
-    for index in order:
-        item = items[index]
+    edges: dict[int, ItemEdges] = {}
+    for number in sorted(range(len(items)), key=keys.__getitem__):
+        item = items[number]
         if not rows or not rows[-1].takes(item):
             rows.append(ScoredRow(item.context, item.answer))
-        tokens, answers = rows[-1].add(item)
-        edges.append(ItemEdges(item=index, row=len(rows) - 1, tokens=tokens, answers=answers))
-    return rows, edges
+        edges[number] = ItemEdges(rows[-1], *rows[-1].add(item))
+    return rows, [edges[number] for number in range(len(items))]
 
 
 def _split(
-    rows: Sequence[ScoredRow], members: Sequence[int], token_budget: int, *, portion: int | None
-) -> Iterator[list[int]]:
+    rows: Sequence[ScoredRow], token_budget: int, portion: int | None
+) -> Iterator[MicroBatch]:
     """Deal rows to micro-batches: those of one context together, then those of similar width."""
-    width = {n: rows[n].width if portion is None else rows[n].stem.width + portion for n in members}
+    widths = [row.width if portion is None else row.stem.width + portion for row in rows]
+    contexts = [row.context.tobytes() for row in rows]
     widest: dict[bytes, int] = {}
-    for n in members:
-        key = rows[n].context.tobytes()
-        widest[key] = max(widest.get(key, 0), width[n])
-    order = sorted(
-        members, key=lambda n: (widest[(key := rows[n].context.tobytes())], key, width[n])
-    )
-    chosen: list[int] = []
-    contexts: set[bytes] = set()
+    for context, width in zip(contexts, widths, strict=True):
+        widest[context] = max(widest.get(context, 0), width)
+    order = sorted(range(len(rows)), key=lambda n: (widest[contexts[n]], contexts[n], widths[n]))
+    chosen: list[ScoredRow] = []
+    seen: set[bytes] = set()
     context_width = row_width = 0
-    for number in order:
-        context = rows[number].context
-        grown = contexts | {context.tobytes()}
-        context_width = max(context_width, len(context))
-        row_width = max(row_width, width[number])
-        if chosen and len(grown) * context_width + (len(chosen) + 1) * row_width > token_budget:
-            yield chosen
-            chosen, grown = [], {context.tobytes()}
-            context_width, row_width = len(context), width[number]
-        chosen.append(number)
-        contexts = grown
+    for n in order:
+        seen.add(contexts[n])
+        context_width = max(context_width, len(rows[n].context))
+        row_width = max(row_width, widths[n])
+        if chosen and len(seen) * context_width + (len(chosen) + 1) * row_width > token_budget:
+            yield MicroBatch(rows=tuple(chosen), portion=portion)
+            chosen, seen = [], {contexts[n]}
+            context_width, row_width = len(rows[n].context), widths[n]
+        chosen.append(rows[n])
     if chosen:
-        yield chosen
+        yield MicroBatch(rows=tuple(chosen), portion=portion)
 
 
 def gather_scores(
     items: Sequence[ScoreItem], layout: Layout, log_probs: Sequence[NDArray[np.float32]]
 ) -> list[NDArray[np.float32]]:
-    """Log-rewards [S] of each item from the log-probabilities of all edges of each micro-batch.
-
-    `log_probs` holds one array per micro-batch, its rows' edges one after another.
-    """
-    of_row: dict[int, NDArray[np.float32]] = {}
-    for batch, numbers, values in zip(layout.batches, layout.rows_of_batch, log_probs, strict=True):
+    """Log-rewards [S] of each item from log p of each micro-batch's edges, row after row."""
+    of_row: dict[ScoredRow, NDArray[np.float32]] = {}
+    for batch, values in zip(layout.batches, log_probs, strict=True):
         ends = np.cumsum([row.num_edges for row in batch.rows])[:-1]
-        of_row.update(zip(numbers, np.split(values, ends), strict=True))
-    scores: list[NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)] * len(items)
-    for edges in layout.edges:
-        item, values = items[edges.item], of_row[edges.row].astype(np.float64)
+        of_row.update(zip(batch.rows, np.split(values, ends), strict=True))
+    scores = []
+    for item, edges in zip(items, layout.edges, strict=True):
+        values = of_row[edges.row].astype(np.float64)
         prefix = np.concatenate([[0.0], np.cumsum(values[edges.tokens])])
         suffix = values[edges.answers[:, None] + np.arange(len(item.answer))].sum(axis=1)
-        scores[edges.item] = (prefix[item.stops] + suffix).astype(np.float32)
+        scores.append((prefix[item.stops] + suffix).astype(np.float32))
     return scores

@@ -1,8 +1,7 @@
 """Holds the passes that this system makes through a base LM against one plain pass per text.
 
-Masks with several texts in a row, positions that start anew within it, and caches filled by hand
-are not things that every architecture heeds: some measure distances over columns, or carry a state
-from one column to the next. Such a base would be trained on wrong probabilities, in silence.
+Not every architecture heeds masks with several texts in a row, positions that start anew within it,
+and caches filled by hand: some would be trained on wrong probabilities, in silence.
 """
 
 from collections.abc import Sequence
@@ -29,8 +28,8 @@ from lm.scoring import completion_log_probs
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 
-# Nats a token that a pass may differ from the plain one by, in the mean over a text. Rounding makes
-# some 1e-5 in float32 and up to 0.1 in bfloat16; what is attended wrongly makes 0.1 to 10.
+# Nats a token, in the mean over a text. Rounding makes some 1e-5 in float32 and up to 0.1 in
+# bfloat16; what is attended wrongly makes 0.1 to 10.
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.3}
 COMPLETION, ANSWER, SHORT, BEYOND = 12, 4, 5, 16  # tokens
 _TOKEN_BUDGET = 2048
@@ -44,20 +43,16 @@ class _Text(NamedTuple):
 
 
 def check_base(config: LMConfig, base: LanguageModel) -> None:
-    """Raise ModelUnusable unless every pass through `base` agrees with plain ones.
-
-    On prompts shorter and longer than any window that its layers have. `lm.probe` turns it off.
-    """
+    """Probe `base` unless `lm.probe` is false."""
     if config.probe:
         probe(base.model, config.model)
 
 
 @torch.inference_mode()
 def probe(model: CausalLM, name: str) -> None:
-    """Raise ModelUnusable, which names the pass and its nats, unless all agree with plain passes.
+    """Raise ModelUnusable, which names pass and nats, unless all agree with plain passes.
 
-    Args:
-        name: of the model, for the error.
+    On prompts shorter and longer than any window that the layers have.
     """
     texts = _random_texts(model)
     try:
@@ -101,12 +96,12 @@ def _unusable(model: CausalLM, name: str, what: str) -> ModelUnusable:
 def longest_window(model: CausalLM) -> int:
     """Tokens of the widest window, chunk or convolution that layers of `model` look through."""
     config: Any = model_config(model)
-    found = 0
-    for key, value in config.to_dict().items():
-        looked_through = any(word in key.lower() for word in ("window", "chunk", "conv"))
-        if looked_through and isinstance(value, int) and not isinstance(value, bool):
-            found = max(found, value)
-    return found
+    looked_through = (
+        value
+        for key, value in config.to_dict().items()
+        if any(word in key.lower() for word in ("window", "chunk", "conv")) and type(value) is int
+    )
+    return max(looked_through, default=0)
 
 
 def _random_texts(model: CausalLM) -> list[_Text]:
@@ -156,14 +151,8 @@ def _scored(model: CausalLM, texts: Sequence[_Text]) -> NDArray[np.float64]:
     items = []
     for _, z, w in (texts[at : at + 3] for at in range(0, len(texts), 3)):
         for text, stops in ((z, [COMPLETION // 2, COMPLETION]), (w, [COMPLETION])):
-            items.append(
-                ScoreItem(
-                    context=np.array(text.prompt, dtype=np.int32),
-                    completion=np.array(text.completion[:COMPLETION], dtype=np.int32),
-                    stops=np.array(stops, dtype=np.int32),
-                    answer=np.array(text.completion[COMPLETION:], dtype=np.int32),
-                )
-            )
+            rationale, answer = text.completion[:COMPLETION], text.completion[COMPLETION:]
+            items.append(ScoreItem.of(text.prompt, rationale, stops=stops, answer=answer))
     return np.concatenate(suffix_log_rewards(model, items, _TOKEN_BUDGET)).astype(np.float64)
 
 
@@ -171,9 +160,8 @@ def _decoded(model: CausalLM, texts: Sequence[_Text]) -> NDArray[np.float64]:
     """[N] log p of each completion, a token at a time through the sampler's cache."""
     order = sorted(range(len(texts)), key=lambda n: -len(texts[n].completion))
     prefix = text_prefix_of(model)
-    rows = [
-        texts[n]._replace(prompt=(*prefix, *texts[n].prompt)) for n in order
-    ]  # those that end first are last
+    # Those that end first are last.
+    rows = [texts[n]._replace(prompt=(*prefix, *texts[n].prompt)) for n in order]
     prompts = list(dict.fromkeys(text.prompt for text in rows))
     source_N = torch.tensor([prompts.index(text.prompt) for text in rows], device=model.device)
     prefill = Prefill.run(model, prompts)

@@ -1,6 +1,8 @@
 """What is asked of the reward model: a rationale with its context, stop states and answer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +26,25 @@ class ScoreItem:
     stops: NDArray[np.int32]  # [S] strictly increasing prefix lengths t, 0 <= t <= L
     answer: Tokens  # [A] Y, A >= 1
 
+    @classmethod
+    def of(
+        cls,
+        context: Sequence[int],
+        completion: Sequence[int] | Tokens,
+        *,
+        stops: Sequence[int] | Tokens,
+        answer: Sequence[int],
+    ) -> Self:
+        """From any rows of integers."""
+        rows = {"context": context, "completion": completion, "stops": stops, "answer": answer}
+        return cls(**{name: np.asarray(row, dtype=np.int32) for name, row in rows.items()})
+
     @property
     def key(self) -> bytes:
         """Content of the item: two items with the same key have the same scores."""
         parts = (self.context, self.completion, self.stops, self.answer)
-        sizes = np.array([len(part) for part in parts], dtype=np.int32)
+        sizes = [len(part) for part in parts]
         return b"".join(np.asarray(part, dtype=np.int32).tobytes() for part in (sizes, *parts))
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest sequence whose probability is asked for."""
-        return len(self.context) + len(self.completion) + len(self.answer)
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +82,9 @@ def check_item(item: ScoreItem, limits: ScoreLimits) -> None:
         raise BadItem(f"stops must be strictly increasing and not empty, not {stops.tolist()}")
     if stops[0] < 0 or stops[-1] > last:
         raise BadItem(f"stops {stops.tolist()} leave the completion's states 0..{last}")
-    if item.length > limits.max_length:
+    length = len(item.context) + len(item.completion) + len(item.answer)
+    if length > limits.max_length:
         raise BadItem(
-            f"context + completion + answer is {item.length} tokens, the model holds"
+            f"context + completion + answer is {length} tokens, the model holds"
             f" {limits.max_length}: shorten the prompt or lower max_len"
         )

@@ -1,14 +1,12 @@
 """A packed row: rationales as a prefix tree, and a copy of Y after each of their stop states.
 
-A row holds, after its cached context x_1..x_{P-1},
-
     x_P  z_1 .. z_n      y_1..y_{A-1} @s0  y_1..y_{A-1} @s1 ..
     the stem             its copies: one of Y for each stop state
 
-where the copy at s sees the context, z_1..z_s and itself, at the positions that follow z_s. The
-last token of Y is only predicted, never read. Rationales of one context and answer share a row, so
-that tokens and copies that they have in common are computed once. No copy sees another: a row may
-pass through the model at once, or its stem first and the copies in portions after it.
+The copy at s sees the cached context x_1..x_{P-1}, the stem to z_s and itself, at positions that
+follow z_s. The last token of Y is only predicted, never read. Rationales of one context and answer
+share a row. No copy sees another: a row may pass through the model at once, or its stem first and
+the copies in portions after it.
 """
 
 from dataclasses import dataclass
@@ -62,9 +60,8 @@ class ScoredRow:
 
     def takes(self, item: ScoreItem) -> bool:
         """Whether the item has the row's context and answer, and fits even if it shares no copy."""
-        if not np.array_equal(item.context, self.context):
-            return False
-        if not np.array_equal(item.answer, self._answer):
+        ours = ((item.context, self.context), (item.answer, self._answer))
+        if not all(np.array_equal(*pair) for pair in ours):
             return False
         grown = self.stem.width_with(_after_context(item)) - self.stem.width
         return self.width + grown + len(item.stops) * self.copy_width <= SHARED_WIDTH

@@ -10,10 +10,10 @@ import redis
 
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from buffer.replay import DrawRequest
+from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.server import RedisServer
 from buffer.store import Store
-from buffer.trajectory import Trajectory
+from buffer.trajectory import Trajectory, unpack
 
 MakeStore = Callable[..., Store]
 
@@ -46,6 +46,16 @@ def toy_trajectory(
         "correct": None,
     }
     return Trajectory(**(fields | changes))
+
+
+def replay_of(buffer: ReplayBuffer) -> list[Trajectory]:
+    """All that is in replay, prompt by prompt, the best of each first."""
+    contents = buffer.store.contents()
+    return [
+        unpack(contents.payload[id])
+        for _, items in sorted(contents.prompts.items())
+        for _, id in sorted(((score, id) for id, score in items.items()), reverse=True)
+    ]
 
 
 def random_trajectory(rng: np.random.Generator, *, prompt: str, length: int = 12) -> Trajectory:

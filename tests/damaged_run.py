@@ -29,7 +29,7 @@ class Damaging:
     def newer_than(self, version: int) -> PublishedWeights | None:
         fresh = self._weight_store.newer_than(version)
         if fresh is not None and fresh.version >= FIRST_DAMAGED_VERSION and not self._done:
-            embedding = self._policy._model.get_input_embeddings().weight  # type: ignore[attr-defined]
+            embedding = self._policy.model.get_input_embeddings().weight  # type: ignore[attr-defined]
             with torch.no_grad():
                 embedding[:, 0] += 1.0
             self._done = True
@@ -42,7 +42,7 @@ class DamagedWorker(RolloutWorker):
     def start(self, meeting: Meeting) -> None:
         super().start(meeting)
         if self._member.name == DAMAGED:
-            self._actor._weights = Damaging(self._actor._weights, self._actor._policy)
+            self._actor.weights = Damaging(self._actor.weights, self._actor.policy)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from actors.actor import CorruptWeights, LearnerStalled, RolloutActor
+from actors.actor import LearnerStalled, RolloutActor
 from actors.config import ActorConfig
 from actors.demonstrations import Demonstration, seed_demonstrations
 from actors.prompts import Prompt, PromptStream
@@ -20,7 +20,7 @@ from buffer.redis_store import RedisStore
 from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
-from lm.adapter import checksum
+from lm.adapter import AdapterMismatch, checksum
 from lm.sampling import Completion, Request
 from reward.request import ScoreItem
 from tests.buffer_toy import serving
@@ -209,7 +209,7 @@ def test_weights_with_a_wrong_checksum_are_refused() -> None:
     shelf = Shelf()
     shelf.newest = PublishedWeights(version=5, data=b"torn", checksum=checksum(b"whole"))
     actor, parts = make_actor(weights=shelf)
-    with pytest.raises(CorruptWeights, match="actor-0: weights of version 5"):
+    with pytest.raises(AdapterMismatch, match="actor-0: weights of version 5"):
         actor.step()
     assert parts["policy"].loaded == []
 

@@ -158,7 +158,7 @@ class Cast:
         self.actors = [actor(0), actor(2)]
         if damaged is not None:
             liar = actor(1)
-            liar._policy = DamagedMemory(liar._policy, damaged)
+            liar.policy = DamagedMemory(liar.policy, damaged)
             self.actors.insert(1, liar)
         self.learner.version = 1
         self.learner.publish()

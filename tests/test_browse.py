@@ -15,7 +15,7 @@ from buffer.connection import connect
 from buffer.redis_store import RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.server import NeverServed, RedisServer, reach
-from tests.buffer_toy import random_trajectory, toy_request, toy_trajectory
+from tests.buffer_toy import random_trajectory, replay_of, toy_request, toy_trajectory
 
 
 def opened(client: redis.Redis, **settings: Any) -> tuple[ReplayBuffer, ReplayBrowser, str]:
@@ -36,11 +36,11 @@ def test_a_stored_trajectory_tells_how_often_it_came_was_drawn_and_replaced(
     buffer, browser, _ = opened(client)
     poor, best = [1] * 9 + [2], [1] * 10
     buffer.add([toy_trajectory(poor, log_reward=-2.0), toy_trajectory(poor, log_reward=-2.0)])
-    (stored,) = buffer.trajectories()
+    (stored,) = replay_of(buffer)
     assert browser.tallies() == {stored.id: Tally(duplicates=1)}
     buffer.add([toy_trajectory(best, log_reward=-1.0)] * 3)
     buffer.draw(toy_request(2, num_replayed=1))
-    (kept,) = buffer.trajectories()
+    (kept,) = replay_of(buffer)
     assert browser.tallies() == {kept.id: Tally(draws=2, duplicates=2, near_replaced=1)}
     assert buffer.audit().ok
 
@@ -59,7 +59,7 @@ def test_what_an_evicted_trajectory_had_gathered_goes_with_it(client: redis.Redi
 def test_tallies_are_those_of_the_ids_asked_for(client: redis.Redis) -> None:
     buffer, browser, _ = opened(client)
     buffer.seed([toy_trajectory((1, 2))] * 3)
-    (stored,) = buffer.trajectories()
+    (stored,) = replay_of(buffer)
     unknown = "0" * 32
     expected = {stored.id: Tally(duplicates=2), unknown: Tally()}
     assert browser.tallies_of([stored.id, unknown]) == expected
@@ -69,7 +69,7 @@ def test_tallies_are_those_of_the_ids_asked_for(client: redis.Redis) -> None:
 def test_the_audit_finds_tallies_that_are_too_high_or_without_an_item(client: redis.Redis) -> None:
     buffer, _, run = opened(client)
     buffer.seed([toy_trajectory()])
-    (stored,) = buffer.trajectories()
+    (stored,) = replay_of(buffer)
     client.hincrby(f"{{amortize:{run}}}:near_replaced", stored.id, 2)
     client.hset(f"{{amortize:{run}}}:duplicates", "f" * 32, "0")
     assert buffer.audit().discrepancies == (
@@ -89,7 +89,7 @@ def test_more_than_one_portion_is_read_whole(client: redis.Redis) -> None:
     assert [len(ids) for ids in by_prompt] == [2] * len(prompts)
     ids = [id for ids in by_prompt for id in ids]
     assert [t.id for t in browser.trajectories(ids)] == ids
-    assert {t.id for t in buffer.trajectories()} == set(ids)
+    assert {t.id for t in replay_of(buffer)} == set(ids)
     assert browser.stats().replay_size == len(ids)
 
 
@@ -130,7 +130,7 @@ def test_a_revision_moves_exactly_when_the_prompt_changes(client: redis.Redis) -
 def test_looking_changes_nothing_not_even_what_is_damaged(client: redis.Redis) -> None:
     buffer, browser, run = opened(client)
     buffer.seed([toy_trajectory((1, 2)), toy_trajectory((5, 6, 7, 8))])
-    good, bad = (trajectory.id for trajectory in buffer.trajectories())
+    good, bad = (trajectory.id for trajectory in replay_of(buffer))
     client.hset(f"{{amortize:{run}}}:payload", bad, b"no trajectory")
     before = dumps(client, run)
     assert [t.id for t in browser.trajectories([good, bad, "0" * 32])] == [good]

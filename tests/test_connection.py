@@ -22,9 +22,8 @@ from buffer.endpoint import CannotListen
 from buffer.executable import NoRedisServer
 from buffer.folder import FolderInUse, ForeignFolder
 from buffer.redis_store import ForeignKeys, RedisStore
-from buffer.replay import BufferStarved, ReplayBuffer
+from buffer.replay import BufferContended, BufferStarved, ReplayBuffer
 from buffer.server import NeverServed, ServerFailed
-from buffer.writer import BufferContended
 from tests.buffer_toy import serving, toy_trajectory
 
 ROOMY = BufferConfig(capacity=10**6, quota_per_prompt=10**6, near_duplicate_tolerance=0)

@@ -10,7 +10,7 @@ from buffer.config import BufferConfig
 from buffer.redis_store import ForeignKeys, RedisStore
 from buffer.replay import ReplayBuffer
 from buffer.trajectory import pack
-from tests.buffer_toy import random_trajectory, toy_request, toy_trajectory
+from tests.buffer_toy import random_trajectory, replay_of, toy_request, toy_trajectory
 
 
 def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis.Redis) -> None:
@@ -52,10 +52,10 @@ def test_an_add_survives_whatever_its_prompt_holds(client: redis.Redis) -> None:
             RedisStore(client, run=run), config=BufferConfig(), warn=warnings.append
         )
         buffer.add([toy_trajectory(range(300))])
-        (stored,) = buffer.trajectories()
+        (stored,) = replay_of(buffer)
         client.hset(f"{{amortize:{run}}}:payload", stored.id, damaged)
         buffer.add([toy_trajectory(range(1, 290))])
-        assert [t.completion.size for t in buffer.trajectories()] == [289], number
+        assert [t.completion.size for t in replay_of(buffer)] == [289], number
         (warning,) = warnings
         assert f"quarantined trajectory {stored.id}" in warning
         assert buffer.audit().ok

@@ -16,7 +16,7 @@ from buffer.connection import (
 from buffer.redis_store import RedisStore
 from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.server import RedisServer
-from tests.buffer_toy import random_trajectory, serving, toy_trajectory
+from tests.buffer_toy import random_trajectory, replay_of, serving, toy_trajectory
 
 ROOMY = BufferConfig(capacity=10**6, quota_per_prompt=10**6, near_duplicate_tolerance=0)
 KEEPING = ROOMY.model_copy(update={"fresh_capacity": 10**6, "timeout_s": 30.0})
@@ -71,7 +71,7 @@ def test_kill_9_under_load_loses_nothing_acknowledged_and_doubles_nothing(tmp_pa
         writer.close()
     with connect(url, password=password, timeout_s=5.0) as client:
         buffer = ReplayBuffer(RedisStore(client, run="toy"), config=KEEPING)
-        stored = {trajectory.id for trajectory in buffer.trajectories()}
+        stored = {trajectory.id for trajectory in replay_of(buffer)}
         audit = buffer.audit()
     server.stop(timeout_s=10.0)
     sent = [ids for groups in acknowledged for ids in groups]
@@ -89,14 +89,14 @@ def test_a_restart_on_the_same_folder_restores_everything(tmp_path: Path) -> Non
         before.add(group)
         before.add([toy_trajectory()])
         before.draw(DrawRequest(num_groups=1, num_replayed=2, version=3, rng=rng, timeout_s=0.0))
-        expected = (before.stats(), [t.id for t in before.trajectories()])
+        expected = (before.stats(), [t.id for t in replay_of(before)])
     assert (tmp_path / "password").stat().st_mode & 0o077 == 0
     assert (tmp_path / "redis.conf").stat().st_mode & 0o077 == 0
     with serving(tmp_path) as (second, client):
         after = ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY)
-        assert (after.stats(), [t.id for t in after.trajectories()]) == expected
+        assert (after.stats(), [t.id for t in replay_of(after)]) == expected
         assert (second.url, second.password) == (first.url, first.password)
-        assert after.add(group).repeated, "the store forgot which groups it knows"
+        assert after.add(group).fate == "repeated", "the store forgot which groups it knows"
 
 
 def test_the_managed_server_syncs_every_write(tmp_path: Path) -> None:

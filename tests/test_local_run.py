@@ -23,6 +23,7 @@ from lm.config import LMConfig, LoRAConfig
 from lm.model import LanguageModel, attach_adapter, load_base
 from lm.scoring import completion_log_probs
 from reward.request import ScoreItem
+from tests.buffer_toy import replay_of
 from tests.naive_rewards import naive_log_rewards
 
 Finished = tuple[LocalRun, Path, RunConfig, ReplayBuffer]
@@ -86,7 +87,7 @@ def test_the_learner_measures_all_that_prometheus_is_told_of_it(finished: Finish
 def test_stored_rewards_are_those_of_naive_passes_over_every_prefix(finished: Finished) -> None:
     _, _, config, buffer = finished
     base, task = roles.load_task(config)
-    sampled = [t for t in buffer.trajectories() if t.behaviour != "demonstration"][:6]
+    sampled = [t for t in replay_of(buffer) if t.behaviour != "demonstration"][:6]
     assert len(sampled) == 6
     for trajectory in sampled:
         item = ScoreItem(
@@ -121,7 +122,7 @@ def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished: Finis
 def test_every_demonstration_is_in_replay_and_the_audit_balances(finished: Finished) -> None:
     _, _, config, buffer = finished
     _, task = roles.load_task(config)
-    seeded = {t.prompt_key for t in buffer.trajectories() if t.behaviour == "demonstration"}
+    seeded = {t.prompt_key for t in replay_of(buffer) if t.behaviour == "demonstration"}
     assert len(seeded) >= 0.9 * len(task.demonstrations)  # a better near-duplicate may replace one
     audit = buffer.audit()
     assert audit.ok, audit.discrepancies

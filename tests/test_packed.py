@@ -17,8 +17,6 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from reward.packed import (
     edge_log_probs,
     score_limits,
-    stop_log_rewards,
-    stopping,
     suffix_log_rewards,
 )
 from reward.packing import lay_out
@@ -131,8 +129,9 @@ def test_passes_made_for_other_ranks_change_no_score(tiny_lm: LM) -> None:
 
 def test_a_stop_reward_is_the_probability_of_prefix_and_stop_token(tiny_lm: LM) -> None:
     model, items = tiny_lm("gpt2"), mixed_items(seed=3)
-    expected = naive_log_rewards(model, [stopping(one, stop_token=7) for one in items])
-    assert_same(stop_log_rewards(model, items, stop_token=7, token_budget=300), expected)
+    stopping = [replace(one, answer=np.array([7], np.int32)) for one in items]
+    expected = naive_log_rewards(model, stopping)
+    assert_same(suffix_log_rewards(model, stopping, token_budget=300), expected)
 
 
 def test_rationales_wider_than_a_row_are_scored_too(tiny_lm: LM) -> None:
@@ -290,7 +289,7 @@ def test_texts_longer_than_a_layers_window_are_scored_within_it(windows: tuple[i
     model = Qwen2ForCausalLM(config).eval()
     assert score_limits(model).max_length == 64
     items = mixed_items(seed=5)
-    assert max(one.length for one in items) > 2 * window
+    assert max(len(one.context) + len(one.completion) for one in items) > 2 * window
     assert_same(suffix_log_rewards(model, items, 300), naive_log_rewards(model, items))
 
 

@@ -67,7 +67,7 @@ def test_no_completion_is_worth_more_than_its_ceiling(task: RandomNumber) -> Non
 
 def test_a_direct_scorer_answers_as_the_task_does(task: RandomNumber) -> None:
     items = [item_of(task, tokens, [1, len(tokens)][-len(tokens) :]) for tokens in task.numbers]
-    scores = DirectScorer(task.log_reward).submit(items).result(timeout_s=1.0)
+    scores = DirectScorer(task.log_reward).submit(items).result(1.0)
     assert [score.tolist() for score in scores] == [task.log_reward(i).tolist() for i in items]
 
 

@@ -99,7 +99,8 @@ def test_a_unix_socket_serves_as_well(
     with serving(folder, transport="unix") as (server, client):
         assert server.url.startswith("unix:///") and client.ping()
         assert (
-            ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY).add([toy_trajectory()]).queued
+            ReplayBuffer(RedisStore(client, run="toy"), config=ROOMY).add([toy_trajectory()]).fate
+            == "queued"
         )
 
 

@@ -17,7 +17,7 @@ from buffer.admission import near_duplicates
 from buffer.config import BufferConfig
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
-from tests.buffer_toy import MakeStore, toy_request, toy_trajectory
+from tests.buffer_toy import MakeStore, replay_of, toy_request, toy_trajectory
 
 SMALL = BufferConfig(
     capacity=9,
@@ -200,12 +200,12 @@ def test_any_sequence_of_calls_does_what_the_plain_model_does(
         if action == "add":
             model.admit(group)
             model.queue(group)
-            assert not buffer.add(group).repeated
+            assert buffer.add(group).fate != "repeated"
         else:
             model.seed(group)
             buffer.seed(group)
     stored: dict[str, dict[str, float]] = {}
-    for trajectory in buffer.trajectories():
+    for trajectory in replay_of(buffer):
         items = stored.setdefault(trajectory.prompt_key, {})
         items[trajectory.id] = trajectory.terminal_log_reward
     assert stored == {p: {id: r for id, (_, r) in s.items()} for p, s in model.replay.items() if s}

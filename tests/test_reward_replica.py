@@ -16,7 +16,7 @@ from lm.process_group import RankLost
 from reward.lockstep import Edges, UnshardedRank, deal
 from reward.packed import suffix_log_rewards
 from reward.packing import MicroBatch, lay_out
-from reward.replica import RewardReplica, ScoreFailed, ScoreTimeout
+from reward.replica import RewardReplica, ScoreFailed
 from reward.request import BadItem, ScoreItem
 from tests.reward_toy import CONFIG, assert_same, make_items, make_model, replace_config
 from tests.tiny_lm import VOCAB_SIZE
@@ -130,13 +130,13 @@ def test_a_late_answer_is_a_named_timeout_and_the_replica_recovers() -> None:
     stuck = replica.submit(make_items(1))
     assert rank.entered.wait(10)
     queued = replica.submit(make_items(1, seed=1))
-    with pytest.raises(ScoreTimeout, match=r"r7: no scores for 1 items after 3\.0 s.*phase pass"):
+    with pytest.raises(ScoreFailed, match=r"r7: no scores for 1 items after 3\.0 s.*phase pass"):
         stuck.result(3.0)
-    with pytest.raises(ScoreTimeout, match="phase queue"):
+    with pytest.raises(ScoreFailed, match="phase queue"):
         queued.result(0.1)
     assert not replica.healthy()  # the pass has outlasted its deadline
     rank.gate.set()
-    with pytest.raises(ScoreTimeout, match=r"spent the deadline of 3\.0 s in phase queue"):
+    with pytest.raises(ScoreFailed, match=r"spent the deadline of 3\.0 s in phase queue"):
         queued.result(10.0)
     assert len(replica.score(make_items(1, seed=2))) == 1
     assert replica.healthy() and replica.stats().expired_requests == 1
@@ -166,7 +166,7 @@ def test_closing_fails_what_is_queued() -> None:
     replica.submit(make_items(1))
     assert rank.entered.wait(10)
     queued = replica.submit(make_items(1))
-    with pytest.raises(ScoreTimeout, match="still under way"):
+    with pytest.raises(ScoreFailed, match="still under way"):
         replica.close(0.05)
     with pytest.raises(ScoreFailed, match="closed"):
         queued.result(5.0)
@@ -185,7 +185,7 @@ def test_shares_have_equal_length_and_lose_nothing() -> None:
 
 
 def test_errors_and_shares_travel() -> None:
-    for error in (ScoreFailed("x"), ScoreTimeout("x"), BadItem("x"), RankLost("x")):
+    for error in (ScoreFailed("x"), BadItem("x"), RankLost("x")):
         assert repr(pickle.loads(pickle.dumps(error))) == repr(error)
     batch = lay_out(make_items(3), 1000).batches[0]
     model = make_model("gpt2")

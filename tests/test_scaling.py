@@ -21,6 +21,7 @@ from buffer.server import RedisServer
 from cluster.config.project import PROJECT_ROOT
 from cluster.run.directory import RunDirectory, RunState
 from cluster.run.display import TRAJECTORIES
+from tests.buffer_toy import replay_of
 
 GROUP_SIZE = 4
 SETTINGS = [
@@ -175,9 +176,7 @@ def check_buffer(run: LiveRun, *, version: int) -> None:
             print(f"acknowledged {acknowledged:.0f}, accepted {audit.counters.offered}")
             assert audit.counters.offered == acknowledged > 0
             assert audit.counters.groups_accepted * GROUP_SIZE == acknowledged
-            added = [
-                t for t in buffer.trajectories() if t.actor in ("actor-1", "actor-2", "actor-3")
-            ]
+            added = [t for t in replay_of(buffer) if t.actor in ("actor-1", "actor-2", "actor-3")]
             assert added
             assert min(trajectory.policy_version for trajectory in added) >= version
     finally:

@@ -170,7 +170,7 @@ def test_a_simulated_rank_waits_once_for_a_call() -> None:
     config = load_config(CONFIG, ["throughput.simulation.score_call_ms=200"])
     rank = SimulatedParts().reward_rank(config, meet=lambda: None)
     began = time.monotonic()
-    assert rank.forward([MicroBatch(contexts=(), rows=(), context_of_row=())] * 3)[0].shape == (0,)
+    assert rank.forward([MicroBatch(rows=())] * 3)[0].shape == (0,)
     assert 0.2 <= time.monotonic() - began < 0.6  # not once for each micro-batch
 
 

@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 
 from actors.protocols import PublishedWeights
 from cluster.distributed.waiting import PeerDied, PeerTimeout, wait_for
-from reward.replica import ScoreFailed, ScoreTimeout
+from reward.replica import ScoreFailed
 from reward.request import ScoreItem
 
 _POLL_S = 0.5
@@ -145,7 +145,7 @@ class RemoteScores:
         """Log-rewards [S] in nats for each item.
 
         Raises:
-            PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed: no replica answered in `timeout_s`.
+            PeerTimeout, PeerDied, ScoreFailed: no replica answered in `timeout_s`.
             BadItem: an item cannot be scored; another replica would say the same.
         """
         scorer, deadline = self._scorer, time.monotonic() + timeout_s
@@ -158,7 +158,7 @@ class RemoteScores:
                     phase=f"scoring {len(self._items)} items",
                     timeout_s=min(scorer.attempt_s, left_s),
                 )
-            except (PeerTimeout, PeerDied, ScoreTimeout, ScoreFailed):
+            except (PeerTimeout, PeerDied, ScoreFailed):
                 scorer.forget(self._replica)
                 if time.monotonic() + _POLL_S > deadline:
                     raise
