@@ -44,7 +44,6 @@ class SamplingPolicy:
 
     @property
     def random_state(self) -> bytes:
-        """Of its generator: with the same, the same weights draw the same completions."""
         return self._generator.get_state().numpy().tobytes()
 
     @random_state.setter
@@ -52,7 +51,6 @@ class SamplingPolicy:
         self._generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in order."""
         return self._sampler.sample(requests, self._generator)
 
     def load(self, adapter: bytes) -> None:

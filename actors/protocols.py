@@ -33,7 +33,7 @@ class Scorer(Protocol):
     """Rewards under the frozen LM."""
 
     def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
-        """Start to score; returns at once."""
+        """Returns at once."""
 
 
 @dataclass(frozen=True, slots=True)

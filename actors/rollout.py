@@ -24,11 +24,8 @@ class GroupPlan(NamedTuple):
 def plan_groups(
     prompts: Sequence[Prompt], config: ActorConfig, rng: np.random.Generator
 ) -> list[GroupPlan]:
-    """Choose each group's behaviour: the policy itself, or a tempered one (paper, appendix B).
-
-    A group is sampled at temperature 1 with probability `on_policy_share`, else at one drawn
-    uniformly from [temperature_low, temperature_high].
-    """
+    """Each group at temperature 1 with probability `on_policy_share`, else at one drawn uniformly
+    from [temperature_low, temperature_high] (Hu et al. 2024, appendix B)."""
     on_policy = rng.random(len(prompts)) < config.on_policy_share
     tempered = rng.uniform(config.temperature_low, config.temperature_high, len(prompts))
     return [

@@ -43,8 +43,7 @@ class LaggingWeights:
 class TakingTurns:
     """Sampling and learning in turns: every published version once, after a wait for the next.
 
-    With one actor that stores a batch before it asks (`max_in_flight` 1), and a learner that draws
-    just that batch, nobody works while another does. `stop` ends a wait.
+    With `max_in_flight` 1, and a learner that draws one batch, nobody works while another does.
     """
 
     def __init__(

@@ -57,10 +57,9 @@ class Summary:
 
 
 class ReplayBrowser:
-    """The replay of a run for people to look at; every call only reads.
+    """The replay of a run for people to look at: only reads, and may be shared between threads.
 
-    Safe to share between threads. Leaves what it cannot read where it is. Every method raises
-    BufferUnreachable when Redis is gone for longer than the client's timeout.
+    Every method raises BufferUnreachable when Redis is gone for longer than the client's timeout.
     """
 
     def __init__(self, client: redis.Redis, *, run: str) -> None:

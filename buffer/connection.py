@@ -46,7 +46,7 @@ def connect(url: str, *, password: str | None, timeout_s: float) -> redis.Redis:
             f"buffer.url {place!r} is no Redis address; write redis://host:port/0,"
             " rediss://host:port/0 or unix:///path/to/socket"
         ) from error
-    check_server(client, place, timeout_s)
+    check_server(client, place)
     client.set_retry(
         Retry(
             pauses,
@@ -58,7 +58,7 @@ def connect(url: str, *, password: str | None, timeout_s: float) -> redis.Redis:
     return client
 
 
-def check_server(client: redis.Redis, place: str, timeout_s: float) -> None:
+def check_server(client: redis.Redis, place: str) -> None:
     """Raise a named error unless a Redis of a usable version answers."""
     try:
         with naming_errors(place, phase="connecting"):

@@ -162,7 +162,6 @@ class ReplayBuffer:
         return self.store.depth()
 
     def stats(self) -> ReplayStats:
-        """Sizes, ages, times sampled, and what has happened to everything accepted."""
         return self.store.stats()
 
     def audit(self) -> Audit:
@@ -275,11 +274,10 @@ def sample_by_priority(
     inverse_temperature: float,
     rng: np.random.Generator,
 ) -> NDArray[np.intp]:
-    """Positions of `num_draws` different items, fewer if there are fewer.
+    """Positions of up to `num_draws` items, drawn one after another without replacement.
 
-    Successive draws without replacement, each with probability proportional to
-    exp(inverse_temperature * log_reward) among those left: the law of the largest under Gumbel
-    noise (Yellott 1977).
+    Each by exp(inverse_temperature * log_reward) among those left: the law of the largest under
+    Gumbel noise (Yellott 1977).
     """
     noisy_N = inverse_temperature * log_reward_N + rng.gumbel(size=log_reward_N.shape)
     return np.argsort(-noisy_N)[:num_draws]

@@ -1,7 +1,6 @@
 """One rank of the frozen LM: the only place of reward/ that knows DeepSpeed.
 
-DeepSpeed chooses its accelerator at import: a launcher that wants the CPU on a machine with a GPU
-sets DS_ACCELERATOR=cpu in the environment of the process.
+It chooses its accelerator at import: DS_ACCELERATOR=cpu in the environment keeps it off a GPU.
 """
 
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from reward.request import ScoreLimits
 class RewardRank:
     """Holds 1/W of every parameter of the frozen LM; layers are gathered as a pass reaches them.
 
-    Every pass is a collective: all ranks must be given equally many micro-batches, in any sizes.
-    A rank that has lost a peer is of no further use and must be replaced, with all of its replica.
+    Every pass is a collective: all ranks need equally many micro-batches, in any sizes. Once a rank
+    has lost a peer, the whole replica must be replaced.
     """
 
     def __init__(self, model: CausalLM, rendezvous: Rendezvous) -> None:

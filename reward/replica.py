@@ -116,7 +116,6 @@ class RewardReplica:
         return self._refusal is None and (deadline is None or monotonic() < deadline)
 
     def stats(self) -> ReplicaStats:
-        """Counters since the start and the present queue."""
         with self._changed:
             waiting = [len(request.items) for request in self._queue]
         return replace(self._stats, queued_requests=len(waiting), queued_items=sum(waiting))
