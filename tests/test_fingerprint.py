@@ -105,7 +105,7 @@ session = RaySession(  # its source is the edited one
     load_config("tasks/arithmetic.toml", ["cluster.cpus=1"]),
     RunDirectory("mixed"),
     BufferAddress(url="redis://127.0.0.1:1/0", password=None),
-    address=ray.get_runtime_context().gcs_address,
+    cluster=ray.get_runtime_context().gcs_address,
 )
 try:
     session.open()

@@ -431,7 +431,7 @@ def test_only_a_learner_that_raised_an_error_is_waited_for(
         return []
 
     learner.reports = ask
-    run: Any = SimpleNamespace(groups={"learner": learner}, learner_rows=[], _report=print)
+    run: Any = SimpleNamespace(groups={"learner": learner}, learner_rows=[], report=print)
     supervisor.Supervisor._collect_reports(run)
     assert asked_s == [0.0, 0.0]
     learner.error = OSError("the disk is full")

@@ -95,7 +95,7 @@ def train(
             session: Session = (
                 LocalSession(config, directory, buffer.address)
                 if local
-                else RaySession(config, directory, buffer.address, address=address)
+                else RaySession(config, directory, buffer.address, cluster=address)
             )
             driver = Driver(config, directory, session, terminal, buffer, tracking)
             with stop_on_signal(driver.request_stop):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -65,12 +65,12 @@ class GroupLaunch:
         }
 
 
+@dataclass
 class Launcher:
     """Creates the processes of one run, named in a namespace of its own."""
 
-    def __init__(self, config: RunConfig, namespace: str) -> None:
-        self._config = config
-        self._namespace = namespace
+    config: RunConfig
+    namespace: str
 
     def service(self, service: type, name: str) -> ActorHandle:
         """A small process on the driver's node, which Ray starts again should it die.
@@ -79,7 +79,7 @@ class Launcher:
         survives; a soft wish is not heeded.
         """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        options = {"name": name, "namespace": self._namespace, "num_cpus": 0}
+        options = {"name": name, "namespace": self.namespace, "num_cpus": 0}
         restarts = {"max_restarts": -1, "max_task_retries": 2}
         return ray.remote(service).options(**options, **restarts, scheduling_strategy=here).remote()
 
@@ -102,7 +102,7 @@ class Launcher:
                 each = replace(member, rank=rank, num_ranks=num_ranks, peers=tuple(ranks))
                 options = place | {
                     "name": each.full_name,
-                    "namespace": self._namespace,
+                    "namespace": self.namespace,
                     "max_concurrency": worker.concurrency,
                     "runtime_env": {"env_vars": process_environment(claim.threads)},
                 }
@@ -115,16 +115,16 @@ class Launcher:
 
     def _layout(self, kind: str) -> tuple[type[Worker], Placement, str, int]:
         """Class of the ranks, what each claims, how they lie among the nodes, and how many."""
-        cluster = self._config.cluster
+        cluster = self.config.cluster
         if kind == "actor":
             return RolloutWorker, cluster.actor_placement, "SPREAD", 1
         if kind == "evaluator":
             return EvaluationWorker, cluster.actor_placement, "PACK", 1
         if kind == "reward":
             placement = cluster.reward_placement
-            return RewardWorker, placement, placement.strategy, self._config.reward.ranks
+            return RewardWorker, placement, placement.strategy, self.config.reward.ranks
         placement = cluster.learner_placement
-        return LearnerWorker, placement, placement.strategy, self._config.learner.ranks
+        return LearnerWorker, placement, placement.strategy, self.config.learner.ranks
 
 
 def process_environment(threads: int) -> dict[str, str]:

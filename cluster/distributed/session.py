@@ -1,6 +1,7 @@
 """A run on a Ray cluster, as its driver sees it."""
 
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import ray
@@ -21,49 +22,43 @@ from cluster.run.resources import check_fit
 from cluster.run.session import BufferAddress
 
 
+@dataclass
 class RaySession:
-    """Processes on a Ray cluster: the one at `address`, or one started here for this run."""
+    """Processes on a Ray cluster: the one at `cluster`, or one started here for this run."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        directory: RunDirectory,
-        buffer: BufferAddress,
-        *,
-        address: str | None,
-        parts: Parts | None = None,
-        synchronous: bool = False,
-    ) -> None:
-        self._parts = parts or Parts()
-        self._synchronous = synchronous
-        self.address = address or "started for this run"
-        self._config = config
-        self._directory = directory
-        self._buffer = buffer
-        self._cluster = address
-        self._launcher = Launcher(config, namespace_of(directory.name))
+    config: RunConfig
+    directory: RunDirectory
+    buffer: BufferAddress
+    _: KW_ONLY
+    cluster: str | None
+    parts: Parts = field(default_factory=Parts)
+    synchronous: bool = False
+
+    def __post_init__(self) -> None:
+        self.address = self.cluster or "started for this run"
+        self._launcher = Launcher(self.config, namespace_of(self.directory.name))
         self._evaluations = 0
 
     def open(self) -> None:
         """Join or start Ray; raises UserError when the run is too large for it."""
-        namespace = namespace_of(self._directory.name)
-        connect_ray(self._config, self._cluster, namespace)
-        if self._cluster is None:
+        namespace = namespace_of(self.directory.name)
+        connect_ray(self.config, self.cluster, namespace)
+        if self.cluster is None:
             # What others need to join it; state.json tells them.
             self.address = ray.get_runtime_context().gcs_address
         # Where an autoscaler may add nodes, each part waits for its place instead.
-        if self._cluster is None or not may_grow():
-            check_fit(self._config, living_nodes())
+        if self.cluster is None or not may_grow():
+            check_fit(self.config, living_nodes())
         self._context = RunContext(
-            config=self._config,
-            directory=self._directory,
+            config=self.config,
+            directory=self.directory,
             namespace=namespace,
-            buffer=self._buffer,
+            buffer=self.buffer,
             source=source_fingerprint(),
             weight_store=self._launcher.service(WeightStoreService, "weight-store"),
             replica_registry=self._launcher.service(ReplicaRegistry, "replica-registry"),
-            parts=self._parts,
-            synchronous=self._synchronous,
+            parts=self.parts,
+            synchronous=self.synchronous,
         )
         self._check_services()
 
@@ -76,7 +71,7 @@ class RaySession:
         }
         for name, service in services.items():
             ref = service.check_source.remote(context.source)
-            limit_s = self._config.cluster.start_timeout_s
+            limit_s = self.config.cluster.start_timeout_s
             try:
                 wait_for(ref, peer=name, phase="start", timeout_s=limit_s)
             except SourceMixture as error:
@@ -85,7 +80,7 @@ class RaySession:
     def start(
         self, report: Callable[[str], None], stop: Callable[[], bool] = lambda: False
     ) -> Supervisor:
-        return Supervisor(self._config, self._launcher, self._context, report)
+        return Supervisor(self.config, self._launcher, self._context, report)
 
     def evaluate(
         self, adapter: Path | None, report: Callable[[str], None], *, step: int
@@ -99,7 +94,7 @@ class RaySession:
                 self._context, name, adapter, step, incarnation=incarnation
             )
 
-        return RemoteMeasurement(name, launch, self._config.cluster, report)
+        return RemoteMeasurement(name, launch, self.config.cluster, report)
 
     def end_services(self) -> None:
         """End what `open` started, of a session whose cluster goes on without it."""

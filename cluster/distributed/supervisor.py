@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from buffer.stats import ReplayStats
@@ -35,21 +36,17 @@ class RunFailed(RuntimeError):
     """A part of the run died more often than it may be replaced."""
 
 
+@dataclass(eq=False)
 class Supervisor:
     """Owns the worker groups of a run, and reports in lines for people what happens to them."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        launcher: Launcher,
-        context: RunContext,
-        report: Callable[[str], None],
-    ) -> None:
-        self._config = config
-        self._launcher = launcher
-        self._context = context
-        self._report = report
-        cluster = config.cluster
+    config: RunConfig
+    launcher: Launcher
+    context: RunContext
+    report: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        config, context, cluster = self.config, self.context, self.config.cluster
         self._registry = RemoteRegistry(
             context.replica_registry, timeout_s=cluster.answer_timeout_s
         )
@@ -103,12 +100,12 @@ class Supervisor:
             after = group.poll()
             if after is Phase.RUNNING and before is not Phase.RUNNING:
                 self._added.discard(name)
-                self._report(f"{name} is up")
+                self.report(f"{name} is up")
             if after is Phase.FAILED:
                 self._clear_up(name, group, ever_ran=before is Phase.RUNNING)
         for watch in self._watches:
             if event := watch.poll():
-                self._report(event)
+                self.report(event)
         self._let_go()
         self._report_waiting()
         self._announce(wait=False)
@@ -132,7 +129,7 @@ class Supervisor:
             wanted[kind] = wanted[kind] if number is None else number
         if not may_grow():
             numbers = {_KEYS[kind]: number for kind, number in wanted.items() if number}
-            check_fit(self._config.changed(numbers), living_nodes())
+            check_fit(self.config.changed(numbers), living_nodes())
         self.given_up = ""
         gone = [name for kind in wanted for name in self._in_order_of_need(kind)[wanted[kind] :]]
         try:
@@ -177,7 +174,7 @@ class Supervisor:
         killed = end_in_order(
             parts,
             timeout_s=timeout_s,
-            report=self._report,
+            report=self.report,
             watch=lambda: self._announce(wait=False),
         )
         self._collect_reports(last=True)
@@ -196,8 +193,8 @@ class Supervisor:
         if waiting:
             self._waited.extend(waiting)
             wanted = ", ".join(f"{group.name} ({group.launch.wanted})" for group in waiting)
-            limit_s = self._config.cluster.start_timeout_s
-            self._report(f"waiting up to {limit_s:.0f} s for a place for {wanted}: {room()}")
+            limit_s = self.config.cluster.start_timeout_s
+            self.report(f"waiting up to {limit_s:.0f} s for a place for {wanted}: {room()}")
 
     def _parts(self, prefix: str = "") -> list[WorkerGroup]:
         """Groups of one kind or of all, those that leave included."""
@@ -235,16 +232,16 @@ class Supervisor:
         del self.groups[name]
         text = f"{group.cause}; given up"
         self.given_up = f"{self.given_up}; {text}" if self.given_up else text
-        self._report(text)
+        self.report(text)
 
     def _replace(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
         if isinstance(group.error, Unrecoverable):
             raise group.error
         self._deaths[name] += 1
-        deaths, limit = self._deaths[name], self._config.cluster.max_restarts
+        deaths, limit = self._deaths[name], self.config.cluster.max_restarts
         if not ever_ran and deaths == 1:
             raise StartFailed(f"could not start {group.cause}")
-        self._report(f"{group.cause}; replacing it")
+        self.report(f"{group.cause}; replacing it")
         if deaths > limit:
             raise RunFailed(
                 f"{name} died {deaths} times (cluster.max_restarts = {limit}); last: {group.cause}"
@@ -255,9 +252,9 @@ class Supervisor:
     def _launch(self, name: str) -> None:
         incarnation = self._launches[name]
         self._launches[name] += 1
-        launch = self._launcher.launch(self._context, name, incarnation=incarnation)
+        launch = self.launcher.launch(self.context, name, incarnation=incarnation)
         self.groups[name] = WorkerGroup(
-            name, launch, incarnation=incarnation, config=self._config.cluster
+            name, launch, incarnation=incarnation, config=self.config.cluster
         )
 
     def _dismiss(self, group: WorkerGroup) -> None:
@@ -267,7 +264,7 @@ class Supervisor:
         """
         if group.phase is Phase.RUNNING:
             group.ask_to_stop()
-            self._leaving.append((group, time.monotonic() + self._config.cluster.stop_timeout_s))
+            self._leaving.append((group, time.monotonic() + self.config.cluster.stop_timeout_s))
         else:
             self._part_with(group, f"{group.name} has left")
 
@@ -280,7 +277,7 @@ class Supervisor:
             self._leaving.remove((group, deadline))
             end = f"{group.name} has left"
             if runs_on:
-                limit = f"{self._config.cluster.stop_timeout_s:.0f} s (cluster.stop_timeout_s)"
+                limit = f"{self.config.cluster.stop_timeout_s:.0f} s (cluster.stop_timeout_s)"
                 end = f"{group.name} did not stop within {limit} and was killed"
             elif group.phase is Phase.FAILED:
                 end = f"{group.cause}; it was leaving"
@@ -289,7 +286,7 @@ class Supervisor:
     def _part_with(self, group: WorkerGroup, end: str) -> None:
         group.kill()
         self._retire(group)
-        self._report(end)
+        self.report(end)
 
     def _retire(self, group: WorkerGroup) -> None:
         """Keep and record the last counters of a part that is gone."""
@@ -313,10 +310,10 @@ class Supervisor:
         try:
             self.learner_rows += learner.reports("rows", timeout_s=timeout_s)
             for message in learner.reports("events", timeout_s=timeout_s):
-                self._report(f"learner: {message}")
+                self.report(f"learner: {message}")
         except Exception as error:  # the learner's death is for its group to find
             if not failed:
-                self._report(f"learner metrics not read: {type(error).__name__}")
+                self.report(f"learner metrics not read: {type(error).__name__}")
 
     def _announce(self, *, without: Sequence[str] = (), wait: bool) -> None:
         names = tuple(

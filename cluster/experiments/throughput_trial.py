@@ -43,7 +43,7 @@ def measure_run(
                 config,
                 directory,
                 buffer.address,
-                address=config.cluster.address,
+                cluster=config.cluster.address,
                 parts=parts,
                 synchronous=synchronous,
             )

@@ -37,27 +37,27 @@ from tasks.task import Task
 NO_CACHE = {"reward.cache_items": 0}
 
 
+@dataclass
 class RollingReplay:
     """The buffer of a run in one process: where the learner would wait, somebody rolls out."""
 
-    def __init__(self, buffer: ReplayBuffer, roll_out: Callable[[], None]) -> None:
-        self._buffer = buffer
-        self._roll_out = roll_out
+    buffer: ReplayBuffer
+    roll_out: Callable[[], None]
 
     def draw(self, request: DrawRequest) -> list[Group]:
         deadline_s = monotonic() + request.timeout_s
         while True:
             try:
-                return self._buffer.draw(replace(request, timeout_s=0.0))
+                return self.buffer.draw(replace(request, timeout_s=0.0))
             except BufferStarved:
                 if request.stop():
                     return []
                 if monotonic() >= deadline_s:
                     raise
-                self._roll_out()
+                self.roll_out()
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
-        self._buffer.discard(trajectories)
+        self.buffer.discard(trajectories)
 
 
 class LocalRun:
