@@ -29,6 +29,9 @@ class Buffer:
     def stats(self) -> None:
         raise AssertionError
 
+    def newest(self) -> None:
+        raise AssertionError
+
 
 @pytest.mark.parametrize("address", ["10.0.0.7:6379", None])
 def test_workers_get_what_the_run_folder_says(
