@@ -54,10 +54,7 @@ class Gate(BaseHTTPMiddleware):
     """Passes a request to `app`, or answers it with the reason for the refusal.
 
     A token in the address is taken once: it moves into a cookie that no script can read and that
-    no other site can make the browser send.
-
-    Args:
-        policy: Content-Security-Policy of every answer.
+    no other site can make the browser send. `policy` is the content policy of all answers.
     """
 
     def __init__(self, app: ASGIApp, *, token: str, policy: str) -> None:

@@ -33,17 +33,10 @@ class Listing:
 
 
 class Catalogue:
-    """Keeps the index; safe to share between threads. Every method raises BufferUnreachable.
-
-    Args:
-        clock: seconds, for tests.
-    """
+    """Keeps the index; safe to share between threads. Every method raises BufferUnreachable."""
 
     def __init__(
-        self,
-        browser: ReplayBrowser,
-        decode: Decode,
-        clock: Callable[[], float] = time.monotonic,
+        self, browser: ReplayBrowser, decode: Decode, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._browser = browser
         self._decode = decode

@@ -49,12 +49,7 @@ class Detail:
 def read_detail(
     browser: ReplayBrowser, id: str, decode: Decode, *, temperature: float, version: int
 ) -> Detail:
-    """The trajectory as it is stored now; raises Gone, BufferUnreachable.
-
-    Args:
-        temperature: T.
-        version: the learner's.
-    """
+    """As it is stored now, at the learner's T and version; raises Gone, BufferUnreachable."""
     trajectory = next(browser.trajectories([id]), None)
     if trajectory is None:
         raise Gone(id)
@@ -78,14 +73,11 @@ def read_detail(
 
 
 def prefixes_of(trajectory: Trajectory, *, temperature: float, log_z: float) -> tuple[Prefix, ...]:
-    """Every stop state, shortest first.
+    """Every stop state, shortest first; `log_z` is what `estimate_log_z` says of the prompt.
 
     The residual is the difference of neighbouring potentials; SubTB (Hu et al. 2024, eq. 3) is the
     squares of the differences of all pairs. Where the bare prompt is no stop state, the root
     stands before the first one, with its flow Z as its potential: phi = -log Z.
-
-    Args:
-        log_z: of the prompt, nats, as `estimate_log_z` says.
     """
     potential_S = potentials(trajectory, temperature=temperature)
     root = -log_z if trajectory.stops[0] > 0 else np.nan

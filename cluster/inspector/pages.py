@@ -70,15 +70,11 @@ def prefix_charts(detail: Detail) -> Mapping[str, Markup]:
     """The four quantities of a trajectory's prefixes, by their caption."""
     prefixes = [prefix for prefix, _ in detail.steps]
     minus_log_z = None if math.isnan(detail.log_z) else -detail.log_z
+    phi = "potential φ, nats; dashed: −log Z"
     columns: Sequence[tuple[str, list[float | None], Mark, float | None]] = (
         ("log R, nats", [p.log_reward for p in prefixes], "dots", None),
         ("log q(stop), nats", [p.log_q_stop for p in prefixes], "dots", None),
-        (
-            "potential φ, nats; dashed: −log Z",
-            [p.potential for p in prefixes],
-            "dots",
-            minus_log_z,
-        ),
+        (phi, [p.potential for p in prefixes], "dots", minus_log_z),
         ("SubTB residual, nats", [p.residual for p in prefixes], "bars", None),
     )
     charts = {}

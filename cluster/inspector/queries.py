@@ -27,7 +27,7 @@ _Text = Annotated[str | None, Field(max_length=500)]
 
 
 class BadQuery(ValueError):
-    """A filter holds something that it cannot hold."""
+    """Filters hold what they cannot; the text names each of them."""
 
 
 class Query(BaseModel):
@@ -83,13 +83,10 @@ class Page:
 
 
 def parse_query(parameters: Mapping[str, str]) -> Query:
-    """Read the query part of an address; an empty field of a form counts as not given.
-
-    Raises BadQuery, naming every field that cannot be read.
-    """
-    given = {name: text.strip() for name, text in parameters.items()}
+    """Read the query part of an address, without a form's empty fields; raises BadQuery."""
+    given = {name: text.strip() for name, text in parameters.items() if text.strip()}
     try:
-        return Query.model_validate({name: text for name, text in given.items() if text})
+        return Query.model_validate(given)
     except ValidationError as error:
         found = (f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors())
         raise BadQuery("; ".join(found)) from error
@@ -108,14 +105,10 @@ def select(entries: Sequence[Entry], query: Query, *, version: int) -> list[Entr
 
 def matches(entry: Entry, query: Query, *, version: int) -> bool:
     """Whether an entry passes every filter but the search."""
-    asked = query.prompt
+    of_prompt = (query.prompt or "").casefold() in entry.prompt.casefold()
     return (
         query.task in (None, entry.task)
-        and (
-            asked is None
-            or asked == entry.prompt_key
-            or asked.casefold() in entry.prompt.casefold()
-        )
+        and (of_prompt or query.prompt == entry.prompt_key)
         and _within(entry.log_reward, query.reward_min, query.reward_max)
         and (query.correct is None or entry.correct is _VERDICTS[query.correct])
         and _within(entry.version, query.version_min, query.version_max)

@@ -72,10 +72,7 @@ def served_by_ray(target: Target, *, port: int | None, address: str | None) -> I
     """Run on the Ray cluster at `address`, or on one started here; raises UserError.
 
     The application runs on this machine, which has the run's folder. It leaves the cluster as it
-    was, but for Serve itself, which others may use by then.
-
-    Args:
-        port: of Serve's HTTP proxy; None is DEFAULT_PORT.
+    was, but for Serve and its HTTP proxy on `port`, which others may use by then.
     """
     port = port or DEFAULT_PORT
     os.environ.setdefault(*_PROXY_PATIENCE)
@@ -137,10 +134,11 @@ def _deploy(target: Target, name: str, port: int) -> None:
 
 def _wait_until_running(name: str) -> None:
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while (application := serve.status().applications.get(name)) is None or (
-        application.status != "RUNNING"
-    ):
-        if application is not None and application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+    status = None
+    while status != "RUNNING":
+        application = serve.status().applications.get(name)
+        status = None if application is None else application.status
+        if application is not None and status in ("DEPLOY_FAILED", "UNHEALTHY"):
             raise UserError(f"Ray Serve could not start {name}: {application.message}")
         if time.monotonic() > deadline:
             raise UserError(
@@ -176,10 +174,9 @@ def answers(place: Place, *, within_s: float) -> bool:
 
 @contextmanager
 def served_here(target: Target, *, port: int | None) -> Iterator[Place]:
-    """Run in this process, without Ray; raises UserError.
+    """Run in this process, without Ray, on DEFAULT_PORT, any free one, or `port` alone if given.
 
-    Args:
-        port: to listen on; None is DEFAULT_PORT, or a free one where that is taken.
+    Raises UserError.
     """
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     outer.mount(prefix(target.run), build_app(target))

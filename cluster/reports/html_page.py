@@ -29,13 +29,7 @@ def write_report(
     after: Evaluation | None,
     plots: Sequence[Path],
 ) -> None:
-    """Write the page of a run.
-
-    Args:
-        facts: figures for the top, by label.
-        config: resolved.
-        plots: PNG files to embed; a file's name captions it.
-    """
+    """Write the page of a run; `plots` are PNG files to embed, under their names."""
     old, new = (
         {example.question: example for example in known.examples} if known else {}
         for known in (before, after)

@@ -52,12 +52,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> list[Path]
 def draw_before_after(
     before: Mapping[str, float], after: Mapping[str, float], path: Path, *, axis: str, groups: str
 ) -> Path:
-    """Bars of two evaluations side by side, one pair of shares for each group in `before`.
-
-    Args:
-        axis: what the shares are of.
-        groups: what the groups are.
-    """
+    """Bars of two evaluations side by side, one pair of shares for each of the `groups`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, [axes] = new_figure(_WIDTH_INCHES, _HEIGHT_INCHES)
     places = np.arange(len(before))

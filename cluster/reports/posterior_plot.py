@@ -34,8 +34,7 @@ def draw_posterior(
     """Write the PNG: bars for the completions that matter if they are few, else q against p.
 
     Args:
-        pictures: a title and what to draw, for each prompt that was enumerated; at least one.
-        policy: what the policy is called.
+        pictures: of each prompt that was enumerated, with its title; at least one.
         beside_base: the pictures hold the base LM's q after the policy's.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
