@@ -33,7 +33,7 @@ def test_methods_share_everything_but_what_makes_them_one() -> None:
     methods = ("sft", "ppo", "gflownet")
     configs = {m: method_config(shared, title=m, seed=2) for m in methods}
     for config in configs.values():
-        assert (config.seed, config.learner.steps, config.cluster.time_limit_s) == (2, 300, None)
+        assert (config.seed, config.learner.steps, config.cluster.time_limit_s) == (2, 150, None)
         assert config.actors.group_size + config.learner.replayed_per_group == 8
         assert config.learner.groups_per_step == 8
         assert config.lora == configs["gflownet"].lora and config.lm == configs["gflownet"].lm
@@ -176,7 +176,8 @@ def test_the_base_is_measured_once_for_all_runs_that_would_find_the_same(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "train", train)
     monkeypatch.setattr(findings.Findings, "leave", lambda *_: None)
-    words = [str(ROOT / f"tasks/{task}.toml"), "--run", "c", "--seeds", "2", "--local"]
+    words = [str(ROOT / f"tasks/{task}.toml"), "compare.search.learning_rates=[]"]
+    words += ["--run", "c", "--seeds", "2", "--local"]
     assert main(["compare", *words, "--methods", *methods]) == 0
     assert given == told
 
@@ -187,7 +188,7 @@ def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
     cost = {"gflownet": 30.0, "ppo": 20.0, "ppo_tokens": 20.0}  # tokens of a step
     taken: list[tuple[str, int, int]] = []
 
-    def result(_: Members, member: Member) -> Result:
+    def result(_: Members, member: Member, __: str) -> Result:
         config = member.steps[-1].config
         steps, seed = config.learner.steps, config.seed
         taken.append((member.method, seed, steps))

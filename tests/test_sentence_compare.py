@@ -11,6 +11,7 @@ from tests.sentence_toy import sentence_overrides
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "compare.steps=2",
+    "compare.search.learning_rates=[1e-3]",
     "compare.shots=1",
     "evaluation.samples=4",
     "actors.group_size=4",

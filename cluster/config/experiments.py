@@ -9,9 +9,10 @@ class SearchConfig(Section):
     """The `[compare.search]` section: equal trials of every trained method, before test data."""
 
     learning_rates: tuple[PositiveFloat, ...] = Field(
-        min_length=1,
+        (),
         description="learner.learning_rate of the trials, one each, of as many steps as the "
-        "comparison. The best by the task's first figure on the validation split is taken.",
+        "comparison; the best by the task's headline on the validation split is taken. None: no "
+        "trials, and the file's rate.",
     )
     kl: tuple[PositiveFloat, ...] = Field(
         (),
@@ -38,9 +39,7 @@ class CompareConfig(Section):
         description="Of a method alone, such as ppo = ['learner.warmup_steps=50']; what search "
         "chooses has the last word.",
     )
-    search: SearchConfig | None = Field(
-        None, description="How learning rates are chosen; None: they are the file's."
-    )
+    search: SearchConfig = SearchConfig()
 
 
 class SimulationConfig(Section):

@@ -33,8 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         for number, (title, seed) in enumerate(planned, start=1):
             steps = steps_at_equal_tokens(title, seed, results)
             each = planned_member(shared, title, seed, name, steps)
-            suite.console.rule(f"{number} of {len(planned)}: {each.title}")
-            results.append(members.result(each))
+            results.append(members.result(each, f"{number} of {len(planned)}"))
     findings = Findings(suite.folder, "compare", shared.task_name, results, choices)
     frontier = suite.folder.path / "frontier.png"
     drawable = likelihoods_of(findings.metrics)

@@ -54,10 +54,15 @@ class Members:
         self._suite = suite
         self._before: dict[str, Evaluation | None] = {}  # by what a measurement depends on
 
-    def result(self, member: Member) -> Result:
+    def result(self, member: Member, place: str) -> Result:
         """From its runs, or from the files of those that are done; measured after the last of
-        them, at the cost of all."""
+        them, at the cost of all.
+
+        Args:
+            place: among others, for people: '2 of 9'.
+        """
         first = member.steps[0]
+        self._suite.console.rule(f"{place}: {member.title}")
         with _named(member.title):
             if not method(member.method).trained:
                 results = [self._suite.measure(first)]

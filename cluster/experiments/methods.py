@@ -1,24 +1,8 @@
 """The methods of a comparison: what each changes in a run's configuration, and nothing else.
 
-    base              the LM as it is, behind `compare.shots` worked questions; no step is taken
-    sft               maximum likelihood of the task's demonstrations
-    ppo               reward maximisation with a KL penalty; its own samples, none replayed
-    gflownet          the file's objective, subtb where that is one of the two above
-    gflownet_em       in tasks with EM: gflownet, and M-steps after it; see em.py
-
-and the LM as it is, decoded otherwise, in tasks whose completions are sentences:
-
-    sample            at temperature 1
-    tempered          at the temperature T of the reward
-    nucleus           at temperature 1 from the likeliest tokens, which hold 0.95 of the mass
-    greedy            one sentence
-    beam              the ends of as many beams as sentences are wanted
-    diverse_beam      the same in groups of one
-
-`gflownet_T0.9`, `ppo_T0.9` and `tempered_T0.9` are their methods at another T than the file's.
-`sample_5x` writes five times as many sentences and keeps the likeliest that differ; so may all
-that decode otherwise but `greedy`. `sft_tokens` and `ppo_tokens` take as many steps as bring them
-to the LM tokens of `gflownet`, where without `_tokens` they take as many steps as it does.
+docs/compare.md says what each is. `_T0.9` behind a name is another T than the file's; `_5x` writes
+five times as many sentences and keeps the likeliest that differ; `_tokens` takes as many steps as
+bring the method to the LM tokens of `gflownet`, instead of as many as it takes.
 """
 
 import re

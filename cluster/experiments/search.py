@@ -28,7 +28,7 @@ def search(shared: RunConfig, methods: Sequence[str], members: Members, name: st
         whatever `Members.result` raises.
     """
     settings = shared.compare.search
-    if settings is None:
+    if not settings.learning_rates:
         return []
     validating = shared.changed({"evaluation.split": "validation"})
     choices: dict[str, Choice] = {}
@@ -43,7 +43,7 @@ def search(shared: RunConfig, methods: Sequence[str], members: Members, name: st
                 run=f"{name}-{title}-trial{number}",
                 gflownet=choices[GFLOWNET].chosen.run if title == EM else "",
             )
-            members.result(tried)
+            members.result(tried, f"trial {number} of {len(settings.learning_rates)}")
             measured = read_scores(RunDirectory(tried.run)).after
             assert measured is not None, tried.run
             metric, better, figure = headline(measured)

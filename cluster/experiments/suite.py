@@ -71,7 +71,8 @@ class Suite:
             if scores.after is not None:
                 check_same_settings(directory, step.config)
             else:
-                self.console.rule(f"{step.title} (run {step.run})")
+                if len(steps) > 1:
+                    self.console.rule(f"{step.title} (run {step.run})")
                 scores = train(
                     step.config,
                     directory,
@@ -95,18 +96,18 @@ class Suite:
         """Measure the LM without an adapter, in this process, unless that is done."""
         directory = RunDirectory(step.run)
         scores = read_scores(directory)
-        if scores.before is not None:
+        measured = scores.before
+        if measured is not None:
             check_same_settings(directory, step.config)
-            return result_of(step.run, scores.before, step.config, method=step.title)
-        self.console.rule(f"{step.title} (run {step.run})")
-        directory.begin(resume=directory.config_file.exists())
-        try:
-            write_whole(directory.config_file, resolved_toml(step.config))
-            measured = evaluate(step.config, adapter=None, step=0)
-            scores = scores.model_copy(update={"before": measured})
-            write_whole(directory.scores_file, scores.model_dump_json(indent=2))
-        finally:
-            directory.end()
+        else:
+            directory.begin(resume=directory.config_file.exists())
+            try:
+                write_whole(directory.config_file, resolved_toml(step.config))
+                measured = evaluate(step.config, adapter=None, step=0)
+                scores = scores.model_copy(update={"before": measured})
+                write_whole(directory.scores_file, scores.model_dump_json(indent=2))
+            finally:
+                directory.end()
         return result_of(step.run, measured, step.config, method=step.title)
 
 
