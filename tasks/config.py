@@ -93,7 +93,7 @@ class RandomNumberConfig(BaseModel):
 
 
 class _SentenceConfig(HeldOutConfig, Lengths):
-    """What tasks of one sentence share."""
+    """Keys that tasks of one sentence share."""
 
     embedder: str | None = Field(
         default=None,

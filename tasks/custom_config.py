@@ -52,19 +52,18 @@ def resolve_own_task(value: Any, _: Callable[[Any], CustomTaskConfig]) -> Custom
     try:
         section = _find_class(value["name"])
     except _NoSuchTask as error:
-        raise _refused(_mistake("own_task", str(error), ("name",), value["name"])) from error
+        raise _refused(("own_task", str(error), ("name",), value["name"])) from error
     try:
         # JSON, because strict mode then takes arrays for tuples but no string for a number.
         return section.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
         found = error.errors(include_url=False)
     known = f"unknown key; {value['name']} has {', '.join(section.model_fields)}"
+    kinds = {"extra_forbidden": ("own_key", known)}
     raise _refused(
         *(
-            _mistake("own_key", known, detail["loc"], detail["input"])
-            if detail["type"] == "extra_forbidden"
-            else _mistake(detail["type"], detail["msg"], detail["loc"], detail["input"])
-            for detail in found
+            (*kinds.get(one["type"], (one["type"], one["msg"])), one["loc"], one["input"])
+            for one in found
         )
     )
 
@@ -109,18 +108,18 @@ def _import(module: str) -> ModuleType:
 
 def _told(error: Exception) -> str:
     """What went wrong in somebody's module, and where."""
+    place: Any = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, SyntaxError) and error.filename:
-        place = f"{error.filename}:{error.lineno}"
-    else:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{last.filename}:{last.lineno}"
-    return f"cannot be imported: {place}: {type(error).__name__}: {error}"
+        place = error
+    return f"cannot be imported: {place.filename}:{place.lineno}: {type(error).__name__}: {error}"
 
 
-def _mistake(kind: str, text: str, place: tuple[int | str, ...], value: Any) -> InitErrorDetails:
-    told = PydanticCustomError(kind, "{told}", {"told": text})
-    return InitErrorDetails(type=told, loc=place, input=value)
-
-
-def _refused(*mistakes: InitErrorDetails) -> ValidationError:
-    return ValidationError.from_exception_data("task", list(mistakes))
+def _refused(*mistakes: tuple[str, str, tuple[int | str, ...], Any]) -> ValidationError:
+    """Of kind, text, place and value each."""
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError(kind, "{told}", {"told": text}), loc=place, input=value
+        )
+        for kind, text, place, value in mistakes
+    ]
+    return ValidationError.from_exception_data("task", details)

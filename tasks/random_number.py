@@ -34,7 +34,6 @@ class RandomNumber(PlainTask):
     log_reward: Callable[[ScoreItem], NDArray[np.float32]]
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
-        """Whether it is an integer of the range."""
         return self.valid(completion)
 
     def valid(self, completion: Sequence[int]) -> bool:
@@ -56,10 +55,8 @@ def log_reward(
     The price grows with the length because the number of texts does, by a factor for each token.
     """
     prefixes = (tuple(item.completion[:stop].tolist()) for stop in item.stops)
-    return np.array(
-        [0.0 if z in numbers else -penalty_nats * max(len(z), 1) for z in prefixes],
-        dtype=np.float32,
-    )
+    log_r_S = [0.0 if z in numbers else -penalty_nats * max(len(z), 1) for z in prefixes]
+    return np.array(log_r_S, dtype=np.float32)
 
 
 def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> RandomNumber:

@@ -1,8 +1,5 @@
-"""Records in files: JSON Lines, JSON with one list, or CSV with a header, each of them checked.
-
-A file is CSV if its name ends in .csv, one list if it begins with a bracket or its name ends in
-.json, else JSON Lines. A byte order mark is taken off. Every bad record is told, with its line and
-with what a record needs.
+"""Records in files, each of them checked: CSV with a header if the name ends in .csv, JSON with one
+list if the file begins with a bracket or its name ends in .json, else JSON Lines.
 """
 
 import csv
@@ -63,10 +60,9 @@ def read_text(path: str) -> str:
 
 def refuse(faults: Sequence[str]) -> None:
     """Raise DataError with the faults, a line each and TOLD at most, if there are any."""
-    if not faults:
-        return
     more = [f"... and {len(faults) - TOLD} more"] if len(faults) > TOLD else []
-    raise DataError("\n".join([*faults[:TOLD], *more]))
+    if faults:
+        raise DataError("\n".join([*faults[:TOLD], *more]))
 
 
 class _Unreadable(str):
@@ -111,13 +107,12 @@ def _csv_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
     """Columns by name; raises DataError where quotes leave no telling of rows."""
     reader = csv.reader(io.StringIO(text), strict=True)
     read = 0
-    header: list[str] | None = None
     try:
+        header = next(reader, [])
+        read = reader.line_num
         for row in reader:
             read = reader.line_num
-            if header is None:
-                header = row
-            elif row:
+            if row:
                 yield f"{path}:{read}", _columns(header, row)
     except csv.Error as error:
         raise DataError(
@@ -128,8 +123,8 @@ def _csv_rows(path: str, text: str) -> Iterator[tuple[str, Any]]:
 
 def _columns(header: list[str], row: list[str]) -> dict[str, str] | _Unreadable:
     counts = f"the header names {len(header)} columns, this row has {len(row)}"
-    if len(row) < len(header):
-        return _Unreadable(f"no text under {', '.join(header[len(row) :])}: {counts}")
+    if missing := header[len(row) :]:
+        return _Unreadable(f"no text under {', '.join(missing)}: {counts}")
     if len(row) > len(header):
         return _Unreadable(f"{counts}; put a text that holds a comma into quotes")
     return dict(zip(header, row, strict=True))

@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TestItem:
-    """Something held out: a prompt that is measured on; subclasses add what is known of it."""
+    """A held-out prompt to measure on; subclasses add what is known of it."""
 
     __test__ = False  # for pytest, which collects classes named Test...
 

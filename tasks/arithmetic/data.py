@@ -46,14 +46,9 @@ def load_items(path: str) -> tuple[Item, ...]:
 def load_demonstrations(path: str) -> tuple[Item, ...]:
     """Items of a file in which every question has a rationale; raises DataError."""
     items = load_items(path)
-    refuse(
-        [
-            f"{path}: item {number}: key 'str_rationale' is missing; add it, or give this file as "
-            "task.questions"
-            for number, item in enumerate(items, start=1)
-            if item.steps is None
-        ]
-    )
+    remedy = "key 'str_rationale' is missing; add it, or give this file as task.questions"
+    unworked = [number for number, item in enumerate(items, start=1) if item.steps is None]
+    refuse([f"{path}: item {number}: {remedy}" for number in unworked])
     return items
 
 
@@ -95,13 +90,13 @@ def _steps(rationale: str | None, answer: int) -> tuple[str, ...] | None:
 
 
 def to_records(items: Sequence[Item]) -> list[dict[str, str | int]]:
-    """The file's form of `items`; a rationale brings the written answer with it."""
-    records: list[dict[str, str | int]] = []
-    for item in items:
-        record: dict[str, str | int] = {"str_query": item.expression.question}
-        record["num_sol"] = item.answer
-        if item.steps is not None:
-            record["str_rationale"] = ", ".join(item.steps)
-        record["str_sol"] = answer_text(item.answer)
-        records.append(record)
-    return records
+    """The file's form of `items`."""
+    return [
+        {
+            "str_query": item.expression.question,
+            "num_sol": item.answer,
+            **({} if item.steps is None else {"str_rationale": ", ".join(item.steps)}),
+            "str_sol": answer_text(item.answer),
+        }
+        for item in items
+    ]

@@ -62,20 +62,17 @@ class Expression:
     def steps(self) -> tuple[Step, ...]:
         """The solution from left to right."""
         steps: list[Step] = []
-        value = self.operands[0]
-        for operator, operand in zip(self.operators, self.operands[1:], strict=True):
-            result = compute(value, operator, operand)
-            steps.append(Step(value, operator, operand, result))
-            value = result
+        left = self.operands[0]
+        for operator, right in zip(self.operators, self.operands[1:], strict=True):
+            steps.append(Step(left, operator, right, compute(left, operator, right)))
+            left = steps[-1].result
         return tuple(steps)
 
     @property
     def held_out(self) -> bool:
-        """Whether the seed LM's corpus must not ask this; pairs, being the steps, are asked."""
-        if len(self.operands) == 2:
-            return False
+        """The seed LM's corpus must not ask this; pairs, being the steps, are asked."""
         digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
+        return len(self.operands) > 2 and int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
 
 
 def draw_expression(num_operands: int, rng: random.Random) -> Expression:

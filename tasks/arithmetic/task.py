@@ -139,8 +139,7 @@ def demonstrate(
 ) -> Demonstration:
     """The rationale as the policy would sample it: the calculator speaks behind every '='.
 
-    Raises:
-        TokenizerUnfit: the pieces do not split as the whole text does.
+    Raises TokenizerUnfit where the pieces do not split as the whole text does.
     """
     tokens: list[int] = []
     from_tool: list[bool] = []

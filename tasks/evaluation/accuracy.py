@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
 
-import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from lm.sampling import Request
@@ -21,8 +20,7 @@ from tasks.evaluation.evaluation import Evaluation, Example, Metric, mean_of
 from tasks.evaluation.few_shot import worked_examples
 from tasks.task import QuestionTask, TestQuestion
 
-# Low enough that the likeliest token is drawn unless the runner-up is as likely.
-GREEDY_TEMPERATURE = 1e-4
+GREEDY_TEMPERATURE = 1e-4  # draws the likeliest token unless the runner-up is as likely
 Tokens = tuple[int, ...]
 
 
@@ -46,8 +44,8 @@ class Voted:
 
     @property
     def share_right(self) -> float:
-        """Share of the rationales that led to the true answer."""
-        return float(np.mean([answer == self.item.answer for answer in self.answers]))
+        """Of the rationales, those that led to the true answer."""
+        return self.answers.count(self.item.answer) / len(self.answers)
 
     @property
     def distinct_right(self) -> int:
@@ -59,21 +57,14 @@ class Voted:
 def evaluate_answers(
     task: QuestionTask, context: EvaluationContext, *, groups: str = ""
 ) -> Evaluation:
-    """Vote on the held-out questions of a task, and count by their groups.
+    """Vote on the held-out questions of a task, and count by their groups, numbers of `groups`.
 
-    Args:
-        groups: what the items' groups are numbers of.
-
-    Raises:
-        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+    Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
     """
     settings, tokenizer = context.settings, context.language_model.tokenizer
     items = context.items(task.held_out)
     few = context.items(task.held_out, at_most=settings.diversity_items)
-    shots: Tokens = ()
-    if context.shots:
-        shots = worked_examples(task, tokenizer, count=context.shots, seed=context.seed)
-
+    shots = worked_examples(task, tokenizer, count=context.shots, seed=context.seed)
     context.progress(f"drawing {settings.samples} rationales for each of {len(items)} questions")
 
     def draw(texts: Sequence[Tokens], temperature: float) -> list[list[Tokens]]:
@@ -96,12 +87,11 @@ def evaluate_answers(
         context=() if shots else task.reward_query.context,
     )
     voted, spread = voted[: len(items)], voted[len(items) :]
-    metrics = {**vote_metrics(voted, settings.samples), **spread_metrics(spread, settings.samples)}
     return Evaluation(
         task=task.name,
         temperature=context.temperature,
         groups=groups,
-        metrics=metrics,
+        metrics=vote_metrics(voted, settings.samples) | spread_metrics(spread, settings.samples),
         examples=tuple(_examples(voted, settings.examples)),
     )
 
@@ -116,12 +106,12 @@ def vote(
     parse: Callable[[str], int | None],
     context: Tokens = (),
 ) -> list[Voted]:
-    """Ask the base LM for the answers that follow the rationales.
+    """Ask the base LM for the answers that follow the rationales, once for equal ones of a text.
 
     Args:
         asked: the text that each item's rationales stand behind.
-        answer: draws Y of the base LM; asked once for each distinct pair of text and rationale.
-        context: token ids in front of the text when the base LM answers; empty for none.
+        answer: draws Y of the base LM.
+        context: token ids in front of the text when the base LM answers.
     """
     pairs = [(x, z) for x, same in zip(asked, rationales, strict=True) for z in same]
     distinct = list(dict.fromkeys(pairs))

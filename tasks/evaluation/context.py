@@ -16,8 +16,7 @@ from tasks.evaluation.config import EvaluationConfig
 from tasks.held_out import Split
 from tasks.posterior.config import PosteriorConfig
 
-# One completion for each request, in order.
-Draw = Callable[[Sequence[Request]], list[Completion]]
+Draw = Callable[[Sequence[Request]], list[Completion]]  # one for each request, in order
 Item = TypeVar("Item")
 
 
@@ -57,7 +56,7 @@ class EvaluationContext:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> list[list[Completion]]:
-        """`count` completions of the policy behind each text; `texts` are token ids.
+        """`count` completions of the policy behind each text; see `drawing`.
 
         Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
         """
@@ -78,11 +77,7 @@ class EvaluationContext:
         *,
         seed: int | None = None,
     ) -> Draw:
-        """Draws from `model`; what is drawn is a function of the seed.
-
-        Args:
-            seed: None: that of the settings.
-        """
+        """Draws from `model` by the seed; None: that of the settings."""
         generator = torch.Generator(device=model.device)
         generator.manual_seed(self.settings.seed if seed is None else seed)
         sampler = Sampler(model, actions, tool, max_rows=self.settings.max_rows)

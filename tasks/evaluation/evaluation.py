@@ -1,8 +1,4 @@
-"""What a measurement of a policy found, in one form for all tasks.
-
-Each figure says itself how it is called, written and compared, so that a table, a chart or a
-comparison of methods needs to know nothing of the task.
-"""
+"""What a measurement of a policy found; each figure says how it is called, written and compared."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -52,9 +48,8 @@ class Metric(BaseModel):
     @property
     def sample_size(self) -> str:
         """Such as '40', '3 of 4' or '300 x 10'."""
-        looked_at = "" if self.looked_at is None else f" of {self.looked_at}"
-        samples = "" if self.samples is None else f" x {self.samples}"
-        return f"{self.items}{looked_at}{samples}"
+        parts = (("", self.items), (" of ", self.looked_at), (" x ", self.samples))
+        return "".join(f"{sign}{number}" for sign, number in parts if number is not None)
 
 
 class Example(BaseModel):

@@ -17,40 +17,38 @@ class TooFewDemonstrations(ValueError):
 def worked_examples(task: Task, tokenizer: Tokenizer, *, count: int, seed: int) -> Tokens:
     """Token ids of `count` of the task's demonstrations, X Z Y and a new line each.
 
-    Where there is no Y, or X shows it, ⊤ in its stead.
+    Where there is no Y, or the policy was shown it with X, ⊤ in its stead.
 
     Args:
         seed: chooses which ones, and their order.
     """
-    known = [
-        (*d.prompt.prompt, *d.completion, *_behind(task, d.prompt)) for d in task.demonstrations
-    ]
-    _check(count, f"task {task.name!r} has {len(known)} demonstrations", len(known))
-    return _chosen(known, tokenizer, count, seed)
+    stop = (task.actions.stop_token,)
+
+    def behind(x: Prompt) -> Tokens:
+        return stop if x.scored is not None or not x.answer else x.answer
+
+    known = [(*d.prompt.prompt, *d.completion, *behind(d.prompt)) for d in task.demonstrations]
+    has = f"task {task.name!r} has {len(known)} demonstrations"
+    return _chosen(known, has, tokenizer, count, seed)
 
 
 def answered_examples(task: AnsweredTask, tokenizer: Tokenizer, *, count: int, seed: int) -> Tokens:
     """The same of questions that have an answer and no rationale: X Y and a new line each."""
     known = [(*d.prompt.prompt, *d.completion) for d in task.answered]
-    _check(count, f"task {task.name!r} has {len(known)} answered questions", len(known))
-    return _chosen(known, tokenizer, count, seed)
+    has = f"task {task.name!r} has {len(known)} answered questions"
+    return _chosen(known, has, tokenizer, count, seed)
 
 
-def _check(count: int, has: str, number: int) -> None:
-    if count > number:
+def _chosen(
+    known: Sequence[Tokens], has: str, tokenizer: Tokenizer, count: int, seed: int
+) -> Tokens:
+    if count > len(known):
         raise TooFewDemonstrations(
             f"{count} worked examples asked for (compare.shots, evaluation.shots), but {has}: ask "
             "for fewer"
         )
-
-
-def _chosen(known: Sequence[Tokens], tokenizer: Tokenizer, count: int, seed: int) -> Tokens:
+    if not count:
+        return ()
     newline = spell_after(tokenizer, ".", "\n")
     chosen = random.Random(seed).sample(list(known), count)
     return tuple(token for text in chosen for token in (*text, *newline))
-
-
-def _behind(task: Task, prompt: Prompt) -> Tokens:
-    """What follows Z: Y; or ⊤ alone where there is no Y, or the policy was shown it with X."""
-    shown_before = prompt.scored is not None or not prompt.answer
-    return (task.actions.stop_token,) if shown_before else prompt.answer

@@ -46,9 +46,8 @@ class Interval:
 class Bounds:
     """What samples say of log Z and of the distance between q and the posterior p, nats.
 
-    Without posterior samples nothing here can tell that q misses a part of p: `elbo`, `iwae` and
-    `log_z` are then merely too low, and `ess_share` too good. Only the figures of the second block
-    see what q does not.
+    Where q misses a part of p, the first block cannot tell: `elbo`, `iwae` and `log_z` are merely
+    too low, and `ess_share` too good. Only figures of posterior samples see what q does not.
     """
 
     samples: int  # of q
@@ -82,34 +81,34 @@ def bound_log_z(
         log_weight_N: log R / T - log q, nats, of independent samples of q, in the order drawn.
         sizes: K of the IWAE bounds. One of which N holds fewer than FEWEST blocks is left out.
         log_posterior_weight_M: the same of exact samples of the posterior at the same T.
-        posterior_draw_M: equal numbers mark samples that are not independent of each other; None:
-            all are.
-        rng: of the bootstrap.
+        posterior_draw_M: equal numbers mark samples that depend on each other; None: none does.
 
-    Raises:
-        UnusableWeights: fewer than FEWEST samples of q, or a log weight that is not finite.
-        ValueError: a size below 1.
+    Raises UnusableWeights (fewer than FEWEST samples of q, or a log weight that is not finite) and
+    ValueError (a size below 1).
     """
     if any(k < 1 for k in sizes):
         raise ValueError(f"sizes of IWAE bounds must be 1 or more, not {list(sizes)}")
     log_q_N = _checked(log_weight_N, "log_weight_N")
     if len(log_q_N) < FEWEST:
         raise UnusableWeights(f"{len(log_q_N)} samples of q, fewer than {FEWEST}: draw more")
-    blocks = {k: _blocks(log_q_N, k) for k in sorted({1, *sizes}) if len(log_q_N) >= FEWEST * k}
-    iwae = {k: _Mean.of(_log_mean(block_CK)) for k, block_CK in blocks.items()}
-    widest_CK = blocks[max(blocks)]
+    blocks = {
+        k: log_q_N[: len(log_q_N) // k * k].reshape(-1, k)  # [C, K], as many as are whole
+        for k in sorted({1, *sizes})
+        if len(log_q_N) >= FEWEST * k
+    }
+    log_mean = {k: logsumexp(block_CK, axis=1) - math.log(k) for k, block_CK in blocks.items()}
+    iwae = {k: _Mean.of(log_mean_C) for k, log_mean_C in log_mean.items()}
+    widest = max(blocks)
     moments = _Moments.resampled(log_q_N, None, rng)
-    log_p_M = _checked(
-        np.empty(0) if log_posterior_weight_M is None else log_posterior_weight_M,
-        "log_posterior_weight_M",
-    )
+    given_M = np.empty(0) if log_posterior_weight_M is None else log_posterior_weight_M
+    log_p_M = _checked(given_M, "log_posterior_weight_M")
     return Bounds(
         samples=len(log_q_N),
         elbo=iwae[1].interval,
         iwae={k: mean.interval for k, mean in iwae.items() if k in sizes},
         log_z=moments.interval(moments.log_first_R),
         ess_share=moments.interval(np.exp(2 * moments.log_first_R - moments.log_second_R)),
-        kl_q_p_at_least=_Mean.of(_log_mean(widest_CK) - widest_CK.mean(axis=1)).interval,
+        kl_q_p_at_least=_Mean.of(log_mean[widest] - blocks[widest].mean(axis=1)).interval,
         posterior_samples=len(log_p_M),
         **_posterior_bounds(log_p_M, posterior_draw_M, iwae, moments, rng),
     )
@@ -125,12 +124,8 @@ class _Mean:
 
     @staticmethod
     def of(value_M: Floats, draw_M: NDArray[np.integer] | None = None) -> "_Mean":
-        """Of independent values, or of values that hang together by draw.
-
-        With draws the mean is a ratio, sum of the draws' sums over sum of their sizes, and its
-        error the linearised one (Cochran 1977, section 6.4); for draws of one value each, it is
-        the ordinary standard error.
-        """
+        """Of values that hang together by draw: a ratio, whose error is the linearised one (Cochran
+        1977, section 6.4), and the ordinary one for draws of one value each."""
         mean = float(value_M.mean())
         residual_D = np.bincount(_numbered(len(value_M), draw_M), weights=value_M - mean)
         draws = len(residual_D)
@@ -140,11 +135,8 @@ class _Mean:
 
     def less(self, other: "_Mean") -> "_Mean":
         """The difference of two means from different samples."""
-        return _Mean(
-            self.value - other.value,
-            math.hypot(self.error, other.error),
-            min(self.independent, other.independent),
-        )
+        error = math.hypot(self.error, other.error)
+        return _Mean(self.value - other.value, error, min(self.independent, other.independent))
 
     @property
     def interval(self) -> Interval:
@@ -168,10 +160,7 @@ class _Moments:
         top = float(log_weight_M.max())
         weight_M = np.exp(log_weight_M - top)
         draw_M = _numbered(len(weight_M), draw_M)
-        columns = (np.ones_like(weight_M), weight_M, np.square(weight_M))
-        sums_3D = np.zeros((3, draw_M.max() + 1))
-        for sum_D, column_M in zip(sums_3D, columns, strict=True):
-            np.add.at(sum_D, draw_M, column_M)
+        sums_3D = np.stack([np.bincount(draw_M, weights=weight_M**power) for power in range(3)])
 
         def log_means(*sums: Floats, axis: int) -> Floats:
             size, first, second = (sum_D.sum(axis) for sum_D in sums)
@@ -203,11 +192,8 @@ def _posterior_bounds(
     moments: _Moments,
     rng: np.random.Generator,
 ) -> dict[str, Interval]:
-    """The fields of Bounds that need posterior samples; none where there are too few."""
-    if not len(log_p_M):
-        return {}
-    eubo = _Mean.of(log_p_M, draw_M)
-    if eubo.independent < FEWEST:
+    """The fields of Bounds that need posterior samples, where there are enough."""
+    if not len(log_p_M) or (eubo := _Mean.of(log_p_M, draw_M)).independent < FEWEST:
         return {}
     under_p = _Moments.resampled(log_p_M, draw_M, rng)
     # E_p[w] / Z = 1 + chi²(p || q) >= 1, so what lies above 1 is noise.
@@ -220,26 +206,13 @@ def _posterior_bounds(
     }
 
 
-def _blocks(log_weight_N: Floats, k: int) -> Floats:
-    """[C, K] as many whole blocks as there are."""
-    return log_weight_N[: len(log_weight_N) // k * k].reshape(-1, k)
-
-
-def _log_mean(log_weight_CK: Floats) -> Floats:
-    """[C] log of each block's mean weight."""
-    return logsumexp(log_weight_CK, axis=1) - math.log(log_weight_CK.shape[1])
-
-
 def _numbered(size: int, draw_M: NDArray[np.integer] | None) -> NDArray[np.intp]:
     """Every sample's draw, counted from 0 without gaps; each its own where none is given."""
-    if draw_M is None:
-        return np.arange(size)
-    return np.unique(draw_M, return_inverse=True)[1]
+    return np.arange(size) if draw_M is None else np.unique(draw_M, return_inverse=True)[1]
 
 
 def _checked(log_weight_M: NDArray[np.floating], name: str) -> Floats:
-    if not np.isfinite(log_weight_M).all():
-        broken = int((~np.isfinite(log_weight_M)).sum())
+    if broken := int((~np.isfinite(log_weight_M)).sum()):
         raise UnusableWeights(
             f"{broken} of {len(log_weight_M)} entries of {name} are not finite: a completion of "
             "reward 0, or one that the policy cannot produce, has no place among them"

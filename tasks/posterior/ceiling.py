@@ -1,8 +1,5 @@
-"""How much reward can be left in completions that nobody looked at.
-
-While a prompt's completions are being enumerated, those not yet reached all begin with a prefix of
-the frontier. A ceiling bounds from above, for each such prefix, the sum of R^(1/T) over the
-completions that begin with it.
+"""How much reward can be left in completions that nobody looked at: upper bounds on the sum of
+R^(1/T) over the completions that begin with a prefix of an enumeration's frontier.
 """
 
 import math
@@ -13,26 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits, Prefix
 from tasks.task import Task
 
-# Nats below the bound on everything.
-_NEXT_TO_NOTHING = -25.0
+Floats = NDArray[np.float64]
+_NEXT_TO_NOTHING = -25.0  # nats below the bound on everything
 
 
 class Ceiling(Protocol):
-    """Bounds on sums of R^(1/T), as logarithms."""
+    """Bounds on sums of R^(1/T), as logarithms; of_everything: over all completions."""
 
     @property
-    def of_everything(self) -> float:
-        """Over all completions of the prompt."""
-        ...
+    def of_everything(self) -> float: ...
 
-    def of_children(
-        self, prefixes: Sequence[Prefix], log_bound_N: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
         """[N, V] over the completions that begin with a prefix and each next token.
 
         Args:
@@ -74,9 +66,7 @@ class PriorCeiling:
         self._context = context
         self._temperature = temperature
 
-    def of_children(
-        self, prefixes: Sequence[Prefix], log_bound_N: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
         """One pass of the frozen LM; see Ceiling."""
         texts = [(*self._context, *prefix) for prefix in prefixes]
         log_p_NV = self._model.token_log_probs(texts).cpu().numpy().astype(np.float64)
@@ -108,15 +98,12 @@ class FunctionCeiling:
         self._log_choices = math.log(len(choices))
         self.of_everything = self._below((), length=0)
 
-    def of_children(
-        self, prefixes: Sequence[Prefix], log_bound_N: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
+    def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
         """See Ceiling; -inf where the policy has no such choice."""
         bound_NV = np.full((len(prefixes), self._vocab_size), -np.inf)
         for bound_V, prefix in zip(bound_NV, prefixes, strict=True):
             length = len(prefix) + 1
-            # What bounds the prefix bounds its children too. Where that is next to nothing, asking
-            # the task about each of them is not worth the time.
+            # What bounds the prefix bounds its children: next to nothing is not worth the asking.
             every = self._below(prefix, length=length)
             if every + self._log_choices < self.of_everything + _NEXT_TO_NOTHING:
                 bound_V[self._choices] = every
@@ -140,7 +127,7 @@ def ceiling_of(
     task: Task, prompt: Prompt, model: NextLogits, *, vocab_size: int, temperature: float
 ) -> Ceiling | None:
     """The ceiling for a prompt of `task` under the frozen LM `model`; None where none is known."""
-    query: RewardQuery = task.reward_query
+    query = task.reward_query
     if query.kind == "function":
         if task.tool is not None or not isinstance(task, BoundedReward):
             return None

@@ -8,6 +8,7 @@ up to what is left out.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,20 +53,15 @@ class _Frontier:
     log_bound_M: NDArray[np.float64]  # of the reward below; inf where none is known
 
     def take(self, chosen: NDArray[np.intp] | NDArray[np.bool_]) -> "_Frontier":
-        return _Frontier(
-            self.parent_M[chosen],
-            self.token_M[chosen],
-            self.log_q_KM[:, chosen],
-            self.log_bound_M[chosen],
-        )
+        return _Frontier(*(column[..., chosen] for column in self._columns))
 
-    def join(self, other: "_Frontier") -> "_Frontier":
-        return _Frontier(
-            np.concatenate([self.parent_M, other.parent_M]),
-            np.concatenate([self.token_M, other.token_M]),
-            np.concatenate([self.log_q_KM, other.log_q_KM], axis=1),
-            np.concatenate([self.log_bound_M, other.log_bound_M]),
-        )
+    def join(self, *others: "_Frontier") -> "_Frontier":
+        columns = zip(*(one._columns for one in (self, *others)), strict=True)
+        return _Frontier(*(np.concatenate(same, axis=-1) for same in columns))
+
+    @property
+    def _columns(self) -> tuple[NDArray[Any], ...]:
+        return self.parent_M, self.token_M, self.log_q_KM, self.log_bound_M
 
     def log_weight(self, log_scale: float) -> NDArray[np.float64]:
         """[M] the largest share of any policy, or of the posterior, that may lie below."""
@@ -97,7 +93,6 @@ class PrefixTree:
         self._prompt = prompt
         self._actions = actions
         self._tool = tool
-        self._triggers = tool.triggers if tool is not None else frozenset()
         self._policies = tuple(policies)
         self._ceiling = ceiling
         self._max_nodes = max_nodes
@@ -137,17 +132,14 @@ class PrefixTree:
     @property
     def log_left_out_reward(self) -> float:
         """Log of a bound on their sum of R^(1/T); inf where none is known."""
-        every = np.append(self._frontier.log_bound_M, self._log_never)
-        return float(np.logaddexp.reduce(every))
+        return float(np.logaddexp.reduce([*self._frontier.log_bound_M, self._log_never]))
 
     def support(self) -> Support:
         """What has been reached."""
         return Support(
             completions=tuple(self._completions),
             from_tool=tuple(self._from_tool),
-            log_q_KN=np.stack(self._log_q, axis=1)
-            if self._log_q
-            else np.zeros((len(self._policies), 0)),
+            log_q_KN=np.array(self._log_q).reshape(-1, len(self._policies)).T,
             left_out_q_K=self.left_out_q_K,
             log_left_out_reward=self.log_left_out_reward,
             nodes=len(self._nodes),
@@ -170,7 +162,9 @@ class PrefixTree:
             for parent, token in zip(visited.parent_M, visited.token_M.tolist(), strict=True)
         ]
         nodes = self._nodes[first:]
-        ended_N = np.array([self._ended(node) for node in nodes])
+        ended_N = np.array(
+            [not node.pending and self._actions.must_stop(len(node.tokens)) for node in nodes]
+        )
         for number in np.flatnonzero(ended_N):  # ⊤ is forced
             self._reach(nodes[number], visited.log_q_KM[:, number])
         if not ended_N.all():
@@ -189,14 +183,9 @@ class PrefixTree:
         tokens = (*node.tokens, token)
         if node.pending:
             return _Node(tokens, (*node.from_tool, True), node.pending[1:])
-        said: Sequence[int] = ()
-        if token in self._triggers:
-            assert self._tool is not None
-            said = self._tool.output(tokens)
+        tool = self._tool
+        said = tool.output(tokens) if tool is not None and token in tool.triggers else ()
         return _Node(tokens, (*node.from_tool, False), tuple(said))
-
-    def _ended(self, node: _Node) -> bool:
-        return not node.pending and self._actions.must_stop(len(node.tokens))
 
     def _grow(self, number_N: NDArray[np.intp], visited: _Frontier) -> None:
         """Put the children of visited nodes into the frontier; reach where they may stop."""
@@ -215,7 +204,10 @@ class PrefixTree:
         log_q_KNC += visited.log_q_KM[:, :, None]
         for at in np.flatnonzero(may_stop_N):
             self._reach(nodes[at], log_q_KNC[:, at, self._stop_column])
-        bound_NV = self._bounds(nodes, visited.log_bound_M)
+        bound_NV = np.full((len(nodes), self._vocab_size), np.inf)
+        if self._ceiling is not None:
+            tokens = [node.tokens for node in nodes]
+            bound_NV = self._ceiling.of_children(tokens, visited.log_bound_M)
         at_B, free_B = np.flatnonzero(speaking_N), np.flatnonzero(~speaking_N)
         said_B = np.array([nodes[at].pending[0] for at in at_B], dtype=np.int64)
         choices = len(self._token_C)
@@ -230,14 +222,7 @@ class PrefixTree:
             ),
             bound_NV[np.ix_(free_B, self._token_C)].reshape(-1),
         )
-        self._frontier = self._frontier.join(spoken).join(chosen)
-
-    def _bounds(
-        self, nodes: Sequence[_Node], log_bound_N: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        if self._ceiling is None:
-            return np.full((len(nodes), self._vocab_size), np.inf)
-        return self._ceiling.of_children([node.tokens for node in nodes], log_bound_N)
+        self._frontier = self._frontier.join(spoken, chosen)
 
     def _reach(self, node: _Node, log_q_K: NDArray[np.float64]) -> None:
         self._completions.append(node.tokens)

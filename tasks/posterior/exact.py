@@ -32,15 +32,13 @@ class ExactPosterior:
 
 
 def exact_posterior(tree: PrefixTree, log_weight: LogWeight, *, tolerance: float) -> ExactPosterior:
-    """Enumerate until every policy and the posterior leave out at most `tolerance`.
-
-    Where the tree comes to its end before, or nothing bounds the rewards left out, the result has
-    not the tolerance: ask `within`.
-    """
+    """Enumerate until every policy and the posterior leave out at most `tolerance`, or the tree
+    comes to its end before: ask `within`."""
     log_weights: list[NDArray[np.float64]] = []
     scored, log_z, log_scale = 0, -math.inf, 0.0
     while True:
-        _grow(tree, log_scale, tolerance)
+        while not tree.exhausted and _wanting(tree, log_scale, tolerance):
+            tree.expand(log_scale)
         fresh = tree.completions[scored:]
         scored += len(fresh)
         if fresh:
@@ -50,23 +48,16 @@ def exact_posterior(tree: PrefixTree, log_weight: LogWeight, *, tolerance: float
         if tree.exhausted or not _wanting(tree, log_scale, tolerance):
             break
     log_weight_N = np.concatenate([np.zeros(0), *log_weights])
-    nothing = log_z == -math.inf
     return ExactPosterior(
         support=tree.support(),
         log_weight_N=log_weight_N,
-        log_p_N=log_weight_N if nothing else log_weight_N - log_z,
+        log_p_N=log_weight_N - log_z if math.isfinite(log_z) else log_weight_N,
         log_z=log_z,
         left_out_p=_share(tree.log_left_out_reward, log_z),
     )
 
 
-def _grow(tree: PrefixTree, log_scale: float, tolerance: float) -> None:
-    while not tree.exhausted and _wanting(tree, log_scale, tolerance):
-        tree.expand(log_scale)
-
-
 def _wanting(tree: PrefixTree, log_scale: float, tolerance: float) -> bool:
-    """Whether more than `tolerance` is left out, rewards being compared to `log_scale`."""
     left_out_p = _share(tree.log_left_out_reward, log_scale)
     return left_out_p > tolerance or bool((tree.left_out_q_K > tolerance).any())
 

@@ -1,6 +1,6 @@
 """What a comparison with the posterior found, prompt by prompt."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -150,22 +150,18 @@ _METRICS: dict[str, tuple[str, str, Literal["higher", "lower"]]] = {
 def mean_bounds(bounds: Sequence[Bounds | None]) -> dict[str, float | dict[int, float] | None]:
     """Means of the estimates over prompts, by name; intervals stay with the prompts."""
     known = [one for one in bounds if one is not None]
-    sizes = sorted({k for one in known for k in one.iwae})
+
+    def mean(intervals: Iterable[Interval | None]) -> float | None:
+        return mean_of(one.value for one in intervals if one is not None)
+
     means: dict[str, float | dict[int, float] | None] = {
-        field.name: mean_of(_value(getattr(one, field.name)) for one in known)
+        field.name: mean(getattr(one, field.name) for one in known)
         for field in fields(Bounds)
         if field.name not in ("iwae", "samples", "posterior_samples")
     }
-    means["iwae"] = {k: value for k in sizes if (value := mean_of(_of_size(known, k))) is not None}
+    by_size = {k: mean(one.iwae.get(k) for one in known) for one in known for k in sorted(one.iwae)}
+    means["iwae"] = {k: value for k, value in sorted(by_size.items()) if value is not None}
     return means
-
-
-def _of_size(bounds: Sequence[Bounds], k: int) -> Iterator[float | None]:
-    return (_value(one.iwae.get(k)) for one in bounds)
-
-
-def _value(interval: Interval | None) -> float | None:
-    return None if interval is None else interval.value
 
 
 def as_json(assessment: Assessment, *, run: str | None) -> str:

@@ -57,19 +57,14 @@ def posterior_samples(
     max_rows: int,
     generator: torch.Generator,
 ) -> PosteriorSamples:
-    """Read the posterior from `draws` free texts of the LM, no more and no fewer.
+    """Read the posterior from `draws` free texts of the frozen LM `model`.
 
-    The number is fixed beforehand, because stopping at a wanted number of samples would bias
+    Their number is fixed beforehand, because stopping at a wanted number of samples would bias
     `log_z`. Where no text fits, Z(X) is below about 3 / draws (95 %), and nothing else is known.
+    Where `tool` speaks, a text must hold exactly what it would say.
 
-    Args:
-        model: the frozen LM, no adapter.
-        actions: which Z are legal; where `tool` speaks, a text must hold exactly what it would say.
-        generator: on the model's device.
-
-    Raises:
-        NoRejectionSampling: the task's reward is a function of its own.
-        ValueError: an empty Y, or a text that outgrows the model.
+    Raises NoRejectionSampling (the reward is a function of the task's own) and ValueError (an empty
+    Y, or a text that outgrows the model).
     """
     if query.kind == "function":
         raise NoRejectionSampling(
@@ -79,21 +74,18 @@ def posterior_samples(
     item = query.item(prompt, (), np.zeros(1, dtype=np.int32))
     context, answer = tuple(item.context.tolist()), tuple(item.answer.tolist())
     readings = [Reading(actions, tool, answer) for _ in range(draws)]
-    # A sampler needs a token to stop by: whatever that is, it is drawn like any other token, and a
-    # text that it ended is continued behind it if need be.
+    # The token that ends the sampler is drawn like any other, and texts go on behind it.
     free = ActionSpace(
         stop_token=actions.stop_token,
         legal_tokens=None,
         min_len=0,
         max_len=min(CHUNK, actions.max_len + len(answer)),
     )
-    unsettled = readings
-    while unsettled:
+    while unsettled := [reading for reading in readings if reading.open]:
         requests = [Request(prompt=(*context, *reading.tokens)) for reading in unsettled]
         continued = _continue(model, requests, free, max_rows, generator)
         for reading, tokens in zip(unsettled, continued, strict=True):
             reading.feed(tokens)
-        unsettled = [reading for reading in unsettled if reading.open]
     return PosteriorSamples(
         completions=tuple(found for reading in readings for found in reading.found),
         draw_M=np.repeat(np.arange(draws), [len(reading.found) for reading in readings]),
@@ -105,8 +97,8 @@ def posterior_samples(
 class Reading:
     """Reads a growing text as Z Y in every possible way.
 
-    Z is read from the left as the policy would have produced it, so which tokens are the tool's
-    follows from the text alone. Raises ValueError for an empty answer, which every text would fit.
+    Z is read as the policy would have produced it, so which tokens are the tool's follows from the
+    text alone. Raises ValueError for an empty answer, which every text would fit.
     """
 
     def __init__(self, actions: ActionSpace, tool: Tool | None, answer: Sequence[int]) -> None:

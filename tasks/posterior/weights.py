@@ -36,11 +36,7 @@ class Completed:
 
 
 def log_reward_of(task: Task, model: CausalLM, token_budget: int) -> LogReward:
-    """The task's own function where it has one, else the frozen LM `model`.
-
-    Args:
-        token_budget: tokens of one padded micro-batch, at most.
-    """
+    """The task's own function where it has one, else the frozen LM `model`."""
     function = task.log_reward
     if function is not None:
         return lambda items: [function(item) for item in items]
@@ -56,13 +52,8 @@ def draw_log_weights(
     log_reward: LogReward,
     temperature: float,
 ) -> Floats:
-    """log w of `count` independent completions of a policy, in the order drawn: [N].
-
-    Sampled at temperature 1; log q is what the sampler recorded.
-
-    Args:
-        temperature: T, that R enters as R^(1/T).
-    """
+    """log w of `count` independent completions of a policy at temperature 1, in the order drawn:
+    [N]. log q is what the sampler recorded."""
     drawn = draw([Request(prompt=prompt.prompt)] * count)
     log_q_N = np.array([completion.log_q for completion in drawn])
     completions = [tuple(completion.tokens.tolist()) for completion in drawn]
@@ -79,11 +70,7 @@ def log_weights(
     log_reward: LogReward,
     temperature: float,
 ) -> Floats:
-    """log w of given completions, such as samples of the posterior: [M].
-
-    Args:
-        model: the policy, adapter on.
-        temperature: T, that R enters as R^(1/T).
+    """log w of given completions, such as samples of the posterior, under the policy `model`: [M].
 
     Raises IllegalCompletion for one that the policy cannot produce.
     """
@@ -121,9 +108,7 @@ def log_rewards(
     query: RewardQuery,
     log_reward: LogReward,
 ) -> Floats:
-    """log R(Z ⊤) of each whole completion, untempered: [M].
-
-    Equal ones of one prompt are scored once, and all together, so that they share prompts.
+    """log R(Z ⊤) of each completion, untempered: [M]; equal ones of one prompt are scored once.
 
     Args:
         prompts: of each completion, or the one of all.
@@ -132,12 +117,6 @@ def log_rewards(
         prompts = [prompts] * len(completions)
     pairs = list(zip(prompts, completions, strict=True))
     distinct = list(dict.fromkeys(pairs))
-    items = [
-        query.item(
-            prompt, np.array(tokens, dtype=np.int32), np.array([len(tokens)], dtype=np.int32)
-        )
-        for prompt, tokens in distinct
-    ]
-    scores = [float(score[-1]) for score in log_reward(items)]
-    known = dict(zip(distinct, scores, strict=True))
-    return np.array([known[pair] for pair in pairs])
+    items = [query.item(x, z, np.array([len(z)], dtype=np.int32)) for x, z in distinct]
+    known = dict(zip(distinct, log_reward(items), strict=True))
+    return np.array([float(known[pair][-1]) for pair in pairs])

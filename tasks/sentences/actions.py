@@ -27,10 +27,7 @@ def sentence_actions(
     impossible = _IMPOSSIBLE | set(stop_text)
     legal = tuple(i for i, text in enumerate(texts) if text and not impossible & set(text))
     actions = ActionSpace(
-        stop_token=stop[0],
-        legal_tokens=legal,
-        min_len=config.min_len,
-        max_len=config.max_len,
+        stop_token=stop[0], legal_tokens=legal, min_len=config.min_len, max_len=config.max_len
     )
     return narrowed(actions, config, tokenizer)
 

@@ -61,14 +61,10 @@ def write_sentences(
     Args:
         temperature: at which they are drawn; None: that of the settings.
 
-    Raises:
-        TooFewDemonstrations: more worked examples than the task has.
-        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+    Raises TooFewDemonstrations, FileNotFoundError, AdapterMismatch.
     """
     settings, shared = context.settings, context.language_model
-    shots: _Tokens = ()
-    if context.shots:
-        shots = worked_examples(task, shared.tokenizer, count=context.shots, seed=context.seed)
+    shots = worked_examples(task, shared.tokenizer, count=context.shots, seed=context.seed)
     shown = [(*shots, *prompt.prompt) for prompt in prompts]
     context.progress(f"writing {settings.samples} sentences for each of {len(prompts)} prompts")
     groups = _decode(task, context, shown, temperature or settings.temperature)
@@ -83,13 +79,12 @@ def write_sentences(
         log_reward_of(task, shared.base.model, context.token_budget),
     )
     scored = iter(log_r.tolist())
-    written = [
-        [
-            Sentence(shared.tokenizer.decode(list(draft.tokens)).strip(), next(scored), draft.log_q)
-            for draft in group
-        ]
-        for group in groups
-    ]
+
+    def scored_sentence(draft: _Draft) -> Sentence:
+        text = shared.tokenizer.decode(list(draft.tokens)).strip()
+        return Sentence(text, next(scored), draft.log_q)
+
+    written = [[scored_sentence(draft) for draft in group] for group in groups]
     if several:
         written = [sorted(group, key=lambda sentence: -sentence.log_reward) for group in written]
     return [group[: settings.samples] for group in written]
@@ -102,14 +97,8 @@ def _decode(
     settings = context.settings
     number = settings.samples * settings.candidates
     if settings.decoding == "sample":
-        drawn = context.draw(
-            task.actions,
-            texts,
-            number,
-            tool=task.tool,
-            temperature=temperature,
-            top_p=settings.top_p,
-        )
+        draw = partial(context.draw, temperature=temperature, top_p=settings.top_p)
+        drawn = draw(task.actions, texts, number, tool=task.tool)
         return [[_Draft(tuple(z.tokens.tolist()), z.log_q) for z in same] for same in drawn]
     with context.language_model.with_adapter(context.adapter) as model:
         search = BeamSearch(

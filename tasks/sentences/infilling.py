@@ -19,12 +19,7 @@ from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.held_out import Split, read_splits
 from tasks.sentences.actions import STOP_TEXT, demonstrate, sentence_actions
-from tasks.sentences.evaluation import (
-    Sentence,
-    likeness_of,
-    sentence_metrics,
-    write_sentences,
-)
+from tasks.sentences.evaluation import Sentence, likeness_of, sentence_metrics, write_sentences
 from tasks.sentences.metrics import Likeness, bleu4, gleu4
 from tasks.sentences.story_files import Story, load_stories
 from tasks.task import TestItem, Tokenizer

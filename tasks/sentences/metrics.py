@@ -36,16 +36,12 @@ def self_bleu4(sentences: Sequence[str]) -> float | None:
         return None
     smoothing = SmoothingFunction().method1
     texts = [words(sentence) for sentence in sentences]
-    return float(
-        np.mean(
-            [
-                sentence_bleu(texts[:at] + texts[at + 1 :], text, smoothing_function=smoothing)
-                if text
-                else 0.0
-                for at, text in enumerate(texts)
-            ]
-        )
-    )
+    bleu = [
+        sentence_bleu(texts[:at] + texts[at + 1 :], text, smoothing_function=smoothing)
+        for at, text in enumerate(texts)
+        if text
+    ]
+    return float(sum(bleu) / len(texts))
 
 
 def gleu4(written: str, true: str) -> float:
@@ -60,10 +56,9 @@ def word_distance(one: str, other: str) -> float:
 
 def diversity(sentences: Sequence[str], likeness: Likeness | None) -> float:
     """Mean distance of two of the sentences: 1 - likeness, or by words; 0 for fewer than two."""
-    pairs = list(combinations(sentences, 2))
-    if not pairs:
+    if len(sentences) < 2:
         return 0.0
+    ones, others = zip(*combinations(sentences, 2), strict=True)
     if likeness is None:
-        return float(np.mean([word_distance(one, other) for one, other in pairs]))
-    ones, others = zip(*pairs, strict=True)
-    return float(np.mean([1 - alike for alike in likeness(ones, others)]))
+        return float(np.mean(list(map(word_distance, ones, others))))
+    return 1 - float(np.mean(likeness(ones, others)))

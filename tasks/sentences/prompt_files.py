@@ -40,11 +40,8 @@ PROMPT, NEXT = _Record.model_fields
 
 
 def load_continued(path: str) -> tuple[tuple[str, str], ...]:
-    """All prompts of a file with their next sentences; raises DataError with the bad lines.
-
-    A line is bad when it has no "prompt" and "next", or when either is what `load_prompts` would
-    refuse. Other keys are ignored.
-    """
+    """All prompts of a file with their next sentences; raises DataError with the bad lines: either
+    text is missing, or what `load_prompts` would refuse. Other keys are ignored."""
     return read_records(path, _Record, _pair)
 
 

@@ -16,8 +16,7 @@ from tasks.subjectivity.data import LABELS, Label, LabelledReview
 from tasks.task import AnsweredTask, TestItem
 
 Tokens = tuple[int, ...]
-# Texts whose answers are scored together: bounds memory, as each has logits of the vocabulary.
-_TEXTS = 64
+_TEXTS = 64  # whose answers are scored together: each has logits of the vocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +42,7 @@ def evaluate_labels(
     of an adapter that supervised fine-tuning made, the label without a reason counts.
 
     Args:
-        answers: Y behind a reason.
-        bare_answers: ... and without one.
+        answers: Y behind a reason; bare_answers: without one.
 
     Raises FileNotFoundError, AdapterMismatch, TooFewDemonstrations.
     """
@@ -61,6 +59,7 @@ def evaluate_labels(
         reasons, probability_NK = None, bare_N[:, None]
     else:
         reasons, probability_NK = _reasoned(task, context, items, answers)
+    found = [likelier_label(probability) for probability in probability_NK.mean(axis=1)]
     return Evaluation(
         task=task.name,
         temperature=context.temperature,
@@ -69,14 +68,11 @@ def evaluate_labels(
             Example(
                 question=item.review.text,
                 rationale="" if reasons is None else reasons[number][0],
-                answer=likelier_label(probability) or "",
+                answer=found[number] or "",
                 truth=item.review.label,
-                right=likelier_label(probability) == item.review.label,
+                right=found[number] == item.review.label,
             )
-            for number, (item, probability) in enumerate(
-                zip(items, probability_NK.mean(axis=1), strict=True)
-            )
-            if number < context.settings.examples
+            for number, item in enumerate(items[: context.settings.examples])
         ),
     )
 
@@ -91,15 +87,17 @@ def _metrics(
     mean = partial(Metric.mean, items=len(items), samples=probability_NK.shape[1])
     by = "" if reasons is not None else ", without a reason"
     right = _right(items, probability_NK.mean(axis=1))
-    metrics = {"accuracy": mean(f"reviews labelled right{by}", right, ".1%")}
-    if reasons is not None:
-        single = [right for one_N in probability_NK.T for right in _right(items, one_N)]
-        metrics["single"] = mean("... by one reason alone", single, ".1%")
-    metrics["bare"] = mean("... without a reason", _right(items, bare_N), ".1%")
-    if reasons is not None:
-        distinct = [len(set(same)) for same in reasons]
-        metrics["distinct"] = mean("different reasons of a review", distinct, ".2f")
-    return metrics
+    accuracy = mean(f"reviews labelled right{by}", right, ".1%")
+    bare = mean("... without a reason", _right(items, bare_N), ".1%")
+    if reasons is None:
+        return {"accuracy": accuracy, "bare": bare}
+    single = [right for one_N in probability_NK.T for right in _right(items, one_N)]
+    return {
+        "accuracy": accuracy,
+        "single": mean("... by one reason alone", single, ".1%"),
+        "bare": bare,
+        "distinct": mean("different reasons of a review", [len(set(z)) for z in reasons], ".2f"),
+    }
 
 
 def _reasoned(
@@ -156,11 +154,9 @@ def _edges(
 ) -> Iterator[tuple[Tokens, int]]:
     """Each token of an answer from where the answers differ, with all that stands before it."""
     first, second = (answers[each] for each in LABELS)
-    shared = 0
-    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
-        shared += 1
+    same = [one == other for one, other in zip(first, second, strict=False)]
     answer = answers[label]
-    for at in range(shared, len(answer)):
+    for at in range([*same, False].index(False), len(answer)):
         yield (*text, *answer[:at]), answer[at]
 
 
