@@ -58,7 +58,6 @@ class ArithmeticConfig(HeldOutConfig, Lengths):
     reward_demonstrations: int = Field(
         default=0, ge=0, description="Worked questions that the reward's context starts with."
     )
-    min_len: int = Field(default=1, ge=0, description="Tokens of a rationale before it may stop.")
     stop_after_tool: bool = Field(
         default=True,
         description="A rationale may stop only behind a result of the calculator; false: anywhere.",

@@ -64,10 +64,8 @@ def read_splits(
 ) -> Splits[Record]:
     """The files of both splits, and `training` without what is carved out of it.
 
-    Args:
-        text: what makes two records the same.
-
-    Raises DataError for a file that `load` refuses, and for records that are in both splits.
+    Records of equal `text` are the same. Raises DataError for a file that `load` refuses, and for
+    records that are in both splits.
     """
     tests, validation = (tuple(map(load, paths)) for paths in (config.tests, config.validation))
     share = 0.0 if validation else config.validation_share

@@ -73,28 +73,22 @@ class Task(Protocol):
     @property
     def log_reward(self) -> Callable[[ScoreItem], NDArray[np.float32]] | None:
         """[S] nats at an item's stop states, untempered; None where the frozen LM scores."""
-        ...
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
-        """Whether the completion is right; None where the task cannot tell."""
-        ...
+        """Is the completion right? None where the task cannot tell."""
 
     def valid(self, completion: Sequence[int]) -> bool:
-        """Whether the completion is one that the task means at all."""
-        ...
+        """Is the completion one that the task means at all?"""
 
     @property
     def held_out(self) -> Mapping[Split, Sequence[Sequence[TestItem]]]:
         """Items of each split, file by file: in neither the other split nor the training data."""
-        ...
 
     def check_evaluation(self, split: Split = "test") -> None:
         """Raise, before a run starts, where something that `evaluate` needs is not there."""
-        ...
 
     def evaluate(self, context: EvaluationContext) -> Evaluation:
         """Measure a policy on `context.split`; where nothing is held out, against the posterior."""
-        ...
 
 
 @runtime_checkable
@@ -104,7 +98,6 @@ class AnsweredTask(Task, Protocol):
     @property
     def answered(self) -> Sequence[Demonstration]:
         """X with Y as it stands without a rationale, each; what supervised fine-tuning learns."""
-        ...
 
 
 @runtime_checkable
@@ -118,8 +111,6 @@ class QuestionTask(Task, Protocol):
     @property
     def answer_actions(self) -> ActionSpace:
         """How the base LM answers: any token, until end of text or long enough."""
-        ...
 
     def parse_answer(self, text: str) -> int | None:
         """The answer in a text that the base LM wrote behind X Z; None where it is none."""
-        ...

@@ -1,7 +1,7 @@
 """Bounds of log Z against exact values: of written-down distributions, and of enumerable LMs."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -217,24 +217,19 @@ def test_bounds_of_a_language_model_agree_with_enumeration(
     log_z, p, q = log_sum(log_r), normalised(log_r), np.exp(log_q)
     rng = np.random.default_rng(5)
     sampled = rng.choice(len(strings), size=2000, p=p)
+
+    def log_weight(completions: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+        return log_rewards(completions, toy.prompt, toy.query, toy.log_reward) / temperature
+
     bounds = bound_log_z(
-        draw_log_weights(
-            toy.policy(seed=11).sample,
-            toy.prompt,
-            count=2000,
-            query=toy.query,
-            log_reward=toy.log_reward,
-            temperature=temperature,
-        ),
+        draw_log_weights(toy.policy(seed=11).sample, toy.prompt, 2000, log_weight),
         sizes=(1, 8, 64),
         log_posterior_weight_M=log_weights(
             toy.policy_model,
             toy.actions,
             toy.prompt,
             [strings[number] for number in sampled],
-            query=toy.query,
-            log_reward=toy.log_reward,
-            temperature=temperature,
+            log_weight,
         ),
         rng=rng,
     )

@@ -19,7 +19,7 @@ from tasks.posterior.rejection import (
     Reading,
     posterior_samples,
 )
-from tasks.posterior.weights import log_weights
+from tasks.posterior.weights import log_rewards, log_weights
 from tests.bounds_toy import LEGAL, OUTSIDE, STOP, VOCAB_SIZE, Toy, log_sum, make_toy, normalised
 
 # One begins with no legal token, so that a text fits in one way at most. One is legal, so that it
@@ -170,9 +170,7 @@ def test_eubo_of_rejection_samples_is_log_z_and_kl() -> None:
         toy.actions,
         toy.prompt,
         samples.completions,
-        query=toy.query,
-        log_reward=toy.log_reward,
-        temperature=1.0,
+        lambda texts: log_rewards(texts, toy.prompt, toy.query, toy.log_reward),
     )
     bounds = bound_log_z(
         np.zeros(10),

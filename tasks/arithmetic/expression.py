@@ -17,7 +17,7 @@ _QUESTION = re.compile(r"Question: ([0-9](?: [+-] [0-9])+) = \? Answer:")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of working, 'left operator right = result'; the result is what was written."""
+    """One line of working, 'left operator right = result'."""
 
     left: int
     operator: Operator

@@ -1,9 +1,8 @@
 """Right answers to test questions: a vote among answers that the base LM draws from rationales.
 
-For each question `samples` rationales Z ~ q(Z | X) are drawn from the policy, and the base LM, its
-adapter off, says what follows each: the likeliest Y of p_LM(Y | X Z). The commonest answer counts
-(Bayesian model average, Hu et al. 2024, section 3). A text that is no answer is a vote for none,
-and never a number.
+For each question `samples` rationales Z ~ q(Z | X) are drawn, and the base LM, adapter off, says
+what follows each: the likeliest Y of p_LM(Y | X Z). The commonest answer counts (Bayesian model
+average, Hu et al. 2024, section 3). A text that is no answer is a vote for none.
 """
 
 from collections import Counter

@@ -4,7 +4,7 @@ of log Z where it cannot."""
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,14 +20,13 @@ from lm.adapter import adapter_off
 from lm.model import CausalLM, vocab_size
 from lm.next_action import NextLogits, Prefix
 from lm.sampling import Completion, Request
-from reward.request import ScoreItem
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
-from tasks.posterior.bounds import Bounds, UnusableWeights, bound_log_z
+from tasks.posterior.bounds import UnusableWeights, bound_log_z
 from tasks.posterior.ceiling import ceiling_of
 from tasks.posterior.divergence import coverage, divergence
 from tasks.posterior.enumeration import PrefixTree
-from tasks.posterior.exact import ExactPosterior, exact_posterior
+from tasks.posterior.exact import ExactPosterior, LogWeight, exact_posterior
 from tasks.posterior.records import Assessment, Picture, PolicyReport, PromptReport, StringShare
 from tasks.posterior.rejection import PosteriorSamples, posterior_samples
 from tasks.posterior.weights import (
@@ -118,17 +117,19 @@ class _Assessor:
     def base(self) -> _Policy:
         return self.policies[-1]
 
-    def log_reward(self, items: Sequence[ScoreItem]) -> list[NDArray[np.float32]]:
-        with self.base.active():
-            return self.score(items)
-
     def assess(self, prompt: Prompt) -> tuple[PromptReport, Picture | None]:
         """Everything about one prompt; a picture only where it can be enumerated."""
-        posterior = self.enumerate(prompt)
+
+        def log_weight(completions: Sequence[Prefix]) -> NDArray[np.float64]:
+            with self.base.active():
+                log_r = log_rewards(completions, prompt, self.task.reward_query, self.score)
+            return log_r / self.context.temperature
+
+        posterior = self.enumerate(prompt, log_weight)
         enumerable = posterior.within(self.context.posterior.tolerance, policy=0)
         samples = self.posterior_samples(prompt)
         reports = [
-            self.report(number, prompt, posterior if enumerable else None, samples)
+            self.report(number, prompt, log_weight, posterior if enumerable else None, samples)
             | {"left_out_q": float(left_out_q)}
             for number, left_out_q in enumerate(posterior.support.left_out_q_K)
         ]
@@ -150,7 +151,7 @@ class _Assessor:
         texts = [self.decode(list(z)) for z in posterior.support.completions]
         return report, Picture(posterior=posterior, texts=texts, valid_N=self.valid(posterior))
 
-    def enumerate(self, prompt: Prompt) -> ExactPosterior:
+    def enumerate(self, prompt: Prompt, log_weight: LogWeight) -> ExactPosterior:
         size = vocab_size(self.base.model)
         task, temperature = self.task, self.context.temperature
         ceiling = ceiling_of(task, prompt, self.base, vocab_size=size, temperature=temperature)
@@ -163,11 +164,6 @@ class _Assessor:
             vocab_size=size,
             max_nodes=self.context.posterior.max_nodes,
         )
-
-        def log_weight(completions: Sequence[Prefix]) -> NDArray[np.float64]:
-            return (
-                log_rewards(completions, prompt, task.reward_query, self.log_reward) / temperature
-            )
 
         return exact_posterior(tree, log_weight, tolerance=self.context.posterior.tolerance)
 
@@ -193,13 +189,32 @@ class _Assessor:
         self,
         number: int,
         prompt: Prompt,
+        log_weight: LogWeight,
         posterior: ExactPosterior | None,
         samples: PosteriorSamples | None,
     ) -> dict[str, Any]:
         """Fields of a PolicyReport; without a posterior those that need no enumeration."""
-        log_weight_N = self.draw_log_weights(number, prompt)
+        policy, context, actions = self.policies[number], self.context, self.task.actions
+        draw = context.drawing(policy.model, actions, self.task.tool, seed=context.seed)
+
+        def policy_draw(requests: Sequence[Request]) -> list[Completion]:
+            with policy.active():
+                return draw(requests)
+
+        log_weight_N = draw_log_weights(policy_draw, prompt, context.posterior.samples, log_weight)
+        more: dict[str, Any] = {}
+        if samples is not None and samples.completions:
+            more["posterior_draw_M"] = samples.draw_M
+            with policy.active():
+                more["log_posterior_weight_M"] = log_weights(
+                    policy.model, actions, prompt, samples.completions, log_weight
+                )
+        rng = np.random.default_rng([context.seed, number])
+        bounds = None  # where a completion that the policy draws has no reward at all
+        with suppress(UnusableWeights):
+            sizes = context.posterior.iwae_sizes
+            bounds = bound_log_z(log_weight_N, sizes=sizes, rng=rng, **more)
         log_z = float(np.logaddexp.reduce(log_weight_N)) - math.log(len(log_weight_N))
-        bounds = self.bounds(number, prompt, log_weight_N, samples)
         found = {"log_z_estimate": log_z, "bounds": bounds}
         if posterior is None:
             return found
@@ -232,52 +247,6 @@ class _Assessor:
             "oversampled": told(over[q_N[over] > p_N[over]]),
             "undersampled": told(under[p_N[under] > q_N[under]]),
         }
-
-    def draw_log_weights(self, number: int, prompt: Prompt) -> NDArray[np.float64]:
-        task, policy = self.task, self.policies[number]
-        draw = self.context.drawing(policy.model, task.actions, task.tool, seed=self.context.seed)
-
-        def policy_draw(requests: Sequence[Request]) -> list[Completion]:
-            with policy.active():
-                return draw(requests)
-
-        return draw_log_weights(
-            policy_draw,
-            prompt,
-            count=self.context.posterior.samples,
-            query=task.reward_query,
-            log_reward=self.log_reward,
-            temperature=self.context.temperature,
-        )
-
-    def bounds(
-        self,
-        number: int,
-        prompt: Prompt,
-        log_weight_N: NDArray[np.float64],
-        samples: PosteriorSamples | None,
-    ) -> Bounds | None:
-        """None where a completion that the policy draws has no reward at all."""
-        found: dict[str, Any] = {}
-        if samples is not None and samples.completions:
-            found["posterior_draw_M"] = samples.draw_M
-            policy = self.policies[number]
-            with policy.active():
-                found["log_posterior_weight_M"] = log_weights(
-                    policy.model,
-                    self.task.actions,
-                    prompt,
-                    samples.completions,
-                    query=self.task.reward_query,
-                    log_reward=self.log_reward,
-                    temperature=self.context.temperature,
-                )
-        rng = np.random.default_rng([self.context.seed, number])
-        try:
-            sizes = self.context.posterior.iwae_sizes
-            return bound_log_z(log_weight_N, sizes=sizes, rng=rng, **found)
-        except UnusableWeights:
-            return None
 
     def valid(self, posterior: ExactPosterior) -> NDArray[np.bool_]:
         """[N] whether the task means each completion."""

@@ -1,5 +1,5 @@
 """How much reward can be left in completions that nobody looked at: upper bounds on the sum of
-R^(1/T) over the completions that begin with a prefix of an enumeration's frontier.
+R^(1/T), as logarithms, over the completions that begin with a prefix of an enumeration's frontier.
 """
 
 import math
@@ -18,31 +18,14 @@ Floats = NDArray[np.float64]
 _NEXT_TO_NOTHING = -25.0  # nats below the bound on everything
 
 
-class Ceiling(Protocol):
-    """Bounds on sums of R^(1/T), as logarithms; of_everything: over all completions."""
-
-    @property
-    def of_everything(self) -> float: ...
-
-    def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
-        """[N, V] over the completions that begin with a prefix and each next token.
-
-        Args:
-            prefixes: tokens of completions, tool text included; without the prompt.
-            log_bound_N: what this ceiling said of each prefix itself.
-        """
-        ...
-
-
 class PriorCeiling:
     """For rewards p_LM(Z Y | X)^(1/T) with T <= 1: the frozen LM's own mass below a prefix.
 
-    The events "the text behind X begins with Z Y" are disjoint for different Z when the first token
-    of Y is none that the policy may choose; then sum_Z p_LM(Z Y | X) <= p_LM(prefix | X) over the Z
-    that begin with the prefix. When it is one, several Z on the way of one text may be followed by
-    Y, yet no more than there are places to stop, from min_len to max_len, and a text that a tool
-    carried beyond max_len stops in a single place: the bound grows by that number. And
-    sum R^(1/T) <= (sum R)^(1/T) for T <= 1, whatever R. For T > 1 no such bound holds.
+    When the first token of Y is none that the policy may choose, the events "the text behind X
+    begins with Z Y" are disjoint, so sum_Z p_LM(Z Y | X) <= p_LM(prefix | X) over the Z that begin
+    with the prefix. Else one text may read as Z Y in as many ways as there are places to stop, from
+    min_len to max_len, and the bound grows by that number. And sum R^(1/T) <= (sum R)^(1/T) for
+    T <= 1, whatever R; for T > 1 no such bound holds.
 
     Raises ValueError for T > 1.
     """
@@ -67,7 +50,12 @@ class PriorCeiling:
         self._temperature = temperature
 
     def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
-        """One pass of the frozen LM; see Ceiling."""
+        """[N, V] over the completions that begin with a prefix and each next token; one pass.
+
+        Args:
+            prefixes: tokens of completions, tool text included; without the prompt.
+            log_bound_N: what this ceiling said of each prefix itself.
+        """
         texts = [(*self._context, *prefix) for prefix in prefixes]
         log_p_NV = self._model.token_log_probs(texts).cpu().numpy().astype(np.float64)
         return log_bound_N[:, None] + log_p_NV / self._temperature
@@ -99,7 +87,7 @@ class FunctionCeiling:
         self.of_everything = self._below((), length=0)
 
     def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
-        """See Ceiling; -inf where the policy has no such choice."""
+        """As PriorCeiling; -inf where the policy has no such choice."""
         bound_NV = np.full((len(prefixes), self._vocab_size), -np.inf)
         for bound_V, prefix in zip(bound_NV, prefixes, strict=True):
             length = len(prefix) + 1
@@ -121,6 +109,9 @@ class FunctionCeiling:
             for longer in range(max(length, self._actions.min_len), self._actions.max_len + 1)
         ]
         return float(np.logaddexp.reduce([-np.inf, *log_sums]))
+
+
+Ceiling = PriorCeiling | FunctionCeiling
 
 
 def ceiling_of(

@@ -17,6 +17,7 @@ from lm.scoring import completion_log_probs
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 from tasks.evaluation.context import Draw
+from tasks.posterior.exact import LogWeight
 from tasks.task import Task
 
 Floats = NDArray[np.float64]
@@ -43,21 +44,12 @@ def log_reward_of(task: Task, model: CausalLM, token_budget: int) -> LogReward:
     return lambda items: suffix_log_rewards(model, items, token_budget)
 
 
-def draw_log_weights(
-    draw: Draw,
-    prompt: Prompt,
-    *,
-    count: int,
-    query: RewardQuery,
-    log_reward: LogReward,
-    temperature: float,
-) -> Floats:
+def draw_log_weights(draw: Draw, prompt: Prompt, count: int, log_weight: LogWeight) -> Floats:
     """log w of `count` independent completions of a policy at temperature 1, in the order drawn:
     [N]. log q is what the sampler recorded."""
     drawn = draw([Request(prompt=prompt.prompt)] * count)
     log_q_N = np.array([completion.log_q for completion in drawn])
-    completions = [tuple(completion.tokens.tolist()) for completion in drawn]
-    return log_rewards(completions, prompt, query, log_reward) / temperature - log_q_N
+    return log_weight([tuple(completion.tokens.tolist()) for completion in drawn]) - log_q_N
 
 
 def log_weights(
@@ -65,18 +57,14 @@ def log_weights(
     actions: ActionSpace,
     prompt: Prompt,
     completions: Sequence[Completed],
-    *,
-    query: RewardQuery,
-    log_reward: LogReward,
-    temperature: float,
+    log_weight: LogWeight,
 ) -> Floats:
     """log w of given completions, such as samples of the posterior, under the policy `model`: [M].
 
     Raises IllegalCompletion for one that the policy cannot produce.
     """
     log_q_M = log_probs(model, actions, prompt, completions)
-    texts = [completion.tokens for completion in completions]
-    return log_rewards(texts, prompt, query, log_reward) / temperature - log_q_M
+    return log_weight([completion.tokens for completion in completions]) - log_q_M
 
 
 @torch.inference_mode()

@@ -13,27 +13,18 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.spelling import spell
 from tasks.config import ContinuationConfig
-from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Metric
-from tasks.held_out import Split, read_splits
+from tasks.held_out import read_splits
 from tasks.sentences.actions import demonstrate, sentence_actions
-from tasks.sentences.evaluation import likeness_of, sentence_metrics, write_sentences
+from tasks.sentences.evaluation import SentenceTask, likeness_of, sentence_metrics, write_sentences
 from tasks.sentences.prompt_files import load_continued, load_prompts
 from tasks.task import TestItem, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Continuation(PlainTask):
+class Continuation(SentenceTask):
     """See tasks.task.Task. No continuation is right or wrong."""
-
-    embedder: str | None = None  # of sentences that are compared; None: by words
-
-    def check_evaluation(self, split: Split = "test") -> None:
-        """Raises ModelNotFound, too, where the encoder of sentences is not there."""
-        super().check_evaluation(split)
-        if self.held_out[split]:
-            likeness_of(self.embedder)
 
     def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
         """Next sentences of held-out prompts: how likely, and how different."""

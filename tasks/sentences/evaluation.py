@@ -1,6 +1,7 @@
 """Measuring sentences that a policy writes, whatever they are for: how likely, how different."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -10,9 +11,11 @@ from actors.prompts import Prompt
 from learner.step_metrics import ess_share
 from lm.decoding import BeamSearch
 from lm.embedding import SentenceEmbedder
+from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Metric
 from tasks.evaluation.few_shot import worked_examples
+from tasks.held_out import Split
 from tasks.posterior.weights import log_reward_of, log_rewards
 from tasks.sentences.metrics import Likeness, diversity, self_bleu4
 from tasks.task import Task
@@ -44,6 +47,19 @@ def likeness_of(embedder: str | None) -> Likeness | None:
         return [float(cosine) for cosine in cosine_N]
 
     return likeness
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceTask(PlainTask):
+    """A task of one sentence, measured on held-out prompts by what is written."""
+
+    embedder: str | None = None  # of sentences that are compared; None: by words
+
+    def check_evaluation(self, split: Split = "test") -> None:
+        """Raises ModelNotFound, too, where the encoder of sentences is not there."""
+        super().check_evaluation(split)
+        if self.held_out[split]:
+            likeness_of(self.embedder)
 
 
 def write_sentences(

@@ -14,12 +14,17 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
 from tasks.config import InfillingConfig
-from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.held_out import Split, read_splits
 from tasks.sentences.actions import STOP_TEXT, demonstrate, sentence_actions
-from tasks.sentences.evaluation import Sentence, likeness_of, sentence_metrics, write_sentences
+from tasks.sentences.evaluation import (
+    Sentence,
+    SentenceTask,
+    likeness_of,
+    sentence_metrics,
+    write_sentences,
+)
 from tasks.sentences.metrics import Likeness, bleu4, gleu4
 from tasks.sentences.story_files import Story, load_stories
 from tasks.task import TestItem, Tokenizer
@@ -35,17 +40,10 @@ class StoryItem(TestItem):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Infilling(PlainTask):
+class Infilling(SentenceTask):
     """See tasks.task.Task. Many middles are right; those of test stories are known."""
 
     held_out: Mapping[Split, Sequence[Sequence[StoryItem]]]
-    embedder: str | None = None  # of sentences that are compared; None: by words
-
-    def check_evaluation(self, split: Split = "test") -> None:
-        """Raises ModelNotFound, too, where the encoder of sentences is not there."""
-        super().check_evaluation(split)
-        if self.held_out[split]:
-            likeness_of(self.embedder)
 
     def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
         """Middles of held-out stories against the true ones."""
