@@ -1,7 +1,7 @@
 """Settings of a task that is not shipped: `[task] name = "module:Class"`. Imports no torch.
 
-The class is a `tasks.custom.CustomTask`. Its module is looked for where Python looks, and last in
-the working directory, so that a file there hides no installed module.
+The class is a `tasks.custom.CustomTask`. Its module is looked for in the working directory last, so
+that a file there hides no installed module.
 """
 
 import importlib

@@ -33,8 +33,8 @@ from tasks.config import SubjectivityConfig
 from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
 from tasks.records import DataError
 from tasks.subjectivity.data import Label, load_reviews
-from tasks.subjectivity.evaluation import likelier_label, objective_probability
-from tasks.subjectivity.task import Subjectivity, build_subjectivity
+from tasks.subjectivity.evaluation import Subjectivity, likelier_label, objective_probability
+from tasks.subjectivity.task import build_subjectivity
 
 DATA = PROJECT_ROOT / "tasks/data/subjectivity"
 TRAIN, TEST = str(DATA / "train.jsonl"), str(DATA / "test.jsonl")

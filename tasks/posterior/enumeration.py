@@ -1,9 +1,8 @@
 """The prefix tree of one prompt, expanded in batches, the heaviest prefixes first.
 
-A completion is reached where the policy stops, and every completion is reached once: what a tool
-says is a function of the tokens before it, so that no two ways through the tree spell the same.
-What has not been reached begins with a prefix of the frontier, and the masses of the frontier add
-up to what is left out.
+A completion is reached where the policy stops, and once only, because what a tool says follows from
+the tokens before it. The others begin with a prefix of the frontier, whose masses add up to what is
+left out.
 """
 
 from collections.abc import Sequence
@@ -70,11 +69,9 @@ class _Frontier:
 
 
 class PrefixTree:
-    """Completions of one prompt, by and by.
+    """Completions of one prompt X, by and by, under K policies.
 
     Args:
-        prompt: token ids of X, what the policies condition on.
-        policies: K causal LMs whose q is wanted, at least one.
         ceiling: bounds the reward of what is left out; None where nothing does.
         max_nodes: prefixes that are visited at most.
     """
@@ -121,7 +118,7 @@ class PrefixTree:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no prefix is left, or none that may be visited."""
+        """No prefix is left, or none that may be visited."""
         return not len(self._frontier.token_M) or len(self._nodes) >= self._max_nodes
 
     @property
@@ -132,7 +129,7 @@ class PrefixTree:
     @property
     def log_left_out_reward(self) -> float:
         """Log of a bound on their sum of R^(1/T); inf where none is known."""
-        return float(np.logaddexp.reduce([*self._frontier.log_bound_M, self._log_never]))
+        return float(np.logaddexp.reduce(np.append(self._frontier.log_bound_M, self._log_never)))
 
     def support(self) -> Support:
         """What has been reached."""

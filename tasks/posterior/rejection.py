@@ -6,9 +6,9 @@ which is R(Z); so what is read is distributed as p(Z | X, Y), and
 
     E[number of Z read from a text] = sum over legal Z of R(Z) = Z(X)
 
-A text may be read in several ways, as Z Y and as a longer Z' Y' where Y occurs again: each counts,
-and such samples depend on one another (`PosteriorSamples.draw_M`). Where the first token of Y is
-none that the policy may choose, as in arithmetic, there is never more than one.
+A text in which Y occurs again is read in several ways: each counts, and such samples depend on one
+another (`PosteriorSamples.draw_M`). Where the policy may not choose the first token of Y, as in
+arithmetic, there is one way at most.
 """
 
 import math

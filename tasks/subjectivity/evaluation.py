@@ -7,13 +7,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from actors.demonstrations import Demonstration
 from lm.model import CausalLM
 from lm.next_action import next_logits
+from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.evaluation.few_shot import answered_examples
+from tasks.held_out import Split
 from tasks.subjectivity.data import LABELS, Label, LabelledReview
-from tasks.task import AnsweredTask, TestItem
+from tasks.task import TestItem
 
 Tokens = tuple[int, ...]
 _TEXTS = 64  # whose answers are scored together: each has logits of the vocabulary
@@ -26,55 +29,54 @@ class ReviewItem(TestItem):
     review: LabelledReview
 
 
-def evaluate_labels(
-    task: AnsweredTask,
-    context: EvaluationContext,
-    items: Sequence[ReviewItem],
-    *,
-    answers: Mapping[Label, Tokens],
-    bare_answers: Mapping[Label, Tokens],
-) -> Evaluation:
-    """Labels of held-out reviews, against the true ones.
+@dataclass(frozen=True, kw_only=True)
+class Subjectivity(PlainTask):
+    """See tasks.task.Task and tasks.task.AnsweredTask. Nobody gives reasons, and many are right."""
 
-    For each review `evaluation.samples` reasons Z are drawn of the policy; the frozen LM, or the
-    one that an M-step left, says how likely either label is behind each, and the label of the
-    greater mean counts (Bayesian model average). Behind worked examples (`evaluation.shots`), and
-    of an adapter that supervised fine-tuning made, the label without a reason counts.
+    answered: tuple[Demonstration, ...]
+    held_out: Mapping[Split, Sequence[Sequence[ReviewItem]]]
+    answers: Mapping[Label, Tokens]  # Y behind a reason
+    bare_answers: Mapping[Label, Tokens]  # ... and without one
 
-    Args:
-        answers: Y behind a reason; bare_answers: without one.
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """Labels of held-out reviews, against the true ones.
 
-    Raises FileNotFoundError, AdapterMismatch, TooFewDemonstrations.
-    """
-    answering = context.answering or context.language_model
-    shots: Tokens = ()
-    if context.shots:
-        tokenizer = answering.tokenizer
-        shots = answered_examples(task, tokenizer, count=context.shots, seed=context.seed)
-    context.progress(f"labelling {len(items)} reviews without a reason")
-    texts: list[tuple[Tokens, Tokens]] = [((*shots, *item.prompt.prompt), ()) for item in items]
-    with answering.with_adapter(context.adapter if context.imitates else None) as model:
-        bare_N = objective_probability(model, texts, bare_answers)
-    if shots or context.imitates:
-        reasons, probability_NK = None, bare_N[:, None]
-    else:
-        reasons, probability_NK = _reasoned(task, context, items, answers)
-    found = [likelier_label(probability) for probability in probability_NK.mean(axis=1)]
-    return Evaluation(
-        task=task.name,
-        temperature=context.temperature,
-        metrics=_metrics(items, bare_N, probability_NK, reasons),
-        examples=tuple(
-            Example(
-                question=item.review.text,
-                rationale="" if reasons is None else reasons[number][0],
-                answer=found[number] or "",
-                truth=item.review.label,
-                right=found[number] == item.review.label,
-            )
-            for number, item in enumerate(items[: context.settings.examples])
-        ),
-    )
+        For each review `evaluation.samples` reasons Z are drawn of the policy; the frozen LM, or
+        the one that an M-step left, says how likely either label is behind each, and the label of
+        the greater mean counts (Bayesian model average). Behind worked examples
+        (`evaluation.shots`), and of an adapter that supervised fine-tuning made, the label without
+        a reason counts.
+
+        Raises FileNotFoundError, AdapterMismatch, TooFewDemonstrations.
+        """
+        items = context.items(self.held_out)
+        answering = context.answering or context.language_model
+        tokenizer, count = answering.tokenizer, context.shots
+        shots = answered_examples(self, tokenizer, count=count, seed=context.seed)
+        context.progress(f"labelling {len(items)} reviews without a reason")
+        texts: list[tuple[Tokens, Tokens]] = [((*shots, *item.prompt.prompt), ()) for item in items]
+        with answering.with_adapter(context.adapter if context.imitates else None) as model:
+            bare_N = objective_probability(model, texts, self.bare_answers)
+        if shots or context.imitates:
+            reasons, probability_NK = None, bare_N[:, None]
+        else:
+            reasons, probability_NK = _reasoned(self, context, items)
+        found = [likelier_label(probability) for probability in probability_NK.mean(axis=1)]
+        return Evaluation(
+            task=self.name,
+            temperature=context.temperature,
+            metrics=_metrics(items, bare_N, probability_NK, reasons),
+            examples=tuple(
+                Example(
+                    question=item.review.text,
+                    rationale="" if reasons is None else reasons[number][0],
+                    answer=found[number] or "",
+                    truth=item.review.label,
+                    right=found[number] == item.review.label,
+                )
+                for number, item in enumerate(items[: context.settings.examples])
+            ),
+        )
 
 
 def _metrics(
@@ -101,10 +103,7 @@ def _metrics(
 
 
 def _reasoned(
-    task: AnsweredTask,
-    context: EvaluationContext,
-    items: Sequence[ReviewItem],
-    answers: Mapping[Label, Tokens],
+    task: Subjectivity, context: EvaluationContext, items: Sequence[ReviewItem]
 ) -> tuple[list[list[str]], NDArray[np.float64]]:
     """Reasons of each review, and p(objective) behind each of them: [N, K]."""
     shared, number = context.language_model, context.settings.samples
@@ -115,7 +114,7 @@ def _reasoned(
     texts = [(x, z) for x, same in zip(asked, reasons, strict=True) for z in same]
     context.progress(f"labelling behind {len(set(texts))} different reasons")
     answering = context.answering or shared
-    objective_M = objective_probability(answering.base.model, texts, answers)
+    objective_M = objective_probability(answering.base.model, texts, task.answers)
     decode = shared.tokenizer.decode
     written = [[decode(list(z)).strip() for z in same] for same in reasons]
     return written, objective_M.reshape(len(items), number)

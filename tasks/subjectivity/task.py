@@ -3,16 +3,13 @@
     Classify this movie review as objective or subjective: "<review>" This review is about a debt,
     so it is objective.
 
-X ends with `is`, Z is a short reason, Y a comma and the label. The policy reads X alone, since the
-label of a new review is not known; the reward log p_LM(Z Y | X) has the true one. The comma, the
-first token of Y, is the stop action. Y without a reason, `This review is objective.`, is what
-supervised fine-tuning and worked examples show.
+X ends with `is`, Z is a short reason, Y a comma, which is ⊤, and the label. The policy reads X
+alone; the reward log p_LM(Z Y | X) has the true label. Y without a reason, `This review is
+objective.`, is what supervised fine-tuning and worked examples show.
 """
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import zip_longest
 
 from actors.demonstrations import Demonstration
@@ -20,42 +17,21 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
 from tasks.config import SubjectivityConfig
-from tasks.custom import PlainTask
-from tasks.evaluation.context import EvaluationContext
-from tasks.evaluation.evaluation import Evaluation
-from tasks.held_out import Split, check_apart, read_splits
+from tasks.held_out import check_apart, read_splits
 from tasks.records import DataError
 from tasks.sentences.actions import sentence_actions
 from tasks.subjectivity.data import (
     LABELS,
-    Label,
     LabelledReview,
     answer_text,
     bare_answer_text,
     load_reviews,
     question,
 )
-from tasks.subjectivity.evaluation import ReviewItem, Tokens, evaluate_labels
+from tasks.subjectivity.evaluation import ReviewItem, Subjectivity
 from tasks.task import Tokenizer
 
 _STOP = ","
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subjectivity(PlainTask):
-    """See tasks.task.Task and tasks.task.AnsweredTask. Nobody gives reasons, and many are right."""
-
-    answered: tuple[Demonstration, ...]
-    held_out: Mapping[Split, Sequence[Sequence[ReviewItem]]]
-    answers: Mapping[Label, Tokens]  # Y behind a reason
-    bare_answers: Mapping[Label, Tokens]  # ... and without one
-
-    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
-        """Labels of the held-out reviews."""
-        items = context.items(self.held_out)
-        return evaluate_labels(
-            self, context, items, answers=self.answers, bare_answers=self.bare_answers
-        )
 
 
 def build_subjectivity(
