@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
-from lm.spelling import TokenizerUnfit, spell, spell_after
+from lm.spelling import spell, spell_after
 from reward.request import ScoreItem
 from tasks.config import RandomNumberConfig
 from tasks.custom import PlainTask
+from tasks.stop_rule import end_of_text
 from tasks.task import Tokenizer
 
 _DIGITS = re.compile(r" ?[0-9]+")
@@ -61,9 +62,7 @@ def log_reward(
 
 def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> RandomNumber:
     """The task in the tokens of `tokenizer`; raises TokenizerUnfit where it has no end of text."""
-    stop = tokenizer.eos_token_id
-    if stop is None:
-        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
+    stop = end_of_text(tokenizer)
     numbers = {
         spell_after(tokenizer, config.question, f" {number}"): number
         for number in range(config.low, config.high + 1)

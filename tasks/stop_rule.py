@@ -1,12 +1,46 @@
-"""Where a policy may stop, as a task's configuration narrows it: `stop_every`, `stop_behind`."""
+"""What a policy may write and where it may stop, in the tokens of a tokenizer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from lm.actions import ActionSpace
-from lm.spelling import TokenizerUnfit
+from lm.spelling import TokenizerUnfit, spell_after
 from tasks.config import Lengths
 from tasks.task import Tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """Raises TokenizerUnfit where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
+    return tokenizer.eos_token_id
+
+
+def legal_actions(
+    tokenizer: Tokenizer,
+    config: Lengths,
+    legal: Callable[[str], bool],
+    *,
+    behind: str,
+    stop_text: str,
+    stop_after_tool: bool = False,
+) -> ActionSpace:
+    """Every token whose text is `legal`; ⊤ is `stop_text` as it is spelled behind such a text.
+
+    Raises TokenizerUnfit where `stop_text` is no token of its own.
+    """
+    stop = spell_after(tokenizer, behind, stop_text)
+    if len(stop) != 1:
+        raise TokenizerUnfit(f"this tokenizer spells {stop_text!r} as {len(stop)} tokens, not one")
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    actions = ActionSpace(
+        stop_token=stop[0],
+        legal_tokens=tuple(i for i, text in enumerate(texts) if text and legal(text)),
+        min_len=config.min_len,
+        max_len=config.max_len,
+        stop_after_tool=stop_after_tool,
+    )
+    return narrowed(actions, config, tokenizer)
 
 
 def narrowed(actions: ActionSpace, config: Lengths, tokenizer: Tokenizer) -> ActionSpace:

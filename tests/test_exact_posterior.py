@@ -12,7 +12,7 @@ from lm.actions import ActionSpace
 from lm.next_action import NextLogits
 from reward.packed import suffix_log_rewards
 from tasks.posterior.divergence import divergence
-from tasks.posterior.exact import ExactPosterior, LogWeight, exact_posterior
+from tasks.posterior.enumeration import ExactPosterior, LogWeight, exact_posterior
 from tasks.posterior.weights import log_rewards
 from tests.posterior_toy import Doubling, Optimum, Tokens, Toy
 

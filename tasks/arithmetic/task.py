@@ -13,7 +13,7 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
-from lm.spelling import TokenizerUnfit, check_spelling, spell, spell_after
+from lm.spelling import check_spelling, spell, spell_after
 from tasks.arithmetic.calculator import Calculator
 from tasks.arithmetic.data import Item, load_demonstrations, load_items
 from tasks.arithmetic.expression import answer_text
@@ -23,7 +23,7 @@ from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.held_out import read_splits
-from tasks.stop_rule import narrowed
+from tasks.stop_rule import end_of_text, legal_actions
 from tasks.task import TestQuestion, Tokenizer
 
 STOP_TEXT = "."
@@ -107,27 +107,20 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
 
 def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace:
     """All tokens that spell digits, signs, commas and spaces; raises TokenizerUnfit."""
-    stop = spell_after(tokenizer, _STEP, STOP_TEXT)
-    if len(stop) != 1:
-        raise TokenizerUnfit(f"this tokenizer spells {STOP_TEXT!r} as {len(stop)} tokens, not one")
-    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
-    legal = tuple(i for i, text in enumerate(texts) if text and LEGAL_CHARACTERS.issuperset(text))
-    actions = ActionSpace(
-        stop_token=stop[0],
-        legal_tokens=legal,
-        min_len=config.min_len,
-        max_len=config.max_len,
+    return legal_actions(
+        tokenizer,
+        config,
+        LEGAL_CHARACTERS.issuperset,
+        behind=_STEP,
+        stop_text=STOP_TEXT,
         stop_after_tool=config.stop_after_tool,
     )
-    return narrowed(actions, config, tokenizer)
 
 
 def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:
     """Any text as long as an answer can be; raises TokenizerUnfit."""
-    if tokenizer.eos_token_id is None:
-        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
     return ActionSpace(
-        stop_token=tokenizer.eos_token_id,
+        stop_token=end_of_text(tokenizer),
         legal_tokens=None,
         min_len=1,
         max_len=len(spell_after(tokenizer, _STEP, answer_text(LONGEST_ANSWER))),

@@ -25,8 +25,7 @@ from tasks.evaluation.evaluation import Evaluation
 from tasks.posterior.bounds import UnusableWeights, bound_log_z
 from tasks.posterior.ceiling import ceiling_of
 from tasks.posterior.divergence import coverage, divergence
-from tasks.posterior.enumeration import PrefixTree
-from tasks.posterior.exact import ExactPosterior, LogWeight, exact_posterior
+from tasks.posterior.enumeration import ExactPosterior, LogWeight, PrefixTree, exact_posterior
 from tasks.posterior.records import Assessment, Picture, PolicyReport, PromptReport, StringShare
 from tasks.posterior.rejection import PosteriorSamples, posterior_samples
 from tasks.posterior.weights import (

@@ -11,7 +11,7 @@ from pydantic_core import to_json
 
 from tasks.evaluation.evaluation import Evaluation, Metric, mean_of
 from tasks.posterior.bounds import Bounds, Interval
-from tasks.posterior.exact import ExactPosterior
+from tasks.posterior.enumeration import ExactPosterior
 
 
 class StringShare(BaseModel):

@@ -17,7 +17,7 @@ from lm.scoring import completion_log_probs
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 from tasks.evaluation.context import Draw
-from tasks.posterior.exact import LogWeight
+from tasks.posterior.enumeration import LogWeight
 from tasks.task import Task
 
 Floats = NDArray[np.float64]

@@ -5,7 +5,7 @@ from actors.prompts import Prompt
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.spelling import ANY_WORD, TokenizerUnfit, check_spelling, spell_after
 from tasks.config import Lengths
-from tasks.stop_rule import narrowed
+from tasks.stop_rule import legal_actions
 from tasks.task import Tokenizer
 
 STOP_TEXT = "."
@@ -20,16 +20,8 @@ def sentence_actions(
 
     Raises TokenizerUnfit where the full stop, or what stands for it, is no token of its own.
     """
-    stop = spell_after(tokenizer, ANY_WORD, stop_text)
-    if len(stop) != 1:
-        raise TokenizerUnfit(f"this tokenizer spells {stop_text!r} as {len(stop)} tokens, not one")
-    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    impossible = _IMPOSSIBLE | set(stop_text)
-    legal = tuple(i for i, text in enumerate(texts) if text and not impossible & set(text))
-    actions = ActionSpace(
-        stop_token=stop[0], legal_tokens=legal, min_len=config.min_len, max_len=config.max_len
-    )
-    return narrowed(actions, config, tokenizer)
+    possible = (_IMPOSSIBLE | set(stop_text)).isdisjoint
+    return legal_actions(tokenizer, config, possible, behind=ANY_WORD, stop_text=stop_text)
 
 
 def demonstrate(

@@ -13,7 +13,7 @@ from lm.actions import ActionSpace
 from lm.spelling import TokenizerUnfit, spell
 from tasks.config import ToyConfig
 from tasks.custom import PlainTask
-from tasks.stop_rule import narrowed
+from tasks.stop_rule import end_of_text, narrowed
 from tasks.task import Tokenizer
 
 LETTERS = "abcd"
@@ -42,9 +42,7 @@ class LetterSum:
 def build_toy(config: ToyConfig, tokenizer: Tokenizer) -> PlainTask:
     """The toy in the tokens of `tokenizer`; raises TokenizerUnfit unless it spells letters so."""
     letters = [_single(letter, tokenizer) for letter in LETTERS]
-    stop = tokenizer.eos_token_id
-    if stop is None:
-        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
+    stop = end_of_text(tokenizer)
     tool = LetterSum(letters, trigger=_single("=", tokenizer)) if config.tool else None
     actions = ActionSpace(
         stop_token=stop,
