@@ -1,5 +1,7 @@
 """The driver of a run: a request to stop is heeded in every phase."""
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,3 +188,42 @@ def test_a_measurement_of_an_earlier_step_is_not_shown_beside_a_later_policy(
         )
         driver.request_stop()
         assert driver.drive() == Scores(before=BASE, after=after if kept else None)
+
+
+def test_a_full_disk_is_told_once_for_each_file_until_it_takes_all_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    full, said = True, []
+
+    def write(row: object) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    def write_text(*_: object, **how: object) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr("cluster.run.directory.os.replace", lambda *_: None)
+    terminal: Any = SimpleNamespace(event=said.append, show=lambda state: None)
+    log: Any = SimpleNamespace(write=write)
+    config = load_config("tasks/toy.toml")
+    driver = Driver(config, directory, EndlessSession(), terminal, BUFFER, NOBODY)
+
+    def work(times: int) -> list[str]:
+        said.clear()
+        driver._unwritten = [{"step": 1.0}]
+        for _ in range(times):
+            driver._state_written_s = float("-inf")
+            driver._write_rows(log)
+            driver._show()
+        return sorted(line.split(":")[0] for line in said)
+
+    told = ["could not write metrics.jsonl", f"could not write {directory.state_file}"]
+    assert work(5) == sorted(told)
+    full = False
+    assert work(2) == []
+    full = True
+    assert work(5) == sorted(told)

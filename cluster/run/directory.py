@@ -241,10 +241,13 @@ def check_shared(path: Path, *, node: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that no reader and no crash ever sees half of it."""
+    """Write a file so that no reader and no crash ever sees half of it; an OSError names it."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def new_name(task: str, *, root: Path = RUNS) -> str:

@@ -63,7 +63,7 @@ class Driver:
         self._state_written_s = float("-inf")
         self._stop_requested = False
         self._unwritten: list[dict[str, float]] = []
-        self._disk_error = ""
+        self._disk_errors: set[str] = set()
         self._scores = read_scores(directory, terminal.event)
 
     def request_stop(self) -> None:
@@ -259,6 +259,9 @@ class Driver:
             self._directory.write_state(self._state)
         except OSError as error:
             self._bear_with(error)
+        else:
+            if not self._unwritten:
+                self._disk_errors.clear()
         self._terminal.show(self._state)
 
     def _write_rows(self, log: MetricsLog) -> None:
@@ -269,12 +272,12 @@ class Driver:
         except OSError as error:
             self._bear_with(error)
         else:
-            self._disk_error = ""
+            self._disk_errors: set[str] = set()
 
     def _bear_with(self, error: OSError) -> None:
-        """Report a disk that takes nothing, once; what is due is written when it takes it again."""
-        if (text := f"{error.filename}: {error.strerror}") != self._disk_error:
-            self._disk_error = text
+        """Report what a disk does not take, once; it is written when the disk takes it again."""
+        if (text := f"{error.filename}: {error.strerror}") not in self._disk_errors:
+            self._disk_errors.add(text)
             self._event(f"could not write {text}; the run goes on and tries again")
 
 
