@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from bench.posterior import PROJECT, descendants, end_family, title
+from buffer.config import BufferConfig
 from cluster.run.directory import RunDirectory, RunState
 from cluster.run.metrics_log import read_metrics
 from tests.hosts import Host
@@ -48,6 +49,7 @@ class Job:
         runs.mkdir(parents=True)
         self.directory = RunDirectory(RUN, root=runs)
         self.log = folder / "train.log"
+        self.buffer = BufferConfig(bind="auto" if host is None else host.address)
         self._folder = folder
         self._arguments = arguments
         self._host = host

@@ -178,6 +178,6 @@ def duplicated(arrivals: Mapping[bytes, Collection[int]], versions: Sequence[int
 
 @contextmanager
 def _store_of(job: Job) -> Iterator[RedisStore]:
-    url, password = reach(job.directory.buffer, BufferConfig())
+    url, password = reach(job.directory.buffer, job.buffer)
     with connect(url, password=password, timeout_s=_ANSWER_S) as client:
         yield RedisStore(client, run=RUN)
