@@ -70,6 +70,7 @@ PROCESSES = tuple(
 )
 DISKS = tuple((part, fault) for part in ("Redis", "driver") for fault in ("full disk", "slow disk"))
 NODES = tuple(("Ray node", fault) for fault in SIGNALS)
+ALL = (*PROCESSES, *DISKS, *NODES)
 
 
 def on_this_machine(folder: Path, chosen: Faults, tell: Callable[[Row], None]) -> None:
@@ -80,7 +81,8 @@ def on_this_machine(folder: Path, chosen: Faults, tell: Callable[[Row], None]) -
     if any(part == "evaluator" for part, _ in chosen):
         settings.append(LONG_EVALUATION)
     environment = slow.environment if slow is not None else {}
-    with run(Job(folder, settings, environment=environment)) as (job, books):
+    job = Job(folder, settings, environment=environment)
+    with books_of(job) as books:
         for part, fault in chosen:
             if (part, fault) not in DISKS:
                 tell(measure(job, books, part, fault, Arsenal()))
@@ -105,18 +107,18 @@ def on_three_machines(folder: Path, chosen: Faults, tell: Callable[[Row], None])
     with machines(folder) as cluster:
         arguments = ["--address", ADDRESS, *SETTINGS]
         job = Job(folder, arguments, environment={}, host=cluster.head, shared_at=SHARED)
-        with run(job) as (job, books):
+        with books_of(job) as books:
             for part, fault in chosen:
                 tell(measure(job, books, part, fault, Arsenal(machines=cluster)))
                 cluster.mend()
 
 
 @contextmanager
-def run(job: Job) -> Iterator[tuple[Job, Ledger]]:
-    """A run and the books of its buffer; both end, and an error shows the run's log."""
+def books_of(job: Job) -> Iterator[Ledger]:
+    """The books of a run's buffer; the run ends with them, and an error shows its log."""
     books = Ledger(job)
     try:
-        yield job, books
+        yield books
     except BaseException:
         print("\n".join(job.said()[-60:]), file=sys.stderr)
         raise
@@ -130,7 +132,7 @@ def possible(asked: Sequence[str]) -> Iterator[tuple[str, str]]:
     hindrances = dict.fromkeys(DISKS, why_no_disks())
     if not asked or any(":".join(fault) in asked for fault in NODES):
         hindrances |= dict.fromkeys(NODES, why_not(()) or "")
-    for fault in (*PROCESSES, *DISKS, *NODES):
+    for fault in ALL:
         name = ":".join(fault)
         if asked and name not in asked:
             continue
@@ -143,8 +145,9 @@ def possible(asked: Sequence[str]) -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    names = [":".join(fault) for fault in ALL]
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="PART:FAULT", help="such as Redis:SIGSTOP"
+        "--only", nargs="+", default=[], choices=names, metavar="PART:FAULT", help=", ".join(names)
     )
     arguments = parser.parse_args()
     chosen = list(possible(arguments.only))
