@@ -195,7 +195,8 @@ def test_a_full_disk_is_told_once_for_each_file_until_it_takes_all_again(
 ) -> None:
     directory = RunDirectory("r", root=tmp_path)
     directory.path.mkdir()
-    full, said = True, []
+    full = True
+    said: list[str] = []
 
     def write(row: object) -> None:
         if full:
@@ -212,9 +213,9 @@ def test_a_full_disk_is_told_once_for_each_file_until_it_takes_all_again(
     config = load_config("tasks/toy.toml")
     driver = Driver(config, directory, EndlessSession(), terminal, BUFFER, NOBODY)
 
-    def work(times: int) -> list[str]:
+    def work(times: int, *, rows: int = 1) -> list[str]:
         said.clear()
-        driver._unwritten = [{"step": 1.0}]
+        driver._unwritten = [{"step": 1.0}] * rows
         for _ in range(times):
             driver._state_written_s = float("-inf")
             driver._write_rows(log)
@@ -227,3 +228,7 @@ def test_a_full_disk_is_told_once_for_each_file_until_it_takes_all_again(
     assert work(2) == []
     full = True
     assert work(5) == sorted(told)
+    full = False
+    assert work(2) == []
+    full = True
+    assert work(5, rows=0) == told[1:]

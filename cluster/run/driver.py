@@ -271,8 +271,6 @@ class Driver:
                 self._audience.row(self._unwritten.pop(0))
         except OSError as error:
             self._bear_with(error)
-        else:
-            self._disk_errors: set[str] = set()
 
     def _bear_with(self, error: OSError) -> None:
         """Report what a disk does not take, once; it is written when the disk takes it again."""
