@@ -3,19 +3,22 @@
 Shapes: B trajectories, T tokens of the longest completion, S = T + 1 states.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
+from math import prod
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.packing import SHARED_WIDTH, pack
+from lm.scoring import completion_log_probs
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -33,28 +36,28 @@ class Batch:
     behaviour_log_stop_BS: Tensor
 
 
+def members(groups: Iterable[Group]) -> Iterator[Trajectory]:
+    """Of each group the fresh ones, then the replayed."""
+    return chain.from_iterable((*group.fresh, *group.replayed) for group in groups)
+
+
 def merge_prompts(groups: Sequence[Group]) -> list[Group]:
     """One group per prompt, in the order of first appearance: log Z belongs to the prompt."""
-    by_prompt: dict[str, list[Group]] = {}
+    merged: dict[str, Group] = {}
     for group in groups:
-        by_prompt.setdefault(group.prompt_key, []).append(group)
-    return [
-        Group(
-            prompt_key=key,
-            fresh=tuple(chain.from_iterable(group.fresh for group in same)),
-            replayed=tuple(chain.from_iterable(group.replayed for group in same)),
-        )
-        for key, same in by_prompt.items()
-    ]
+        if (same := merged.get(group.prompt_key)) is not None:
+            fresh, replayed = same.fresh + group.fresh, same.replayed + group.replayed
+            group = replace(group, fresh=fresh, replayed=replayed)
+        merged[group.prompt_key] = group
+    return list(merged.values())
 
 
 def check_actions(groups: Sequence[Group], actions: ActionSpace) -> None:
     """Raise IllegalCompletion for a trajectory that was sampled under other rules.
 
-    Stop states where the policy cannot stop, or the reverse, would enter the loss with a
-    log-probability that means nothing.
+    Its stop states would enter the loss with a log-probability that means nothing.
     """
-    for trajectory in chain.from_iterable((*g.fresh, *g.replayed) for g in groups):
+    for trajectory in members(groups):
         actions.check(trajectory.completion.tolist(), trajectory.from_tool.tolist())
         expected = actions.stop_positions(trajectory.completion, trajectory.from_tool)
         if not np.array_equal(trajectory.stops, expected):
@@ -73,26 +76,26 @@ def plan_micro_batches(
     A group stays in one part, because what it says about its prompt needs it whole: a group above
     the budget is a part of its own, for `split_rows`. Every rank computes the same plan.
     """
-    sizes = [_size(group) for group in groups]
+    sizes = [_packed_shape(list({content(t): t for t in members([g])}.values())) for g in groups]
     widest_first = sorted(range(len(groups)), key=lambda number: -sizes[number][1])
     num_parts = num_ranks
     while True:
         parts: list[list[int]] = [[] for _ in range(num_parts)]
         shapes = [(0, 0)] * num_parts
         for number in widest_first:
-            grown = [_join(shape, sizes[number]) for shape in shapes]
-            lightest = min(range(num_parts), key=lambda part: grown[part][0] * grown[part][1])
+            rows, width = sizes[number]
+            grown = [(height + rows, max(widest, width)) for height, widest in shapes]
+            lightest = min(range(num_parts), key=lambda part: prod(grown[part]))
             parts[lightest].append(number)
             shapes[lightest] = grown[lightest]
-        fits = max(rows * width for rows, width in shapes) <= token_budget
-        if fits or num_parts >= len(groups):
+        if max(map(prod, shapes)) <= token_budget or num_parts >= len(groups):
             return [[groups[number] for number in sorted(part)] for part in parts if part]
         num_parts += num_ranks
 
 
 def collate(groups: Sequence[Group], device: torch.device) -> Batch:
     """Pad groups of distinct prompts into one batch. Raises ValueError for none."""
-    trajectories = tuple(t for group in groups for t in (*group.fresh, *group.replayed))
+    trajectories = tuple(members(groups))
     if not trajectories:
         raise ValueError("no trajectories to collate")
     sizes = [len(group.fresh) + len(group.replayed) for group in groups]
@@ -140,26 +143,36 @@ def split_rows(batch: Batch, token_budget: int) -> list[slice]:
     A part of one row may be larger.
     """
     rows = len(batch.distinct)
-    num_parts = min(rows, -(-_columns(batch.distinct) // token_budget))
+    num_parts = min(rows, -(-prod(_packed_shape(batch.distinct)) // token_budget))
     while True:
         ends = [rows * part // num_parts for part in range(num_parts + 1)]
         parts = [slice(start, end) for start, end in pairwise(ends)]
-        if num_parts == rows or all(
-            _columns(batch.distinct[part]) <= token_budget for part in parts
-        ):
+        columns = (prod(_packed_shape(batch.distinct[part])) for part in parts)
+        if num_parts == rows or all(number <= token_budget for number in columns):
             return parts
         num_parts += 1
 
 
-def _columns(rows: Sequence[Trajectory]) -> int:
-    height, width = _packed_shape(rows)
-    return height * width
+def row_log_probs(
+    model: nn.Module, actions: ActionSpace, batch: Batch, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the model says of these distinct rows, in one pass; see `lm.scoring.LogProbs`.
 
-
-def _size(group: Group) -> tuple[int, int]:
-    """Rows and width of a group's pass."""
-    distinct = {content(t): t for t in (*group.fresh, *group.replayed)}
-    return _packed_shape(list(distinct.values()))
+    Returns:
+        log q of the tokens, [D, T], and of stopping, [D, S], padded as the batch; the state behind
+        the prompts, [D, H].
+    """
+    distinct = batch.distinct[rows]
+    log_probs = completion_log_probs(
+        model,
+        actions,
+        [t.prompt.tolist() for t in distinct],
+        [t.completion.tolist() for t in distinct],
+        [t.from_tool.tolist() for t in distinct],
+    )
+    short = (0, batch.stop_BS.shape[1] - log_probs.log_stop_BS.shape[1])
+    log_pf_DT, log_stop_DS = pad(log_probs.log_pf_BT, short), pad(log_probs.log_stop_BS, short)
+    return log_pf_DT, log_stop_DS, log_probs.prompt_state_BH
 
 
 def _packed_shape(rows: Sequence[Trajectory]) -> tuple[int, int]:
@@ -169,9 +182,4 @@ def _packed_shape(rows: Sequence[Trajectory]) -> tuple[int, int]:
         [t.completion.tolist() for t in rows],
         shared_width=SHARED_WIDTH,
     )
-    height, width = packing.ids_RW.shape
-    return height, width
-
-
-def _join(shape: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
-    return shape[0] + other[0], max(shape[1], other[1])
+    return len(packing.trees), packing.width

@@ -54,8 +54,7 @@ class Checkpoints:
 
     Args:
         folder: holds one folder per checkpoint; created when the first is saved.
-        identity: what a later run must share to restore from here, such as the base model's
-            fingerprint and the adapter's settings: name -> value.
+        identity: what a later run must share to restore from here: name -> value.
         keep: how many of the newest stay.
     """
 
@@ -65,11 +64,7 @@ class Checkpoints:
         self._keep = keep
 
     def save(self, snapshot: Snapshot, companion: bytes | None = None) -> Path:
-        """Write a snapshot; when this returns it survives a loss of power.
-
-        Args:
-            companion: what is to be restored with it, see `read_companion`.
-        """
+        """Write a snapshot, and what `read_companion` is to give: both survive a loss of power."""
         state = save({name: t.contiguous() for name, t in snapshot.tensors.items()})
         meta = {
             "format": FORMAT,
@@ -117,7 +112,7 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The newest checkpoint, None before the first."""
-        return next(iter(reversed(self._all())), None)
+        return max(self._all(), default=None)
 
     def read(self) -> bytes:
         """The newest checkpoint, verified, in one piece that Snapshot.decode understands.
@@ -130,23 +125,26 @@ class Checkpoints:
         path = self.latest()
         if path is None:
             raise FileNotFoundError(f"no checkpoint in {self._folder}: start without resuming")
-        remedy = f"remove {path} to resume from the checkpoint before it"
         try:
             meta, state = (path / META_FILE).read_bytes(), (path / STATE_FILE).read_bytes()
             fields = json.loads(meta)
             saved_format, checksum = fields["format"], fields["checksum"]
             identity = dict(fields["identity"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointDamaged(
-                f"checkpoint {path} is unreadable: {error}; {remedy}"
-            ) from error
+            raise _damaged(path, f"is unreadable: {error}") from error
         if saved_format != FORMAT:
             raise CheckpointMismatch(
                 f"checkpoint {path} has format {saved_format}, this program reads {FORMAT}"
             )
         if checksum != _checksum(state):
-            raise CheckpointDamaged(f"checkpoint {path}: {STATE_FILE} was altered; {remedy}")
-        self._check_identity(path, identity)
+            raise _damaged(path, f"is damaged: {STATE_FILE} was altered")
+        for name in sorted(self._identity | identity):
+            if identity.get(name) != self._identity.get(name):
+                raise CheckpointMismatch(
+                    f"checkpoint {path} was written with {name} = {identity.get(name)}, this run "
+                    f"has {self._identity.get(name)}; use the settings of that run, or another "
+                    "folder"
+                )
         return len(meta).to_bytes(8, "little") + meta + state
 
     def read_companion(self) -> bytes | None:
@@ -161,22 +159,17 @@ class Checkpoints:
         companion = path / COMPANION_FILE
         data = companion.read_bytes() if companion.exists() else b""
         if _checksum(data) != expected:
-            raise CheckpointDamaged(
-                f"checkpoint {path}: {COMPANION_FILE} was altered; remove {path} to resume from "
-                "the checkpoint before it"
-            )
+            raise _damaged(path, f"is damaged: {COMPANION_FILE} was altered")
         return data
-
-    def _check_identity(self, path: Path, saved: dict[str, str]) -> None:
-        for name in sorted(self._identity | saved):
-            if saved.get(name) != self._identity.get(name):
-                raise CheckpointMismatch(
-                    f"checkpoint {path} was written with {name} = {saved.get(name)}, this run has "
-                    f"{self._identity.get(name)}; use the settings of that run, or another folder"
-                )
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
+
+
+def _damaged(path: Path, how: str) -> CheckpointDamaged:
+    return CheckpointDamaged(
+        f"checkpoint {path} {how}; remove {path} to resume from the checkpoint before it"
+    )
 
 
 def _checksum(data: bytes) -> str:

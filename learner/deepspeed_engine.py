@@ -37,8 +37,7 @@ from lm.process_group import Rendezvous, join_ranks, waiting_for_ranks
 class _Trainable(nn.Module):
     """What DeepSpeed gets to see: the trainable parameters, and a forward that builds a loss.
 
-    The frozen base stays outside. DeepSpeed would demand it in float32 and walk over all of it,
-    and needs only the parameters whose gradients it reduces; those are shared with the model.
+    The frozen base stays outside: DeepSpeed would demand it in float32 and walk over all of it.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
@@ -106,7 +105,9 @@ class DeepSpeedEngine:
         return payload.cpu().numpy().tobytes()
 
     def state(self) -> dict[str, Tensor]:
-        tensors = {"optimizer_steps": self._flat_states()[0]["step"].detach().cpu().clone()}
+        partition = self._zero.single_partition_of_fp32_groups[0]
+        steps = self._zero.optimizer.state[partition]["step"]
+        tensors = {"optimizer_steps": steps.detach().cpu().clone()}
         with self._waiting("state"):
             for name, parameter in self._parameters.items():
                 tensors[f"parameter/{name}"] = safe_get_full_fp32_param(parameter).cpu().clone()
@@ -138,10 +139,6 @@ class DeepSpeedEngine:
             for key in MOMENTS:
                 moments.setdefault(key, torch.zeros_like(partition))
         self._zero._lazy_init_hp_params_optimizer_state()
-
-    def _flat_states(self) -> list[dict[str, Tensor]]:
-        partitions = self._zero.single_partition_of_fp32_groups
-        return [self._zero.optimizer.state[partition] for partition in partitions]
 
     def _waiting(self, phase: str) -> AbstractContextManager[None]:
         return waiting_for_ranks(self._rendezvous, part="learner", phase=phase)

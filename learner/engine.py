@@ -1,5 +1,6 @@
 """How gradients become one optimizer step, in one process or shared by several."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -38,27 +39,21 @@ class Engine(Protocol):
         pass equally many. Returns the gradient norm before clipping; raises NonFiniteUpdate on
         all ranks alike.
         """
-        ...
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """Every rank's values, in the order of ranks; equally many on each."""
-        ...
 
     def broadcast(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank; what the others pass is ignored."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer moments, whole on every rank whatever the number of ranks."""
-        ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up what `state` gave, also from an engine of another kind or number of ranks."""
-        ...
 
     def close(self) -> None:
         """Leave the other ranks in order."""
-        ...
 
 
 class TorchEngine:
@@ -89,16 +84,14 @@ class TorchEngine:
         return data
 
     def state(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
-        steps = torch.zeros((), dtype=torch.float32)
+        tensors = {"optimizer_steps": torch.zeros(())}
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state.get(parameter, {})
-            steps = moments.get("step", steps)
-            tensors[f"parameter/{name}"] = parameter.detach().float().cpu().clone()
+            tensors["optimizer_steps"] = moments.get("step", tensors["optimizer_steps"])
+            tensors[f"parameter/{name}"] = parameter
             for key in MOMENTS:
-                moment = moments.get(key, torch.zeros_like(parameter))
-                tensors[f"{key}/{name}"] = moment.detach().float().cpu().clone()
-        return tensors | {"optimizer_steps": steps.detach().cpu().clone()}
+                tensors[f"{key}/{name}"] = moments.get(key, torch.zeros_like(parameter))
+        return {name: t.detach().float().cpu().clone() for name, t in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         check_state(state, self._parameters)
@@ -106,10 +99,7 @@ class TorchEngine:
             with torch.no_grad():
                 parameter.copy_(state[f"parameter/{name}"])
             moments = {key: state[f"{key}/{name}"].to(parameter, copy=True) for key in MOMENTS}
-            self._optimizer.state[parameter] = {
-                "step": state["optimizer_steps"].clone(),
-                **moments,
-            }
+            self._optimizer.state[parameter] = moments | {"step": state["optimizer_steps"].clone()}
 
     def close(self) -> None:
         return
@@ -138,7 +128,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def check_finite(norm: float) -> None:
-    if not torch.isfinite(torch.tensor(norm)):
+    if not math.isfinite(norm):
         raise NonFiniteUpdate(
             f"gradient norm is {norm}: this step was refused; the last checkpoint is good"
         )

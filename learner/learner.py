@@ -1,7 +1,7 @@
 """The learner: draws groups, takes optimizer steps, publishes adapters, keeps checkpoints."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from learner.engine import Engine, NonFiniteUpdate
 from learner.log_z import LogZ
 from learner.loss import BatchLoss
 from learner.objectives.base import Objective
-from learner.objectives.potential import state_potentials, terminal_potentials
+from learner.objectives.potential import at_end, state_potentials
 from learner.step_metrics import Tally, describe_cost, describe_groups, describe_quality
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, checksum
@@ -31,7 +31,6 @@ class WeightSink(Protocol):
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
         """Hand an adapter to the actors."""
-        ...
 
 
 class Companion(Protocol):
@@ -39,25 +38,20 @@ class Companion(Protocol):
 
     def save(self) -> bytes:
         """All that it needs to go on from this moment."""
-        ...
 
     def restore(self, data: bytes) -> None:
         """Go back to the moment of `save`."""
-        ...
 
 
 class StoppedWaiting(RuntimeError):
     """The learner was asked to stop while it waited for groups."""
 
 
-@dataclass(frozen=True)
-class _MicroBatch:
-    """A part of this rank's work, and the factor its total enters the loss with."""
-
-    batch: Batch
-    factor: float
+# A part of this rank's work, and the factor its total enters the loss with.
+_MicroBatch = tuple[Batch, float]
 
 
+@dataclass(kw_only=True, eq=False)
 class Learner:
     """One rank of the learner. With several, all ranks make the same calls in the same order.
 
@@ -67,57 +61,36 @@ class Learner:
     A version names one set of weights for ever. It grows by one with every step; a learner that
     went back to a checkpoint, or to the start, goes on from the highest version that was ever
     published, because actors and buffer hold trajectories of those that are lost.
-
-    Args:
-        model: base and adapter; only the adapter is trained, by `engine`.
-        rng: chooses what is replayed.
-        log_z: the head inside `model` that learns log Z; None: from the group.
-        gate: the one in front of `replay`, if any, which is to know what is published.
-        checkpoints: None keeps none.
-        companion: the whole rest of the run, where it is restored with the learner. A version that
-            was lost is then used again, since nothing holds trajectories of it any more.
     """
 
-    def __init__(
-        self,
-        *,
-        model: nn.Module,
-        actions: ActionSpace,
-        replay: Replay,
-        engine: Engine,
-        objective: Objective,
-        config: LearnerConfig,
-        weights: WeightSink,
-        rng: np.random.Generator,
-        checkpoints: Checkpoints | None = None,
-        log_z: LogZ | None = None,
-        gate: AgreementGate | None = None,
-        companion: Companion | None = None,
-    ) -> None:
-        self.version = 0
-        self.completed_steps = 0
-        self.model = model
-        self._actions = actions
-        self._replay = replay
-        self._engine = engine
-        self._objective = objective
+    model: nn.Module  # base and adapter; only the adapter is trained, by `engine`
+    actions: ActionSpace
+    replay: Replay
+    engine: Engine
+    objective: Objective
+    config: LearnerConfig
+    weights: WeightSink
+    rng: np.random.Generator  # chooses what is replayed
+    checkpoints: Checkpoints | None = None  # None keeps none
+    log_z: LogZ | None = None  # the head inside `model` that learns log Z; None: from the group
+    gate: AgreementGate | None = None  # the one in front of `replay`; is told what is published
+    # The whole rest of the run, where that is restored with the learner. A version that was lost
+    # is then used again, since nothing holds trajectories of it any more.
+    companion: Companion | None = None
+    version: int = field(default=0, init=False)
+    completed_steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
         self._loss = BatchLoss(
-            model,
-            actions,
-            objective,
-            log_z=log_z,
-            token_budget=config.token_budget,
+            model=self.model,
+            actions=self.actions,
+            objective=self.objective,
+            log_z=self.log_z,
+            token_budget=self.config.token_budget,
         )
-        self._config = config
-        self._weights = weights
-        self._rng = rng
-        self._checkpoints = checkpoints
-        self._log_z = log_z
-        self.gate = gate
-        self._companion = companion
-        self._device = next(model.parameters()).device
-        if config.recomputes(sum(parameter.numel() for parameter in model.parameters())):
-            recompute_activations(model)
+        self._device = next(self.model.parameters()).device
+        if self.config.recomputes(sum(parameter.numel() for parameter in self.model.parameters())):
+            recompute_activations(self.model)
         self._checkpoint_steps = 0
         self._checkpoint_s = monotonic()
 
@@ -153,31 +126,31 @@ class Learner:
         """
         start_s = monotonic()
         groups = merge_prompts(self._draw(stop))
-        check_actions(groups, self._actions)
+        check_actions(groups, self.actions)
         drawn_s = monotonic()
-        temperature = self._config.reward_temperature.at(self.completed_steps)
-        rate = self._config.learning_rate_at(self.completed_steps)
+        temperature = self.config.reward_temperature.at(self.completed_steps)
+        rate = self.config.learning_rate_at(self.completed_steps)
         parts = self._split(groups)
-        if self._log_z is not None and self.completed_steps == 0:
-            self._start_log_z(self._log_z, parts, temperature)
+        if self.log_z is not None and self.completed_steps == 0:
+            self._start_log_z(self.log_z, parts, temperature)
         tally = Tally(self.version)
         losses = [
             loss
-            for part in parts
-            for loss in self._loss.losses(part.batch, part.factor, temperature, tally)
+            for batch, factor in parts
+            for loss in self._loss.losses(batch, factor, temperature, tally)
         ]
         try:
-            norm = self._engine.update(losses, learning_rate=rate)
+            norm = self.engine.update(losses, learning_rate=rate)
         except NonFiniteUpdate as error:
             raise NonFiniteUpdate(f"version {self.version}, loss {tally.loss}: {error}") from error
         metrics = describe_groups(groups, self.version) | describe_quality(groups, temperature)
-        metrics |= describe_cost(groups, against_base=self._objective.traits.needs_base)
-        metrics |= tally.gathered(self._engine)
+        metrics |= describe_cost(groups, against_base=self.objective.traits.needs_base)
+        metrics |= tally.gathered(self.engine)
         metrics |= {} if self.gate is None else self.gate.metrics()
         self.version += 1
         self.completed_steps += 1
         computed_s = monotonic()
-        if self.completed_steps % self._config.publish_every_steps == 0:
+        if self.completed_steps % self.config.publish_every_steps == 0:
             self.publish()
         return metrics | {
             "progress/step": float(self.completed_steps),
@@ -192,31 +165,38 @@ class Learner:
 
     def publish(self) -> None:
         """Hand the current adapter to the actors."""
-        if self._engine.rank == 0:
+        if self.engine.rank == 0:
             data = adapter_bytes(self.model)
-            if self._checkpoints is not None:
-                self._checkpoints.note_published(self.version)
+            if self.checkpoints is not None:
+                self.checkpoints.note_published(self.version)
             if self.gate is not None:
                 self.gate.keep(self.version, data)
-            self._weights.publish(data, version=self.version, checksum=checksum(data))
+            self.weights.publish(data, version=self.version, checksum=checksum(data))
 
     def checkpoint_when_due(self) -> None:
         """Checkpoint once there were enough steps or seconds since the last."""
-        if self._rank_zero_decides(self._checkpoint_due):
+        steps = self.completed_steps - self._checkpoint_steps
+        seconds = monotonic() - self._checkpoint_s
+        if self._rank_zero_decides(
+            lambda: (
+                steps >= self.config.checkpoint_every_steps
+                or seconds >= self.config.checkpoint_every_s
+            )
+        ):
             self.checkpoint()
 
     def checkpoint(self) -> None:
         """Save everything that `restore` needs."""
-        tensors = self._engine.state() | {"random/torch": torch.get_rng_state()}
+        tensors = self.engine.state() | {"random/torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random/cuda"] = torch.cuda.get_rng_state()
         facts = {
-            "numpy_generator": self._rng.bit_generator.state,
+            "numpy_generator": self.rng.bit_generator.state,
             "completed_steps": self.completed_steps,
         }
-        if self._checkpoints is not None and self._engine.rank == 0:
-            companion = None if self._companion is None else self._companion.save()
-            self._checkpoints.save(Snapshot(self.version, tensors, facts), companion)
+        if self.checkpoints is not None and self.engine.rank == 0:
+            companion = None if self.companion is None else self.companion.save()
+            self.checkpoints.save(Snapshot(self.version, tensors, facts), companion)
         self._checkpoint_steps, self._checkpoint_s = self.completed_steps, monotonic()
 
     def take_up(self) -> None:
@@ -224,49 +204,50 @@ class Learner:
 
         Raises what Checkpoints.read raises.
         """
-        if self._rank_zero_decides(self._has_checkpoint):
+        store = self.checkpoints
+        if self._rank_zero_decides(lambda: store is not None and store.latest() is not None):
             self.restore()
-        elif self._companion is None:
+        elif self.companion is None:
             self.version = self._last_published() + 1
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; raises what Checkpoints.read raises."""
 
         def read() -> bytes:
-            if self._checkpoints is None:
+            if self.checkpoints is None:
                 raise FileNotFoundError("this learner keeps no checkpoints to restore from")
-            return self._checkpoints.read()
+            return self.checkpoints.read()
 
-        snapshot = Snapshot.decode(share(self._engine, read))
+        snapshot = Snapshot.decode(share(self.engine, read))
         tensors = snapshot.tensors
         torch.set_rng_state(tensors.pop("random/torch"))
         cuda_state = tensors.pop("random/cuda", None)
         if cuda_state is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(cuda_state)
-        self._engine.load_state(tensors)
-        self._rng.bit_generator.state = snapshot.facts["numpy_generator"]
+        self.engine.load_state(tensors)
+        self.rng.bit_generator.state = snapshot.facts["numpy_generator"]
         self.completed_steps = self._checkpoint_steps = snapshot.facts["completed_steps"]
         self.version = snapshot.version
-        rest = self._checkpoints.read_companion() if self._checkpoints and self._companion else None
-        if self._companion is not None and rest is not None:
-            self._companion.restore(rest)
+        rest = self.checkpoints.read_companion() if self.checkpoints and self.companion else None
+        if self.companion is not None and rest is not None:
+            self.companion.restore(rest)
         elif (published := self._last_published()) > snapshot.version:
             self.version = published + 1
 
     def _draw(self, stop: Callable[[], bool]) -> list[Group]:
         request = DrawRequest(
-            num_groups=self._config.groups_per_step,
-            num_replayed=self._config.replayed_per_group,
+            num_groups=self.config.groups_per_step,
+            num_replayed=self.config.replayed_per_group,
             version=self.version,
-            rng=self._rng,
-            timeout_s=self._config.starvation_timeout_s,
+            rng=self.rng,
+            timeout_s=self.config.starvation_timeout_s,
             stop=stop,
         )
-        if self._engine.num_ranks == 1:
-            groups = self._replay.draw(request)
+        if self.engine.num_ranks == 1:
+            groups = self.replay.draw(request)
         else:
             groups = decode_groups(
-                share(self._engine, lambda: encode_groups(self._replay.draw(request)))
+                share(self.engine, lambda: encode_groups(self.replay.draw(request)))
             )
         if not groups:
             raise StoppedWaiting("the learner was stopped while it waited for groups")
@@ -278,56 +259,46 @@ class Learner:
         Ranks must take equally many backward passes: where one has fewer, a single trajectory
         fills in with factor 0.
         """
-        num_ranks, rank = self._engine.num_ranks, self._engine.rank
+        num_ranks, rank = self.engine.num_ranks, self.engine.rank
         parts = plan_micro_batches(
-            groups, token_budget=self._config.token_budget, num_ranks=num_ranks
+            groups, token_budget=self.config.token_budget, num_ranks=num_ranks
         )
         batches = [collate(part, self._device) for part in parts]
-        weight = sum(self._objective.weight(batch.stop_BS).item() for batch in batches)
+        weight = sum(self.objective.weight(batch.stop_BS).item() for batch in batches)
         factor = 1 / weight if weight > 0 else 1.0
         passes = [
             sum(self._loss.num_passes(batch) for batch in batches[other::num_ranks])
             for other in range(num_ranks)
         ]
-        mine = [_MicroBatch(batch, factor) for batch in batches[rank::num_ranks]]
         first = replace(groups[0], fresh=batches[0].trajectories[:1], replayed=())
-        filler = _MicroBatch(collate([first], self._device), 0.0)
+        filler = (collate([first], self._device), 0.0)
+        mine = [(batch, factor) for batch in batches[rank::num_ranks]]
         return mine + [filler] * (max(passes) - passes[rank])
 
     @torch.no_grad()
     def _start_log_z(self, head: LogZ, parts: Sequence[_MicroBatch], temperature: float) -> None:
         """Let a new head begin at what the groups of the first batch estimate on average."""
         total, rows = 0.0, 0.0
-        for part in parts:
-            if part.factor > 0:
-                inputs = self._loss.inputs(part.batch, temperature)
-                phi_B = terminal_potentials(state_potentials(inputs), inputs.stop_BS)
+        for batch, factor in parts:
+            if factor > 0:
+                inputs = self._loss.inputs(batch, temperature)
+                phi_B = at_end(state_potentials(inputs), inputs.stop_BS)
                 total -= phi_B.sum().item()
                 rows += len(phi_B)
-        sums = self._engine.gather([total, rows])
-        head.start(self._engine, sum(s[0] for s in sums) / sum(s[1] for s in sums))
+        sums = self.engine.gather([total, rows])
+        head.start(self.engine, sum(s[0] for s in sums) / sum(s[1] for s in sums))
 
     def _rank_zero_decides(self, decide: Callable[[], bool]) -> bool:
         """Clocks and stop requests differ between ranks; one of them has the say."""
-        if self._engine.num_ranks == 1:
+        if self.engine.num_ranks == 1:
             return decide()
-        return share(self._engine, lambda: bytes([decide()])) == b"\x01"
-
-    def _has_checkpoint(self) -> bool:
-        return self._checkpoints is not None and self._checkpoints.latest() is not None
+        return share(self.engine, lambda: bytes([decide()])) == b"\x01"
 
     def _last_published(self) -> int:
         """The highest version that anybody may have seen, -1 before the first; rank 0 knows."""
 
         def read() -> bytes:
-            version = -1 if self._checkpoints is None else self._checkpoints.last_published()
+            version = -1 if self.checkpoints is None else self.checkpoints.last_published()
             return str(version).encode()
 
-        return int(share(self._engine, read))
-
-    def _checkpoint_due(self) -> bool:
-        steps = self.completed_steps - self._checkpoint_steps
-        return (
-            steps >= self._config.checkpoint_every_steps
-            or monotonic() - self._checkpoint_s >= self._config.checkpoint_every_s
-        )
+        return int(share(self.engine, read))

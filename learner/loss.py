@@ -4,57 +4,41 @@ A group is more than its rows: log Z and advantages are estimated from all of th
 than the token budget is therefore passed through the model twice. First without a graph, part by
 part, to have its log-probabilities together; the objective and its gradient with respect to *them*
 need no model. Then part by part once more, each part's log-probabilities weighted with their
-gradients: by the chain rule the sum over parts has the gradient of the whole loss, for every
-objective. What a pass holds is bounded by the token budget, whatever the size of the group.
+gradients: by the chain rule the sum over parts has the gradient of the whole loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-from buffer.trajectory import Trajectory
-from learner.batch import Batch, split_rows
+from learner.batch import Batch, row_log_probs, split_rows
 from learner.log_z import LogZ
 from learner.objectives.base import Objective, ObjectiveInput
 from learner.step_metrics import Tally
 from lm.actions import ActionSpace
 from lm.adapter import adapter_off
-from lm.scoring import completion_log_probs
 
 # log q of tokens [D, T] and of stopping [D, S], and learned log Z [D] where there is one: what the
 # model says of D distinct rows, nats.
 Terms = tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
 class BatchLoss:
-    """An objective over what a model says of trajectories.
+    """An objective over what a model says of trajectories."""
 
-    Args:
-        log_z: the head inside `model` that learns log Z; None: from the group.
-        token_budget: columns of one pass through the model, at most; a single row may be larger.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        actions: ActionSpace,
-        objective: Objective,
-        *,
-        log_z: LogZ | None,
-        token_budget: int,
-    ) -> None:
-        self._model = model
-        self._actions = actions
-        self._objective = objective
-        self._log_z = log_z
-        self._token_budget = token_budget
+    model: nn.Module
+    actions: ActionSpace
+    objective: Objective
+    log_z: LogZ | None  # the head inside `model` that learns log Z; None: from the group
+    token_budget: int  # columns of one pass, at most; a single row may be larger
 
     def num_passes(self, batch: Batch) -> int:
         """How many losses `losses` gives."""
-        return len(split_rows(batch, self._token_budget))
+        return len(split_rows(batch, self.token_budget))
 
     def losses(
         self, batch: Batch, factor: float, temperature: float, tally: Tally
@@ -64,7 +48,7 @@ class BatchLoss:
         They are to be called in order, with the same weights. The first counts the batch in
         `tally`; of several, the values mean nothing.
         """
-        parts = split_rows(batch, self._token_budget)
+        parts = split_rows(batch, self.token_budget)
         if len(parts) == 1:
             return [lambda: self._total(batch, self._terms(batch), factor, temperature, tally)]
         slopes: list[Terms] = []
@@ -87,7 +71,7 @@ class BatchLoss:
         self, batch: Batch, terms: Terms, factor: float, temperature: float, tally: Tally
     ) -> Tensor:
         inputs = self._inputs(batch, terms, temperature)
-        value = self._objective(inputs)
+        value = self.objective(inputs)
         tally.add(batch, inputs, value, factor=factor)
         return value.total * factor
 
@@ -102,8 +86,8 @@ class BatchLoss:
 
     def _inputs(self, batch: Batch, terms: Terms, temperature: float) -> ObjectiveInput:
         base: Terms | None = None
-        if self._objective.traits.needs_base:
-            with torch.no_grad(), adapter_off(self._model):
+        if self.objective.traits.needs_base:
+            with torch.no_grad(), adapter_off(self.model):
                 base = self._all_terms(batch)
         row_B = batch.row_B
         return ObjectiveInput(
@@ -112,7 +96,7 @@ class BatchLoss:
             log_reward_BS=batch.log_reward_BS / temperature,
             stop_BS=batch.stop_BS,
             group_B=batch.group_B,
-            log_z_B=None if self._log_z is None else terms[2][row_B],
+            log_z_B=None if self.log_z is None else terms[2][row_B],
             behaviour_log_prob_BT=batch.behaviour_log_prob_BT,
             behaviour_log_stop_BS=batch.behaviour_log_stop_BS,
             base_log_pf_BT=None if base is None else base[0][row_B],
@@ -121,21 +105,10 @@ class BatchLoss:
 
     def _all_terms(self, batch: Batch) -> Terms:
         """Of all distinct rows, in passes within the budget."""
-        parts = [self._terms(batch, rows) for rows in split_rows(batch, self._token_budget)]
+        parts = [self._terms(batch, rows) for rows in split_rows(batch, self.token_budget)]
         return tuple(torch.cat(terms) for terms in zip(*parts, strict=True))
 
     def _terms(self, batch: Batch, rows: slice = slice(None)) -> Terms:
         """What the model says of these distinct rows, in one pass."""
-        distinct: Sequence[Trajectory] = batch.distinct[rows]
-        log_probs = completion_log_probs(
-            self._model,
-            self._actions,
-            [t.prompt.tolist() for t in distinct],
-            [t.completion.tolist() for t in distinct],
-            [t.from_tool.tolist() for t in distinct],
-        )
-        short = batch.stop_BS.shape[1] - log_probs.log_stop_BS.shape[1]
-        terms = pad(log_probs.log_pf_BT, (0, short)), pad(log_probs.log_stop_BS, (0, short))
-        if self._log_z is None:
-            return terms
-        return *terms, self._log_z(log_probs.prompt_state_BH)
+        *terms, state_DH = row_log_probs(self.model, self.actions, batch, rows)
+        return tuple(terms) if self.log_z is None else (*terms, self.log_z(state_DH))

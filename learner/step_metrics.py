@@ -1,7 +1,7 @@
 """The metrics of one optimizer step: loss, agreement, batch, cost, and bounds of log Z."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from learner.agreement.comparison import log_q_gaps
-from learner.batch import Batch, content
+from learner.batch import Batch, content, members
 from learner.engine import Engine
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
 
@@ -27,11 +27,8 @@ class Tally:
     def __init__(self, version: int) -> None:
         self._version = version
         self.loss = 0.0  # of this rank
-        self._row_sums: dict[str, float] = {}
-        self._rows = 0
-        self._gap_sum = 0.0
-        self._gap_count = 0
-        self._gap_max = 0.0
+        self._row_sums: defaultdict[str, float] = defaultdict(float)
+        self._rows = self._gap_sum = self._gap_count = self._gap_max = 0.0
 
     def add(
         self, batch: Batch, inputs: ObjectiveInput, value: ObjectiveValue, *, factor: float
@@ -39,9 +36,9 @@ class Tally:
         """Count one micro-batch; `factor` is that of its total in the loss, 0 to skip it."""
         counted = float(factor > 0)
         self.loss += factor * value.total.item()
-        self._rows += int(counted * len(batch.trajectories))
+        self._rows += counted * len(batch.trajectories)
         for name, total in value.row_sums.items():
-            self._row_sums[name] = self._row_sums.get(name, 0.0) + counted * total.item()
+            self._row_sums[name] += counted * total.item()
         if counted:
             self._compare(batch, inputs)
 
@@ -50,15 +47,12 @@ class Tally:
         names = sorted(self._row_sums)
         sums = [self.loss, self._rows, self._gap_sum, self._gap_count]
         sums += [self._row_sums[name] for name in names]
-        everyones = engine.gather([self._gap_max, *sums])
-        gap_max = max(values[0] for values in everyones)
-        loss, rows, gap_sum, gap_count, *row_sums = (
-            sum(values[place] for values in everyones) for place in range(1, len(sums) + 1)
-        )
+        gap_max, *everyones = np.array(engine.gather([self._gap_max, *sums])).T
+        loss, rows, gap_sum, gap_count, *row_sums = (float(values.sum()) for values in everyones)
         metrics = {"loss/value": loss}
         metrics |= {f"loss/{n}": total / rows for n, total in zip(names, row_sums, strict=True)}
         if gap_count:
-            metrics["agreement/max_nats"] = gap_max
+            metrics["agreement/max_nats"] = float(gap_max.max())
             metrics["agreement/mean_nats"] = gap_sum / gap_count
         return metrics
 
@@ -79,25 +73,22 @@ class Tally:
 
 
 def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:
-    """Metrics of a drawn batch, known without the model. Rewards and ages are of what actors have
-    sampled freshly."""
+    """Metrics of a drawn batch, known without the model; rewards and ages of what is fresh."""
     fresh = [trajectory for group in groups for trajectory in group.fresh]
     num_replayed = sum(len(group.replayed) for group in groups)
     metrics = {
         "batch/trajectories": float(len(fresh) + num_replayed),
         "batch/replayed": float(num_replayed),
     }
-    sampled = [t for t in fresh if t.behaviour != "demonstration"]
-    if sampled:
+    if sampled := [t for t in fresh if t.behaviour != "demonstration"]:
         ages = [version - trajectory.policy_version for trajectory in sampled]
         metrics |= {
-            "reward/log_mean_nats": sum(float(t.log_reward[-1]) for t in sampled) / len(sampled),
-            "policy/age_mean_versions": sum(ages) / len(ages),
+            "reward/log_mean_nats": _mean([float(t.log_reward[-1]) for t in sampled]),
+            "policy/age_mean_versions": _mean(ages),
             "policy/age_max_versions": float(max(ages)),
         }
-    verdicts = [t.correct for t in fresh if t.behaviour == "on_policy" and t.correct is not None]
-    if verdicts:
-        metrics["reward/correct_fraction"] = sum(verdicts) / len(verdicts)
+    if verdicts := [t.correct for t in fresh if is_on_policy(t) and t.correct is not None]:
+        metrics["reward/correct_fraction"] = _mean(verdicts)
     return metrics
 
 
@@ -121,8 +112,7 @@ def describe_cost(groups: Sequence[Group], *, against_base: bool) -> dict[str, f
         scored += sum(
             t.prompt.size + t.completion.size + t.stops.size * t.answer.size for t in fresh
         )
-    rows = chain.from_iterable((*group.fresh, *group.replayed) for group in groups)
-    distinct = {content(t): t.prompt.size + t.completion.size for t in rows}
+    distinct = {content(t): t.prompt.size + t.completion.size for t in members(groups)}
     learned = float(sum(distinct.values()))
     return {
         "tokens/sampled": float(sampled),
@@ -135,10 +125,9 @@ def describe_cost(groups: Sequence[Group], *, against_base: bool) -> dict[str, f
 def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict[str, float]:
     """How far the policy is from the posterior, averaged over the prompts of a drawn batch.
 
-    Only fresh trajectories that were sampled at temperature 1 count, since only they are samples of
-    the policy that their log q belongs to: that of the version that sampled them. No model is
-    asked. With log w = log R / T - log q and K on-policy trajectories of a prompt, in nats but for
-    the last:
+    Only fresh trajectories that were sampled at temperature 1 count: they are samples of the policy
+    that their log q belongs to. With log w = log R / T - log q and K of them of a prompt, in nats
+    but for the last:
 
         posterior/elbo_nats      mean log w; on average log Z - KL(q || p)
         posterior/iwae_nats      log mean w; on average between that and log Z
@@ -148,27 +137,22 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
                                  it stays good where q misses a part of p
 
     One trajectory alone has no gap and no share: such groups count in the ELBO only. What no group
-    can tell is left out.
-
-    Args:
-        reward_temperature: T of the step.
+    can tell is left out. T is `reward_temperature`.
     """
-    log_weights = [
+    of_groups = [
         np.array([log_weight(t, reward_temperature) for t in group.fresh if is_on_policy(t)])
         for group in groups
     ]
-    known = [log_weight_K for log_weight_K in log_weights if len(log_weight_K)]
-    if not known:
-        return {}
-    metrics = {"posterior/elbo_nats": _mean([log_weight_K.mean() for log_weight_K in known])}
-    several = [log_weight_K for log_weight_K in known if len(log_weight_K) > 1]
-    if several:
-        iwae = [logsumexp(log_weight_K) - np.log(len(log_weight_K)) for log_weight_K in several]
-        elbo = [log_weight_K.mean() for log_weight_K in several]
+    metrics = {}
+    if known := [row_K for row_K in of_groups if len(row_K)]:
+        metrics["posterior/elbo_nats"] = _mean([row_K.mean() for row_K in known])
+    if several := [row_K for row_K in known if len(row_K) > 1]:
+        iwae = _mean([logsumexp(row_K) - np.log(len(row_K)) for row_K in several])
+        elbo = _mean([row_K.mean() for row_K in several])
         metrics |= {
-            "posterior/iwae_nats": _mean(iwae),
-            "posterior/iwae_gap_nats": _mean(iwae) - _mean(elbo),
-            "posterior/ess_share": _mean([ess_share(log_weight_K) for log_weight_K in several]),
+            "posterior/iwae_nats": iwae,
+            "posterior/iwae_gap_nats": iwae - elbo,
+            "posterior/ess_share": _mean([ess_share(row_K) for row_K in several]),
         }
     return metrics
 

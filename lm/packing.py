@@ -94,6 +94,10 @@ class Packing:
     column_BS: Indices  # whose output is state t: after t tokens; beyond L as at L
 
     @property
+    def width(self) -> int:
+        return max(tree.width for tree in self.trees)
+
+    @property
     def ids_RW(self) -> NDArray[np.int64]:
         return pad([tree.tokens for tree in self.trees])
 
@@ -106,15 +110,9 @@ class Packing:
         """Whether some row holds more than one completion; else causal attention will do."""
         return len(self.trees) < len(self.row_B)
 
-    @property
-    def first(self) -> int:
-        """The earliest column that is a state: the last of the shortest prompt."""
-        return int(self.column_BS[:, 0].min())
-
     def sees_RWW(self) -> NDArray[np.bool_]:
         """Padding sees itself, for a softmax over nothing is NaN."""
-        width = max(tree.width for tree in self.trees)
-        sees_RWW = np.tile(np.eye(width, dtype=np.bool_), (len(self.trees), 1, 1))
+        sees_RWW = np.tile(np.eye(self.width, dtype=np.bool_), (len(self.trees), 1, 1))
         for sees_WW, tree in zip(sees_RWW, self.trees, strict=True):
             sees_WW[: tree.width, : tree.width] = tree.sees()
         return sees_RWW

@@ -102,7 +102,7 @@ def as_group(
 def draw(
     gate: AgreementGate, replay: Replay, version: int, num_groups: int, *, timeout_s: float = 60.0
 ) -> list[Group]:
-    gate._replay = replay
+    gate.replay = replay
     return gate.draw(
         DrawRequest(
             num_groups=num_groups,

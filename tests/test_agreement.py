@@ -70,7 +70,7 @@ class Observed:
     def __init__(self, gate: Any) -> None:
         self._gate = gate
         self.drawn: list[Trajectory] = []
-        gate._replay = Ears(gate._replay, self.drawn)
+        gate.replay = Ears(gate.replay, self.drawn)
         self.admitted: list[Trajectory] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -137,7 +137,7 @@ class Cast:
             warn=self.warnings.append,
         )
         self.gate = Observed(self.learner.gate)
-        self.learner._replay = self.learner.gate = self.gate  # type: ignore[assignment]
+        self.learner.replay = self.learner.gate = self.gate  # type: ignore[assignment]
 
         def actor(index: int) -> RolloutActor:
             # One each: a replica remembers scores, and what it scored together rounds together.
@@ -222,7 +222,7 @@ def test_a_run_with_a_damaged_actor_is_the_run_that_never_saw_it(
             assert accounted == one["batch/trajectories"] + one["agreement/quarantined"]
             assert one["agreement/unchecked"] == 0
             assert one["agreement/admitted_max_nats"] < 1e-4
-    state, other_state = mixed.learner._engine.state(), alone.learner._engine.state()
+    state, other_state = mixed.learner.engine.state(), alone.learner.engine.state()
     assert all(torch.equal(state[name], other_state[name]) for name in state)
 
 

@@ -129,7 +129,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_state_of_other_shapes_is_refused_before_anything_changes() -> None:
     learner, model = make_learner()
-    engine = TorchEngine(model, learner._config)
+    engine = TorchEngine(model, learner.config)
     state = engine.state()
     name = next(name for name in state if name.startswith("parameter/"))
     before = adapter_of(model)

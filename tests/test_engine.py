@@ -92,7 +92,7 @@ def lose_rank_one(place: Any, engine: Any, learner: Any, model: Any, folder: Pat
 
     Returns the seconds until rank 0 says so.
     """
-    learner._replay = StarvedReplay()
+    learner.replay = StarvedReplay()
     answers = iter([False, True])
     learner.run(STEPS + 99, stop=lambda: next(answers))
     assert learner.completed_steps == STEPS + 2
@@ -124,7 +124,7 @@ def test_deepspeed_ranks_take_the_step_of_one_process(
     reports = [json.loads((tmp_path / f"report-{r}.json").read_text()) for r in range(num_ranks)]
     reference, _ = make_learner(log_z=log_z)
     expected = [reference.step() for _ in range(STEPS)]
-    state = reference._engine.state()
+    state = reference.engine.state()
     for rank, report in enumerate(reports):
         for mine, theirs in zip(report["metrics"], expected, strict=True):
             for key in ("loss/value", "loss/log_z_nats", "optim/grad_norm", "batch/trajectories"):

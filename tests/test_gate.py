@@ -372,15 +372,15 @@ def learn(
     learner, model = make_learner(
         replay=LaggingSamples(published), weights=published, make_engine=make_engine
     )
-    gate = make_gate(model, folder, replay=learner._replay)
+    gate = make_gate(model, folder, replay=learner.replay)
     if gated:
-        learner._replay = learner.gate = gate
+        learner.replay = learner.gate = gate
     learner.publish()
     rows = [learner.step() for _ in range(STEPS)]
     for row in rows:
         for key in [key for key in row if key.startswith("time/") or "agreement/" in key]:
             del row[key]
-    return rows, learner._engine.state(), gate.metrics()
+    return rows, learner.engine.state(), gate.metrics()
 
 
 def test_steps_behind_the_gate_are_those_without_it_bit_for_bit(tmp_path: Path) -> None:
@@ -415,8 +415,8 @@ def end_in_disagreement(engine: Any, folder: Path) -> None:
     damaged = ToySampler("actor-7", damage=0.1)
     groups = [as_group(damaged.group("short", version=0, size=40)) for _ in range(3)]
     learner, model = make_learner(replay=QueueReplay(*groups), make_engine=lambda *_: engine)
-    gate = make_gate(model, folder / "quarantine", replay=learner._replay)
-    learner._replay = learner.gate = gate
+    gate = make_gate(model, folder / "quarantine", replay=learner.replay)
+    learner.replay = learner.gate = gate
     learner.publish()
     expected = SamplersDisagree if engine.rank == 0 else Unrecoverable
     with pytest.raises(expected, match="actor-7 at version 0"):

@@ -143,8 +143,8 @@ def held_back(folder: Path, server: RedisServer) -> tuple[LocalRun, Watched, Rep
         buffer=BufferAddress(url=server.url, password=server.password),
         report=print,
     )
-    watched = Watched(run._learner._replay)
-    run._learner._replay = watched
+    watched = Watched(run._learner.replay)
+    run._learner.replay = watched
     while not run.finished:
         run.tick()
     run.stop(timeout_s=30)

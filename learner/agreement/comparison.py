@@ -6,7 +6,7 @@ teacher-forced pass. Where their weights are the same, only rounding parts them.
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
-from learner.batch import Batch, check_actions, collate
+from learner.batch import Batch, check_actions, collate, row_log_probs, split_rows
 from learner.broadcast import Unrecoverable
 from lm.actions import ActionSpace
-from lm.scoring import completion_log_probs
 
 # Largest gaps seen between honest parts, nats: 1.5e-5 in float32, 0.13 in bfloat16, both with up
 # to 12 layers and 20,000 tokens. Deeper models round more; damage is larger still.
@@ -77,43 +76,31 @@ def compare(
     """Compare trajectories with the weights that `model` holds now; one for each, in order.
 
     Args:
-        token_budget: padded tokens of one pass; a single trajectory may exceed it.
+        trajectories: at least one.
+        token_budget: columns of one pass; a single trajectory may exceed it.
 
     Raises:
         IllegalCompletion: a trajectory was sampled under other rules.
     """
-    device = next(model.parameters()).device
-    widest = max((t.prompt.size + t.completion.size for t in trajectories), default=1)
-    rows = max(1, token_budget // widest)
-    compared = []
-    for first in range(0, len(trajectories), rows):
-        part = tuple(trajectories[first : first + rows])
-        group = Group(prompt_key="", fresh=part, replayed=())
-        check_actions([group], actions)
-        batch = collate([group], device)
-        log_probs = completion_log_probs(
-            model,
-            actions,
-            [t.prompt.tolist() for t in batch.distinct],
-            [t.completion.tolist() for t in batch.distinct],
-            [t.from_tool.tolist() for t in batch.distinct],
+    group = Group(prompt_key="", fresh=tuple(trajectories), replayed=())
+    check_actions([group], actions)
+    batch = collate([group], next(model.parameters()).device)
+    parts = [
+        row_log_probs(model, actions, batch, rows)[:2] for rows in split_rows(batch, token_budget)
+    ]
+    log_pf_BT, log_stop_BS = (torch.cat(rows)[batch.row_B] for rows in zip(*parts, strict=True))
+    gap_BN, _ = log_q_gaps(batch, log_pf_BT, log_stop_BS)
+    arrays = (t.cpu().numpy() for t in (gap_BN.amax(dim=1), log_pf_BT, log_stop_BS))
+    return [
+        Comparison(
+            trajectory=trajectory,
+            learner_version=learner_version,
+            gap_nats=float(gap),
+            log_q_token=token_T[: trajectory.completion.size],
+            log_q_stop=stop_S[trajectory.stops],
         )
-        log_pf_BT, log_stop_BS = (
-            log_q[batch.row_B] for log_q in (log_probs.log_pf_BT, log_probs.log_stop_BS)
-        )
-        gap_BN, _ = log_q_gaps(batch, log_pf_BT, log_stop_BS)
-        arrays = (t.cpu().numpy() for t in (gap_BN.amax(dim=1), log_pf_BT, log_stop_BS))
-        for trajectory, gap, token_T, stop_S in zip(part, *arrays, strict=True):
-            compared.append(
-                Comparison(
-                    trajectory=trajectory,
-                    learner_version=learner_version,
-                    gap_nats=float(gap),
-                    log_q_token=token_T[: trajectory.completion.size],
-                    log_q_stop=stop_S[trajectory.stops],
-                )
-            )
-    return compared
+        for trajectory, gap, token_T, stop_S in zip(trajectories, *arrays, strict=True)
+    ]
 
 
 def incomparable(trajectory: Trajectory, learner_version: int) -> Comparison:
@@ -132,14 +119,6 @@ class SamplersDisagree(Unrecoverable):
     """Too many trajectories cannot have come from the weights that they name."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """What one draw brought."""
-
-    judged: int  # trajectories whose actor and version were compared
-    wrong: Sequence[Comparison]
-
-
 class Disagreement:
     """The share of wrong trajectories over the last draws.
 
@@ -151,16 +130,16 @@ class Disagreement:
     def __init__(self, *, max_share: float, tolerance_nats: float) -> None:
         self._max_share = max_share
         self._tolerance_nats = tolerance_nats
-        self._draws: deque[_Draw] = deque(maxlen=_WINDOW_DRAWS)
+        self._draws: deque[tuple[int, Sequence[Comparison]]] = deque(maxlen=_WINDOW_DRAWS)
 
     def note(self, judged: int, wrong: Sequence[Comparison]) -> None:
         """Count one draw: `wrong` of the `judged` trajectories."""
-        self._draws.append(_Draw(judged, wrong))
+        self._draws.append((judged, wrong))
 
     def check(self, evidence: Path) -> None:
         """Raise SamplersDisagree when the share is above `max_share`; `evidence` is for people."""
-        judged = sum(draw.judged for draw in self._draws)
-        wrong = [outcome for draw in self._draws for outcome in draw.wrong]
+        judged = sum(judged for judged, _ in self._draws)
+        wrong = [outcome for _, of_draw in self._draws for outcome in of_draw]
         if judged < _MIN_JUDGED or len(wrong) <= self._max_share * judged:
             return
         actors = sorted({outcome.trajectory.actor for outcome in wrong})
@@ -178,17 +157,12 @@ class Disagreement:
 
     def describe(self, wrong: Sequence[Comparison]) -> str:
         """Wrong trajectories of one actor: who, of which versions, by how much."""
-        gap = max_gap(wrong)
+        gaps = [outcome.gap_nats for outcome in wrong if outcome.log_q_stop.size]
+        gap = float(np.max(gaps)) if gaps else math.nan  # NaN if any recomputation gave NaN
         return (
             f"{wrong[0].trajectory.actor} at {_versions(wrong)} is off by up to {gap:.3g} nats "
             f"where {self._tolerance_nats:g} are tolerated"
         )
-
-
-def max_gap(outcomes: Iterable[Comparison]) -> float:
-    """Largest gap, nats; NaN if any recomputation gave NaN."""
-    gaps = [outcome.gap_nats for outcome in outcomes if outcome.log_q_stop.size]
-    return math.nan if any(map(math.isnan, gaps)) else max(gaps, default=math.nan)
 
 
 def _versions(wrong: Sequence[Comparison]) -> str:

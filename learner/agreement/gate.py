@@ -1,7 +1,8 @@
 """The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
@@ -42,11 +43,12 @@ class _Counts:
     seconds: float = 0.0
 
 
+@dataclass(kw_only=True, eq=False)
 class AgreementGate:
     """A `Replay` in front of another, without what disagrees with the learner's own log q.
 
-    A trajectory of version v is recomputed with the adapter that was published as v. To do so with
-    all of them would cost one more forward pass of everything. In each draw these are compared:
+    A trajectory of version v is recomputed with the adapter that was published as v. All of them
+    would cost one more forward pass of everything. In each draw these are compared:
 
     - of every actor and version among the fresh trajectories, the one with the most decisions;
       likewise of those that only replay brings, unless an earlier comparison vouches for them;
@@ -54,10 +56,9 @@ class AgreementGate:
     - everything of an actor and version that have ever disagreed;
     - `agreement_check_share` of the others of these versions, whose weights are in place by then.
 
-    What disagrees by more than the tolerance goes into quarantine. So nothing that was compared
-    and is wrong ever reaches the loss, and an actor whose every completion is wrong is caught at
-    the first group of it that is drawn, before anything of it is let through. Damage that shows in
-    few completions is found when one of them is compared, and not before.
+    What disagrees by more than the tolerance goes into quarantine. An actor whose every completion
+    is wrong is caught at the first group of it that is drawn, before anything of it is let through;
+    damage that shows in few completions, when one of them is compared.
 
     A version that is not kept (it is too old, or of a run before it was resumed) cannot be
     recomputed: its trajectories count as unchecked and are let through, unless their actor has
@@ -66,42 +67,30 @@ class AgreementGate:
     Only rank 0 of the learner uses it. It leaves the model as it was, bit for bit, and the random
     numbers of the run alone: while all agree, a run is the same with and without it.
 
-    Args:
-        replay: where groups come from, and what is wrong is discarded.
-        past: the model's earlier adapters; filled by `keep`.
-        warn: takes one line for people when an actor disagrees at a version for the first time.
     """
 
-    def __init__(
-        self,
-        *,
-        replay: Replay,
-        model: nn.Module,
-        actions: ActionSpace,
-        past: PastPolicies,
-        quarantine: Quarantine,
-        config: LearnerConfig,
-        warn: Callable[[str], None],
-    ) -> None:
-        self._replay = replay
-        self._model = model
-        self._actions = actions
-        self._past = past
-        self._quarantine = quarantine
-        self._config = config
-        self._warn = warn
-        self._tolerance_nats = config.agreement_tolerance_nats or rounding_tolerance(model)
+    replay: Replay  # where groups come from, and what is wrong is discarded
+    model: nn.Module
+    actions: ActionSpace
+    past: PastPolicies  # the model's earlier adapters; filled by `keep`
+    quarantine: Quarantine
+    config: LearnerConfig
+    warn: Callable[[str], None]  # takes a line when an actor disagrees at a version the first time
+    _agreed: set[Pair] = field(default_factory=set, init=False)
+    _wrong: set[Pair] = field(default_factory=set, init=False)
+    _counts: _Counts = field(default_factory=_Counts, init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self._tolerance_nats = config.agreement_tolerance_nats or rounding_tolerance(self.model)
         self._disagreement = Disagreement(
             max_share=config.agreement_max_share, tolerance_nats=self._tolerance_nats
         )
-        self._agreed: set[Pair] = set()
-        self._wrong: set[Pair] = set()
-        self._counts = _Counts()
 
     def keep(self, version: int, adapter: bytes) -> None:
         """Remember the adapter that is published as `version`."""
-        self._past.keep(version, adapter)
-        self._agreed = {pair for pair in self._agreed if pair[1] in self._past}
+        self.past.keep(version, adapter)
+        self._agreed = {pair for pair in self._agreed if pair[1] in self.past}
 
     def draw(self, request: DrawRequest) -> list[Group]:
         """As the replay behind it, without what is quarantined.
@@ -124,7 +113,7 @@ class AgreementGate:
                     f"log q after {request.timeout_s:.1f} s; {self._counts.quarantined} "
                     "trajectories were quarantined"
                 )
-            drawn = self._replay.draw(
+            drawn = self.replay.draw(
                 replace(request, num_groups=missing, timeout_s=max(left_s, 0.0))
             )
             if not drawn:
@@ -136,7 +125,7 @@ class AgreementGate:
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """See `Replay.discard`."""
-        self._replay.discard(trajectories)
+        self.replay.discard(trajectories)
 
     def save(self) -> bytes:
         """What it knows of earlier draws: adapters, and who agreed or was wrong at which version.
@@ -144,29 +133,24 @@ class AgreementGate:
         Not the share of what was wrong lately: that is counted anew.
         """
         known = [sorted(self._agreed), sorted(self._wrong)]
-        data: bytes = msgpack.packb([self._past.save(), known])
+        data: bytes = msgpack.packb([self.past.save(), known])
         return data
 
     def restore(self, data: bytes) -> None:
         """Know what was known at the moment of `save`."""
         adapters, (agreed, wrong) = msgpack.unpackb(data, strict_map_key=False, use_list=False)
         for version, adapter in adapters.items():
-            self._past.keep(version, adapter)
+            self.past.keep(version, adapter)
         self._agreed, self._wrong = set(agreed), set(wrong)
 
     def metrics(self) -> dict[str, float]:
         """Of the last `draw`."""
         counts = self._counts
-        metrics = {
-            "agreement/checked": float(counts.checked),
-            "agreement/vouched": float(counts.vouched),
-            "agreement/unchecked": float(counts.unchecked),
-            "agreement/quarantined": float(counts.quarantined),
-            "time/agreement_s": counts.seconds,
-        }
+        names = ["checked", "vouched", "unchecked", "quarantined"]
         if counts.checked > counts.quarantined:
-            metrics["agreement/admitted_max_nats"] = counts.admitted_max_nats
-        return metrics
+            names.append("admitted_max_nats")
+        metrics = {f"agreement/{name}": float(getattr(counts, name)) for name in names}
+        return metrics | {"time/agreement_s": counts.seconds}
 
     def _admit(self, drawn: Sequence[Group], version: int) -> list[Group]:
         """The groups without what is wrong, and without those of which nothing fresh is left."""
@@ -175,11 +159,11 @@ class AgreementGate:
         wrong = self._find_wrong(fresh, replayed, version)
         if wrong:
             evidence = self._shut_away(wrong)
-            self._replay.discard([t for t in replayed if t in wrong])
+            self.replay.discard([t for t in replayed if t in wrong])
             self._disagreement.check(evidence)
         groups = [
-            Group(
-                prompt_key=group.prompt_key,
+            replace(
+                group,
                 fresh=tuple(t for t in group.fresh if t not in wrong),
                 replayed=tuple(t for t in group.replayed if t not in wrong),
             )
@@ -208,16 +192,16 @@ class AgreementGate:
         self, fresh: Sequence[Trajectory], replayed: Sequence[Trajectory], version: int
     ) -> list[Trajectory]:
         """What to compare before anything is known of this draw."""
+        sampled = (*fresh, *replayed)
         probes = _most_telling(fresh)
         strangers = [t for t in replayed if _pair(t) not in probes.keys() | self._agreed]
         chosen = dict.fromkeys([*probes.values(), *_most_telling(strangers).values()])
-        chosen |= dict.fromkeys(t for t in (*fresh, *replayed) if _pair(t) in self._wrong)
+        chosen |= dict.fromkeys(t for t in sampled if _pair(t) in self._wrong)
         versions = {t.policy_version for t in chosen}
-        sampled = (*fresh, *replayed)
         rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
         # The version is the seed, so that a resumed run chooses as the uninterrupted one.
         lots = np.random.default_rng(version).random(len(rest))
-        share = self._config.agreement_check_share
+        share = self.config.agreement_check_share
         return [*chosen, *(t for t, lot in zip(rest, lots, strict=True) if lot < share)]
 
     def _compare(self, trajectories: Sequence[Trajectory], version: int) -> Compared:
@@ -225,23 +209,20 @@ class AgreementGate:
         by_version: dict[int, list[Trajectory]] = {}
         for trajectory in trajectories:
             by_version.setdefault(trajectory.policy_version, []).append(trajectory)
-        outcomes: list[Comparison] = []
+        compared: Compared = {}
         for sampled_at, same in by_version.items():
-            if sampled_at == version:
-                outcomes += self._compare_now(same, version)
-            elif sampled_at in self._past:
-                with self._past.as_of(sampled_at):
-                    outcomes += self._compare_now(same, version)
-        return {outcome.trajectory: outcome for outcome in outcomes}
-
-    def _compare_now(self, same: Sequence[Trajectory], version: int) -> list[Comparison]:
-        return compare(
-            self._model,
-            self._actions,
-            same,
-            learner_version=version,
-            token_budget=self._config.token_budget,
-        )
+            if sampled_at != version and sampled_at not in self.past:
+                continue
+            with nullcontext() if sampled_at == version else self.past.as_of(sampled_at):
+                outcomes = compare(
+                    self.model,
+                    self.actions,
+                    same,
+                    learner_version=version,
+                    token_budget=self.config.token_budget,
+                )
+            compared |= zip(same, outcomes, strict=True)
+        return compared
 
     def _is_wrong(self, outcome: Comparison) -> bool:
         return not outcome.gap_nats <= self._tolerance_nats  # NaN is wrong too
@@ -261,13 +242,13 @@ class AgreementGate:
 
     def _shut_away(self, wrong: Compared) -> Path:
         """Write what is wrong to disk and warn of whom it is news; the file."""
-        evidence = self._quarantine.keep(list(wrong.values()))
+        evidence = self.quarantine.keep(list(wrong.values()))
         by_pair: dict[Pair, list[Comparison]] = {}
         for trajectory, outcome in wrong.items():
             by_pair.setdefault(_pair(trajectory), []).append(outcome)
         for pair in [pair for pair in by_pair if pair not in self._wrong]:
             self._wrong.add(pair)
-            self._warn(
+            self.warn(
                 f"{len(by_pair[pair])} trajectories quarantined: log q of "
                 f"{self._disagreement.describe(by_pair[pair])}; kept in {evidence}"
             )
@@ -285,11 +266,5 @@ def _pair(trajectory: Trajectory) -> Pair:
 
 def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
     """Of each actor and version, the trajectory with the most decisions to compare."""
-    best: dict[Pair, Trajectory] = {}
-    for trajectory in sorted(trajectories, key=_num_decisions):
-        best[_pair(trajectory)] = trajectory
-    return best
-
-
-def _num_decisions(trajectory: Trajectory) -> int:
-    return int((~trajectory.from_tool).sum()) + trajectory.stops.size
+    by_decisions = sorted(trajectories, key=lambda t: int((~t.from_tool).sum()) + t.stops.size)
+    return {_pair(trajectory): trajectory for trajectory in by_decisions}

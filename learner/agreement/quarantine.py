@@ -15,8 +15,6 @@ import numpy as np
 from buffer.trajectory import pack, unpack
 from learner.agreement.comparison import Comparison
 
-_MAX_FILE_BYTES = 64 << 20
-_MAX_FILES = 16
 _PATTERN = "[0-9][0-9][0-9][0-9]*.records"
 
 
@@ -27,11 +25,7 @@ class Quarantine:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        max_file_bytes: int = _MAX_FILE_BYTES,
-        max_files: int = _MAX_FILES,
+        self, folder: Path, *, max_file_bytes: int = 64 << 20, max_files: int = 16
     ) -> None:
         self._folder = folder
         self._max_file_bytes = max_file_bytes

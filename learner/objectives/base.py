@@ -8,9 +8,9 @@ from torch import Tensor
 
 from learner.objectives.traits import Traits
 
-# What the squared residuals of an objective are divided by: their weights in the whole batch, so
-# that a trajectory with more of them counts for more (the reference code), or first those of their
-# own trajectory, so that every trajectory counts alike (a mean over samples, as the papers write).
+# What squared residuals are divided by: their weights in the whole batch, so that a trajectory with
+# more of them counts for more (the reference code), or first those of their own trajectory, so that
+# every trajectory counts alike (a mean over samples, as the papers write).
 Normalisation = Literal["batch", "trajectory"]
 
 
@@ -18,8 +18,7 @@ Normalisation = Literal["batch", "trajectory"]
 class ObjectiveInput:
     """Trajectories under the current policy. B rows, T tokens, S = T + 1 states; all in nats.
 
-    Rows of one group stand together in one input, so that quantities of a prompt can be
-    estimated from it.
+    All rows of a group stand in one input: quantities of a prompt are estimated from them.
     """
 
     log_pf_BT: Tensor  # log q of token t+1 after t tokens, 0 at tool tokens, any value as padding
@@ -28,8 +27,8 @@ class ObjectiveInput:
     stop_BS: Tensor  # bool: the policy may stop here; the last one of a row is terminal
     group_B: Tensor  # int64 below B: rows with the same number share their prompt
     log_z_B: Tensor | None = None  # learned log Z of each row's prompt; None: from the group
-    # The same as log_pf_BT and log_stop_BS, without gradient: as the sampler recorded them at its
-    # own version, and under the base LM. For reward maximisation alone; None: nobody asked.
+    # As log_pf_BT and log_stop_BS, without gradient: recorded by the sampler at its own version,
+    # and under the base LM. For reward maximisation alone; None: nobody asked.
     behaviour_log_prob_BT: Tensor | None = None
     behaviour_log_stop_BS: Tensor | None = None
     base_log_pf_BT: Tensor | None = None
@@ -48,41 +47,44 @@ class Objective(Protocol):
     """A pure function of a batch; its loss is the sum of `total` over the sum of `weight`."""
 
     @property
-    def traits(self) -> Traits:
-        """What it needs and means."""
-        ...
+    def traits(self) -> Traits: ...
 
     def weight(self, stop_BS: Tensor) -> Tensor:
         """Normaliser of these rows, scalar float64.
 
-        It depends on the shape of the trajectories alone, so it is known before the first
-        backward pass and gradients may be accumulated exactly.
+        From shapes alone, so that it is known before the first backward pass and gradients may be
+        accumulated exactly.
         """
-        ...
 
-    def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
-        """Sum of the loss over these rows."""
-        ...
+    def __call__(self, batch: ObjectiveInput) -> ObjectiveValue: ...
 
 
 class PerTrajectory:
     """An objective with a single term for each trajectory: its loss is a mean over them."""
 
     def weight(self, stop_BS: Tensor) -> Tensor:
-        """The number of rows."""
         return torch.tensor(stop_BS.shape[0], dtype=torch.float64, device=stop_BS.device)
 
 
-def sum_weights(weight_B: Tensor, normalisation: Normalisation) -> Tensor:
-    """The normaliser of rows with these weights, scalar float64."""
-    if normalisation == "batch":
+class Residuals:
+    """An objective with several squared residuals for each trajectory, and log Z in some."""
+
+    normalisation: Normalisation
+
+    def row_weights(self, stop_BS: Tensor) -> Tensor:
+        """Weights of the residuals of each row, summed: [B]."""
+        raise NotImplementedError
+
+    def weight(self, stop_BS: Tensor) -> Tensor:
+        """The weights of all residuals, or the number of rows that have any."""
+        weight_B = self.row_weights(stop_BS)
+        if self.normalisation == "trajectory":
+            weight_B = weight_B > 0
         return weight_B.double().sum()
-    return (weight_B > 0).sum().double()
 
-
-def sum_losses(loss_B: Tensor, weight_B: Tensor, normalisation: Normalisation) -> Tensor:
-    """What `sum_weights` is to divide: the rows' losses, each over its own weight if so asked."""
-    if normalisation == "trajectory":
-        weight_B = weight_B.to(loss_B)
-        loss_B = (loss_B / weight_B.clamp(min=1e-30)).where(weight_B > 0, 0.0)
-    return loss_B.sum()
+    def value(self, loss_B: Tensor, stop_BS: Tensor, log_z_B: Tensor) -> ObjectiveValue:
+        """Of the weighted squares of each row, summed."""
+        if self.normalisation == "trajectory":
+            weight_B = self.row_weights(stop_BS).to(loss_B)
+            loss_B = (loss_B / weight_B.clamp(min=1e-30)).where(weight_B > 0, 0.0)
+        return ObjectiveValue(loss_B.sum(), {"log_z_nats": log_z_B.detach().sum()})

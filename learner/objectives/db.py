@@ -10,19 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from learner.objectives.base import (
-    Normalisation,
-    ObjectiveInput,
-    ObjectiveValue,
-    sum_losses,
-    sum_weights,
-)
+from learner.objectives.base import Normalisation, ObjectiveInput, ObjectiveValue, Residuals
 from learner.objectives.potential import count_states, log_z_of, state_potentials, with_root
 from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
-class DetailedBalance:
+class DetailedBalance(Residuals):
     """Squared imbalance between neighbouring stop states s, s' of a trajectory.
 
         (log F(s) + sum of log q(z | ..) from s to s' - log F(s'))^2,   F(s) = R(s ⊤) / q(⊤ | s)
@@ -35,9 +29,8 @@ class DetailedBalance:
 
     traits: ClassVar = TRAITS["db"]
 
-    def weight(self, stop_BS: Tensor) -> Tensor:
-        """Neighbours summed over the rows, or the number of rows that have any."""
-        return sum_weights(count_states(stop_BS) - 1, self.normalisation)
+    def row_weights(self, stop_BS: Tensor) -> Tensor:
+        return count_states(stop_BS) - 1
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         phi_BS = state_potentials(batch)
@@ -45,8 +38,4 @@ class DetailedBalance:
         phi_BN, real_BN = with_root(phi_BS, batch.stop_BS, log_z_B)
         # Real states come first, so a real one that is not the first follows a real one.
         residual_BN = torch.where(real_BN[:, 1:], phi_BN[:, 1:] - phi_BN[:, :-1], 0.0)
-        loss_B = residual_BN.square().sum(1)
-        return ObjectiveValue(
-            total=sum_losses(loss_B, real_BN.sum(1) - 1, self.normalisation),
-            row_sums={"log_z_nats": log_z_B.detach().sum()},
-        )
+        return self.value(residual_BN.square().sum(1), batch.stop_BS, log_z_B)

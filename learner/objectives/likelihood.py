@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
-from learner.objectives.potential import last_stops, path_log_probs, terminal_log_probs
+from learner.objectives.potential import at_end, path_log_probs
 from learner.objectives.traits import TRAITS
 from lm.actions import ActionSpace
 
@@ -16,15 +16,14 @@ class MaximumLikelihood(PerTrajectory):
         - log q(Z ⊤ | X) = - sum_k log q(z_{k+1} | z_1:k) - log q(⊤ | Z)
 
     Tool tokens have probability 1 and teach nothing; rewards do not enter. Over a fixed set of
-    completions the optimum is their empirical distribution (the KL from it to q is least), so what
-    the policy becomes is what it is shown: `learner.demonstrations`.
+    completions the optimum is their empirical distribution (the KL from it to q is least).
     """
 
     traits: ClassVar = TRAITS["sft"]
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
-        log_q_B = terminal_log_probs(batch.log_pf_BT, batch.log_stop_BS, batch.stop_BS)
-        return ObjectiveValue(total=-log_q_B.sum(), row_sums={"log_q_nats": log_q_B.detach().sum()})
+        log_q_B = at_end(path_log_probs(batch.log_pf_BT) + batch.log_stop_BS, batch.stop_BS)
+        return ObjectiveValue(-log_q_B.sum(), {"log_q_nats": log_q_B.detach().sum()})
 
 
 @dataclass(frozen=True)
@@ -33,18 +32,16 @@ class TextLikelihood(PerTrajectory):
 
         - log p(text | X) = - sum_k log p(text_k | X text_1:k-1)
 
-    Unlike a completion, a text has no legal tokens and no stop action of its own: what ends it,
-    such as a full stop, is a token like any other. Rewards do not enter. Over texts Z Y with
-    Z ~ q(Z | X) this is what an M-step lowers: - E_q[log p(Z Y | X)], but for the sampling error
-    of a fixed set of Z.
+    A text has no legal tokens and no stop action of its own: what ends it, such as a full stop, is
+    a token like any other. Rewards do not enter. Over texts Z Y with Z ~ q(Z | X) this is what an
+    M-step lowers, - E_q[log p(Z Y | X)], but for the sampling error of a fixed set of Z.
     """
 
     traits: ClassVar = TRAITS["joint"]
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
-        end_B1 = last_stops(batch.stop_BS)[:, None]
-        log_p_B = path_log_probs(batch.log_pf_BT).gather(1, end_B1).squeeze(1)
-        return ObjectiveValue(total=-log_p_B.sum(), row_sums={"log_p_nats": log_p_B.detach().sum()})
+        log_p_B = at_end(path_log_probs(batch.log_pf_BT), batch.stop_BS)
+        return ObjectiveValue(-log_p_B.sum(), {"log_p_nats": log_p_B.detach().sum()})
 
 
 def text_actions(*, end_token: int, max_len: int) -> ActionSpace:

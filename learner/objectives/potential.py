@@ -24,25 +24,17 @@ def state_potentials(batch: ObjectiveInput) -> Tensor:
 
     At the optimum every phi_t of a prompt is -log Z.
     """
-    rows, states = batch.stop_BS.shape
-    assert batch.log_pf_BT.shape == (rows, states - 1), (batch.log_pf_BT.shape, states)
-    assert batch.log_stop_BS.shape == (rows, states), (batch.log_stop_BS.shape, states)
-    assert batch.log_reward_BS.shape == (rows, states), (batch.log_reward_BS.shape, states)
+    shape = batch.stop_BS.shape
+    assert batch.log_stop_BS.shape == shape, (batch.log_stop_BS.shape, shape)
+    assert batch.log_reward_BS.shape == shape, (batch.log_reward_BS.shape, shape)
     phi_BS = path_log_probs(batch.log_pf_BT) + batch.log_stop_BS - batch.log_reward_BS
     # Everything before is a sum, so that nothing of -inf or NaN padding gets past this choice.
     return torch.where(batch.stop_BS, phi_BS, 0.0)
 
 
-def terminal_potentials(phi_BS: Tensor, stop_BS: Tensor) -> Tensor:
-    """phi of the last stop state of each row: log q(Z stop) - log R(Z stop), [B] nats."""
-    return phi_BS.gather(1, last_stops(stop_BS)[:, None]).squeeze(1)
-
-
-def terminal_log_probs(log_pf_BT: Tensor, log_stop_BS: Tensor, stop_BS: Tensor) -> Tensor:
-    """log q(Z ⊤) of the whole completion of each row, [B] nats."""
-    end_B1 = last_stops(stop_BS)[:, None]
-    path_B1 = path_log_probs(log_pf_BT).gather(1, end_B1)
-    return (path_B1 + log_stop_BS.gather(1, end_B1)).squeeze(1)
+def at_end(values_BS: Tensor, stop_BS: Tensor) -> Tensor:
+    """[B] the value of each row at its last stop state."""
+    return values_BS.gather(1, last_stops(stop_BS)[:, None]).squeeze(1)
 
 
 def last_stops(stop_BS: Tensor) -> Tensor:
@@ -54,7 +46,7 @@ def log_z_of(batch: ObjectiveInput, phi_BS: Tensor) -> Tensor:
     """log Z of each row's prompt, [B] nats: what was learned, else the group's estimate."""
     if batch.log_z_B is not None:
         return batch.log_z_B
-    return estimate_log_z(terminal_potentials(phi_BS, batch.stop_BS), batch.group_B)
+    return estimate_log_z(at_end(phi_BS, batch.stop_BS), batch.group_B)
 
 
 def estimate_log_z(terminal_phi_B: Tensor, group_B: Tensor) -> Tensor:
@@ -63,23 +55,24 @@ def estimate_log_z(terminal_phi_B: Tensor, group_B: Tensor) -> Tensor:
     VarGrad's estimate (Richter et al. 2020; Zhang et al. 2023): the mean over the group of
     log R(Z) - log q(Z). It needs no behaviour policy, hence any mixture of trajectories will do;
     with one trajectory it is that trajectory's own value, and says nothing about the others.
-
-    Args:
-        terminal_phi_B: potentials of the terminal states.
-        group_B: int64, rows with the same number share their prompt; numbers are below B.
     """
-    log_ratio_B = -terminal_phi_B.detach()
-    total_G = torch.zeros_like(log_ratio_B).index_add(0, group_B, log_ratio_B)
-    count_G = torch.zeros_like(log_ratio_B).index_add(0, group_B, torch.ones_like(log_ratio_B))
-    return (total_G / count_G.clamp(min=1))[group_B]
+    total_B, count_B = group_sums(-terminal_phi_B.detach(), group_B)
+    return total_B / count_B
+
+
+def group_sums(value_B: Tensor, group_B: Tensor) -> tuple[Tensor, Tensor]:
+    """[B] sum of the values of each row's group, and [B] how many they are."""
+    total_G = torch.zeros_like(value_B).index_add(0, group_B, value_B)
+    count_G = torch.zeros_like(value_B).index_add(0, group_B, torch.ones_like(value_B))
+    return total_G[group_B], count_G[group_B]
 
 
 def with_root(phi_BS: Tensor, stop_BS: Tensor, log_z_B: Tensor) -> tuple[Tensor, Tensor]:
     """Stop states moved together to the left, after the root where t = 0 is no stop state.
 
-    Where the bare prompt is no stop state, nothing in differences of stop states ties the
-    trajectories of a prompt together: the distribution over first stop states would stay free.
-    There the root enters as one more state before the first, with its flow Z: phi = -log Z.
+    There nothing in differences of stop states ties the trajectories of a prompt together: the
+    distribution over first stop states would stay free. So the root enters as one more state
+    before the first, with its flow Z: phi = -log Z.
 
     Returns:
         [B, N] potentials and [B, N] bool, N = S + 1; real states come first in each row.

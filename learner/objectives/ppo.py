@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
-from learner.objectives.potential import last_stops, terminal_log_probs
+from learner.objectives.potential import at_end, group_sums, last_stops, path_log_probs
 from learner.objectives.traits import TRAITS
 
 
@@ -57,9 +57,9 @@ class ClippedPolicyGradient(PerTrajectory):
             raise NotOnPolicy("PPO needs the log q of the base LM")
         stop_BS = batch.stop_BS
         end_B1 = last_stops(stop_BS)[:, None]
-        log_mu_B = terminal_log_probs(sampled_pf_BT, sampled_stop_BS, stop_BS)
-        gap_B = log_mu_B - terminal_log_probs(base_pf_BT, base_stop_BS, stop_BS)
-        return_B = batch.log_reward_BS.gather(1, end_B1).squeeze(1) - self.kl * gap_B
+        gap_BS = path_log_probs(sampled_pf_BT - base_pf_BT) + sampled_stop_BS - base_stop_BS
+        gap_B = at_end(gap_BS, stop_BS)
+        return_B = at_end(batch.log_reward_BS, stop_BS) - self.kl * gap_B
         advantage_B1 = advantages(return_B, batch.group_B)[:, None]
         token_T = torch.arange(batch.log_pf_BT.shape[1], device=stop_BS.device)
         log_token_BT = torch.where(token_T < end_B1, batch.log_pf_BT - sampled_pf_BT, 0.0)
@@ -68,17 +68,12 @@ class ClippedPolicyGradient(PerTrajectory):
         clipped_BN = change_BN.clamp(-self.clip, self.clip)
         gain_BN = torch.minimum(change_BN * advantage_B1, clipped_BN * advantage_B1)
         cut_B = (gain_BN.detach() != change_BN.detach() * advantage_B1).any(dim=1)
-        return ObjectiveValue(
-            total=-gain_BN.sum(),
-            row_sums={"kl_to_base_nats": gap_B.sum(), "clipped_share": cut_B.sum()},
-        )
+        metrics = {"kl_to_base_nats": gap_B.sum(), "clipped_share": cut_B.sum()}
+        return ObjectiveValue(-gain_BN.sum(), metrics)
 
 
 def advantages(return_B: Tensor, group_B: Tensor) -> Tensor:
     """Each return less the mean of the others of its group, [B], detached; 0 in a group of one."""
-    return_B = return_B.detach()
-    total_G = torch.zeros_like(return_B).index_add(0, group_B, return_B)
-    count_G = torch.zeros_like(return_B).index_add(0, group_B, torch.ones_like(return_B))
-    total_B, count_B = total_G[group_B], count_G[group_B]
-    others_B = (total_B - return_B) / (count_B - 1).clamp(min=1)
-    return torch.where(count_B > 1, return_B - others_B, 0.0)
+    total_B, count_B = group_sums(return_B.detach(), group_B)
+    others_B = (total_B - return_B.detach()) / (count_B - 1).clamp(min=1)
+    return torch.where(count_B > 1, return_B.detach() - others_B, 0.0)

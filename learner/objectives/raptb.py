@@ -18,25 +18,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from learner.objectives.base import (
-    Normalisation,
-    ObjectiveInput,
-    ObjectiveValue,
-    sum_losses,
-    sum_weights,
-)
+from learner.objectives.base import Normalisation, ObjectiveInput, ObjectiveValue, Residuals
 from learner.objectives.potential import (
+    at_end,
     last_stops,
     log_z_of,
     path_log_probs,
     state_potentials,
-    terminal_potentials,
 )
 from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
-class RootedPrefixBalance:
+class RootedPrefixBalance(Residuals):
     """Squared imbalance between the root and each prefix of a trajectory Z = z_1 .. z_n.
 
         sum_j (log Z(X) + sum_{k<t_j} log q(z_{k+1} | z_1:k) - u_j)^2
@@ -60,14 +54,14 @@ class RootedPrefixBalance:
 
     traits: ClassVar = TRAITS["raptb"]
 
-    def weight(self, stop_BS: Tensor) -> Tensor:
-        """Prefixes summed over the rows, or the number of rows."""
-        return sum_weights(_count_prefixes(stop_BS), self.normalisation)
+    def row_weights(self, stop_BS: Tensor) -> Tensor:
+        """The stop states of each row but t = 0, which is the root; at least Z ⊤."""
+        return stop_BS[:, 1:].sum(1).clamp(min=1)
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         phi_BS = state_potentials(batch)
         log_z_B = log_z_of(batch, phi_BS)
-        delta_B = (log_z_B + terminal_potentials(phi_BS, batch.stop_BS)).detach()
+        delta_B = (log_z_B + at_end(phi_BS, batch.stop_BS)).detach()
         state_S = torch.arange(phi_BS.shape[1], device=phi_BS.device)
         whole_BS = state_S == last_stops(batch.stop_BS)[:, None]
         path_BS = path_log_probs(batch.log_pf_BT)
@@ -77,12 +71,4 @@ class RootedPrefixBalance:
         # The value is delta, the gradient that of the prefix and of log Z.
         residual_BS = delta_B[:, None] + (prefix_BS - prefix_BS.detach())
         loss_B = torch.where(one_BS, residual_BS, 0.0).square().sum(1)
-        return ObjectiveValue(
-            total=sum_losses(loss_B, _count_prefixes(batch.stop_BS), self.normalisation),
-            row_sums={"log_z_nats": log_z_B.detach().sum()},
-        )
-
-
-def _count_prefixes(stop_BS: Tensor) -> Tensor:
-    """Terms of each row, [B] int64: its stop states but t = 0, which is the root; at least Z ⊤."""
-    return stop_BS[:, 1:].sum(1).clamp(min=1)
+        return self.value(loss_B, batch.stop_BS, log_z_B)

@@ -7,19 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from learner.objectives.base import (
-    Normalisation,
-    ObjectiveInput,
-    ObjectiveValue,
-    sum_losses,
-    sum_weights,
-)
+from learner.objectives.base import Normalisation, ObjectiveInput, ObjectiveValue, Residuals
 from learner.objectives.potential import count_states, log_z_of, state_potentials, with_root
 from learner.objectives.traits import TRAITS
 
 
 @dataclass(frozen=True)
-class SubTB:
+class SubTB(Residuals):
     """Squared imbalance between all pairs of stop states of a trajectory.
 
         sum_{i<j} decay^(j-i-1) (phi_j - phi_i)^2,    i, j ranks among the stop states
@@ -32,21 +26,15 @@ class SubTB:
 
     traits: ClassVar = TRAITS["subtb"]
 
-    def weight(self, stop_BS: Tensor) -> Tensor:
-        """Pair weights summed over the rows, or the number of rows that have pairs."""
-        weight_B = pair_weights(count_states(stop_BS), self.decay)
-        return sum_weights(weight_B, self.normalisation)
+    def row_weights(self, stop_BS: Tensor) -> Tensor:
+        return pair_weights(count_states(stop_BS), self.decay)
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         phi_BS = state_potentials(batch)
         log_z_B = log_z_of(batch, phi_BS)
         phi_BN, real_BN = with_root(phi_BS, batch.stop_BS, log_z_B)
         loss_B = pair_sums(phi_BN, real_BN, self.decay)
-        weight_B = pair_weights(real_BN.sum(1), self.decay)
-        return ObjectiveValue(
-            total=sum_losses(loss_B, weight_B, self.normalisation),
-            row_sums={"log_z_nats": log_z_B.detach().sum()},
-        )
+        return self.value(loss_B, batch.stop_BS, log_z_B)
 
 
 def pair_weights(count_B: Tensor, decay: float) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
-from learner.objectives.potential import log_z_of, state_potentials, terminal_potentials
+from learner.objectives.potential import at_end, log_z_of, state_potentials
 from learner.objectives.traits import TRAITS
 
 
@@ -20,8 +20,7 @@ class TrajectoryBalance(PerTrajectory):
 
     Estimated from the group, log Z(X) is the mean over the trajectories of the prompt, detached,
     so that the gradient is that of their variance, and a prompt with a single trajectory teaches
-    nothing. Stop states on the way do not enter: their rewards neither help nor, where they are
-    noise, disturb.
+    nothing. Stop states on the way do not enter: their rewards neither help nor disturb.
     """
 
     traits: ClassVar = TRAITS["tb"]
@@ -29,7 +28,5 @@ class TrajectoryBalance(PerTrajectory):
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         phi_BS = state_potentials(batch)
         log_z_B = log_z_of(batch, phi_BS)
-        residual_B = log_z_B + terminal_potentials(phi_BS, batch.stop_BS)
-        return ObjectiveValue(
-            total=residual_B.square().sum(), row_sums={"log_z_nats": log_z_B.detach().sum()}
-        )
+        residual_B = log_z_B + at_end(phi_BS, batch.stop_BS)
+        return ObjectiveValue(residual_B.square().sum(), {"log_z_nats": log_z_B.detach().sum()})
