@@ -59,9 +59,10 @@ class LegalOnly(LogitsProcessor):
 
     def __init__(self, actions: ActionSpace, vocab_size: int) -> None:
         self._actions = actions
-        self._closed, self._open = (
-            torch.from_numpy(~actions.mask(vocab_size, may_stop)) for may_stop in (False, True)
-        )
+        self._open = torch.ones(vocab_size, dtype=torch.bool)
+        self._open[torch.from_numpy(actions.columns(vocab_size))] = False
+        self._closed = self._open.clone()
+        self._closed[actions.stop_token] = True
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         may_stop = input_ids.shape[1] - PROMPT_LEN >= self._actions.min_len

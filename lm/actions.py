@@ -8,21 +8,21 @@ and the stop action ⊤, which is spelled by a token id of the model's vocabular
     t >= max_len            ⊤ is forced, log q(⊤) = 0
 
 A task may narrow this further, so that a rationale ends with a finished step, or to have fewer
-states to score: ⊤ then has probability zero below max_len but right after a tool's text
-(`stop_after_tool`), after certain tokens (`stop_behind`), or after every k-th token (`stop_every`).
-Nothing is approximated by that: it is another, smaller set of completions.
+states to score (`stop_after_tool`, `stop_behind`, `stop_every`): elsewhere ⊤ then has probability
+zero below max_len. Nothing is approximated: it is another, smaller set of completions.
 
 Text that a tool inserts is always inserted whole, so a completion may be longer than max_len.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 _Tokens = Sequence[int] | NDArray[np.integer]
+_Marks = Sequence[bool] | NDArray[np.bool_]
 # Stands for the last token of the empty completion.
 NO_TOKEN = -1
 
@@ -74,47 +74,28 @@ class ActionSpace:
             )
         return ids
 
-    def mask(self, vocab_size: int, may_stop: bool) -> NDArray[np.bool_]:
-        """[V] True where the policy has support; ⊤ only when `may_stop`.
-
-        Raises ValueError when an action is not in the vocabulary.
-        """
-        mask_V = np.zeros(vocab_size, dtype=np.bool_)
-        mask_V[self.columns(vocab_size)] = True
-        mask_V[self.stop_token] = may_stop
-        return mask_V
-
-    @overload
-    def may_stop(self, length: int, newest: int, after_tool: bool) -> bool: ...
-
-    @overload
-    def may_stop(
-        self, length: NDArray[np.int64], newest: NDArray[np.int64], after_tool: NDArray[np.bool_]
-    ) -> NDArray[np.bool_]: ...
-
     def may_stop(self, length: Any, newest: Any, after_tool: Any) -> Any:
         """Whether ⊤ is open or forced after `length` tokens, unless a tool is speaking.
 
+        All three arguments are numbers, or arrays of one shape.
+
         Args:
-            newest: the last of them; NO_TOKEN after none.
+            newest: the last of the tokens; NO_TOKEN after none.
             after_tool: whether a tool inserted it.
         """
         is_open = (length >= self.min_len) & ((length - self.min_len) % self.stop_every == 0)
         if self.stop_after_tool:
             is_open &= after_tool
         if self.stop_behind is not None:
-            is_open &= _is_in(newest, self.stop_behind)
+            behind = self.stop_behind
+            is_open &= newest in behind if np.ndim(newest) == 0 else np.isin(newest, list(behind))
         return is_open | self.must_stop(length)
 
     def must_stop(self, length: Any) -> Any:
         """Whether ⊤ is forced after `length` tokens, unless a tool is speaking; int or array."""
         return length >= self.max_len
 
-    def stop_states(
-        self,
-        completion: _Tokens,
-        from_tool: Sequence[bool] | NDArray[np.bool_],
-    ) -> NDArray[np.bool_]:
+    def stop_states(self, completion: _Tokens, from_tool: _Marks) -> NDArray[np.bool_]:
         """[L + 1] True at every prefix where the policy may or must stop.
 
         Never where the next token is inserted by a tool. The last state of a completion that the
@@ -125,11 +106,7 @@ class ActionSpace:
         may_S = self.may_stop(np.arange(len(newest_S)), newest_S, np.append(False, inserted_L))
         return may_S & ~np.append(inserted_L, False)
 
-    def stop_positions(
-        self,
-        completion: _Tokens,
-        from_tool: Sequence[bool] | NDArray[np.bool_],
-    ) -> NDArray[np.int32]:
+    def stop_positions(self, completion: _Tokens, from_tool: _Marks) -> NDArray[np.int32]:
         """[S] the stop states as ascending prefix lengths."""
         return np.flatnonzero(self.stop_states(completion, from_tool)).astype(np.int32)
 
@@ -169,8 +146,3 @@ class ActionSpace:
                 f"completion chooses {int(chosen.sum())} of {len(tokens)} tokens, one of them "
                 f"beyond max_len={self.max_len}; shorten the data or raise max_len"
             )
-
-
-def _is_in(token: Any, tokens: frozenset[int]) -> Any:
-    """Of one token, or of each of an array."""
-    return np.isin(token, list(tokens)) if isinstance(token, np.ndarray) else token in tokens

@@ -1,9 +1,8 @@
 """Beam search and diverse beam search over what the policy may write.
 
-The likeliest completions are sought, by log q(Z ⊤ | X) and with no regard to their length, where
-`lm.sampling` draws them. A hypothesis that has stopped leaves its place to one that has not, and
-goes on competing with those that stop later, so a beam as wide as there are completions ranks them
-all exactly.
+The likeliest completions are sought, by log q(Z ⊤ | X) whatever their length. A hypothesis that has
+stopped leaves its place to one that has not, and goes on competing with those that stop later, so a
+beam as wide as there are completions ranks them all exactly.
 
 Diverse beam search (Vijayakumar et al. 2018) splits the beams into groups that choose one after
 the other at each length; a token costs `penalty` nats for each hypothesis of an earlier group that
@@ -11,8 +10,10 @@ has just taken it (their Hamming diversity). ⊤ costs nothing. Penalties add up
 and rank it within its group; what is returned is its log q itself.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,18 +34,14 @@ class Hypothesis:
     log_q: float  # of the completion and ⊤, nats
 
 
-class _Beams:
-    """Hypotheses of P prompts, in G groups of W beams; a score of -inf marks an empty place."""
+@dataclass(frozen=True, slots=True)
+class _Beam:
+    """A hypothesis under way, or ended."""
 
-    def __init__(self, shape: tuple[int, int, int], max_len: int, device: torch.device) -> None:
-        self.score_PGW = torch.full(shape, -torch.inf, device=device)  # log q less penalties
-        self.log_q_PGW = torch.full(shape, -torch.inf, device=device)
-        self.column_PGWT = torch.zeros(*shape, max_len, dtype=torch.long, device=device)
-        self.length_PGW = torch.zeros(shape, dtype=torch.long, device=device)
-
-    def live(self) -> Tensor:
-        """[N] the places that are not empty, counted through prompts, groups and beams."""
-        return (self.score_PGW > -torch.inf).flatten().nonzero().flatten()
+    tokens: tuple[int, ...]
+    score: float  # log q less penalties, nats
+    log_q: float
+    row: int  # of what it continues: a prompt, or a hypothesis in the last pass
 
 
 class BeamSearch:
@@ -82,6 +79,7 @@ class BeamSearch:
         self._prompts_at_once = max(1, max_rows // beams)
         self._device = next(model.parameters()).device
         self._distribution = ActionDistribution(actions, vocab_size(model), self._device)
+        self._ids, self._stop = self._distribution.id_C.tolist(), actions.stop_token
 
     @torch.inference_mode()
     def search(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Hypothesis]]:
@@ -103,113 +101,89 @@ class BeamSearch:
         return [found for part in parts for found in self._search(part)]
 
     def _search(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Hypothesis]]:
-        max_len, beams = self._actions.max_len, self._groups * self._width
-        shape = (len(prompts), self._groups, self._width)
-        running, ended = (_Beams(shape, max_len, self._device) for _ in range(2))
-        running.score_PGW[..., 0] = running.log_q_PGW[..., 0] = 0.0  # the empty completion
-        live_N = running.live()
+        max_len, groups = self._actions.max_len, self._groups
+        # Of each prompt its groups, one after the other; each begins with the empty completion.
+        running = [[_Beam((), 0.0, 0.0, row=p)] for p in range(len(prompts)) for _ in range(groups)]
+        ended: list[list[_Beam]] = [[] for _ in running]
         prefill = Prefill.run(self._model, prompts)
         longest = max(len(prompt) for prompt in prompts)
-        cache = SlotCache(slots=running.score_PGW.numel(), columns=longest + max_len)
-        slot_N = torch.arange(len(live_N), device=self._device)
-        cache.write(slot_N, prefill.keys, prefill.values, live_N // beams)
-        logits_NV = prefill.logits_UV[live_N // beams]
+        cache = SlotCache(slots=len(running) * self._width, columns=longest + max_len)
+        row_N = torch.arange(len(running), device=self._device) // groups
+        cache.write(
+            torch.arange(len(row_N), device=self._device), prefill.keys, prefill.values, row_N
+        )
+        logits_NV = prefill.logits_UV[row_N]
         for length in range(max_len):
-            log_q_PGWC = self._log_q(logits_NV, live_N, running, length)
-            parent_R = self._grow(running, ended, log_q_PGWC, length).flatten()
-            slot_R = torch.zeros_like(parent_R)
-            slot_R[live_N] = torch.arange(len(live_N), device=self._device)
-            live_N = running.live()
-            if not len(live_N) or length + 1 == max_len:
+            log_q_NC = self._log_q(logits_NV, list(chain.from_iterable(running)), length)
+            running = self._grow(running, ended, log_q_NC)
+            live = list(chain.from_iterable(running))
+            if not live or length + 1 == max_len:
                 break
-            cache.reorder(slot_R[parent_R[live_N]])
-            column_N = running.column_PGWT[..., length].flatten()[live_N]
+            cache.reorder(torch.tensor([beam.row for beam in live], device=self._device))
             logits_NV = decode_step(
                 self._model,
                 cache,
-                self._distribution.id_C[column_N].tolist(),
-                [len(prompts[p]) + length for p in (live_N // beams).tolist()],
+                [beam.tokens[-1] for beam in live],
+                [len(prompts[at // groups]) + length for at, g in enumerate(running) for _ in g],
             )
-        for group in range(self._groups):  # ⊤ is forced, log q(⊤) = 0
-            score_PW, log_q_PW = running.score_PGW[:, group], running.log_q_PGW[:, group]
-            _keep_best(ended, running, group, score_PW, log_q_PW)
-        return self._hypotheses(ended)
+        found: list[list[Hypothesis]] = [[] for _ in prompts]
+        for at, beams in enumerate(running):  # ⊤ is forced, log q(⊤) = 0
+            best = self._best([*ended[at], *beams])
+            found[at // groups] += [Hypothesis(tokens=b.tokens, log_q=b.log_q) for b in best]
+        return [sorted(one, key=lambda hypothesis: -hypothesis.log_q) for one in found]
 
-    def _log_q(self, logits_NV: Tensor, live_N: Tensor, running: _Beams, length: int) -> Tensor:
-        """[P, G, W, C] nats of what may follow, -inf behind empty places."""
-        newest_N = np.full(len(live_N), NO_TOKEN)
-        if length:
-            column_N = running.column_PGWT[..., length - 1].flatten()[live_N]
-            newest_N = self._distribution.id_C[column_N].cpu().numpy()
-        length_N, by_tool_N = np.full(len(live_N), length), np.zeros(len(live_N), dtype=np.bool_)
+    def _log_q(self, logits_NV: Tensor, live: Sequence[_Beam], length: int) -> Tensor:
+        """[N, C] nats of what may follow."""
+        newest_N = np.array([beam.tokens[-1] if length else NO_TOKEN for beam in live])
+        length_N, by_tool_N = np.full(len(live), length), np.zeros(len(live), dtype=np.bool_)
         may_stop_N = self._actions.may_stop(length_N, newest_N, by_tool_N)
         log_q_NC = self._distribution.log_q(logits_NV, may_stop_N)
         if log_q_NC.isnan().any():
             raise PolicyDiverged(
                 "log q of this policy is not finite: its weights diverged; take an earlier adapter"
             )
-        shape = (*running.score_PGW.shape, log_q_NC.shape[-1])
-        log_q_PGWC = log_q_NC.new_full(shape, -torch.inf)
-        log_q_PGWC.view(-1, shape[-1])[live_N] = log_q_NC
-        return log_q_PGWC
+        return log_q_NC
 
-    def _grow(self, running: _Beams, ended: _Beams, log_q_PGWC: Tensor, length: int) -> Tensor:
-        """One action for each hypothesis; [P, G, W] the places that the new ones come from."""
-        prompts, groups, width, actions = log_q_PGWC.shape
-        stop = self._distribution.stop_column
-        taken_PC = log_q_PGWC.new_zeros(prompts, actions)
-        parent_PGW = torch.zeros_like(running.length_PGW)
-        first_P = torch.arange(prompts, device=self._device)[:, None] * groups * width
-        for group in range(groups):
-            step_PWC = log_q_PGWC[:, group] - self._penalty * taken_PC[:, None]
-            score_PWC = running.score_PGW[:, group, :, None] + step_PWC
+    def _grow(
+        self, running: list[list[_Beam]], ended: list[list[_Beam]], log_q_NC: Tensor
+    ) -> list[list[_Beam]]:
+        """One action for each hypothesis: those that go on. `ended` takes in the others."""
+        grown: list[list[_Beam]] = []
+        taken_C = log_q_NC.new_zeros(log_q_NC.shape[1])
+        first = 0
+        for at, log_q_BC in enumerate(log_q_NC.split([len(beams) for beams in running])):
+            if at % self._groups == 0:
+                taken_C.zero_()
+            ways = self._ways(running[at], log_q_BC, taken_C, first)
             # As everything else, stopping is worth it only among the W best ways to go on.
-            best_PW = score_PWC.flatten(1).topk(width).indices
-            is_best_PWC = torch.zeros_like(score_PWC, dtype=torch.bool)
-            is_best_PWC.view(prompts, -1).scatter_(1, best_PW, True)
-            stopped_PW = score_PWC[..., stop].masked_fill(~is_best_PWC[..., stop], -torch.inf)
-            total_PWC = running.log_q_PGW[:, group, :, None] + log_q_PGWC[:, group]
-            _keep_best(ended, running, group, stopped_PW, total_PWC[..., stop])
-            score_PWC[..., stop] = -torch.inf
-            new_score_PW, best_PW = score_PWC.flatten(1).topk(width)
-            parent_PW, column_PW = best_PW // actions, best_PW % actions
-            # No score rises, so what is behind a full house of ended ones cannot come in any more.
-            hopeless_PW = new_score_PW <= ended.score_PGW[:, group].amin(dim=1, keepdim=True)
-            running.score_PGW[:, group] = new_score_PW.masked_fill(hopeless_PW, -torch.inf)
-            running.log_q_PGW[:, group] = total_PWC.flatten(1).gather(1, best_PW)
-            running.column_PGWT[:, group] = _pick(running.column_PGWT[:, group], parent_PW)
-            running.column_PGWT[:, group, :, length] = column_PW
-            running.length_PGW[:, group] = length + 1
-            taken_PC.scatter_add_(1, column_PW, (~hopeless_PW).float())
-            parent_PGW[:, group] = first_P + group * width + parent_PW
-        return parent_PGW
+            stopped = [way for way in ways[: self._width] if way.tokens[-1] == self._stop]
+            ended[at] += [replace(way, tokens=way.tokens[:-1]) for way in stopped]
+            ended[at] = self._best(ended[at])
+            going = [way for way in ways if way.tokens[-1] != self._stop][: self._width]
+            if len(ended[at]) == self._width:
+                # No score rises, so what is behind a full house of ended ones cannot come in.
+                going = [way for way in going if way.score > ended[at][-1].score]
+            grown.append(going)
+            newest_W = torch.tensor([way.tokens[-1] for way in going], device=self._device)
+            column_W = self._distribution.column(newest_W.long())
+            taken_C += torch.bincount(column_W, minlength=len(taken_C))
+            first += len(log_q_BC)
+        return grown
 
-    def _hypotheses(self, ended: _Beams) -> list[list[Hypothesis]]:
-        found: list[list[Hypothesis]] = [[] for _ in ended.score_PGW]
-        beams = self._groups * self._width
-        tokens_RT = self._distribution.id_C[ended.column_PGWT].flatten(0, 2).tolist()
-        lengths, log_q = ended.length_PGW.flatten().tolist(), ended.log_q_PGW.flatten().tolist()
-        for place in ended.live().tolist():
-            tokens = tuple(tokens_RT[place][: lengths[place]])
-            found[place // beams].append(Hypothesis(tokens=tokens, log_q=log_q[place]))
-        return [sorted(one, key=lambda hypothesis: -hypothesis.log_q) for one in found]
+    def _ways(
+        self, beams: Sequence[_Beam], log_q_BC: Tensor, taken_C: Tensor, first: int
+    ) -> list[_Beam]:
+        """The best ways to go on or stop, W that go on among them if there are; best first."""
+        score_B1 = log_q_BC.new_tensor([beam.score for beam in beams])[:, None]
+        score_R = (score_B1 + log_q_BC - self._penalty * taken_C).flatten()
+        best_K = score_R.topk(min(self._width + len(beams), len(score_R))).indices
+        scores, steps = score_R[best_K].tolist(), log_q_BC.flatten()[best_K].tolist()
+        ways = []
+        for place, score, step in zip(best_K.tolist(), scores, steps, strict=True):
+            row, column = divmod(place, len(taken_C))
+            tokens = (*beams[row].tokens, self._ids[column])
+            ways.append(_Beam(tokens, score, beams[row].log_q + step, first + row))
+        return [way for way in ways if way.score > -math.inf]
 
-
-def _keep_best(
-    ended: _Beams, running: _Beams, group: int, score_PW: Tensor, log_q_PW: Tensor
-) -> None:
-    """Of the group's ended hypotheses and its running ones, as they would end now, the W best."""
-    score_PQ = torch.cat([ended.score_PGW[:, group], score_PW], dim=1)
-    ended.score_PGW[:, group], best_PW = score_PQ.topk(score_PW.shape[1])
-    for mine_PGW, theirs_PW in (
-        (ended.log_q_PGW, log_q_PW),
-        (ended.column_PGWT, running.column_PGWT[:, group]),
-        (ended.length_PGW, running.length_PGW[:, group]),
-    ):
-        mine_PGW[:, group] = _pick(torch.cat([mine_PGW[:, group], theirs_PW], dim=1), best_PW)
-
-
-def _pick(values_PQX: Tensor, chosen_PW: Tensor) -> Tensor:
-    """[P, W, ...] of [P, Q, ...], those at places `chosen_PW` of each row."""
-    rows_P1 = torch.arange(len(chosen_PW), device=chosen_PW.device)[:, None]
-    return values_PQX[rows_P1, chosen_PW]
+    def _best(self, beams: Sequence[_Beam]) -> list[_Beam]:
+        return sorted(beams, key=lambda beam: -beam.score)[: self._width]

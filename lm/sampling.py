@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -64,29 +64,18 @@ class Tool(Protocol):
         """Tokens to insert after `completion`, which ends with a trigger; [] for none."""
 
 
+@dataclass(slots=True, eq=False)
 class Row:
-    """A completion in the making. `log_stop` has one entry per stop state passed so far."""
+    """A completion in the making."""
 
-    __slots__ = (
-        "from_tool",
-        "index",
-        "log_q",
-        "log_stop",
-        "pending",
-        "prompt",
-        "request",
-        "tokens",
-    )
-
-    def __init__(self, index: int, request: Request, prompt: tuple[int, ...]) -> None:
-        self.index = index
-        self.request = request
-        self.prompt = prompt  # with what stands in front of every text
-        self.tokens: list[int] = []
-        self.from_tool: list[bool] = []
-        self.log_q: list[float] = []
-        self.log_stop: list[float] = []
-        self.pending: list[int] = []  # tool output not yet inserted
+    index: int
+    request: Request
+    prompt: tuple[int, ...]  # with what stands in front of every text
+    tokens: list[int] = field(default_factory=list)
+    from_tool: list[bool] = field(default_factory=list)
+    log_q: list[float] = field(default_factory=list)
+    log_stop: list[float] = field(default_factory=list)  # of every stop state passed so far
+    pending: list[int] = field(default_factory=list)  # tool output not yet inserted
 
     @property
     def position(self) -> int:
@@ -102,7 +91,7 @@ class Row:
         """Whether ⊤ is open in the present state, unless a tool is speaking."""
         newest = self.tokens[-1] if self.tokens else NO_TOKEN
         after_tool = bool(self.from_tool) and self.from_tool[-1]
-        return actions.may_stop(len(self.tokens), newest, after_tool)
+        return bool(actions.may_stop(len(self.tokens), newest, after_tool))
 
     def completion(self, actions: ActionSpace) -> Completion:
         return Completion(
@@ -128,17 +117,16 @@ class Sampler:
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: need at least one row")
-        weight = next(model.parameters())
         self._model = model.eval()
         self._actions = actions
         self._tool = tool
         self._triggers = tool.triggers if tool is not None else frozenset()
         self._max_rows = max_rows
         self._cache: SlotCache | None = None
-        self._device = weight.device
+        self._device = next(model.parameters()).device
         self._text_prefix = text_prefix_of(model)
         self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
-        self._distribution = ActionDistribution(actions, self._vocab_size, weight.device)
+        self._distribution = ActionDistribution(actions, self._vocab_size, self._device)
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
@@ -185,9 +173,8 @@ class Sampler:
         """Give free slots to waiting rows; [K, V] logits after their prompts."""
         count = min(self._max_rows - len(rows), len(waiting))
         new = [waiting.popleft() for _ in range(count)]
-        taken = store.take([row.prompt for row in new])
         admitted: dict[Prefill, list[tuple[Row, int]]] = {}
-        for row, (prefill, source) in zip(new, taken, strict=True):
+        for row, (prefill, source) in zip(new, store.take([r.prompt for r in new]), strict=True):
             admitted.setdefault(prefill, []).append((row, source))
         logits = []
         for prefill, pairs in admitted.items():
@@ -252,9 +239,8 @@ class Sampler:
     def _drop(self, rows: list[Row], ended: Sequence[int], cache: SlotCache) -> None:
         """Close the gaps that ended rows leave with the last live rows; keeps rows in slots 0.."""
         left = len(rows) - len(ended)
-        gone = set(ended)
         holes = [slot for slot in ended if slot < left]
-        movers = [slot for slot in range(left, len(rows)) if slot not in gone]
+        movers = sorted(set(range(left, len(rows))) - set(ended))
         if holes:
             cache.move(
                 torch.tensor(movers, device=self._device), torch.tensor(holes, device=self._device)

@@ -49,25 +49,28 @@ def completion_log_probs(
         IllegalCompletion: the policy gives a completion probability zero.
         ValueError: an empty prompt, an action outside the vocabulary, or too long a row.
     """
-    batch = _Batch.collate(actions, prompts, completions, from_tool)
-    require_context(model, batch.longest)
+    if not all(len(prompt) for prompt in prompts):
+        raise ValueError("empty prompt: the first token's probability needs a token before it")
+    longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    next_BS, chosen_BS, may_stop_BS = _states(actions, completions, from_tool)
+    open_BS = may_stop_BS & ~actions.must_stop(np.arange(may_stop_BS.shape[1]))
+    require_context(model, longest)
     device = next(model.parameters()).device
     prompts = [(*text_prefix_of(model), *prompt) for prompt in prompts]
     packing = pack(prompts, completions, shared_width=SHARED_WIDTH)
     head = OutputHead.of(model)
     # Logits are worth their memory where a token was chosen or ⊤ could have been.
-    chosen_BS = np.pad(batch.chosen_BT, ((0, 0), (0, 1)))
-    b_N, s_N = np.nonzero(chosen_BS | batch.open_BS)
+    b_N, s_N = np.nonzero(chosen_BS | open_BS)
     row_N, column_N, next_N = (
         torch.from_numpy(array).to(device)
-        for array in (packing.row_B[b_N], packing.column_BS[b_N, s_N], batch.next_BS[b_N, s_N])
+        for array in (packing.row_B[b_N], packing.column_BS[b_N, s_N], next_BS[b_N, s_N])
     )
     found: list[Tensor] = []
 
     def of_hidden(hidden_RWD: Tensor) -> None:
         distribution = ActionDistribution(actions, head.vocab_size, device)
         hidden_ND = hidden_RWD[row_N, column_N]
-        may_stop_N = batch.may_stop_BS[b_N, s_N]
+        may_stop_N = may_stop_BS[b_N, s_N]
         found.extend(action_log_probs(head, hidden_ND, distribution, next_N, may_stop_N))
         found.append(hidden_RWD.detach()[packing.row_B, packing.column_BS[:, 0]])
 
@@ -83,7 +86,7 @@ def completion_log_probs(
 
     return LogProbs(
         log_pf_BT=spread(log_next_N, chosen_BS)[:, :-1],
-        log_stop_BS=spread(log_stop_N, batch.open_BS),
+        log_stop_BS=spread(log_stop_N, open_BS),
         prompt_state_BH=prompt_state_BH,
     )
 
@@ -108,34 +111,20 @@ def _run(model: nn.Module, packing: Packing, device: torch.device) -> None:
     model(input_ids=ids_RW, use_cache=False, **how)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    """The states of completions, right-padded."""
-
-    longest: int  # tokens of the longest text
-    next_BS: NDArray[np.int64]  # the token behind state t; zeros at the end
-    chosen_BT: NDArray[np.bool_]  # the policy chose this token
-    may_stop_BS: NDArray[np.bool_]  # a stop state
-    open_BS: NDArray[np.bool_]  # ... where ⊤ is not forced
-
-    @staticmethod
-    def collate(
-        actions: ActionSpace,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        from_tool: Sequence[Sequence[bool]],
-    ) -> "_Batch":
-        if not all(len(prompt) for prompt in prompts):
-            raise ValueError("empty prompt: the first token's probability needs a token before it")
-        size, tokens = len(prompts), max(len(completion) for completion in completions)
-        longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-        next_BS = np.zeros((size, tokens + 1), dtype=np.int64)
-        chosen_BT = np.zeros((size, tokens), dtype=np.bool_)
-        may_stop_BS = np.zeros((size, tokens + 1), dtype=np.bool_)
-        for b, (completion, marks) in enumerate(zip(completions, from_tool, strict=True)):
-            actions.check(completion, marks)
-            next_BS[b, : len(completion)] = completion
-            chosen_BT[b, : len(completion)] = ~np.asarray(marks, dtype=np.bool_)
-            may_stop_BS[b, : len(completion) + 1] = actions.stop_states(completion, marks)
-        open_BS = may_stop_BS & ~actions.must_stop(np.arange(tokens + 1))
-        return _Batch(longest, next_BS, chosen_BT, may_stop_BS, open_BS)
+def _states(
+    actions: ActionSpace,
+    completions: Sequence[Sequence[int]],
+    from_tool: Sequence[Sequence[bool]],
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """[B, S] of each state, right-padded: the token behind it, if the policy chose that, and if it
+    is a stop state."""
+    shape = len(completions), 1 + max(len(completion) for completion in completions)
+    next_BS = np.zeros(shape, dtype=np.int64)
+    chosen_BS, may_stop_BS = np.zeros((2, *shape), dtype=np.bool_)
+    for b, (completion, marks) in enumerate(zip(completions, from_tool, strict=True)):
+        actions.check(completion, marks)
+        length = len(completion)
+        next_BS[b, :length] = completion
+        chosen_BS[b, :length] = ~np.asarray(marks, dtype=np.bool_)
+        may_stop_BS[b, : length + 1] = actions.stop_states(completion, marks)
+    return next_BS, chosen_BS, may_stop_BS

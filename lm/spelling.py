@@ -5,12 +5,13 @@ by itself than behind other text (a space in front of the first word; a full sto
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from lm.config import LMConfig
 from lm.hub import ModelUnusable
+
+Pieces = Sequence[tuple[str, tuple[int, ...]]]  # texts in their order, each with its token ids
 
 # Stands before a piece whose own beginning is not known, such as a full stop behind any word.
 ANY_WORD = " It"
@@ -18,12 +19,6 @@ ANY_WORD = " It"
 
 class TokenizerUnfit(ValueError):
     """A tokenizer that cannot spell what a task needs as it needs it."""
-
-
-class Encoder(Protocol):
-    """A tokenizer, as far as it spells."""
-
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]: ...
 
 
 def text_prefix(config: LMConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -46,12 +41,12 @@ def text_prefix(config: LMConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[i
     return tuple(whole[: next(starts, 0)])
 
 
-def spell(tokenizer: Encoder, text: str) -> tuple[int, ...]:
+def spell(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Token ids of a text from its beginning; the start token, which every model adds, left out."""
     return tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def spell_after(tokenizer: Encoder, before: str, text: str) -> tuple[int, ...]:
+def spell_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
     """Token ids of `text` as it stands behind `before`.
 
     Raises TokenizerUnfit where the two are not spelled one after the other.
@@ -65,12 +60,8 @@ def spell_after(tokenizer: Encoder, before: str, text: str) -> tuple[int, ...]:
     return whole[len(head) :]
 
 
-def check_spelling(tokenizer: Encoder, pieces: Sequence[tuple[str, tuple[int, ...]]]) -> None:
-    """Raise TokenizerUnfit unless the pieces, put together, spell the text that they make.
-
-    Args:
-        pieces: texts in their order, such as X, Z and Y, each with its token ids.
-    """
+def check_spelling(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> None:
+    """Raise TokenizerUnfit unless the pieces, put together, spell the text that they make."""
     text = "".join(piece for piece, _ in pieces)
     together = tuple(token for _, tokens in pieces for token in tokens)
     if spell(tokenizer, text) != together:

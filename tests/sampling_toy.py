@@ -13,6 +13,14 @@ from lm.scoring import completion_log_probs
 STOP, CALL, MUTE = 1, 3, 4
 
 
+def closed_actions(actions: ActionSpace, vocab_size: int, may_stop: bool) -> torch.Tensor:
+    """[V] True where the policy has no support."""
+    closed = torch.ones(vocab_size, dtype=torch.bool)
+    closed[torch.from_numpy(actions.columns(vocab_size))] = False
+    closed[actions.stop_token] = not may_stop
+    return closed
+
+
 class Echo:
     """After CALL it inserts three tokens, one of them an action the policy lacks."""
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits, next_logits
 from lm.scoring import completion_log_probs
+from tests.sampling_toy import closed_actions
 from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
 MakeLM = Callable[[str], PreTrainedModel]
@@ -56,7 +57,7 @@ def test_actions_are_a_softmax_over_legal_tokens_and_stop(
     log_q = NextLogits(model).action_log_probs(actions, PREFIXES, may_stop)
     for prefix, may, row in zip(PREFIXES, may_stop, log_q, strict=True):
         logits = plain_logits(model, prefix).masked_fill(
-            ~torch.from_numpy(actions.mask(VOCAB_SIZE, may)), -torch.inf
+            closed_actions(actions, VOCAB_SIZE, may), -torch.inf
         )
         expected = logits.log_softmax(0)[torch.from_numpy(actions.columns(VOCAB_SIZE))]
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-4)

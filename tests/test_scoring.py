@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.scoring import completion_log_probs, prompt_state_size
-from tests.sampling_toy import enumerable_policy
+from tests.sampling_toy import closed_actions, enumerable_policy
 from tests.tiny_lm import ARCHITECTURES
 
 PROMPTS = [(5, 6), (7, 8, 9, 10, 11), (3,), (5, 6)]
@@ -30,8 +30,8 @@ def naive(
     stops = actions.stop_positions(completion, marks).tolist()
     for t in range(len(completion) + 1):
         logits = model(torch.tensor([[*prompt, *completion[:t]]])).logits[0, -1]
-        mask = actions.mask(len(logits), may_stop=bool(actions.stop_states(completion, marks)[t]))
-        log_q = torch.log_softmax(logits.masked_fill(~torch.from_numpy(mask), -torch.inf), 0)
+        closed = closed_actions(actions, len(logits), actions.stop_states(completion, marks)[t])
+        log_q = torch.log_softmax(logits.masked_fill(closed, -torch.inf), 0)
         if t in stops:
             log_stop[t] = 0.0 if t >= actions.max_len else float(log_q[actions.stop_token])
         if t < len(completion):
@@ -178,7 +178,7 @@ def test_log_probs_are_float32_under_bfloat16_weights(
     with torch.no_grad():
         scored = completion_log_probs(model, actions, [(5, 6)], [[2, 3]], [[False, False]])
         logits = model(torch.tensor([[5, 6, 2, 3]])).logits[0].float()
-    closed = torch.from_numpy(~actions.mask(logits.shape[-1], may_stop=True))
+    closed = closed_actions(actions, logits.shape[-1], may_stop=True)
     log_q = torch.log_softmax(logits.masked_fill(closed, -torch.inf), -1)
     assert scored.log_pf_BT.dtype == scored.log_stop_BS.dtype == torch.float32
     expected = torch.stack([log_q[1, 2], log_q[2, 3]])
