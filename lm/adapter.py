@@ -1,8 +1,8 @@
 """The adapter as bytes, and as a folder in PEFT format.
 
 On the wire an adapter is one safetensors blob: float32, the names that peft itself writes into
-adapter_model.safetensors, and one metadata entry with rank and alpha. The blob carries no base
-weights. Beside a saved adapter stands the fingerprint of the base it was trained on.
+adapter_model.safetensors, and one metadata entry with rank and alpha. Beside a saved adapter
+stands the fingerprint of the base it was trained on.
 """
 
 import hashlib
@@ -70,13 +70,16 @@ def load_adapter_bytes(model: PeftModel, data: bytes) -> None:
     Raises AdapterMismatch when names, shapes, rank or alpha differ, naming both sides.
     """
     adapter = decode_adapter(data)
-    lora = model.peft_config[ADAPTER_NAME]
+    _require_scale(adapter, model.peft_config[ADAPTER_NAME], "adapter has", "the model expects")
+    _copy(adapter.tensors, _lora_parameters(model))
+
+
+def _require_scale(adapter: AdapterWeights, lora: LoraConfig, has: str, expects: str) -> None:
     if (adapter.rank, adapter.alpha) != (lora.r, float(lora.lora_alpha)):
         raise AdapterMismatch(
-            f"adapter has rank {adapter.rank}, alpha {adapter.alpha}; "
-            f"the model expects rank {lora.r}, alpha {float(lora.lora_alpha)}"
+            f"{has} rank {adapter.rank}, alpha {adapter.alpha}; "
+            f"{expects} rank {lora.r}, alpha {float(lora.lora_alpha)}"
         )
-    _copy(adapter.tensors, _lora_parameters(model))
 
 
 def checksum(data: bytes) -> str:
@@ -127,12 +130,8 @@ def read_adapter(folder: Path, base_fingerprint: str) -> bytes:
     tensors = _folder_tensors(folder, data)
     if "lora" not in _metadata(data):
         return _encode(tensors, lora)
-    adapter = decode_adapter(data)
-    if (adapter.rank, adapter.alpha) != (lora.r, float(lora.lora_alpha)):
-        raise AdapterMismatch(
-            f"adapter {folder}: its weights have rank {adapter.rank}, alpha {adapter.alpha}, its "
-            f"adapter_config.json says rank {lora.r}, alpha {float(lora.lora_alpha)}"
-        )
+    has, expects = f"adapter {folder}: its weights have", "its adapter_config.json says"
+    _require_scale(decode_adapter(data), lora, has, expects)
     return data
 
 
@@ -172,8 +171,7 @@ def _folder_config(folder: Path, base_fingerprint: str) -> LoraConfig:
             f"base is {base_fingerprint}; load the base model the adapter belongs to"
         )
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text())
-        kind = settings.get("peft_type")
+        kind = json.loads((folder / "adapter_config.json").read_text()).get("peft_type")
         if kind != "LORA":
             raise ValueError(f"peft_type is {kind!r}, and only LORA is read")
         lora = LoraConfig.from_pretrained(str(folder))
@@ -187,11 +185,7 @@ def _folder_config(folder: Path, base_fingerprint: str) -> LoraConfig:
         if name == "init_lora_weights":  # the others change the base
             plain = isinstance(value, bool) or value in ("gaussian", "orthogonal")
         if name not in UNDERSTOOD and not plain:
-            raise AdapterMismatch(
-                f"adapter {folder} has {name} = {value!r}, with which it is more than low-rank "
-                "matrices beside linear layers: merge it into its base with peft "
-                "(merge_and_unload) and give the merged folder as lm.model"
-            )
+            raise AdapterMismatch(_not_plain(f"{folder} has {name} = {value!r}"))
     return lora
 
 
@@ -205,12 +199,15 @@ def _folder_tensors(folder: Path, data: bytes) -> dict[str, Tensor]:
         ) from error
     for name, tensor in tensors.items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")) or tensor.dim() != 2:
-            raise AdapterMismatch(
-                f"adapter {folder} holds {name} {tuple(tensor.shape)}, and only low-rank matrices "
-                "beside linear layers are read: merge it into its base with peft "
-                "(merge_and_unload) and give the merged folder as lm.model"
-            )
+            raise AdapterMismatch(_not_plain(f"{folder} holds {name} {tuple(tensor.shape)}"))
     return tensors
+
+
+def _not_plain(what: str) -> str:
+    return (
+        f"adapter {what}, and only low-rank matrices beside linear layers are read: merge it into "
+        "its base with peft (merge_and_unload) and give the merged folder as lm.model"
+    )
 
 
 def _metadata(data: bytes) -> dict[str, str]:
@@ -222,10 +219,7 @@ def _metadata(data: bytes) -> dict[str, str]:
 def _encode(tensors: dict[str, Tensor], lora: LoraConfig) -> bytes:
     """One blob whose every layer is scaled by alpha / rank."""
     shape = json.dumps({"alpha": float(lora.lora_alpha), "rank": lora.r}, sort_keys=True)
-    plain = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name, tensor in tensors.items()
-    }
+    plain = {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in tensors.items()}
     if lora.use_rslora or lora.rank_pattern or lora.alpha_pattern:
         for name in (name for name in plain if name.endswith(".lora_B.weight")):
             rank = plain[name].shape[1]
@@ -237,7 +231,7 @@ def _encode(tensors: dict[str, Tensor], lora: LoraConfig) -> bytes:
     return save(plain, metadata={"lora": shape})
 
 
-def _lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+def _lora_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     """peft's file name -> parameter; the file leaves the adapter's name out."""
     return {
         name.replace(f".{ADAPTER_NAME}.", "."): parameter
@@ -246,7 +240,7 @@ def _lora_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _copy(given: dict[str, Tensor], expected: dict[str, torch.nn.Parameter]) -> None:
+def _copy(given: dict[str, Tensor], expected: dict[str, nn.Parameter]) -> None:
     if given.keys() != expected.keys():
         raise AdapterMismatch(
             f"adapter and model target different layers: only in the adapter "

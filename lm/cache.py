@@ -1,12 +1,12 @@
 """A key-value cache of slots: one slot per row, and in it one column per position.
 
-Column = position means that rows share nothing: no left padding to trim, a row that ends frees
-its slot whatever its neighbours do, and a refill overwrites from column 0. Columns beyond a row's
-own position hold leftovers, which the caller's attention mask hides. Buffers are allocated once
-and written in place; live rows always fill the first slots, so that a view selects them.
+Rows share nothing: there is no left padding, and a row that ends frees its slot. Columns beyond a
+row's own position hold leftovers, which the caller's attention mask hides. Live rows always fill
+the first slots, so that a view selects them.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,23 +41,15 @@ class SlotCache(Cache):
         self._live, self._width = len(position_N), width
 
     def update(
-        self,
-        key_states: Tensor,
-        value_states: Tensor,
-        layer_idx: int,
-        *args: object,
-        **kwargs: object,
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by each attention layer, [N, H, 1, D] -> [N, H, width, D]."""
-        read = []
-        for states, buffer in (
-            (key_states, self._keys[layer_idx]),
-            (value_states, self._values[layer_idx]),
-        ):
+        buffers = self._keys[layer_idx], self._values[layer_idx]
+        for states, buffer in zip((key_states, value_states), buffers, strict=True):
             flat = buffer.view(-1, buffer.shape[-1])
             flat.index_copy_(0, self._flat_index, states.reshape(-1, states.shape[-1]))
-            read.append(buffer[: self._live, :, : self._width])
-        return read[0], read[1]
+        keys, values = (buffer[: self._live, :, : self._width] for buffer in buffers)
+        return keys, values
 
     def write(
         self, slots: Tensor, keys: list[Tensor], values: list[Tensor], sources: Tensor

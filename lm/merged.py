@@ -14,13 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lm.adapter import (
-    AdapterMismatch,
-    AdapterWeights,
-    decode_adapter,
-    read_adapter,
-    save_adapter,
-)
+from lm.adapter import AdapterMismatch, AdapterWeights, decode_adapter, read_adapter, save_adapter
 from lm.config import LMConfig, LoRAConfig
 from lm.hub import ModelUnusable
 from lm.model import LanguageModel, attach_adapter, load_base
@@ -40,6 +34,7 @@ class MergedModel:
         self._uses = Counter(id(module.weight) for module in self._layers.values())
         self._pristine: dict[str, Tensor] = {}  # layer -> W0, of every layer ever targeted
 
+    @torch.no_grad()
     def load(self, data: bytes) -> None:
         """Take up the adapter in `data` (from adapter_bytes); all or nothing.
 
@@ -47,31 +42,27 @@ class MergedModel:
         """
         adapter = decode_adapter(data)
         factors = self._factors(adapter)
-        scale = adapter.alpha / adapter.rank
-        with torch.no_grad():
-            for layer in factors.keys() - self._pristine.keys():
-                self._untie(layer)
-                self._pristine[layer] = self._layers[layer].weight.detach().clone()
-            for layer, pristine in self._pristine.items():
-                weight = self._layers[layer].weight
-                if layer in factors:
-                    up, down = factors[layer]
-                    delta = scale * (up @ down)
-                    if isinstance(self._layers[layer], Conv1D):
-                        delta = delta.T
-                    weight.copy_(pristine.float() + delta.to(weight.device))
-                else:
-                    weight.copy_(pristine)
+        for layer in factors.keys() - self._pristine.keys():
+            self._untie(layer)
+            self._pristine[layer] = self._layers[layer].weight.detach().clone()
+        for layer in self._pristine.keys() - factors.keys():
+            self._layers[layer].weight.copy_(self._pristine[layer])
+        for layer, (up, down) in factors.items():
+            delta = adapter.alpha / adapter.rank * (up @ down)
+            if isinstance(self._layers[layer], Conv1D):
+                delta = delta.T
+            weight = self._layers[layer].weight
+            weight.copy_(self._pristine[layer].float() + delta.to(weight.device))
 
     def check(self, data: bytes) -> None:
         """Raise AdapterMismatch where `load` would; changes nothing."""
         self._factors(decode_adapter(data))
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Take the adapter off: the weights are those of the base again, bit for bit."""
-        with torch.no_grad():
-            for layer, pristine in self._pristine.items():
-                self._layers[layer].weight.copy_(pristine)
+        for layer, pristine in self._pristine.items():
+            self._layers[layer].weight.copy_(pristine)
 
     def _untie(self, layer: str) -> None:
         """Give a layer that shares its weight a copy of its own.
@@ -87,22 +78,21 @@ class MergedModel:
 
     def _factors(self, adapter: AdapterWeights) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> B and A, of layers that are there and have a weight of the shape of B A."""
-        prefix, suffix = "base_model.model.", ".lora_A.weight"
         factors = {}
         for name, down in adapter.tensors.items():
-            if not name.endswith(suffix):
+            if not name.endswith(".lora_A.weight"):
                 continue
-            layer = name.removeprefix(prefix).removesuffix(suffix)
+            layer = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             up = adapter.tensors.get(name.replace("lora_A", "lora_B"))
             if layer not in self._layers or up is None:
                 raise AdapterMismatch(f"adapter targets {layer}, which this base model has not")
             shape = (up.shape[0], down.shape[1])
             if isinstance(self._layers[layer], Conv1D):  # stores [in, out]
                 shape = shape[::-1]
-            if shape != self._layers[layer].weight.shape:
+            if shape != (weight := self._layers[layer].weight).shape:
                 raise AdapterMismatch(
-                    f"adapter changes {layer} by a matrix {shape}, "
-                    f"its weight is {tuple(self._layers[layer].weight.shape)}"
+                    f"adapter changes {layer} by a matrix {shape}, its weight is "
+                    f"{tuple(weight.shape)}"
                 )
             factors[layer] = up, down
         return factors

@@ -3,7 +3,6 @@
 import hashlib
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -125,9 +124,9 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     bfloat16, so that a model loaded in float32 and the same in bfloat16 agree.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(_stable_config(model.config).encode())
-    for name, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+    stable = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE_CONFIG}
+    digest = hashlib.blake2b(repr(sorted(stable.items())).encode(), digest_size=16)
+    for name, weight in sorted(dict(model.named_parameters()).items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)]
@@ -168,47 +167,41 @@ def adapted_layers(base: PreTrainedModel, config: LoRAConfig) -> str | list[str]
         ModelUnusable: a target names no linear layer, or nothing is called attention.
     """
     linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    within = _language_part(base)
     if config.targets == "auto":
         fused_experts = any(parameter.ndim == 3 for parameter in base.parameters())
-        within = _language_part(base)
         if not within and not fused_experts:
             return "all-linear"
-        # Peft would wrap fused experts too, which are no layers, and what reads pictures.
+        # Peft would wrap fused experts too, which are no layers, and what reads pictures; and a
+        # router that is no plain linear layer may answer with more than its product.
         head = _name_of(base, base.get_output_embeddings())
-        return [
-            name
-            for name in linear
-            # Exactly linear: a router may be one that answers with more than its product.
-            if type(base.get_submodule(name)) in (nn.Linear, Conv1D)
-            and name.startswith(within)
-            and name != head
-        ]
+        plain = [n for n in linear if type(base.get_submodule(n)) in (nn.Linear, Conv1D)]
+        return [name for name in plain if name.startswith(within) and name != head]
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if config.targets == "attention":
         # Whole names: an end such as c_proj is that of a layer of GPT-2's MLP too.
-        within = _language_part(base)
         found = [n for n in linear if n.startswith(within) and _in_attention(base, n)]
         if not found:
             raise ModelUnusable(
                 f"lora.targets is 'attention', and no part of a {type(base).__name__} is called "
-                f"so: name layers instead; there are {_leaves(linear)}"
+                f"so: name layers instead; there are {leaves}"
             )
         return found
     for target in config.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ModelUnusable(
                 f"lora.targets: {target!r} names no linear layer of a {type(base).__name__}; there "
-                f"are {_leaves(linear)}. 'auto' fits any architecture, 'attention' any that has one"
+                f"are {leaves}. 'auto' fits any architecture, 'attention' any that has one"
             )
     return list(config.targets)
 
 
 def model_config(model: nn.Module | PretrainedConfig) -> PretrainedConfig:
     """Of the language part of `model`, of the model an engine wraps, or of one to be loaded."""
-    config = (
-        model if isinstance(model, PretrainedConfig) else getattr(model, "module", model).config
-    )
-    assert isinstance(config, PretrainedConfig), type(config)
-    return config.get_text_config()
+    if isinstance(model, nn.Module):
+        model = getattr(model, "module", model).config
+    assert isinstance(model, PretrainedConfig), type(model)
+    return model.get_text_config()
 
 
 def set_text_prefix(model: nn.Module, token_ids: tuple[int, ...]) -> None:
@@ -278,18 +271,8 @@ def _in_attention(base: nn.Module, layer: str) -> bool:
     return False
 
 
-def _leaves(layers: Sequence[str]) -> list[str]:
-    return sorted({name.rsplit(".", 1)[-1] for name in layers})
-
-
 def _device(config: LMConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
+    seen = torch.cuda.is_available()
+    if config.device == "cuda" and not seen:
         raise ModelUnusable("device 'cuda' asked for, but torch sees no GPU; use 'auto' or 'cpu'")
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(config.device)
-
-
-def _stable_config(config: PretrainedConfig) -> str:
-    entries = {k: v for k, v in config.to_diff_dict().items() if k not in VOLATILE_CONFIG}
-    return repr(sorted(entries.items(), key=lambda item: item[0]))
+    return torch.device("cuda" if seen and config.device != "cpu" else "cpu")
