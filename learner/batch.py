@@ -32,7 +32,7 @@ class Batch:
     stop_BS: Tensor  # bool, the policy may stop here
     log_reward_BS: Tensor  # nats, untempered; 0 where stop_BS is False
     chosen_BT: Tensor  # bool, the policy chose this token: neither a tool's nor padding
-    behaviour_log_prob_BT: Tensor  # nats, as the sampler recorded: for the agreement gate and PPO
+    behaviour_log_prob_BT: Tensor  # nats, as the sampler recorded
     behaviour_log_stop_BS: Tensor
 
 
@@ -73,8 +73,8 @@ def plan_micro_batches(
 ) -> list[list[Group]]:
     """Parts of at most `token_budget` columns, balanced, a multiple of the ranks if it can.
 
-    A group stays in one part, because what it says about its prompt needs it whole: a group above
-    the budget is a part of its own, for `split_rows`. Every rank computes the same plan.
+    A group stays in one part: what it says about its prompt needs it whole. One above the budget is
+    a part of its own, for `split_rows`. Every rank computes the same plan.
     """
     sizes = [_packed_shape(list({content(t): t for t in members([g])}.values())) for g in groups]
     widest_first = sorted(range(len(groups)), key=lambda number: -sizes[number][1])

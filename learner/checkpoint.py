@@ -79,16 +79,17 @@ class Checkpoints:
         for abandoned in self._folder.glob(".partial-*"):
             shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
-        _write_durably(partial / STATE_FILE, state)
+        files = {STATE_FILE: state, META_FILE: json.dumps(meta, indent=1).encode()}
         if companion is not None:
-            _write_durably(partial / COMPANION_FILE, companion)
-        _write_durably(partial / META_FILE, json.dumps(meta, indent=1).encode())
-        _sync_folder(partial)
+            files[COMPANION_FILE] = companion
+        for name, data in files.items():
+            (partial / name).write_bytes(data)
+            _sync(partial / name)
+        _sync(partial)
         if final.exists():
-            # The run went back to an earlier checkpoint and came by here again.
-            shutil.rmtree(final)
+            shutil.rmtree(final)  # of a run that went back to before it
         os.rename(partial, final)
-        _sync_folder(self._folder)
+        _sync(self._folder)
         for old in self._all()[: -self._keep]:
             shutil.rmtree(old)
         return final
@@ -96,7 +97,7 @@ class Checkpoints:
     def note_published(self, version: int) -> None:
         """Remember, before anybody sees it, that `version` is used up.
 
-        Survives the death of this process; after a loss of power the last few may be forgotten.
+        After a loss of power, though not of this process, the last few may be forgotten.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".{PUBLISHED_FILE}-{os.getpid()}"
@@ -176,15 +177,8 @@ def _checksum(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _write_durably(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a loss of power."""
+def _sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,7 +20,7 @@ class RewardTemperatureConfig(BaseModel):
     steps: int = Field(default=0, ge=0, description="Optimizer steps from start to end.")
 
     def at(self, step: int) -> float:
-        """T of the update after `step` finished ones: linear from start to end, then flat."""
+        """T of the update after `step` finished ones."""
         if step >= self.steps:
             return self.end
         return self.start + (self.end - self.start) * step / self.steps
@@ -42,13 +42,11 @@ class LearnerConfig(BaseModel):
         description="Columns of one pass, the completions of a prompt sharing it: bounds the "
         "memory; a larger group takes several passes, and one more without gradients.",
     )
-
     checkpointing: bool | Literal["auto"] = Field(
         default="auto",
         description="Recompute activations in the backward pass instead of keeping them; auto: of "
         "a model above 50 million parameters.",
     )
-
     learning_rate: float = Field(gt=0, description="Peak of the schedule.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of the linear rise to the peak.")
     decay: Literal["constant", "linear"] = Field(
@@ -140,7 +138,6 @@ class LearnerConfig(BaseModel):
 
     @property
     def traits(self) -> Traits:
-        """Of the objective."""
         return TRAITS[self.objective]
 
     def trained_temperature(self, step: int | None = None) -> float:
@@ -165,20 +162,21 @@ class LearnerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_objective(self) -> "LearnerConfig":
-        if self.subtb_lambda != 1.0 and not self.traits.has_pairs:
+        objective, traits = self.objective, self.traits
+        if self.subtb_lambda != 1.0 and not traits.has_pairs:
             raise ValueError(
                 f"subtb_lambda ({self.subtb_lambda}) means nothing to objective "
-                f'"{self.objective}", which has no pairs to weigh: leave it out, or use "subtb"'
+                f'"{objective}", which has no pairs to weigh: leave it out, or use "subtb"'
             )
-        if self.normalisation == "trajectory" and not self.traits.has_terms:
+        if self.normalisation == "trajectory" and not traits.has_terms:
             raise ValueError(
-                f'normalisation "trajectory" means nothing to objective "{self.objective}", which '
+                f'normalisation "trajectory" means nothing to objective "{objective}", which '
                 "weighs all trajectories alike: leave it out"
             )
-        if self.log_z == "learned" and not self.traits.uses_log_z:
+        if self.log_z == "learned" and not traits.uses_log_z:
             raise ValueError(
-                f'log_z "learned" means nothing to objective "{self.objective}", which has no '
-                "log Z: leave it out"
+                f'log_z "learned" means nothing to objective "{objective}", which has no log Z: '
+                "leave it out"
             )
         return self
 

@@ -1,7 +1,4 @@
-"""Where supervised fine-tuning has its completions from: the task's demonstrations alone.
-
-What a reward has ranked or filtered is not among them.
-"""
+"""Where supervised fine-tuning has its completions from: the task's demonstrations alone."""
 
 from collections.abc import Sequence
 
@@ -16,18 +13,10 @@ class NoDemonstrations(ValueError):
 
 
 class DemonstrationDraws:
-    """A `Replay` that needs no actor: every draw is `rows` demonstrations.
+    """A `Replay` that needs no actor: every draw is `rows` demonstrations, whatever it is asked for.
 
-    They come in shuffled rounds over all of them, each draw with rounds of its own, so that in one
-    draw none comes twice before all have come once.
-
-    Args:
-        demonstrations: as trajectories; their rewards are not looked at.
-        rows: of each draw, whatever numbers of groups and replayed it is asked for. That is no
-            draw for an agreement gate, which counts groups and would find nothing to compare.
-
-    Raises:
-        NoDemonstrations: there are none.
+    They come in shuffled rounds over all of them, each draw with rounds of its own. Rewards are not
+    looked at. Raises NoDemonstrations where there are none.
     """
 
     def __init__(self, demonstrations: Sequence[Trajectory], *, rows: int) -> None:

@@ -102,8 +102,7 @@ class Learner:
     ) -> None:
         """Publish, then step until `steps` are completed or `stop()` holds on rank 0.
 
-        Waits only inside `step`, where `stop()` ends the wait. Ends with a checkpoint; an error
-        ends it without one.
+        Ends with a checkpoint; an error ends it without one.
         """
         self.publish()
         while self._rank_zero_decides(lambda: self.completed_steps < steps and not stop()):
@@ -115,9 +114,7 @@ class Learner:
         self.checkpoint()
 
     def step(self, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """Take one optimizer step and return its metrics.
-
-        Waits for `groups_per_step` groups, at most `starvation_timeout_s`: actors unblock it.
+        """Take one optimizer step and return its metrics; waits for its groups.
 
         Raises:
             StoppedWaiting: `stop()` held on rank 0 while it waited.
@@ -256,13 +253,10 @@ class Learner:
     def _split(self, groups: Sequence[Group]) -> list[_MicroBatch]:
         """This rank's micro-batches. Every rank knows the whole batch, hence its normaliser.
 
-        Ranks must take equally many backward passes: where one has fewer, a single trajectory
-        fills in with factor 0.
+        Ranks take equally many backward passes: a trajectory of factor 0 fills in for missing ones.
         """
-        num_ranks, rank = self.engine.num_ranks, self.engine.rank
-        parts = plan_micro_batches(
-            groups, token_budget=self.config.token_budget, num_ranks=num_ranks
-        )
+        num_ranks, rank, budget = self.engine.num_ranks, self.engine.rank, self.config.token_budget
+        parts = plan_micro_batches(groups, token_budget=budget, num_ranks=num_ranks)
         batches = [collate(part, self._device) for part in parts]
         weight = sum(self.objective.weight(batch.stop_BS).item() for batch in batches)
         factor = 1 / weight if weight > 0 else 1.0
@@ -297,8 +291,5 @@ class Learner:
     def _last_published(self) -> int:
         """The highest version that anybody may have seen, -1 before the first; rank 0 knows."""
 
-        def read() -> bytes:
-            version = -1 if self.checkpoints is None else self.checkpoints.last_published()
-            return str(version).encode()
-
-        return int(share(self.engine, read))
+        store = self.checkpoints
+        return int(share(self.engine, lambda: b"%d" % (store.last_published() if store else -1)))

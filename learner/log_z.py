@@ -21,11 +21,8 @@ class LogZUnused(ValueError):
 class LogZ(nn.Module):
     """log Z(X) = SPEED (w · h / |h| + b), h the last hidden state of the prompt, in nats.
 
-    The head reads the policy and never changes it: the state is given detached. What the state
-    does not tell, the head cannot know: where the answer Y is not in the prompt, two answers to
-    one X get the same log Z, and the group's own estimate is better.
-
-    It says 0 for every prompt until `start` is told better.
+    The state is given detached. Where the answer Y is not in the prompt, two answers to one X get
+    the same log Z, and the group's own estimate is better. It is 0 until `start`.
     """
 
     def __init__(self, size: int) -> None:
@@ -44,8 +41,7 @@ class LogZ(nn.Module):
     def start(self, engine: Engine, log_z: float) -> None:
         """Let the head answer `log_z` for every prompt, on all ranks. Collective.
 
-        From 0, a policy would spend its first steps on lowering the probability of everything it
-        is shown, until the head has come down to log Z.
+        From 0, a policy would first lower the probability of everything it is shown.
         """
         state = engine.state()
         state[f"parameter/{NAME}.bias"] = torch.tensor([log_z / SPEED])
@@ -57,8 +53,7 @@ def attach_log_z(model: nn.Module) -> LogZ:
 
     Engines train and save whatever in it wants a gradient; adapter bytes hold only what is LoRA's.
     """
-    device = next(model.parameters()).device
-    head = LogZ(prompt_state_size(model)).to(device)
+    head = LogZ(prompt_state_size(model)).to(next(model.parameters()).device)
     model.add_module(NAME, head)
     return head
 

@@ -20,8 +20,8 @@ Floats = NDArray[np.float64]
 class Tally:
     """Adds up over micro-batches and ranks what only the forward passes know: loss and agreement.
 
-    Agreement is over the trajectories that were sampled by exactly the version that is being
-    updated: theirs comes free. The gate sees to the others.
+    Agreement is over the trajectories of the version that is being updated, whose comparison comes
+    free; the gate sees to the others.
     """
 
     def __init__(self, version: int) -> None:
@@ -59,9 +59,8 @@ class Tally:
     def _compare(self, batch: Batch, inputs: ObjectiveInput) -> None:
         rows = [
             row
-            for row, trajectory in enumerate(batch.trajectories)
-            if trajectory.policy_version == self._version
-            and trajectory.behaviour != "demonstration"
+            for row, t in enumerate(batch.trajectories)
+            if t.policy_version == self._version and t.behaviour != "demonstration"
         ]
         if not rows:
             return
@@ -87,7 +86,9 @@ def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:
             "policy/age_mean_versions": _mean(ages),
             "policy/age_max_versions": float(max(ages)),
         }
-    if verdicts := [t.correct for t in fresh if is_on_policy(t) and t.correct is not None]:
+    if verdicts := [
+        t.correct for t in fresh if t.behaviour == "on_policy" and t.correct is not None
+    ]:
         metrics["reward/correct_fraction"] = _mean(verdicts)
     return metrics
 
@@ -101,8 +102,7 @@ def describe_cost(groups: Sequence[Group], *, against_base: bool) -> dict[str, f
         tokens/learned  each distinct row once: one forward and one backward pass
         tokens/base     ... once more, forward, where the objective compares with the base LM
 
-    A demonstration is neither sampled nor scored, and what is replayed was so before. What was
-    rolled out and never drawn is not here, nor what the agreement gate recomputes.
+    A demonstration is neither sampled nor scored, and what is replayed was so before.
     """
     sampled = scored = 0
     for group in groups:
@@ -140,7 +140,9 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
     can tell is left out. T is `reward_temperature`.
     """
     of_groups = [
-        np.array([log_weight(t, reward_temperature) for t in group.fresh if is_on_policy(t)])
+        np.array(
+            [log_weight(t, reward_temperature) for t in group.fresh if t.behaviour == "on_policy"]
+        )
         for group in groups
     ]
     metrics = {}
@@ -155,11 +157,6 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
             "posterior/ess_share": _mean([ess_share(row_K) for row_K in several]),
         }
     return metrics
-
-
-def is_on_policy(trajectory: Trajectory) -> bool:
-    """Whether it is a sample of the policy itself, neither tempered nor somebody else's."""
-    return trajectory.behaviour == "on_policy"
 
 
 def log_weight(trajectory: Trajectory, reward_temperature: float) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from buffer.trajectory import pack
-from learner.agreement.comparison import Comparison, incomparable
+from learner.agreement.comparison import Comparison
 from learner.agreement.quarantine import Quarantine, read_quarantine
 from tests.learner_toy import make_trajectory
 
@@ -27,7 +27,7 @@ def versions(folder: Path) -> list[int]:
 
 
 def test_what_is_kept_comes_back_as_it_was(tmp_path: Path) -> None:
-    lost = incomparable(make_trajectory("short", (2,)), 9)
+    lost = Comparison(trajectory=make_trajectory("short", (2,)), learner_version=9)
     Quarantine(tmp_path).keep([outcome(5), lost])
     first, second = read_quarantine(tmp_path)
     assert pack(first.trajectory) == pack(outcome(5).trajectory)

@@ -1,7 +1,7 @@
-"""Whether learner and sampler agree on log q: how far they may differ, and how often.
+"""How far learner and sampler may differ on log q, and how often.
 
-Both compute the same numbers, the sampler token by token with a cache, the learner in one
-teacher-forced pass. Where their weights are the same, only rounding parts them.
+The sampler computes it token by token with a cache, the learner in one teacher-forced pass: where
+their weights are the same, only rounding parts them.
 """
 
 import math
@@ -31,6 +31,8 @@ _WINDOW_DRAWS = 50
 _MIN_JUDGED = 100
 _NAMED_VERSIONS = 6
 
+NOTHING = np.zeros(0, dtype=np.float32)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Comparison:
@@ -38,9 +40,10 @@ class Comparison:
 
     trajectory: Trajectory
     learner_version: int  # of the draw
-    gap_nats: float  # largest |log q recomputed - recorded|; NaN where nothing was recomputed
-    log_q_token: NDArray[np.float32]  # [L] recomputed, nats; empty where nothing was
-    log_q_stop: NDArray[np.float32]  # [S] likewise
+    # Where its version's weights are gone, nothing was recomputed.
+    gap_nats: float = math.nan  # largest |log q recomputed - recorded|
+    log_q_token: NDArray[np.float32] = NOTHING  # [L] recomputed, nats
+    log_q_stop: NDArray[np.float32] = NOTHING  # [S] likewise
 
 
 def log_q_gaps(batch: Batch, log_pf_BT: Tensor, log_stop_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,14 +76,10 @@ def compare(
     learner_version: int,
     token_budget: int,
 ) -> list[Comparison]:
-    """Compare trajectories with the weights that `model` holds now; one for each, in order.
+    """Compare trajectories, at least one, with the weights that `model` holds now, in order.
 
-    Args:
-        trajectories: at least one.
-        token_budget: columns of one pass; a single trajectory may exceed it.
-
-    Raises:
-        IllegalCompletion: a trajectory was sampled under other rules.
+    In passes of `token_budget` columns, which a single trajectory may exceed. Raises
+    IllegalCompletion where one was sampled under other rules.
     """
     group = Group(prompt_key="", fresh=tuple(trajectories), replayed=())
     check_actions([group], actions)
@@ -101,18 +100,6 @@ def compare(
         )
         for trajectory, gap, token_T, stop_S in zip(trajectories, *arrays, strict=True)
     ]
-
-
-def incomparable(trajectory: Trajectory, learner_version: int) -> Comparison:
-    """A trajectory of a version whose weights are gone."""
-    nothing = np.zeros(0, dtype=np.float32)
-    return Comparison(
-        trajectory=trajectory,
-        learner_version=learner_version,
-        gap_nats=math.nan,
-        log_q_token=nothing,
-        log_q_stop=nothing,
-    )
 
 
 class SamplersDisagree(Unrecoverable):

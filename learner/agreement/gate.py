@@ -12,13 +12,7 @@ from torch import nn
 
 from buffer.replay import BufferStarved, DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import (
-    Comparison,
-    Disagreement,
-    compare,
-    incomparable,
-    rounding_tolerance,
-)
+from learner.agreement.comparison import Comparison, Disagreement, compare, rounding_tolerance
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine
 from learner.config import LearnerConfig
@@ -60,12 +54,11 @@ class AgreementGate:
     is wrong is caught at the first group of it that is drawn, before anything of it is let through;
     damage that shows in few completions, when one of them is compared.
 
-    A version that is not kept (it is too old, or of a run before it was resumed) cannot be
-    recomputed: its trajectories count as unchecked and are let through, unless their actor has
-    disagreed at just that version.
+    A version that is not kept, being too old, cannot be recomputed: its trajectories count as
+    unchecked and are let through, unless their actor has disagreed at just that version.
 
-    Only rank 0 of the learner uses it. It leaves the model as it was, bit for bit, and the random
-    numbers of the run alone: while all agree, a run is the same with and without it.
+    Only rank 0 of the learner uses it. It leaves the model and the random numbers of the run as
+    they were, bit for bit: while all agree, a run is the same with and without it.
 
     """
 
@@ -93,10 +86,9 @@ class AgreementGate:
         self._agreed = {pair for pair in self._agreed if pair[1] in self.past}
 
     def draw(self, request: DrawRequest) -> list[Group]:
-        """As the replay behind it, without what is quarantined.
+        """As the replay behind it, without what is quarantined; the model holds the version asked.
 
-        The model must hold the version of the request. A group of which nothing fresh is left is
-        replaced by another.
+        A group of which nothing fresh is left is replaced by another.
 
         Raises:
             BufferStarved: too few groups, or too few that agree, in `timeout_s`.
@@ -182,7 +174,7 @@ class AgreementGate:
         wrong = {t: outcome for t, outcome in compared.items() if self._is_wrong(outcome)}
         wrong_pairs = self._wrong | {_pair(t) for t in wrong}
         lost = [t for t in sampled if t not in compared and _pair(t) in wrong_pairs]
-        wrong |= {t: incomparable(t, version) for t in lost}
+        wrong |= {t: Comparison(trajectory=t, learner_version=version) for t in lost}
         self._agreed |= {_pair(t) for t in compared}
         self._agreed -= wrong_pairs
         self._count(sampled, compared, wrong)
