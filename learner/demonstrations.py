@@ -13,7 +13,7 @@ class NoDemonstrations(ValueError):
 
 
 class DemonstrationDraws:
-    """A `Replay` that needs no actor: every draw is `rows` demonstrations, whatever it is asked for.
+    """A `Replay` that needs no actor: every draw is `rows` demonstrations.
 
     They come in shuffled rounds over all of them, each draw with rounds of its own. Rewards are not
     looked at. Raises NoDemonstrations where there are none.

@@ -86,9 +86,8 @@ def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:
             "policy/age_mean_versions": _mean(ages),
             "policy/age_max_versions": float(max(ages)),
         }
-    if verdicts := [
-        t.correct for t in fresh if t.behaviour == "on_policy" and t.correct is not None
-    ]:
+    on_policy = [trajectory for trajectory in fresh if trajectory.behaviour == "on_policy"]
+    if verdicts := [t.correct for t in on_policy if t.correct is not None]:
         metrics["reward/correct_fraction"] = _mean(verdicts)
     return metrics
 
@@ -139,12 +138,8 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
     One trajectory alone has no gap and no share: such groups count in the ELBO only. What no group
     can tell is left out. T is `reward_temperature`.
     """
-    of_groups = [
-        np.array(
-            [log_weight(t, reward_temperature) for t in group.fresh if t.behaviour == "on_policy"]
-        )
-        for group in groups
-    ]
+    on_policy = [[t for t in group.fresh if t.behaviour == "on_policy"] for group in groups]
+    of_groups = [np.array([log_weight(t, reward_temperature) for t in ts]) for ts in on_policy]
     metrics = {}
     if known := [row_K for row_K in of_groups if len(row_K)]:
         metrics["posterior/elbo_nats"] = _mean([row_K.mean() for row_K in known])

@@ -1,7 +1,7 @@
 """The policy's softmax over legal tokens and the stop action, and draws of the next action."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ class PolicyDiverged(FloatingPointError):
     """The policy's logits are not finite, so nothing can be sampled from them."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Choice:
+class Choice(NamedTuple):
     """An action for each of N rows, with what the policy said about it, nats, temperature 1."""
 
     token: list[int]  # the stop token spells ⊤
@@ -75,15 +74,10 @@ class ActionDistribution:
         noise_NC = torch.empty(weight_NC.shape, device=generator.device)
         noise_NC = noise_NC.exponential_(generator=generator).clamp_min_(1e-30).to(device)
         column_N1 = (weight_NC / noise_NC).argmax(dim=-1, keepdim=True)
-        drawn_N4 = torch.cat(
-            [
-                self.id_C[column_N1].double(),  # float64 holds ids exactly
-                log_q_NC.gather(1, column_N1).double(),
-                log_q_NC[:, self.stop_column, None].double(),
-            ],
-            dim=1,
-        )
-        token, log_q, log_stop = drawn_N4.T.tolist()  # the step's only wait for the device
+        log_q_N1, log_stop_N1 = log_q_NC.gather(1, column_N1), log_q_NC[:, self.stop_column, None]
+        # The step's only wait for the device; float64 holds ids exactly.
+        drawn_N3 = torch.cat([self.id_C[column_N1].double(), log_q_N1, log_stop_N1], dim=1)
+        token, log_q, log_stop = drawn_N3.T.tolist()
         if not np.isfinite(log_q).all():
             raise PolicyDiverged(
                 f"log q of {len(log_q) - int(np.isfinite(log_q).sum())} of {len(log_q)} sampled "

@@ -98,8 +98,7 @@ class ActionSpace:
     def stop_states(self, completion: _Tokens, from_tool: _Marks) -> NDArray[np.bool_]:
         """[L + 1] True at every prefix where the policy may or must stop.
 
-        Never where the next token is inserted by a tool. The last state of a completion that the
-        policy can produce is always one.
+        Never where the next token is inserted by a tool.
         """
         inserted_L = np.asarray(from_tool, dtype=np.bool_)
         newest_S = np.append(NO_TOKEN, np.asarray(completion, dtype=np.int64))

@@ -1,16 +1,16 @@
 """The output head and its softmax, a chunk of states at a time: forward and backward.
 
-Logits of all states are states x vocabulary numbers, by far the largest tensor of a pass over a
-small model and a large vocabulary. Nobody needs them: of each state two log-probabilities are
-wanted, that of the next token and that of ⊤. Here at most CHUNK_ENTRIES logits exist at a time.
+Logits of all states are states x vocabulary numbers, by far the largest tensor of a pass, and of
+each state two log-probabilities alone are wanted, that of the next token and that of ⊤. Here at
+most CHUNK_ENTRIES logits exist at a time.
 
 With p the policy's softmax over legal tokens and ⊤, and g1, g2 the gradients of the two,
 
     d loss / d logits = g1 (onehot(next) - p) + g2 (onehot(⊤) - p)
 
-Behind a frozen linear head W that is a sum of rows of W and of p W, which the forward pass can
-take along before it knows g1 and g2: [states, width] numbers, and no logit is computed twice. A
-head that is trained itself (an adapter on it, say) has its logits recomputed, chunk by chunk.
+Behind a frozen linear head W that is a sum of rows of W and of p W, which the forward pass takes
+along before it knows g1 and g2: [states, width] numbers, and no logit is computed twice. A head
+that is trained itself (an adapter on it, say) has its logits recomputed, chunk by chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,9 +64,8 @@ class OutputHead:
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """d logits / d module(hidden), at these logits."""
-        if self.softcap is None:
-            return self.scale
-        return self.scale * (1 - (logits / self.softcap).square())
+        capped = 0.0 if self.softcap is None else (logits / self.softcap).square()
+        return self.scale * (1 - capped)
 
     @property
     def vocab_size(self) -> int:
@@ -111,10 +110,10 @@ def action_log_probs(
             bias_C = None if bias_C is None else bias_C[distribution.id_C]
         closed_N = torch.from_numpy(~may_stop_N).to(hidden_ND.device)
         chunk = max(1, chunk_entries // len(weight_CD))
-        log_next_N, log_stop_N = _FrozenHead.apply(
+        found: tuple[Tensor, Tensor] = _FrozenHead.apply(
             hidden_ND, weight_CD, bias_C, head, column_N, closed_N, stop, chunk
         )
-        return log_next_N, log_stop_N
+        return found
 
     def of_chunk(states: slice) -> tuple[Tensor, Tensor]:
         log_q_NC = distribution.log_q(head.logits(hidden_ND[states]), may_stop_N[states])
@@ -159,9 +158,8 @@ def target_log_probs(
 def head_replaced(model: nn.Module, compute: Callable[[Tensor], None]) -> Iterator[None]:
     """Within the block a pass of `model` ends in `compute(hidden)` where it would compute logits.
 
-    It happens inside the call of the head, because a model whose weights are sharded holds those
-    of a layer during its call alone. The logits that the pass returns mean nothing. One pass, and
-    one thread at a time.
+    Inside the call of the head, as a model whose weights are sharded holds those of a layer during
+    its call alone. The logits that the pass returns mean nothing. One pass, one thread at a time.
     """
     head = OutputHead.of(model).module
 
@@ -180,8 +178,8 @@ def head_replaced(model: nn.Module, compute: Callable[[Tensor], None]) -> Iterat
 class _FrozenHead(torch.autograd.Function):
     """The closed form: the gradient's ingredients come out of the forward pass.
 
-    The rows of the next token and of ⊤ are kept out of `rest_ND`, the sum p W: beside them 1 - p
-    is what counts, and would drown in their rounding where p is near 1.
+    The rows of the next token and of ⊤ are kept out of the sum p W: 1 - p is what counts of them,
+    and would drown in their rounding where p is near 1.
     """
 
     @staticmethod

@@ -99,8 +99,7 @@ def freeze(model: nn.Module) -> None:
 def recompute_activations(model: nn.Module) -> None:
     """Let backward passes recompute what happens inside a layer, instead of keeping it.
 
-    A pass then keeps two hidden states a layer and what one layer needs: a thirtieth of it all, at
-    the price of another forward pass. Values and gradients stay the same.
+    A pass then keeps a thirtieth, at the price of another forward pass; values and gradients stay.
 
     Raises ModelUnusable when the architecture does not say what its layers are.
     """
@@ -137,10 +136,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int) -> PeftModel:
     """Wrap the base, in place, with a trainable LoRA adapter that starts as the identity (B = 0).
 
-    The base stays frozen; A is drawn from `seed` alone, and the global generator is untouched.
-
-    Raises:
-        ModelUnusable: a target names no linear layer of this architecture.
+    A is drawn from `seed` alone. Raises ModelUnusable as `adapted_layers`.
     """
     base = language_model.model
     lora = LoraConfig(
@@ -163,8 +159,7 @@ def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int)
 def adapted_layers(base: PreTrainedModel, config: LoRAConfig) -> str | list[str]:
     """What `config.targets` is of this architecture, as peft takes it: layer names or their ends.
 
-    Raises:
-        ModelUnusable: a target names no linear layer, or nothing is called attention.
+    Raises ModelUnusable where a target names no linear layer, or nothing is called attention.
     """
     linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     within = _language_part(base)
@@ -221,15 +216,12 @@ def vocab_size(model: nn.Module | PretrainedConfig) -> int:
 
 
 def context_limit(model: nn.Module | PretrainedConfig) -> int:
-    """Longest text, in tokens, that `model` has positions for behind its `text_prefix_of`.
-
-    Where rotary positions are stretched for a batch by its longest text (dynamic, longrope), only
-    texts up to where that begins are computed as they are alone.
-    """
+    """Longest text, in tokens, that `model` has positions for behind its `text_prefix_of`."""
     config: Any = model_config(model)
     limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
+        # These stretch the positions of a whole batch by its longest text, beyond this length.
         limits.append(rope.get("original_max_position_embeddings"))
     longest = min((int(limit) for limit in limits if limit is not None), default=sys.maxsize)
     return longest - (len(text_prefix_of(model)) if isinstance(model, nn.Module) else 0)
@@ -257,14 +249,11 @@ def _name_of(base: nn.Module, wanted: nn.Module | None) -> str:
 
 
 def _in_attention(base: nn.Module, layer: str) -> bool:
-    """Whether a module around the layer is an attention, by its name or that of its class.
-
-    Classes of whole layers (JambaAttentionDecoderLayer) and of heads (...AttentionPoolingHead) hold
-    other things too.
-    """
+    """Whether a module around the layer is an attention, by its name or that of its class."""
     parts = layer.split(".")
     for depth in range(1, len(parts)):
         kind = type(base.get_submodule(".".join(parts[:depth]))).__name__.lower()
+        # JambaAttentionDecoderLayer, ...AttentionPoolingHead: these hold other things too.
         whole = "layer" in kind or kind.endswith("head")
         if "attn" in parts[depth - 1].lower() or ("attention" in kind and not whole):
             return True

@@ -1,7 +1,5 @@
 """An untrained causal LM, for training one from nothing."""
 
-from pathlib import Path
-
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -38,8 +36,3 @@ def fresh_llama(
         bos_token_id=end_token, eos_token_id=end_token, pad_token_id=end_token
     )
     return model
-
-
-def save_model(model: LlamaForCausalLM, folder: Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors for from_pretrained."""
-    model.save_pretrained(folder)

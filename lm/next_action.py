@@ -1,6 +1,7 @@
 """What may come next after given prefixes: log-probabilities of all actions, or of all tokens."""
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -26,41 +27,28 @@ class NextLogits:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._prefixes: tuple[Prefix, ...] = ()
-        self._logits_NV = torch.empty(0)
+        self._logits = lru_cache(maxsize=1)(partial(next_logits, model))
 
     def action_log_probs(
         self, actions: ActionSpace, prefixes: Sequence[Prefix], may_stop: Sequence[bool]
     ) -> Tensor:
         """[N, C] log q of every action, nats, float32, columns as `actions.columns`.
 
-        The same softmax over legal tokens and ⊤ that sampler and scorer use; ⊤ is -inf where it
-        may not be chosen.
-
-        Raises ValueError as next_logits does, and for an action outside the vocabulary.
+        ⊤ is -inf where it may not be chosen. Raises ValueError as next_logits does, and for an
+        action outside the vocabulary.
         """
-        logits_NV = self._logits(prefixes)
+        logits_NV = self._logits(tuple(prefixes))
         distribution = ActionDistribution(actions, logits_NV.shape[-1], logits_NV.device)
         return distribution.log_q(logits_NV, np.array(may_stop, dtype=np.bool_))
 
     def token_log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
         """[N, V] log p of every token of the vocabulary, nothing masked, nats, float32."""
-        return self._logits(prefixes).log_softmax(dim=-1)
-
-    def _logits(self, prefixes: Sequence[Prefix]) -> Tensor:
-        if self._prefixes != tuple(prefixes):
-            self._logits_NV = next_logits(self._model, prefixes)
-            self._prefixes = tuple(prefixes)
-        return self._logits_NV
+        return self._logits(tuple(prefixes)).log_softmax(dim=-1)
 
 
 @torch.no_grad()
 def next_logits(model: nn.Module, prefixes: Sequence[Prefix]) -> Tensor:
-    """[N, V] float32 logits after each prefix.
-
-    What prefixes begin with in common runs through the model once: all of them are laid out as one
-    tree of tokens in which a token sees its ancestors alone, at its own depth's position.
+    """[N, V] float32 logits after each prefix; what they begin with in common is read once.
 
     Raises ValueError for no prefix, an empty one, or one longer than the model's context.
     """

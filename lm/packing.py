@@ -3,8 +3,7 @@
     x_1 .. x_P  z_1 .. z_L  z'_2 .. z'_L'  ..          (z'_1 = z_1)
 
 A row is a tree. Each column sees the columns of its own text up to itself, at the positions that
-they have there, so that every text is read as if it stood alone. The learner packs the completions
-of a prompt so, the posterior's enumeration its prefixes, the rewards the prefixes with their Y.
+they have there, so that every text is read as if it stood alone.
 """
 
 from collections.abc import Sequence

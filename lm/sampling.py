@@ -107,9 +107,8 @@ class Sampler:
     """Draws completions with a KV cache shared by up to `max_rows` rows.
 
     Equal prompts are prefilled once. A row that ends makes place for a waiting request, or the
-    batch shrinks. Rows never see each other: a row's distribution is that of the row alone.
-    `model` is a causal LM of transformers, plain or merged or with an unmerged adapter; its
-    weights must not change during a call of `sample`, and may between calls.
+    batch shrinks. Rows never see each other. `model` is a causal LM of transformers, with or
+    without adapter; its weights must not change during a call of `sample`, and may between calls.
     """
 
     def __init__(

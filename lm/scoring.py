@@ -35,10 +35,8 @@ def completion_log_probs(
 ) -> LogProbs:
     """log q of every token and of stopping at every state, in one teacher-forced pass.
 
-    Completions of one prompt stand behind a single copy of it (lm/packing.py), so they should come
-    together: a group costs its prompt once.
-
-    `model` is any causal LM of transformers, with or without adapter, or an engine around one.
+    Completions of one prompt share it (lm/packing.py), so they should come together. `model` is any
+    causal LM of transformers, with or without adapter, or an engine around one.
 
     Args:
         prompts: B token-id sequences, none empty.

@@ -70,9 +70,9 @@ class SharedModel:
 
     @contextmanager
     def beside(self, folder: Path) -> Iterator[CausalLM]:
-        """Inside, the base has the adapter as layers beside its own: `adapter_off` turns them off.
+        """Inside, the adapter's layers stand beside the base's own: `adapter_off` turns them off.
 
-        For whoever needs policy and base at every step. Raises as with_adapter.
+        Raises as with_adapter.
         """
         wrapped = load_adapter(self.base, folder)
         try:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from lm.new_model import fresh_llama, save_model
+from lm.new_model import fresh_llama
 from seed_lm.tokenizer import END_OF_TEXT, save_tokenizer
 from tasks.toy.task import LETTERS
 
@@ -49,7 +49,7 @@ def make(out: Path, seed: int) -> None:
             if weight.ndim > 1:
                 weight.normal_(0.0, WEIGHT_SCALE, generator=generator)
     out.mkdir(parents=True, exist_ok=True)
-    save_model(model, out)
+    model.save_pretrained(out)
     save_tokenizer(build_tokenizer(), out, max_positions=MAX_POSITIONS)
 
 

@@ -15,7 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from lm.new_model import fresh_llama, save_model
+from lm.model import CausalLM
+from lm.new_model import fresh_llama
 from seed_lm.batches import PADDING, batches, encode_documents, pad
 from seed_lm.card import Training, write_card
 from seed_lm.corpus import Share, documents
@@ -64,7 +65,7 @@ def build_tokenizer(seed: int) -> Tokenizer:
     return train_tokenizer(islice(documents(SHARES, f"{seed} tokenizer"), TOKENIZER_DOCUMENTS))
 
 
-def build_model(tokenizer: Tokenizer, seed: int) -> nn.Module:
+def build_model(tokenizer: Tokenizer, seed: int) -> CausalLM:
     """A model for the tokenizer, not trained."""
     return fresh_llama(
         vocab_size=tokenizer.get_vocab_size(),
@@ -134,7 +135,7 @@ def train_and_save(out: Path, schedule: Schedule, seed: int, say: Callable[[str]
             say(f"step {step} of {schedule.steps}: loss {loss:.4f} nats/token, {seconds:.0f} s")
     measured = held_out_loss(model, tokenizer, seed, HELD_OUT_DOCUMENTS)
     out.mkdir(parents=True, exist_ok=True)
-    save_model(model, out)
+    model.save_pretrained(out)
     save_tokenizer(tokenizer, out, max_positions=MAX_POSITIONS)
     training = Training(
         seed=seed,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from lm.model import load_base
-from lm.new_model import fresh_llama, save_model
+from lm.new_model import fresh_llama
 from seed_lm.tokenizer import END_OF_TEXT, save_tokenizer
 
 WORDS = ("he", "ran", "sat", "far")
@@ -61,7 +61,7 @@ def make_model(folder: Path) -> None:
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.normal_(0.0, 0.3, generator=generator)
-    save_model(model, folder)
+    model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder, max_positions=MAX_POSITIONS)
 
 
