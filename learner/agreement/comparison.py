@@ -7,7 +7,7 @@ their weights are the same, only rounding parts them.
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,9 @@ _WINDOW_DRAWS = 50
 _MIN_JUDGED = 100
 _NAMED_VERSIONS = 6
 
-NOTHING = np.zeros(0, dtype=np.float32)
+
+def _nothing() -> NDArray[np.float32]:
+    return np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,8 +44,8 @@ class Comparison:
     learner_version: int  # of the draw
     # Where its version's weights are gone, nothing was recomputed.
     gap_nats: float = math.nan  # largest |log q recomputed - recorded|
-    log_q_token: NDArray[np.float32] = NOTHING  # [L] recomputed, nats
-    log_q_stop: NDArray[np.float32] = NOTHING  # [S] likewise
+    log_q_token: NDArray[np.float32] = field(default_factory=_nothing)  # [L] recomputed, nats
+    log_q_stop: NDArray[np.float32] = field(default_factory=_nothing)  # [S] likewise
 
 
 def log_q_gaps(batch: Batch, log_pf_BT: Tensor, log_stop_BS: Tensor) -> tuple[Tensor, Tensor]:
