@@ -39,13 +39,12 @@ class LearnerConfig(BaseModel):
     token_budget: int = Field(
         default=4096,
         gt=0,
-        description="Columns of one pass, the completions of a prompt sharing it: bounds the "
-        "memory; a larger group takes several passes, and one more without gradients.",
+        description="Columns of one pass, which bounds the memory; a larger group takes several, "
+        "and one more without gradients.",
     )
     checkpointing: bool | Literal["auto"] = Field(
         default="auto",
-        description="Recompute activations in the backward pass instead of keeping them; auto: of "
-        "a model above 50 million parameters.",
+        description="Recompute activations instead of keeping them; auto: above 50M parameters.",
     )
     learning_rate: float = Field(gt=0, description="Peak of the schedule.")
     warmup_steps: int = Field(default=0, ge=0, description="Steps of the linear rise to the peak.")
@@ -65,34 +64,24 @@ class LearnerConfig(BaseModel):
         "answers, the M-step of EM.",
     )
     subtb_lambda: float = Field(
-        default=1.0,
-        gt=0,
-        le=2,
-        description="Of subtb: a pair of states n stops apart weighs lambda^(n-1).",
+        default=1.0, gt=0, le=2, description="Of subtb: pairs n stops apart weigh lambda^(n-1)."
     )
     normalisation: Literal["batch", "trajectory"] = Field(
         default="batch",
-        description="Divide residuals by their weight in the whole batch, or in each trajectory; "
-        "tb has one for each trajectory.",
+        description="Divide residuals by their weight in the whole batch, or in each trajectory.",
     )
     log_z: Literal["group", "learned"] = Field(
         default="group",
-        description="Log Z(X) at the root: the mean of the prompt's group, or a linear head on the "
-        "policy's state behind X.",
+        description="Log Z(X): mean of the prompt's group, or a linear head on the state behind X.",
     )
-
     ppo_clip: float = Field(
         default=0.2,
         gt=0,
-        description="Of ppo: how far an action's probability may move from its sampler's, as a "
-        "share, before it stops teaching.",
+        description="Of ppo: largest change of an action's probability, as a share, that teaches.",
     )
     ppo_kl: float = Field(
-        default=0.2,
-        ge=0,
-        description="Of ppo: price of a nat of KL(policy || base LM), in nats of log R / T.",
+        default=0.2, ge=0, description="Of ppo: nats of log R / T for one of KL(policy || base)."
     )
-
     agreement_tolerance_nats: float | None = Field(
         default=None,
         gt=0,
@@ -103,8 +92,7 @@ class LearnerConfig(BaseModel):
         default=0.0,
         ge=0,
         le=1,
-        description="One trajectory of each actor and version is always compared; of the others of "
-        "these versions this share too.",
+        description="Compared beside one trajectory of each actor and version: of these versions.",
     )
     agreement_max_share: float = Field(
         default=0.25,
@@ -116,9 +104,7 @@ class LearnerConfig(BaseModel):
     publish_every_steps: int = Field(default=1, gt=0, description="Steps between two adapters.")
     checkpoint_every_steps: int = Field(default=100, gt=0, description="Steps between checkpoints.")
     checkpoint_every_s: float = Field(
-        default=60.0,
-        gt=0,
-        description="Seconds between them, and so the most work that a replaced learner repeats.",
+        default=60.0, gt=0, description="Seconds between them: what a replaced learner repeats."
     )
     checkpoints_kept: int = Field(default=2, gt=0, description="Older ones are removed.")
 

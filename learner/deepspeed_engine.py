@@ -13,13 +13,7 @@ import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    groups,
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed import utils
 from torch import Tensor, nn
 
 from learner.config import LearnerConfig
@@ -107,14 +101,13 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, Tensor]:
         partition = self._zero.single_partition_of_fp32_groups[0]
         steps = self._zero.optimizer.state[partition]["step"]
-        tensors = {"optimizer_steps": steps.detach().cpu().clone()}
+        tensors = {"optimizer_steps": steps.detach()}
         with self._waiting("state"):
             for name, parameter in self._parameters.items():
-                tensors[f"parameter/{name}"] = safe_get_full_fp32_param(parameter).cpu().clone()
+                tensors[f"parameter/{name}"] = utils.safe_get_full_fp32_param(parameter)
                 for key in MOMENTS:
-                    moment = safe_get_full_optimizer_state(parameter, key)
-                    tensors[f"{key}/{name}"] = moment.cpu().clone()
-        return tensors
+                    tensors[f"{key}/{name}"] = utils.safe_get_full_optimizer_state(parameter, key)
+            return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         check_state(state, self._parameters)
@@ -123,9 +116,9 @@ class DeepSpeedEngine:
             value = state[f"parameter/{name}"].to(self._device)
             with torch.no_grad():
                 parameter.copy_(value)
-            safe_set_full_fp32_param(parameter, value.float())
+            utils.safe_set_full_fp32_param(parameter, value.float())
             for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].float(), key)
+                utils.safe_set_full_optimizer_state(parameter, state[f"{key}/{name}"].float(), key)
 
     def close(self) -> None:
         self._engine.destroy()
@@ -151,7 +144,7 @@ def _join(rendezvous: Rendezvous, device: torch.device) -> None:
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     timeout = timedelta(seconds=rendezvous.timeout_s)
     # DeepSpeed talks over a copy of the group, made with torch's deadline of half an hour.
-    dist.distributed_c10d._set_pg_timeout(timeout, groups._clone_world_group())
+    dist.distributed_c10d._set_pg_timeout(timeout, utils.groups._clone_world_group())
 
 
 def _deepspeed_config(config: LearnerConfig, num_ranks: int) -> dict[str, Any]:

@@ -33,11 +33,10 @@ class Engine(Protocol):
     def num_ranks(self) -> int: ...
 
     def update(self, losses: Sequence[Callable[[], Tensor]], *, learning_rate: float) -> float:
-        """Step along the gradient of the sum of all losses of all ranks.
+        """Step along the gradient of the sum of all losses of all ranks, which pass equally many.
 
-        Each callable builds one micro-batch's graph; only one graph is alive at a time. Ranks
-        pass equally many. Returns the gradient norm before clipping; raises NonFiniteUpdate on
-        all ranks alike.
+        Each callable builds one micro-batch's graph; only one is alive at a time. Returns the
+        gradient norm before clipping; raises NonFiniteUpdate on all ranks alike.
         """
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:

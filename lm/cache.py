@@ -25,8 +25,7 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.slots = slots
         self.columns = columns
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
+        self._buffers: list[Tensor] = []  # of each layer the keys, then the values
         self._live = 0
         self._width = 0
         self._flat_index = torch.empty(0, dtype=torch.long)
@@ -35,7 +34,7 @@ class SlotCache(Cache):
         """The next pass appends one token to rows 0..N-1, at these positions, all < width."""
         if width > self.columns:
             self._grow(width)
-        heads = self._keys[0].shape[1]
+        heads = self._buffers[0].shape[1]
         row_NH = torch.arange(len(position_N) * heads, device=position_N.device).view(-1, heads)
         self._flat_index = (row_NH * self.columns + position_N[:, None]).flatten()
         self._live, self._width = len(position_N), width
@@ -44,45 +43,39 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by each attention layer, [N, H, 1, D] -> [N, H, width, D]."""
-        buffers = self._keys[layer_idx], self._values[layer_idx]
+        buffers = self._buffers[2 * layer_idx : 2 * layer_idx + 2]
         for states, buffer in zip((key_states, value_states), buffers, strict=True):
             flat = buffer.view(-1, buffer.shape[-1])
             flat.index_copy_(0, self._flat_index, states.reshape(-1, states.shape[-1]))
         keys, values = (buffer[: self._live, :, : self._width] for buffer in buffers)
         return keys, values
 
-    def write(
-        self, slots: Tensor, keys: list[Tensor], values: list[Tensor], sources: Tensor
-    ) -> None:
-        """Fill `slots` from column 0 with rows `sources` of per-layer [U, H, P <= C, D]."""
-        columns = keys[0].shape[2]
-        if not self._keys:
-            self._keys = [self._allocate(states) for states in keys]
-            self._values = [self._allocate(states) for states in values]
-        for buffer, states in zip(self._keys + self._values, keys + values, strict=True):
-            buffer[:, :, :columns].index_copy_(0, slots, states.index_select(0, sources))
+    def write(self, slots: Tensor, states: list[Tensor], sources: Tensor) -> None:
+        """Fill `slots` from column 0 with rows `sources` of `Prefill.states`."""
+        columns = states[0].shape[2]
+        if not self._buffers:
+            # Zeros, since a masked NaN leftover would still poison the weighted sum of values.
+            self._buffers = [
+                like.new_zeros(self.slots, like.shape[1], self.columns, like.shape[3])
+                for like in states
+            ]
+        for buffer, of_layer in zip(self._buffers, states, strict=True):
+            buffer[:, :, :columns].index_copy_(0, slots, of_layer.index_select(0, sources))
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy whole slots; `sources` and `targets` are disjoint."""
-        for buffer in self._keys + self._values:
+        for buffer in self._buffers:
             buffer.index_copy_(0, targets, buffer.index_select(0, sources))
 
     def reorder(self, sources: Tensor) -> None:
         """Slots 0..N-1 become copies of slots `sources` [N], of which some may occur repeatedly."""
-        for buffer in self._keys + self._values:
+        for buffer in self._buffers:
             buffer[: len(sources)] = buffer.index_select(0, sources)
-
-    def _allocate(self, like: Tensor) -> Tensor:
-        _, heads, _, dim = like.shape
-        # Zeros, since a masked NaN leftover would still poison the weighted sum of values.
-        return like.new_zeros(self.slots, heads, self.columns, dim)
 
     def _grow(self, columns: int) -> None:
         more = max(columns, self.columns + self.columns // 2) - self.columns
         self.columns += more
-        pad = (0, 0, 0, more)
-        self._keys = [torch.nn.functional.pad(buffer, pad) for buffer in self._keys]
-        self._values = [torch.nn.functional.pad(buffer, pad) for buffer in self._values]
+        self._buffers = [nn.functional.pad(buffer, (0, 0, 0, more)) for buffer in self._buffers]
 
 
 def whole_cache() -> DynamicCache:

@@ -109,9 +109,7 @@ class BeamSearch:
         longest = max(len(prompt) for prompt in prompts)
         cache = SlotCache(slots=len(running) * self._width, columns=longest + max_len)
         row_N = torch.arange(len(running), device=self._device) // groups
-        cache.write(
-            torch.arange(len(row_N), device=self._device), prefill.keys, prefill.values, row_N
-        )
+        cache.write(torch.arange(len(row_N), device=self._device), prefill.states, row_N)
         logits_NV = prefill.logits_UV[row_N]
         for length in range(max_len):
             log_q_NC = self._log_q(logits_NV, list(chain.from_iterable(running)), length)

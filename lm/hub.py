@@ -27,9 +27,7 @@ class ModelUnusable(ValueError):
 def load_tokenizer(config: LMConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of `config.model`, without its weights.
 
-    Raises:
-        ModelNotFound: no such folder, and no such model on the hub.
-        ModelUnusable: no tokenizer there.
+    Raises ModelNotFound for no such folder or hub id, ModelUnusable where it has no tokenizer.
     """
     require_folder_or_hub_id(config.model)
     with explained(config.model, "the tokenizer"):

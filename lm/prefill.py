@@ -14,8 +14,7 @@ from lm.cache import whole_cache
 class Prefill:
     """U prompts after one pass. Columns right of a prompt's own tokens hold padding's states."""
 
-    keys: list[Tensor]  # per layer [U, H, P, D]
-    values: list[Tensor]  # per layer [U, H, P, D]
+    states: list[Tensor]  # of each layer the keys, then the values: [U, H, P, D]
     logits_UV: Tensor  # after each prompt's last token
 
     @staticmethod
@@ -35,8 +34,7 @@ class Prefill:
             use_cache=True,
         ).logits
         return Prefill(
-            keys=[layer.keys for layer in cache.layers],
-            values=[layer.values for layer in cache.layers],
+            states=[states for layer in cache.layers for states in (layer.keys, layer.values)],
             logits_UV=logits_UKV[torch.arange(len(prompts), device=device), column_U],
         )
 

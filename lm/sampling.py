@@ -179,7 +179,7 @@ class Sampler:
         for prefill, pairs in admitted.items():
             slots = torch.arange(len(rows), len(rows) + len(pairs), device=self._device)
             sources = torch.tensor([source for _, source in pairs], device=self._device)
-            cache.write(slots, prefill.keys, prefill.values, sources)
+            cache.write(slots, prefill.states, sources)
             logits.append(prefill.logits_UV[sources])
             rows.extend(row for row, _ in pairs)
         return torch.cat(logits)

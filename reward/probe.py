@@ -167,7 +167,7 @@ def _decoded(model: CausalLM, texts: Sequence[_Text]) -> NDArray[np.float64]:
     prefill = Prefill.run(model, prompts)
     longest = max(map(len, prompts)) + COMPLETION + ANSWER
     cache = SlotCache(slots=len(rows), columns=longest)
-    cache.write(torch.arange(len(rows)).to(source_N), prefill.keys, prefill.values, source_N)
+    cache.write(torch.arange(len(rows)).to(source_N), prefill.states, source_N)
     logits_NV = prefill.logits_UV[source_N]
     log_p_N = np.zeros(len(texts))
     for place in range(COMPLETION + ANSWER):

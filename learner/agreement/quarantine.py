@@ -2,12 +2,13 @@
 
 quarantine/0001.records     each learner process begins a file of its own, and a new one when full
 
-A record is its length (4 bytes, little-endian) and a msgpack array.
+A file is a sequence of msgpack arrays.
 """
 
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -61,13 +62,8 @@ def read_quarantine(folder: Path) -> Iterator[Comparison]:
     record whose trajectory is none.
     """
     for path in sorted(folder.glob(_PATTERN)):
-        data = path.read_bytes()
-        end = 0
-        while (start := end + 4) <= len(data):
-            end = start + int.from_bytes(data[end:start], "little")
-            if end > len(data):
-                break
-            yield _decode(data[start:end])
+        with path.open("rb") as file:
+            yield from map(_decode, msgpack.Unpacker(file))
 
 
 def _encode(comparison: Comparison) -> bytes:
@@ -80,11 +76,11 @@ def _encode(comparison: Comparison) -> bytes:
             comparison.log_q_stop.astype("<f4").tobytes(),
         )
     )
-    return len(record).to_bytes(4, "little") + record
+    return record
 
 
-def _decode(record: bytes) -> Comparison:
-    trajectory, learner_version, gap_nats, log_q_token, log_q_stop = msgpack.unpackb(record)
+def _decode(record: Sequence[Any]) -> Comparison:
+    trajectory, learner_version, gap_nats, log_q_token, log_q_stop = record
     return Comparison(
         trajectory=unpack(trajectory),
         learner_version=learner_version,

@@ -33,14 +33,13 @@ class ClippedPolicyGradient(PerTrajectory):
         rho_k    = q(a_k | z_1:k) / mu(a_k | z_1:k)       a_k: a chosen token, or the final ⊤
         loss     = - sum_k min((rho_k - 1) A, (clip(rho_k, 1 - clip, 1 + clip) - 1) A)
 
-    which is PPO's less the constant A per action, so that a tool's tokens, probability 1, add
-    nothing. Where q = mu, the gradient is that of
+    which is PPO's less A per action, so that a tool's tokens, probability 1, add nothing. Where
+    q = mu, the gradient is that of
 
         - E_q[log R / T] + kl KL(q || p_0)
 
-    without bias, for the baseline knows nothing of Z. Its optimum is q ∝ p_0 R^(1/(T kl)): not
-    the posterior R^(1/T), but ever more of its largest mode as kl goes to 0. Stop states on the way
-    do not enter, and a prompt with a single trajectory teaches nothing.
+    without bias. Its optimum is q ∝ p_0 R^(1/(T kl)): not the posterior R^(1/T), but ever more of
+    its largest mode as kl goes to 0. A prompt with a single trajectory teaches nothing.
     """
 
     clip: float = 0.2

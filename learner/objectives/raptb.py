@@ -6,10 +6,9 @@ O(N^2) windows, and what the prefix should earn is taken from the trajectory's s
 the reward of stopping there.
 
 This is the idea as the paper's abstract and project page tell it, worked out anew. They describe a
-target that replaces the prefix's stop reward. A residual that then still held q(⊤ | prefix) would
-ask the policy to stop there as often as something longer is worth, and at the true posterior it
-would not be zero. Here the target is the *flow* of the prefix, which the suffix of any trajectory
-gives exactly at the optimum, and q(⊤ | prefix) does not enter. The paper's replay is not here.
+target that replaces the prefix's stop reward; with q(⊤ | prefix) still in it, the residual would
+not be zero at the true posterior. Here the target is the *flow* of the prefix, which the suffix of
+any trajectory gives exactly at the optimum. The paper's replay is not here.
 """
 
 from dataclasses import dataclass
