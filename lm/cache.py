@@ -43,12 +43,11 @@ class SlotCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Called by each attention layer, [N, H, 1, D] -> [N, H, width, D]."""
-        buffers = self._buffers[2 * layer_idx : 2 * layer_idx + 2]
-        for states, buffer in zip((key_states, value_states), buffers, strict=True):
+        keys, values = self._buffers[2 * layer_idx], self._buffers[2 * layer_idx + 1]
+        for states, buffer in ((key_states, keys), (value_states, values)):
             flat = buffer.view(-1, buffer.shape[-1])
             flat.index_copy_(0, self._flat_index, states.reshape(-1, states.shape[-1]))
-        keys, values = (buffer[: self._live, :, : self._width] for buffer in buffers)
-        return keys, values
+        return keys[: self._live, :, : self._width], values[: self._live, :, : self._width]
 
     def write(self, slots: Tensor, states: list[Tensor], sources: Tensor) -> None:
         """Fill `slots` from column 0 with rows `sources` of `Prefill.states`."""

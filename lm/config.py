@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
 class LMConfig(BaseModel):
@@ -17,6 +17,11 @@ class LMConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is one, else cpu."
     )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        default="auto",
+        description="Kernel; auto: sdpa where the architecture has it. flash_attention_2 needs its "
+        "package, and lm.probe refuses it where it does not take the masks of packed texts.",
+    )
     bos: Literal["auto"] | bool = Field(
         default="auto",
         description="Whether a start token stands in front of every text that the model reads; "
@@ -26,6 +31,15 @@ class LMConfig(BaseModel):
         default=True,
         description="Refuse a base whose packed and cached passes differ from plain ones.",
     )
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> "LMConfig":
+        if self.attention == "flash_attention_2" and not self.probe:
+            raise ValueError(
+                'attention "flash_attention_2" with probe = false: only the probe tells whether it '
+                "takes the masks of packed texts on this base; leave probe on"
+            )
+        return self
 
 
 class LoRAConfig(BaseModel):

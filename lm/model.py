@@ -64,6 +64,7 @@ def load_base(config: LMConfig) -> LanguageModel:
             config.model,
             config=declared,
             dtype=getattr(torch, config.dtype),
+            attn_implementation=None if config.attention == "auto" else config.attention,
             output_loading_info=True,
         )
     if missing := sorted(report["missing_keys"]):

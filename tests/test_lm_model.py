@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lm.model import (
     recompute_activations,
     vocab_size,
 )
+from reward.probe import probe
 from tests.families import tiny_model
 from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
 
@@ -92,6 +94,27 @@ def test_the_fingerprint_names_the_weights_not_the_folder_or_the_dtype(
         trained.model.layers[1].mlp.up_proj.weight[3, 5] += 0.5
     other = load_base(LMConfig(model=save_model(trained, tmp_path / "trained"), device="cpu"))
     assert other.fingerprint != first.fingerprint
+
+
+def test_the_kernel_of_attention_is_the_one_asked_for(folder: Path) -> None:
+    plain = LMConfig(model=str(folder), device="cpu")
+    bases = {
+        kernel: load_base(plain.model_copy(update={"attention": kernel}))
+        for kernel in ("auto", "sdpa", "eager")
+    }
+    kernels = {name: base.model.config._attn_implementation for name, base in bases.items()}
+    assert kernels == {"auto": "sdpa", "sdpa": "sdpa", "eager": "eager"}
+    assert len({base.fingerprint for base in bases.values()}) == 1
+    for base in bases.values():
+        probe(base.model, "tiny")
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="the package is installed")
+def test_a_kernel_that_is_not_installed_is_named(folder: Path) -> None:
+    with pytest.raises(ModelUnusable, match=r"FlashAttention2.*; install what it names"):
+        load_base(LMConfig(model=str(folder), device="cpu", attention="flash_attention_2"))
+    with pytest.raises(ValidationError, match="leave probe on"):
+        LMConfig(model=str(folder), attention="flash_attention_2", probe=False)
 
 
 def test_tokenizer_and_architecture_are_read_without_the_weights(folder: Path) -> None:
