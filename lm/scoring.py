@@ -49,15 +49,14 @@ def completion_log_probs(
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("empty prompt: the first token's probability needs a token before it")
-    longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
     next_BS, chosen_BS, may_stop_BS = _states(actions, completions, from_tool)
     open_BS = may_stop_BS & ~actions.must_stop(np.arange(may_stop_BS.shape[1]))
-    require_context(model, longest)
+    require_context(model, max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True)))
     device = next(model.parameters()).device
     prompts = [(*text_prefix_of(model), *prompt) for prompt in prompts]
     packing = pack(prompts, completions, shared_width=SHARED_WIDTH)
     head = OutputHead.of(model)
-    # Logits are worth their memory where a token was chosen or ⊤ could have been.
+    # What the policy decided: a token was chosen, or ⊤ could have been.
     b_N, s_N = np.nonzero(chosen_BS | open_BS)
     row_N, column_N, next_N = (
         torch.from_numpy(array).to(device)
