@@ -70,7 +70,7 @@ def test_the_page_names_both_files_and_nothing_that_is_not_there() -> None:
     named = {
         word for line in commands("docs/cluster.md") for word in line.split() if ".yaml" in word
     }
-    assert named == set(FILES)
+    assert named == {*FILES, "cluster/kuberay.yaml"}
     for line in commands("docs/cluster.md"):
         for word in line.split():
             assert not word.startswith("tasks/") or (ROOT / word).exists(), line
