@@ -1,6 +1,7 @@
 """The command line: verbs, their arguments and the module of each. Imports nothing heavy."""
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -42,6 +43,8 @@ def parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("verb", choices=list(_VERBS), metavar="VERB", help=argparse.SUPPRESS)
+    if argv and (near := difflib.get_close_matches(argv[0], _VERBS, n=1)) and argv[0] != near[0]:
+        parser.error(f"there is no verb {argv[0]!r}; did you mean {near[0]}?")
     name = parser.parse_args(argv[:1]).verb
     verb = _VERBS[name]
     verb_parser = _Parser(
@@ -118,6 +121,7 @@ _NEW_RUN = (
 
 _SPLITS = ("validation", "test")
 _MANY = "experiments.{verb}"
+_COMPLETED = argparse.ArgumentParser(add_help=False)  # is told all verbs and their options
 _VERBS = {
     "train": _Verb("Fine-tune a language model on a task", _CONFIG, *_NEW_RUN, _OVERRIDES),
     "mstep": _Verb(
@@ -201,7 +205,10 @@ _VERBS = {
     ),
     "status": _Verb(
         "Show runs: progress, parts that live, last figures",
-        _JSON,
+        _one_of(
+            ("--json", "print one JSON object", _FLAG),
+            ("--watch", "show it anew each second, until the run has ended", _FLAG),
+        ),
         _argument("--run NAME", "one run in full (default: all, a line each)"),
     ),
     "inspect": _Verb(
@@ -219,4 +226,11 @@ _VERBS = {
         "Ask a run to checkpoint and end, and wait until it has",
         _argument("--run NAME", "which run (default: the one that runs)"),
     ),
+    "completion": _Verb("Print a script with which bash and zsh complete these words", _COMPLETED),
 }
+_COMPLETED.set_defaults(
+    options={
+        name: [option for parent in verb.arguments for option in parent._option_string_actions]
+        for name, verb in _VERBS.items()
+    }
+)

@@ -139,6 +139,63 @@ def test_status_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> No
     assert one["phase"] == "starting" and one["driver_alive"] is True
 
 
+def test_a_run_that_is_watched_is_shown_until_it_has_ended(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory("mine")
+    run.path.mkdir(parents=True)
+    state = first_state("mine", steps=50)
+    run.write_state(state.model_copy(update={"phase": "training", "step": 7}))
+    waits: list[float] = []
+
+    def later(seconds: float) -> None:
+        waits.append(seconds)
+        phase = "training" if len(waits) < 3 else "done"
+        run.write_state(state.model_copy(update={"phase": phase, "step": 7 + len(waits)}))
+
+    monkeypatch.setattr("cluster.commands.status.time.sleep", later)
+    assert main(["status", "--run", "mine", "--watch"]) == 0
+    assert waits == [1.0, 1.0, 1.0]
+    assert "10 of 50" in capsys.readouterr().out
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cluster.commands.status.time.sleep", interrupted)
+    assert main(["status", "--watch"]) == 0
+    assert "10/50" in capsys.readouterr().out
+
+
+def test_a_verb_that_is_mistyped_is_told_its_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["trian"])
+    assert "there is no verb 'trian'; did you mean train?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("ev", ["evaluate"]),
+        ("train --re", ["--resume"]),
+        ("scale --", ["--run", "--actors", "--reward-replicas", "--help"]),
+        ("stop --run fi", ["first", "fifth"]),
+        ("mstep --of s", ["second"]),
+        ("train tas", []),  # bash itself completes names of files
+    ],
+)
+def test_a_shell_completes_verbs_options_and_runs(
+    typed: str, completed: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second", "fifth"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert main(["completion"]) == 0
+    words = f"amortize {typed}".split(" ")
+    ask = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _amortize"
+    shell = f'{capsys.readouterr().out}\n{ask}; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(completed) and not done.stderr
+
+
 def test_train_refuses_a_bad_configuration_before_it_makes_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,9 +4,11 @@ import argparse
 import json
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,24 +16,41 @@ from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 from cluster.run.display import duration, figures, parts, phase
 
+_WATCH_S = 1.0
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Show one run in full, or all runs with a line each."""
-    if arguments.run is None:
-        show_all(list(all_runs()), as_json=arguments.json)
+    run = None if arguments.run is None else find_run(arguments.run)
+    if arguments.watch:
+        watch(run)
+    elif not arguments.json:
+        Console().print(listing() if run is None else in_full(run, known_state(run)))
+    elif run is None:
+        print(json.dumps({"runs": [plain(state) for state in _states()]}))
     else:
-        show_one(find_run(arguments.run), as_json=arguments.json)
+        print(json.dumps(plain(known_state(run))))
     return 0
 
 
-def show_all(runs: list[RunDirectory], *, as_json: bool) -> None:
-    """One line for each run."""
-    states = [state for directory in runs if (state := directory.state()) is not None]
-    if as_json:
-        print(json.dumps({"runs": [plain(state) for state in states]}))
-        return
+def watch(run: RunDirectory | None) -> None:
+    """Show it anew each second: one run until it has ended, all of them until Ctrl-C."""
+    with suppress(KeyboardInterrupt), Live(auto_refresh=False) as live:
+        while run is None:
+            live.update(listing(), refresh=True)
+            time.sleep(_WATCH_S)
+        while True:
+            state = known_state(run)
+            live.update(in_full(run, state), refresh=True)
+            if state.ended or lost(state):
+                return
+            time.sleep(_WATCH_S)
+
+
+def listing() -> Table | str:
+    """A line for each run."""
     table = Table("run", "phase", "step", "version", "parts", box=None)
-    for state in states:
+    for state in _states():
         table.add_row(
             escape(state.run),
             phase(state),
@@ -39,17 +58,13 @@ def show_all(runs: list[RunDirectory], *, as_json: bool) -> None:
             str(state.version),
             parts(state),
         )
-    Console().print(table if states else "no runs here yet: 'amortize train CONFIG' starts one")
+    return table if table.row_count else "no runs here yet: 'amortize train CONFIG' starts one"
 
 
-def show_one(directory: RunDirectory, *, as_json: bool) -> None:
+def in_full(run: RunDirectory, state: RunState) -> Table:
     """Everything that the state of a run says."""
-    state = known_state(directory)
-    if as_json:
-        print(json.dumps(plain(state)))
-        return
     rows = [
-        ("run", str(directory.path)),
+        ("run", str(run.path)),
         ("phase", phase(state)),
         ("step", f"{state.step} of {state.steps}"),
         ("version", str(state.version)),
@@ -66,7 +81,7 @@ def show_one(directory: RunDirectory, *, as_json: bool) -> None:
     table = Table(box=None, show_header=False)
     for label, value in rows:
         table.add_row(f"[bold]{label}[/bold]", escape(value))
-    Console().print(table)
+    return table
 
 
 def plain(state: RunState) -> dict[str, Any]:
@@ -95,6 +110,10 @@ def standing(state: RunState | None) -> str:
         f"driver {state.pid} on {state.host} was {state.phase} at step {state.step} with "
         f"{parts(state) or 'no parts'}, last heard {_silence(state)} ago"
     )
+
+
+def _states() -> list[RunState]:
+    return [state for directory in all_runs() if (state := directory.state()) is not None]
 
 
 def _silence(state: RunState) -> str:
