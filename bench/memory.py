@@ -2,7 +2,8 @@
 
 Every row is a process of its own: it loads the model, makes one tiny pass, notes its resident
 memory, does the row's work once and reports by how much the peak exceeds the note. `planned_mb`
-is what `amortize plan` would say, `before_mb` what was measured before memory was bounded.
+is what `amortize plan` says of the same sizes, `before_mb` what was measured before memory was
+bounded.
 
     learner   one step over `groups` groups of `group` completions of `length` tokens
     scorer    log-rewards of `group` rationales of `length` tokens, |Y| = `answer`, all prefixes
@@ -26,18 +27,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from buffer.replay import Group
-from buffer.trajectory import Trajectory
 from learner.config import LearnerConfig
 from learner.engine import TorchEngine
 from learner.learner import Learner
+from learner.memory import adapter_bytes_held, longest_group, update_bytes
 from learner.objectives.subtb import SubTB
 from lm.actions import ActionSpace
 from lm.config import LoRAConfig
-from lm.model import LanguageModel, attach_adapter, freeze, vocab_size
+from lm.memory import draw_bytes, kv_cache_bytes
+from lm.model import (
+    LanguageModel,
+    attach_adapter,
+    freeze,
+    is_large,
+    return_freed_memory,
+    vocab_size,
+)
 from lm.sampling import Request, Sampler
+from reward.memory import longest_items, scoring_bytes
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 
@@ -114,28 +123,70 @@ def load(case: Case, folder: Path | None) -> LanguageModel:
     if case.model == REAL:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_config(
-            LlamaConfig(
-                vocab_size=case.vocab,
-                hidden_size=256,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                intermediate_size=512,
-                tie_word_embeddings=True,
-            )
-        )
+        model = AutoModelForCausalLM.from_config(random_config(case))
     freeze(model)
+    if is_large(model):
+        return_freed_memory()
     return LanguageModel(model=model, tokenizer=None, fingerprint="")
 
 
-def learn(language_model: LanguageModel, case: Case) -> None:
-    rng, size = np.random.default_rng(0), vocab_size(language_model.model)
-    actions = ActionSpace(stop_token=STOP, legal_tokens=None, min_len=0, max_len=case.length)
-    groups = [random_group(case, key, rng, size) for key in range(case.groups)]
-    model = attach_adapter(language_model, LoRAConfig(), seed=0)
-    config = LearnerConfig(
+def random_config(case: Case) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=case.vocab,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        tie_word_embeddings=True,
+    )
+
+
+def plan(case: Case, folder: Path | None) -> float:
+    """MB, as `amortize plan` counts them."""
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder) if case.model == REAL else random_config(case)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    freeze(model)
+    if case.part == "scorer":
+        return scoring_bytes(model, rationales(case, vocab_size(model)), case.token_budget) / 2**20
+    if case.part == "sampler":
+        columns = case.prompt + case.length
+        cache = kv_cache_bytes(model, rows=case.group, columns=columns)
+        return (cache + draw_bytes(model, rows=case.group)) / 2**20
+    policy = attach_adapter(
+        LanguageModel(model=model, tokenizer=None, fingerprint=""), LoRAConfig(), seed=0
+    )
+    passes = update_bytes(
+        policy,
+        actions_of(case),
+        learner_config(case),
+        prompt_length=case.prompt,
+        group_size=case.group,
+    )
+    return (adapter_bytes_held(policy) + passes) / 2**20
+
+
+def actions_of(case: Case) -> ActionSpace:
+    return ActionSpace(stop_token=STOP, legal_tokens=None, min_len=0, max_len=case.length)
+
+
+def learner_config(case: Case) -> LearnerConfig:
+    return LearnerConfig(
         steps=1, groups_per_step=case.groups, learning_rate=1e-4, token_budget=case.token_budget
     )
+
+
+def learn(language_model: LanguageModel, case: Case) -> None:
+    rng, size, actions = (
+        np.random.default_rng(0),
+        vocab_size(language_model.model),
+        actions_of(case),
+    )
+    groups = [
+        longest_group(actions, rng, prompt_length=case.prompt, size=case.group, vocab_size=size)
+        for _ in range(case.groups)
+    ]
+    model, config = attach_adapter(language_model, LoRAConfig(), seed=0), learner_config(case)
     learner = Learner(
         model=model,
         actions=actions,
@@ -149,48 +200,20 @@ def learn(language_model: LanguageModel, case: Case) -> None:
     learner.step()
 
 
-def random_group(case: Case, key: int, rng: np.random.Generator, size: int) -> Group:
-    states, nothing = case.length + 1, np.zeros(0, dtype=np.int32)
-    prompt = rng.integers(1, size, case.prompt, dtype=np.int32)
-    fresh = tuple(
-        Trajectory(
-            task="memory",
-            prompt_key=f"prompt {key}",
-            prompt=prompt,
-            answer=nothing,
-            completion=rng.integers(1, size, case.length, dtype=np.int32),
-            from_tool=np.zeros(case.length, dtype=np.bool_),
-            stops=np.arange(states, dtype=np.int32),
-            log_reward=rng.normal(-50, 5, states).astype(np.float32),
-            behaviour_log_prob=np.zeros(case.length, dtype=np.float32),
-            behaviour_log_stop=np.zeros(states, dtype=np.float32),
-            policy_version=0,
-            behaviour="on_policy",
-            temperature=1.0,
-            actor="actor",
-            created_s=1.0,
-            correct=None,
-        )
-        for _ in range(case.group)
+def rationales(case: Case, vocab: int) -> list[ScoreItem]:
+    return longest_items(
+        context=case.prompt,
+        length=case.length,
+        answer=case.answer,
+        stops=range(case.length + 1),
+        number=case.group,
+        vocab_size=vocab,
     )
-    return Group(prompt_key=f"prompt {key}", fresh=fresh, replayed=())
 
 
 def score(language_model: LanguageModel, case: Case) -> None:
-    rng, size = np.random.default_rng(0), vocab_size(language_model.model)
-    context, answer = (
-        rng.integers(1, size, length, dtype=np.int32) for length in (case.prompt, case.answer)
-    )
-    items = [
-        ScoreItem(
-            context=context,
-            completion=rng.integers(1, size, case.length, dtype=np.int32),
-            stops=np.arange(case.length + 1, dtype=np.int32),
-            answer=answer,
-        )
-        for _ in range(case.group)
-    ]
-    suffix_log_rewards(language_model.model, items, case.token_budget)
+    model = language_model.model
+    suffix_log_rewards(model, rationales(case, vocab_size(model)), case.token_budget)
 
 
 def sample(language_model: LanguageModel, case: Case) -> None:
@@ -236,6 +259,7 @@ def measure(case: Case, folder: Path | None) -> dict[str, object]:
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr}")
     row = dataclasses.asdict(case) | {"peak_mb": round(float(done.stdout), 1)}
+    row["planned_mb"] = round(plan(case, folder), 1)
     return row if case.model != REAL else row | {"model": str(folder), "vocab": None}
 
 

@@ -168,6 +168,11 @@ _VERBS = {
         *_MEASURING,
         _argument("--run NAME", "compare the adapter of this run (default: the base LM)"),
     ),
+    "plan": _Verb(
+        "Say what a run will need of memory and network, without starting it",
+        *_MEASURING,
+        _argument("--gpu DEVICE", "that holds the models, such as 24GB, L4 or H100 (default: CPU)"),
+    ),
     "export": _Verb(
         "Write a run's policy as a folder that transformers, peft and vLLM load",
         _argument("--run NAME", "whose policy", required=True),

@@ -5,9 +5,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from learner.objectives.traits import TRAITS, ObjectiveName, Traits
-
-# Parameters above which activations are recomputed, unless something else is asked for.
-LARGE = 50_000_000
+from lm.config import LARGE
 
 
 class RewardTemperatureConfig(BaseModel):

@@ -131,25 +131,22 @@ def action_log_probs(
 def target_log_probs(
     head: OutputHead,
     hidden_ND: Tensor,
-    source_E: Tensor,
-    target_E: Tensor,
+    source_E: NDArray[np.int64],
+    target_E: NDArray[np.int64],
     chunk_entries: int = CHUNK_ENTRIES,
 ) -> Tensor:
     """[E] log p(token target | state source) of the LM itself, nothing masked, nats, no gradient.
 
     Args:
-        source_E: int64 below N, ascending.
-        target_E: int64 token ids.
+        source_E: below N, ascending.
+        target_E: token ids.
     """
-    states = list(_chunks(len(hidden_ND), max(1, chunk_entries // head.vocab_size)))
-    ends = torch.tensor([chunk.stop for chunk in states], device=source_E.device)
-    sizes = torch.searchsorted(source_E, ends).diff(prepend=ends.new_zeros(1)).tolist()
-    parts = []
-    for chunk, source_K, target_K in zip(
-        states, source_E.split(sizes), target_E.split(sizes), strict=True
-    ):
+    parts, device = [], hidden_ND.device
+    for chunk in _chunks(len(hidden_ND), max(1, chunk_entries // head.vocab_size)):
         logits_NV = head.logits(hidden_ND[chunk])
-        row_K = source_K - chunk.start
+        edges = slice(*np.searchsorted(source_E, (chunk.start, chunk.stop)))
+        row_K = torch.from_numpy(source_E[edges] - chunk.start).to(device)
+        target_K = torch.from_numpy(target_E[edges]).to(device)
         parts.append(logits_NV[row_K, target_K] - logits_NV.logsumexp(dim=-1)[row_K])
     return torch.cat(parts)
 

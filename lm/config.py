@@ -4,6 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
+# Parameters above which memory is saved at the price of time, unless something else is asked for.
+LARGE = 50_000_000
+
 
 class LMConfig(BaseModel):
     """Which base language model to load, and how."""

@@ -75,15 +75,9 @@ def completion_log_probs(
         _run(model, packing, device)
     log_next_N, log_stop_N, prompt_state_BH = found
 
-    def spread(values_N: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
-        """Values of states at their places, 0 where `wanted` does not hold."""
-        wanted_N = wanted[b_N, s_N]
-        place = tuple(torch.from_numpy(i[wanted_N]).to(device) for i in (b_N, s_N))
-        return values_N.new_zeros(wanted.shape).index_put(place, values_N[wanted_N])
-
     return LogProbs(
-        log_pf_BT=spread(log_next_N, chosen_BS)[:, :-1],
-        log_stop_BS=spread(log_stop_N, open_BS),
+        log_pf_BT=_spread(log_next_N, b_N, s_N, chosen_BS)[:, :-1],
+        log_stop_BS=_spread(log_stop_N, b_N, s_N, open_BS),
         prompt_state_BH=prompt_state_BH,
     )
 
@@ -91,6 +85,16 @@ def completion_log_probs(
 def prompt_state_size(model: nn.Module) -> int:
     """Width H of `prompt_state_BH`."""
     return int(OutputHead.of(model).module.weight.shape[-1])
+
+
+def _spread(
+    values_N: Tensor, b_N: NDArray[np.int64], s_N: NDArray[np.int64], wanted_BS: NDArray[np.bool_]
+) -> Tensor:
+    """Values of states (b, s) at their places, 0 where `wanted_BS` does not hold."""
+    index_K = np.flatnonzero(wanted_BS[b_N, s_N])
+    n_K, b_K, s_K = (torch.from_numpy(i) for i in (index_K, b_N[index_K], s_N[index_K]))
+    place = (b_K.to(values_N.device), s_K.to(values_N.device))
+    return values_N.new_zeros(wanted_BS.shape).index_put(place, values_N[n_K.to(values_N.device)])
 
 
 def _run(model: nn.Module, packing: Packing, device: torch.device) -> None:

@@ -107,8 +107,8 @@ def _pass(
         sorted_E = target_log_probs(
             OutputHead.of(model),
             hidden_BQD.flatten(0, 1)[torch.from_numpy(state_N).to(device)],
-            torch.from_numpy(place_E).to(device),
-            torch.from_numpy(target_E[order_E].astype(np.int64)).to(device),
+            place_E,
+            target_E[order_E].astype(np.int64),
         )
         log_prob_E[order_E] = sorted_E.float().cpu().numpy()
 

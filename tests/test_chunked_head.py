@@ -179,8 +179,8 @@ def test_no_more_than_a_chunk_of_logits_exists_forward_and_backward() -> None:
 def test_the_lm_s_own_log_probabilities_of_targets() -> None:
     head = head_of("bias, scale and softcap")
     hidden_ND = torch.randn(STATES, WIDTH).double()
-    source_E = torch.tensor([0, 0, 0, 2, 5, 5, 13])
-    target_E = torch.tensor([1, 7, 22, 0, 3, 3, 9])
+    source_E = np.array([0, 0, 0, 2, 5, 5, 13])
+    target_E = np.array([1, 7, 22, 0, 3, 3, 9])
     expected_E = head.logits(hidden_ND).log_softmax(-1)[source_E, target_E]
     for chunk_entries in (1, 4 * VOCAB, 10_000):
         found_E = target_log_probs(head, hidden_ND, source_E, target_E, chunk_entries)

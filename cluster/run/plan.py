@@ -1,0 +1,218 @@
+"""What each part of a run will need of memory, found before anything starts and without weights.
+
+The code that learns and scores runs on a model without numbers (lm/memory.py) at the longest
+prompts and completions of the task; what it makes is counted. The rest is arithmetic.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config.placement import Placement
+from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
+from learner.memory import adapter_bytes_held, update_bytes
+from lm.hub import load_tokenizer
+from lm.memory import build_without_weights, draw_bytes, kv_cache_bytes
+from lm.model import CausalLM, LanguageModel, attach_adapter, vocab_size
+from reward.memory import longest_items, scoring_bytes
+from tasks.registry import build_task
+from tasks.task import Task
+
+# Of a process, in MB: Python with torch, transformers and Ray, as it stands before it loads a
+# model, and what CUDA keeps of a device for itself. Measured.
+PROCESS_MB = 600.0
+CUDA_MB = 500.0
+# What a record has besides its tokens and its numbers for each of them, and bytes of these.
+_RECORD_BYTES, _RECORD_BYTES_PER_TOKEN = 400, 22
+
+# Which key makes a cause smaller.
+REMEDIES = {
+    "weights": "lm.dtype, a smaller lm.model",
+    "shard of the weights": "reward.ranks",
+    "adapter": "lora.rank",
+    "adapted weights": "lora.targets",
+    "adapter and optimizer": "lora.rank",
+    "passes": "token_budget of its section, learner.checkpointing",
+    "cache": "actors.max_rows, task.max_len",
+    "draws": "actors.max_rows",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartPlan:
+    """A part of the run: how many processes, and what each holds, MB by cause."""
+
+    part: str
+    number: int
+    placement: Placement
+    memory_mb: Mapping[str, float]  # of its device, which may be the host
+    host_mb: float  # of the host besides
+    sent_mb: float  # over the network, per optimizer step
+
+    @property
+    def total_mb(self) -> float:
+        return sum(self.memory_mb.values())
+
+    @property
+    def largest(self) -> str:
+        """The cause that takes most."""
+        return max(self.memory_mb, key=lambda cause: self.memory_mb[cause])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All parts, and the base model they share."""
+
+    model: str
+    parameters: int
+    on_gpu: bool
+    parts: tuple[PartPlan, ...]
+
+    def misfits(self, device_mb: float) -> list[str]:
+        """A sentence for each part that its share of a device of this size does not hold."""
+        found = []
+        for part in self.parts:
+            share = min(part.placement.gpus or 1.0, 1.0) if self.on_gpu else 1.0
+            if part.total_mb > share * device_mb:
+                found.append(
+                    f"{part.part} needs {_gb(part.total_mb)} and has {_gb(share * device_mb)}; "
+                    f"most of it are {part.largest} ({_gb(part.memory_mb[part.largest])}): lower "
+                    f"{REMEDIES[part.largest]}, or give it a larger device"
+                )
+        return found
+
+
+def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
+    """What the parts of the run need.
+
+    Args:
+        on_gpu: whether models are held by GPUs; else the host is their device.
+
+    Raises what the rooms raise about the model, its tokenizer and the task's data.
+    """
+    tokenizer = load_tokenizer(config.lm)
+    task = build_task(config.task, tokenizer, seed=config.seed)
+    base = build_without_weights(config.lm)
+    weights_mb = _mb(sum(parameter.nbytes for parameter in base.parameters()))
+    unidentified = LanguageModel(model=base, tokenizer=tokenizer, fingerprint="")
+    # Scoring is counted first, on a base that carries no adapter yet.
+    scorer = _scorer_memory(config, base, task, weights_mb) if config.reward_replicas else {}
+    policy = attach_adapter(unidentified, config.lora, config.seed)
+    adapter_mb = _mb(sum(p.nbytes for p in policy.parameters() if p.requires_grad))
+    sampler = _sampler_memory(config, base, policy, task, weights_mb) | {"adapter": 2 * adapter_mb}
+    learner = _learner_memory(config, policy, task, weights_mb)
+    cluster, scorers = config.cluster, config.reward_replicas * config.reward.ranks
+    learner_sends = adapter_mb + 2 * _step_records_mb(config, task)
+    parts = (
+        ("rollout actor", cluster.actors, cluster.actor_placement, sampler, adapter_mb),
+        ("reward rank", scorers, cluster.reward_placement, scorer, 0.0),
+        ("learner rank", config.learner.ranks, cluster.learner_placement, learner, learner_sends),
+        ("evaluator", 1, cluster.actor_placement, sampler, 0.0),
+    )
+    return Plan(
+        model=config.lm.model,
+        parameters=sum(parameter.numel() for parameter in base.parameters()),
+        on_gpu=on_gpu,
+        parts=tuple(
+            PartPlan(
+                part=part,
+                number=number,
+                placement=placement,
+                memory_mb=({"CUDA": CUDA_MB} if on_gpu else {}) | memory,
+                # Loading passes through the host.
+                host_mb=PROCESS_MB + (weights_mb if on_gpu else 0.0),
+                sent_mb=sent_mb,
+            )
+            for part, number, placement, memory, sent_mb in parts
+            if number
+        ),
+    )
+
+
+def check_memory(plan: Plan, device_mb: float) -> None:
+    """Raise UserError where a part cannot be held by a device of this size."""
+    if misfits := plan.misfits(device_mb):
+        raise UserError(
+            f"{plan.model} does not fit: {'; '.join(misfits)} ('amortize plan' has more)"
+        )
+
+
+def _sampler_memory(
+    config: RunConfig, base: CausalLM, policy: Any, task: Task, weights_mb: float
+) -> dict[str, float]:
+    rows, columns = config.actors.max_rows, _longest_prompt(task) + task.actions.max_len
+    memory = {
+        "weights": weights_mb,
+        "cache": _mb(kv_cache_bytes(base, rows=rows, columns=columns)),
+        "draws": _mb(draw_bytes(base, rows=rows)),
+    }
+    if config.lm.dtype == "float32":  # where the adapter is folded in, and those of before kept
+        memory["adapted weights"] = _mb(_adapted_bytes(policy))
+    return memory
+
+
+def _scorer_memory(
+    config: RunConfig, base: CausalLM, task: Task, weights_mb: float
+) -> dict[str, float]:
+    actions, ranks = task.actions, config.reward.ranks
+    context = len(task.reward_query.context)
+    items = longest_items(
+        context=context + max(len(prompt.scored_prompt) for prompt in task.prompts),
+        length=actions.max_len,
+        answer=max(1, *(len(prompt.answer) for prompt in task.prompts)),
+        stops=range(actions.min_len, actions.max_len + 1, actions.stop_every),
+        number=config.actors.group_size,
+        vocab_size=vocab_size(base),
+    )
+    passes = {"passes": _mb(scoring_bytes(base, items, config.reward.token_budget))}
+    if ranks == 1:
+        return {"weights": weights_mb} | passes
+    return {"shard of the weights": weights_mb / ranks} | passes
+
+
+def _learner_memory(
+    config: RunConfig, policy: Any, task: Task, weights_mb: float
+) -> dict[str, float]:
+    passes = update_bytes(
+        policy,
+        task.actions,
+        config.learner,
+        prompt_length=_longest_prompt(task),
+        group_size=_group_size(config),
+    )
+    return {
+        "weights": weights_mb,
+        "adapter and optimizer": _mb(adapter_bytes_held(policy)),
+        "passes": _mb(passes),
+    }
+
+
+def _longest_prompt(task: Task) -> int:
+    return max(len(prompt.prompt) for prompt in task.prompts)
+
+
+def _group_size(config: RunConfig) -> int:
+    """Trajectories of a prompt in a step."""
+    return config.actors.group_size + config.learner.replayed_per_group
+
+
+def _step_records_mb(config: RunConfig, task: Task) -> float:
+    """Of the trajectories of a step."""
+    tokens = _longest_prompt(task) + task.actions.max_len
+    number = config.learner.groups_per_step * _group_size(config)
+    return _mb(number * (_RECORD_BYTES + _RECORD_BYTES_PER_TOKEN * tokens))
+
+
+def _adapted_bytes(policy: Any) -> int:
+    """Of the weights that an adapter changes."""
+    layers = (getattr(module, "base_layer", None) for module in policy.modules())
+    return sum(layer.weight.nbytes for layer in layers if layer is not None)
+
+
+def _mb(size: float) -> float:
+    return size / 2**20
+
+
+def _gb(mb: float) -> str:
+    return f"{mb / 1024:.1f} GB"

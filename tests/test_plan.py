@@ -1,0 +1,176 @@
+"""`amortize plan`: memory is counted as it is taken, without weights; misfits are named."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cluster.__main__ import main
+from cluster.commands.plan import device_memory_mb
+from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT, UserError
+from cluster.run.plan import check_memory, plan_run
+from learner.config import LearnerConfig
+from learner.memory import adapter_bytes_held, longest_group, update_bytes
+from lm.actions import ActionSpace
+from lm.config import LMConfig, LoRAConfig
+from lm.memory import MemoryMeter, build_without_weights, kv_cache_bytes
+from lm.model import LanguageModel, attach_adapter, freeze
+from lm.sampling import Request, Sampler
+from reward.memory import longest_items, scoring_bytes
+
+CONFIG = "tasks/arithmetic.toml"
+ACTIONS = ActionSpace(stop_token=0, legal_tokens=None, min_len=0, max_len=12)
+LEARNER = LearnerConfig(
+    steps=1, groups_per_step=3, learning_rate=1e-3, token_budget=256, checkpointing=False
+)
+SHAPE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def llama(**changes: int) -> LlamaConfig:
+    return LlamaConfig(intermediate_size=96, num_key_value_heads=2, **SHAPE | changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An architecture, and no weights at all."""
+    llama().save_pretrained(tmp_path)
+    shutil.copy(PROJECT_ROOT / "seed_lm/model/tokenizer.json", tmp_path)
+    return tmp_path
+
+
+def weightless(folder: Path) -> torch.nn.Module:
+    return build_without_weights(LMConfig(model=str(folder), device="cpu"))
+
+
+def with_adapter(model: Any) -> torch.nn.Module:
+    unidentified = LanguageModel(model=model, tokenizer=None, fingerprint="")
+    return attach_adapter(unidentified, LoRAConfig(rank=4), seed=0)
+
+
+def test_the_meter_counts_what_is_alive_and_no_view_or_weight() -> None:
+    weight = torch.ones(100)
+    with MemoryMeter() as meter:
+        view = weight.view(10, 10).t()
+        first = view + 1  # 400 bytes
+        second = first * 2  # 800
+        assert meter.live_bytes == 800
+        del first
+        assert meter.live_bytes == 400
+        second.add_(1)
+        assert (meter.live_bytes, meter.peak_bytes) == (400, 800)
+
+
+def test_what_autograd_keeps_is_alive() -> None:
+    with MemoryMeter() as meter:
+        grown = torch.ones(100, requires_grad=True) * 1.5
+        loss = grown.exp().sum()  # keeps exp, which no name holds
+        assert meter.live_bytes == 3 * 400 + 4
+        del loss, grown
+        assert meter.live_bytes == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_without_weights_takes_what_one_with_weights_takes(
+    folder: Path, checkpointing: bool
+) -> None:
+    config = LEARNER.model_copy(update={"checkpointing": checkpointing})
+    sizes = {"prompt_length": 20, "group_size": 6}
+    planned = update_bytes(with_adapter(weightless(folder)), ACTIONS, config, **sizes)
+    real = AutoModelForCausalLM.from_config(llama())
+    freeze(real)
+    taken = update_bytes(with_adapter(real), ACTIONS, config, **sizes)
+    assert planned == pytest.approx(taken, rel=0.05)
+
+
+def test_recomputing_and_a_smaller_budget_are_planned_with(folder: Path) -> None:
+    def planned(**changes: object) -> int:
+        config = LEARNER.model_copy(update=changes)
+        model = with_adapter(weightless(folder))
+        return update_bytes(model, ACTIONS, config, prompt_length=20, group_size=12)
+
+    assert planned(checkpointing=True) < planned() / 2
+    assert planned(token_budget=64) < planned() / 1.5
+
+
+def test_an_update_takes_the_same_whatever_the_group_beyond_the_budget(folder: Path) -> None:
+    model = with_adapter(weightless(folder))
+    small, large = (
+        update_bytes(model, ACTIONS, LEARNER, prompt_length=20, group_size=n) for n in (40, 320)
+    )
+    assert large < 1.5 * small  # rows that fill the budget to the brim, or not quite
+
+
+def test_scoring_without_weights_takes_what_it_takes_with_weights(folder: Path) -> None:
+    items = longest_items(
+        context=20, length=30, answer=8, stops=range(31), number=4, vocab_size=512
+    )
+    planned = scoring_bytes(weightless(folder), items, 256)
+    real = AutoModelForCausalLM.from_config(llama())
+    freeze(real)
+    assert planned == pytest.approx(scoring_bytes(real, items, 256), rel=0.1)
+
+
+def test_the_cache_of_the_sampler_is_as_large_as_planned(folder: Path) -> None:
+    real = AutoModelForCausalLM.from_config(llama())
+    freeze(real)
+    actions = ActionSpace(stop_token=0, legal_tokens=None, min_len=12, max_len=12)
+    sampler = Sampler(real, actions, None, max_rows=5)
+    sampler.sample([Request(prompt=(1, 2, 3))] * 5, torch.Generator().manual_seed(0))
+    cache = sampler._cache
+    assert cache is not None
+    held = sum(buffer.nbytes for buffer in cache._buffers)
+    assert held == kv_cache_bytes(weightless(folder), rows=5, columns=15)
+
+
+def test_weights_are_never_made(folder: Path) -> None:
+    assert all(parameter.is_meta for parameter in weightless(folder).parameters())
+
+
+def test_groups_are_legal_and_longest() -> None:
+    actions = ActionSpace(stop_token=3, legal_tokens=(2, 3, 5), min_len=1, max_len=6)
+    rng = np.random.default_rng(0)
+    group = longest_group(actions, rng, prompt_length=4, size=3, vocab_size=9)
+    for trajectory in group.fresh:
+        assert trajectory.completion.size == 6 and set(trajectory.completion) <= {2, 5}
+        actions.check(trajectory.completion.tolist(), [False] * 6)
+
+
+def test_of_the_adapter_are_held_weights_moments_and_a_publication(folder: Path) -> None:
+    model = with_adapter(weightless(folder))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_bytes_held(model) == (1 + 2 + 2) * 4 * trained
+
+
+def test_the_verb_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", CONFIG, "--gpu", "L4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [part["part"] for part in found["parts"]] == [
+        *("rollout actor", "reward rank", "learner rank", "evaluator"),
+    ]
+    for part in found["parts"]:
+        assert part["total_mb"] == pytest.approx(sum(part["memory_mb"].values()), abs=0.5)
+        assert part["memory_mb"]["CUDA"] > 0
+    assert found["fits"] and found["device"] == "gpu" and found["parameters"] > 1e6
+
+
+def test_what_does_not_fit_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = ["actors.max_rows=4096", "task.max_len=120"]
+    assert main(["plan", CONFIG, *wide, "--gpu", "2GB"]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "rollout actor needs" in said and "actors.max_rows" in said
+    plan = plan_run(load_config(CONFIG, wide), on_gpu=True)
+    with pytest.raises(UserError, match=r"does not fit: rollout actor needs [\d.]+ GB and has 2"):
+        check_memory(plan, 2048)
+    check_memory(plan, 64 * 1024)
+
+
+def test_devices_by_name_and_size() -> None:
+    assert device_memory_mb("24GB") == device_memory_mb("l4") == 24 * 1024
+    with pytest.raises(UserError, match=r"--gpu 'potato': give a size such as 24GB"):
+        device_memory_mb("potato")
