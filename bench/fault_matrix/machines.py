@@ -55,10 +55,23 @@ class Machines:
             states = {each.status() for each in living if "raylet" in title(each)}
             if states - {psutil.STATUS_STOPPED}:
                 continue
+            self._start_node(node)
+
+    def _start_node(self, node: Host, *, tries: int = 3) -> None:
+        """Start Ray on a node, again where a busy machine lets it miss Ray's own deadlines."""
+        while True:
+            living = descendants(psutil.Process(node.pid))
             for each in living:
                 each.kill()
             psutil.wait_procs(living, timeout=_START_S)
-            self._run_ray(node, f"--address={ADDRESS} --num-cpus={CPUS}")
+            tries -= 1
+            try:
+                self._run_ray(node, f"--address={ADDRESS} --num-cpus={CPUS}")
+            except AssertionError:
+                if not tries:
+                    raise
+            else:
+                return
 
     def _run_ray(self, host: Host, arguments: str) -> None:
         memory = "--object-store-memory=100000000"
