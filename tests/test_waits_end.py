@@ -258,12 +258,14 @@ class Pinged:
         self.answers = True
         self.starts_at_once = True
         self.dies = False
+        self.process = 1
         self.restarts = 0
         self.ping = SimpleNamespace(remote=lambda: self)
 
-    def get(self, ping: object) -> None:
+    def get(self, ping: object) -> int:
         if self.dies:
             raise RayActorError
+        return self.process
 
 
 @pytest.fixture
@@ -271,6 +273,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Pinged:
     def restart(handle: Pinged, *, no_restart: bool) -> None:
         assert not no_restart
         handle.restarts += 1
+        handle.process += 1
         handle.answers = handle.starts_at_once
 
     monkeypatch.setattr("ray.wait", lambda refs, timeout: (refs if refs[0].answers else [], []))
@@ -335,8 +338,11 @@ def test_a_service_that_dies_is_told_once_and_has_the_time_of_a_start(
     assert said(250) == []
     service.answers = True
     assert said(100) == []
+    service.process = 2  # it had died between two pings
+    assert said(100) == ["weight store: died; Ray has started it again"]
     service.answers = False
     assert len(said(70)) == 1 and service.restarts == 1  # the time of a start is over
+    assert said(100) == []  # and whom the watch has replaced is not told again
 
 
 def test_a_driver_that_was_stopped_does_not_take_its_parts_for_silent(

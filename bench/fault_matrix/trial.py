@@ -35,8 +35,8 @@ class Trial:
         self._job = job
         self._part = part
         self._silent = (part, fault) in UNNOTICED
-        # Rows of steps from before a learner's death may come after it.
-        self._learner_stands = part not in ("learner rank", "Ray node")
+        self._hits_learner = part in ("learner rank", "Ray node")
+        self._learner_events = 0
         self._steps = job.steps()
         self._since = job.log.stat().st_size
         self._known = {each.pid for each in job.processes(PARTS[part].title)}
@@ -58,13 +58,23 @@ class Trial:
         if self.detected_s is None and (self._was_told() or self._has_successor()):
             self.detected_s = self.seconds()
             self._news_after_s = time.time() + STATE_S
-        if not self._learner_stands and any("learner is up" in line for line in self._said()):
-            self._learner_stands, self._steps = True, job.steps()
-        noticed = self._silent or (self._learner_stands and self.detected_s is not None)
+        noticed = self._silent or self.detected_s is not None
         news = state is not None and state.heartbeat_s > self._news_after_s
-        if not (noticed and news and job.is_whole() and job.steps() >= self._steps + 2):
+        stands = self._learner_stands()
+        if not (noticed and news and stands and job.is_whole() and job.steps() >= self._steps + 2):
             return False
         return self._part != "evaluator" or self._has_successor()
+
+    def _learner_stands(self) -> bool:
+        """Whether no learner is missing; of one that came up, steps are counted anew.
+
+        Rows of steps that a learner took before its death may come after it.
+        """
+        events = [line for line in self._said() if "learner: " in line or "learner is up" in line]
+        events = [line for line in events if "replacing" in line or "is up" in line]
+        if len(events) > self._learner_events:
+            self._learner_events, self._steps = len(events), self._job.steps()
+        return "is up" in events[-1] if events else not self._hits_learner
 
     def error(self) -> str:
         """The first line of the error that ended the run."""

@@ -4,6 +4,7 @@ One that is started again is empty until the learner's next publication or the s
 announcement; nobody waits for either.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,9 @@ class Service:
     """A process that answers short calls."""
 
     @ray.method(max_task_retries=0)
-    def ping(self) -> None:
-        """Show that this process answers; one that dies meanwhile shows it by an error."""
+    def ping(self) -> int:
+        """Show by its id that this process answers; if it dies meanwhile, by an error."""
+        return os.getpid()
 
     def check_source(self, expected: str) -> None:
         """Raise SourceMixture unless this process runs what the driver does."""
@@ -50,13 +52,19 @@ class ReplicaRegistry(Service):
 
 @dataclass
 class ServiceWatch:
-    """Finds out that a service is silent, and has Ray start it again."""
+    """Finds out that a service is silent, and has Ray start it again.
+
+    One that dies is started again by Ray itself. From the error of a ping that its death cut off,
+    it has the time of a start until it answers; where no ping was under way, its death shows by
+    the id of the process that answers next.
+    """
 
     name: str
     handle: ActorHandle
     timeout_s: float  # longest that it may leave a ping unanswered
     start_timeout_s: float  # longest that it may take to answer after a death, starting anew
     _starts: bool = field(default=False, init=False)
+    _process: int | None = field(default=None, init=False)  # that answered last
     _ping: "ray.ObjectRef[Any] | None" = field(default=None, init=False)
     _asked_s: float = field(default=0.0, init=False)
 
@@ -66,11 +74,10 @@ class ServiceWatch:
         if self._ping is None:
             self._send(now)
         elif ray.wait([self._ping], timeout=0)[0]:
-            was_starting, self._starts = self._starts, not _answered(self._ping)
+            news = self._hear(self._ping)
             if now - self._asked_s > _PING_EVERY_S:
                 self._send(now)
-            if self._starts and not was_starting:
-                return f"{self.name}: died; Ray is starting it again"
+            return news
         elif now - self._asked_s > (limit_s := self._limit_s):
             key = "start" if self._starts else "silence"
             ray.kill(self.handle, no_restart=False)
@@ -79,18 +86,23 @@ class ServiceWatch:
             return f"{self.name}: no answer for {limit}; replacing it"
         return ""
 
+    def _hear(self, ping: "ray.ObjectRef[Any]") -> str:
+        """Take the answer or the error of a ping; tell a death once, which is Ray's to see to.
+
+        A call that comes while no process is there waits for the next one, and shows nothing.
+        """
+        known, was_starting = self._process, self._starts
+        try:
+            self._process, self._starts = ray.get(ping), False
+        except RayActorError:
+            self._starts = True
+            return "" if was_starting else f"{self.name}: died; Ray is starting it again"
+        is_another = known is not None and self._process != known and not was_starting
+        return f"{self.name}: died; Ray has started it again" if is_another else ""
+
     @property
     def _limit_s(self) -> float:
         return max(self.timeout_s, self.start_timeout_s if self._starts else 0.0)
 
     def _send(self, now_s: float) -> None:
         self._ping, self._asked_s = self.handle.ping.remote(), now_s
-
-
-def _answered(ping: "ray.ObjectRef[Any]") -> bool:
-    """Tell whether a ping that has ended was answered, and not cut off by the service's death."""
-    try:
-        ray.get(ping)
-    except RayActorError:
-        return False
-    return True
