@@ -84,6 +84,7 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cluster.commands.train.conclude", lambda *_: None)  # draws for seconds
     arguments = ["tasks/toy.toml", "--run", "mine", "--local", *SMALL]
     assert main(["train", *arguments, 'tracking=["tensorboard"]']) == 0
     rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
