@@ -10,7 +10,6 @@ from bench.fault_matrix.strikes import PARTS, SIGNS, UNNOTICED, Arsenal, strike
 from bench.posterior import title
 
 RECOVERY_S = 300.0  # longest that is waited for a run to be whole again
-AT_WORK_S = 5.0  # after which an evaluator has started
 STATE_S = 2.5  # in which the driver has written what it knows
 
 
@@ -153,20 +152,21 @@ def wait_until_measuring(job: Job, *, sittings: int = 4) -> None:
     Raises GaveUp.
     """
 
-    since_s = time.monotonic()
-
     def measuring() -> bool:
-        nonlocal since_s
-        # While it starts it has the longer time of a start, which is not what is tried.
+        # While it starts it has the longer time of a start, which is not what is tried. Ray
+        # writes into a title what its process was called for.
         titles = [title(each) for each in job.processes(PARTS["evaluator"].title)]
-        starts = any(word in each for each in titles for word in ("__init__", "start", "rendez"))
-        if not titles or starts or not job.is_whole():
-            since_s = time.monotonic()
-        return time.monotonic() - since_s > AT_WORK_S
+        return job.is_whole() and any(each.endswith((".run", ".status")) for each in titles)
+
+    seen: list[bool] = []
+
+    def seen_or_over() -> bool:
+        seen.append(measuring())
+        return seen[-1] or job.directory.scores_file.exists()
 
     for _ in range(sittings):
-        job.wait(lambda: measuring() or job.directory.scores_file.exists(), timeout_s=START_S)
-        if measuring():
+        job.wait(seen_or_over, timeout_s=START_S)
+        if seen[-1]:
             return
         job.stop()
         job.directory.scores_file.unlink()
