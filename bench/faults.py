@@ -57,6 +57,8 @@ SETTINGS = (
     "cluster.max_restarts=30",
 )
 LONG_EVALUATION = "evaluation.samples=200"  # so that an evaluator is at work for a while
+# Longer than Ray takes to give a stopped node up: one that it still counts on is given new parts.
+NODE_SILENCE_S = 30.0
 SIGNALS = ("SIGKILL", "SIGSTOP")
 Faults = Sequence[tuple[str, str]]
 PROCESSES = tuple(
@@ -105,7 +107,7 @@ def on_this_machine(folder: Path, chosen: Faults, tell: Callable[[Row], None]) -
 def on_three_machines(folder: Path, chosen: Faults, tell: Callable[[Row], None]) -> None:
     """Faults of nodes, in one run."""
     with machines(folder) as cluster:
-        arguments = ["--address", ADDRESS, *SETTINGS]
+        arguments = ["--address", ADDRESS, *SETTINGS, f"cluster.silence_timeout_s={NODE_SILENCE_S}"]
         job = Job(folder, arguments, environment={}, host=cluster.head, shared_at=SHARED)
         with books_of(job) as books:
             for part, fault in chosen:
