@@ -37,7 +37,7 @@ class Machines:
     def __init__(self, hosts: dict[str, Host]) -> None:
         self.head = hosts["head"]
         self._nodes = [hosts["node-1"], hosts["node-2"]]
-        self._run_ray(self.head, "--head --port=6379 --num-cpus=0 --include-dashboard=false")
+        self._start_ray(self.head, "--head --port=6379 --num-cpus=0 --include-dashboard=false")
         self.mend()
 
     def holder(self, word: str) -> Host:
@@ -55,18 +55,18 @@ class Machines:
             states = {each.status() for each in living if "raylet" in title(each)}
             if states - {psutil.STATUS_STOPPED}:
                 continue
-            self._start_node(node)
+            self._start_ray(node, f"--address={ADDRESS} --num-cpus={CPUS}")
 
-    def _start_node(self, node: Host, *, tries: int = 3) -> None:
-        """Start Ray on a node, again where a busy machine lets it miss Ray's own deadlines."""
+    def _start_ray(self, host: Host, arguments: str, *, tries: int = 3) -> None:
+        """Start Ray on a host, again where a busy machine lets it miss Ray's own deadlines."""
         while True:
-            living = descendants(psutil.Process(node.pid))
+            living = descendants(psutil.Process(host.pid))
             for each in living:
                 each.kill()
             psutil.wait_procs(living, timeout=_START_S)
             tries -= 1
             try:
-                self._run_ray(node, f"--address={ADDRESS} --num-cpus={CPUS}")
+                self._run_ray(host, arguments)
             except AssertionError:
                 if not tries:
                     raise
