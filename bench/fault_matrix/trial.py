@@ -154,10 +154,12 @@ def wait_until_measuring(job: Job, *, sittings: int = 4) -> None:
 
     def measuring() -> bool:
         # While it starts it has the longer time of a start, which is not what is tried. Ray
-        # writes into a title what its process was called for.
-        titles = [title(each) for each in job.processes(PARTS["evaluator"].title)]
-        return job.is_whole() and any(each.endswith((".run", ".status")) for each in titles)
+        # writes into a title what its process was called for last.
+        found = job.processes(PARTS["evaluator"].title)
+        at_work.update(each.pid for each in found if ".run" in title(each))
+        return job.is_whole() and any(each.pid in at_work for each in found)
 
+    at_work: set[int] = set()
     seen: list[bool] = []
 
     def seen_or_over() -> bool:
