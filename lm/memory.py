@@ -5,6 +5,7 @@ samples can run there on a model of any size: nothing is stored, and every tenso
 gives up again is counted by the bytes that it would have.
 """
 
+import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,9 +43,11 @@ def build_without_weights(config: LMConfig) -> PreTrainedModel:
     return model
 
 
-def tensor_bytes(tensors: Iterator[Tensor]) -> int:
-    """Bytes of the distinct tensors among these."""
-    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+def device_memory_bytes(device: torch.device) -> int:
+    """All the memory of a device; of the CPU the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def kv_cache_bytes(model: PreTrainedModel, *, rows: int, columns: int) -> int:

@@ -55,7 +55,7 @@ def load_base(config: LMConfig) -> LanguageModel:
         ModelNotFound: no such folder, and no such model on the hub.
         ModelUnusable: no causal LM, weights or tokenizer missing or not matching the config.
     """
-    device = _device(config)
+    device = device_of(config)
     declared = load_model_config(config)
     if declared.is_encoder_decoder:
         raise ModelUnusable(
@@ -88,6 +88,14 @@ def load_base(config: LMConfig) -> LanguageModel:
         model.to(device)
     set_text_prefix(model, text_prefix(config, tokenizer))
     return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=fingerprint(model))
+
+
+def device_of(config: LMConfig) -> torch.device:
+    """Where models are held; raises ModelUnusable where a GPU is named and there is none."""
+    seen = torch.cuda.is_available()
+    if config.device == "cuda" and not seen:
+        raise ModelUnusable("device 'cuda' asked for, but torch sees no GPU; use 'auto' or 'cpu'")
+    return torch.device("cuda" if seen and config.device != "cpu" else "cpu")
 
 
 def is_large(model: nn.Module) -> bool:
@@ -281,10 +289,3 @@ def _in_attention(base: nn.Module, layer: str) -> bool:
         if "attn" in parts[depth - 1].lower() or ("attention" in kind and not whole):
             return True
     return False
-
-
-def _device(config: LMConfig) -> torch.device:
-    seen = torch.cuda.is_available()
-    if config.device == "cuda" and not seen:
-        raise ModelUnusable("device 'cuda' asked for, but torch sees no GPU; use 'auto' or 'cpu'")
-    return torch.device("cuda" if seen and config.device != "cpu" else "cpu")

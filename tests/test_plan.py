@@ -14,7 +14,7 @@ from cluster.__main__ import main
 from cluster.commands.plan import device_memory_mb
 from cluster.config.file import load_config
 from cluster.config.project import PROJECT_ROOT, UserError
-from cluster.run.plan import check_memory, plan_run
+from cluster.run.plan import check_memory, check_memory_here, plan_run
 from learner.config import LearnerConfig
 from learner.memory import adapter_bytes_held, longest_group, update_bytes
 from lm.actions import ActionSpace
@@ -29,7 +29,7 @@ ACTIONS = ActionSpace(stop_token=0, legal_tokens=None, min_len=0, max_len=12)
 LEARNER = LearnerConfig(
     steps=1, groups_per_step=3, learning_rate=1e-3, token_budget=256, checkpointing=False
 )
-SHAPE = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+SHAPE = {"vocab_size": 1536, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
 def llama(**changes: int) -> LlamaConfig:
@@ -40,7 +40,8 @@ def llama(**changes: int) -> LlamaConfig:
 def folder(tmp_path: Path) -> Path:
     """An architecture, and no weights at all."""
     llama().save_pretrained(tmp_path)
-    shutil.copy(PROJECT_ROOT / "seed_lm/model/tokenizer.json", tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PROJECT_ROOT / "seed_lm/model" / name, tmp_path)
     return tmp_path
 
 
@@ -108,7 +109,7 @@ def test_an_update_takes_the_same_whatever_the_group_beyond_the_budget(folder: P
 
 def test_scoring_without_weights_takes_what_it_takes_with_weights(folder: Path) -> None:
     items = longest_items(
-        context=20, length=30, answer=8, stops=range(31), number=4, vocab_size=512
+        context=20, length=30, answer=8, stops=range(31), number=4, vocab_size=1536
     )
     planned = scoring_bytes(weightless(folder), items, 256)
     real = AutoModelForCausalLM.from_config(llama())
@@ -168,6 +169,27 @@ def test_what_does_not_fit_is_named_with_its_remedy(capsys: pytest.CaptureFixtur
     with pytest.raises(UserError, match=r"does not fit: rollout actor needs [\d.]+ GB and has 2"):
         check_memory(plan, 2048)
     check_memory(plan, 64 * 1024)
+
+
+def test_without_gpus_all_parts_share_the_host() -> None:
+    plan = plan_run(load_config(CONFIG), on_gpu=False)
+    needed = sum(part.number * part.total_mb for part in plan.parts)
+    check_memory(plan, needed + 1)
+    with pytest.raises(UserError, match=r"does not fit: all parts need [\d.]+ GB of"):
+        check_memory(plan, needed - 1)
+
+
+def test_preflight_refuses_a_large_model_that_this_machine_cannot_hold(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(CONFIG, [f"lm.model={folder}", "lm.device=cpu"])
+    monkeypatch.setattr("lm.model.LARGE", 10_000)
+    check_memory_here(config)
+    monkeypatch.setattr("cluster.run.plan.device_memory_bytes", lambda device: 2**20)
+    with pytest.raises(UserError, match="does not fit: all parts need"):
+        check_memory_here(config)
+    monkeypatch.setattr("lm.model.LARGE", 10**9)
+    check_memory_here(config)  # a small one is not counted
 
 
 def test_devices_by_name_and_size() -> None:

@@ -13,8 +13,20 @@ from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from learner.memory import adapter_bytes_held, update_bytes
 from lm.hub import load_tokenizer
-from lm.memory import build_without_weights, draw_bytes, kv_cache_bytes
-from lm.model import CausalLM, LanguageModel, attach_adapter, vocab_size
+from lm.memory import (
+    build_without_weights,
+    device_memory_bytes,
+    draw_bytes,
+    kv_cache_bytes,
+)
+from lm.model import (
+    CausalLM,
+    LanguageModel,
+    attach_adapter,
+    device_of,
+    is_large,
+    vocab_size,
+)
 from reward.memory import longest_items, scoring_bytes
 from tasks.registry import build_task
 from tasks.task import Task
@@ -70,17 +82,23 @@ class Plan:
     parts: tuple[PartPlan, ...]
 
     def misfits(self, device_mb: float) -> list[str]:
-        """A sentence for each part that its share of a device of this size does not hold."""
-        found = []
-        for part in self.parts:
-            share = min(part.placement.gpus or 1.0, 1.0) if self.on_gpu else 1.0
-            if part.total_mb > share * device_mb:
-                found.append(
-                    f"{part.part} needs {_gb(part.total_mb)} and has {_gb(share * device_mb)}; "
-                    f"most of it are {part.largest} ({_gb(part.memory_mb[part.largest])}): lower "
-                    f"{REMEDIES[part.largest]}, or give it a larger device"
-                )
-        return found
+        """A sentence for each part that its share of a GPU of this size does not hold.
+
+        Where there are no GPUs, for all parts together, which share the host.
+        """
+        if not self.on_gpu:
+            needed = sum(part.number * part.total_mb for part in self.parts)
+            return (
+                [] if needed <= device_mb else [f"all parts need {_gb(needed)} of {_gb(device_mb)}"]
+            )
+        shares = ((part, min(part.placement.gpus or 1.0, 1.0) * device_mb) for part in self.parts)
+        return [
+            f"{part.part} needs {_gb(part.total_mb)} and has {_gb(share)}; most of it are "
+            f"{part.largest} ({_gb(part.memory_mb[part.largest])}): lower "
+            f"{REMEDIES[part.largest]}, or give it a larger device"
+            for part, share in shares
+            if part.total_mb > share
+        ]
 
 
 def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
@@ -130,8 +148,17 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     )
 
 
+def check_memory_here(config: RunConfig) -> None:
+    """Raise UserError where this machine cannot hold the parts of a run of a large model."""
+    if is_large(build_without_weights(config.lm)):
+        device = device_of(config.lm)
+        check_memory(
+            plan_run(config, on_gpu=device.type == "cuda"), _mb(device_memory_bytes(device))
+        )
+
+
 def check_memory(plan: Plan, device_mb: float) -> None:
-    """Raise UserError where a part cannot be held by a device of this size."""
+    """Raise UserError where a device of this size cannot hold a part."""
     if misfits := plan.misfits(device_mb):
         raise UserError(
             f"{plan.model} does not fit: {'; '.join(misfits)} ('amortize plan' has more)"

@@ -19,6 +19,7 @@ from cluster.run.assembly import identity_of
 from cluster.run.directory import RunDirectory
 from cluster.run.identity import check_same_run, identity_of_run
 from cluster.run.imitation import imitation
+from cluster.run.plan import check_memory_here
 from cluster.run.resources import Node, check_fit
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
@@ -59,6 +60,8 @@ def check_before_start(
         check_fit(config, [Node(cpus, float("inf"))])
     check_buffer(config.buffer)
     here = local or address is None
+    if here:
+        check_memory_here(config)
     # The cluster's nodes have the GPUs; this machine need not have one.
     weights = check_model_and_data(config if here else config.changed({"lm.device": "cpu"}))
     identity = identity_of_run(config, weights)
