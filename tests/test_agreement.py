@@ -53,7 +53,7 @@ class DamagedMemory:
         self._place = place
         if place == "base":
             with torch.no_grad():
-                policy._model.get_output_embeddings().weight[3, 0] += 2.0
+                policy.model.get_output_embeddings().weight[3, 0] += 2.0
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         drawn: list[Completion] = self._policy.sample(requests)

@@ -157,7 +157,7 @@ def test_the_verb_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     for part in found["parts"]:
         assert part["total_mb"] == pytest.approx(sum(part["memory_mb"].values()), abs=0.5)
         assert part["memory_mb"]["CUDA"] > 0
-    assert found["fits"] and found["device"] == "gpu" and found["parameters"] > 1e6
+    assert found["fits"] and found["device"] == "gpu" and found["parameters"] > 5e5
 
 
 def test_what_does_not_fit_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def model_card(
 def _data(config: RunConfig) -> Iterator[str]:
     """Names of the files that the run's task was given, without those it is measured on."""
     for key, value in config.task.model_dump(mode="json").items():
-        if key != "tests":
+        if key not in ("tests", "validation"):
             for one in value if isinstance(value, list) else [value]:
                 if isinstance(one, str) and Path(one).is_absolute():
                     yield Path(one).name

@@ -38,16 +38,17 @@ CUDA_MB = 500.0
 # What a record has besides its tokens and its numbers for each of them, and bytes of these.
 _RECORD_BYTES, _RECORD_BYTES_PER_TOKEN = 400, 22
 
-# Which key makes a cause smaller.
+# What makes a cause smaller.
 REMEDIES = {
-    "weights": "lm.dtype, a smaller lm.model",
-    "shard of the weights": "reward.ranks",
-    "adapter": "lora.rank",
-    "adapted weights": "lora.targets",
-    "adapter and optimizer": "lora.rank",
-    "passes": "token_budget of its section, learner.checkpointing",
-    "cache": "actors.max_rows, task.max_len",
-    "draws": "actors.max_rows",
+    "CUDA": "share the GPU with fewer processes",
+    "weights": 'take lm.dtype = "bfloat16" or a smaller lm.model',
+    "shard of the weights": "raise reward.ranks",
+    "adapter": "lower lora.rank",
+    "adapted weights": "narrow lora.targets",
+    "adapter and optimizer": "lower lora.rank",
+    "passes": "lower the section's token_budget, or set learner.checkpointing = true",
+    "cache": "lower actors.max_rows or task.max_len",
+    "draws": "lower actors.max_rows",
 }
 
 
@@ -93,9 +94,9 @@ class Plan:
             )
         shares = ((part, min(part.placement.gpus or 1.0, 1.0) * device_mb) for part in self.parts)
         return [
-            f"{part.part} needs {_gb(part.total_mb)} and has {_gb(share)}; most of it are "
-            f"{part.largest} ({_gb(part.memory_mb[part.largest])}): lower "
-            f"{REMEDIES[part.largest]}, or give it a larger device"
+            f"{part.part} needs {_gb(part.total_mb)} and has {_gb(share)}; most of it is "
+            f"{part.largest} ({_gb(part.memory_mb[part.largest])}): {REMEDIES[part.largest]}, or "
+            "give it more of a GPU"
             for part, share in shares
             if part.total_mb > share
         ]
@@ -112,6 +113,7 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     tokenizer = load_tokenizer(config.lm)
     task = build_task(config.task, tokenizer, seed=config.seed)
     base = build_without_weights(config.lm)
+    parameters = sum(parameter.numel() for parameter in base.parameters())
     weights_mb = _mb(sum(parameter.nbytes for parameter in base.parameters()))
     unidentified = LanguageModel(model=base, tokenizer=tokenizer, fingerprint="")
     # Scoring is counted first, on a base that carries no adapter yet.
@@ -130,7 +132,7 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     )
     return Plan(
         model=config.lm.model,
-        parameters=sum(parameter.numel() for parameter in base.parameters()),
+        parameters=parameters,
         on_gpu=on_gpu,
         parts=tuple(
             PartPlan(
