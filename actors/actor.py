@@ -15,9 +15,10 @@ import numpy as np
 
 from actors.config import ActorConfig
 from actors.prompts import PromptStream
-from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink, WeightSource
+from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink
 from actors.reward_query import RewardQuery
 from actors.rollout import GroupPlan, IsCorrect, join, plan_groups
+from actors.weight_sources import WeightSource
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group
 from lm.adapter import AdapterMismatch, checksum
 from lm.sampling import Completion, Request

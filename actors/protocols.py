@@ -1,7 +1,6 @@
 """What an actor needs from the rest of the system: behind Ray, or directly in one process."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -34,22 +33,6 @@ class Scorer(Protocol):
 
     def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
         """Returns at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class PublishedWeights:
-    """One version of the adapter, as the learner published it."""
-
-    version: int
-    data: bytes
-    checksum: str
-
-
-class WeightSource(Protocol):
-    """Where the learner's weights appear."""
-
-    def newer_than(self, version: int) -> PublishedWeights | None:
-        """The newest weights if they are newer than `version`, else None; never waits for any."""
 
 
 class TrajectorySink(Protocol):

@@ -1,12 +1,28 @@
-"""Weights that arrive late, or in turns, on purpose: to measure what staleness does."""
+"""Where actors take weights from; late, or in turns, to measure what staleness does."""
 
 import time
 from collections import deque
 from collections.abc import Callable
-
-from actors.protocols import PublishedWeights, WeightSource
+from dataclasses import dataclass
+from typing import Protocol
 
 _POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """One version of the adapter, as the learner published it."""
+
+    version: int
+    data: bytes
+    checksum: str
+
+
+class WeightSource(Protocol):
+    """Where the learner's weights appear."""
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """The newest weights if they are newer than `version`, else None; never waits for any."""
 
 
 class LaggingWeights:

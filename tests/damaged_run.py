@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from actors.protocols import Policy, PublishedWeights, WeightSource
+from actors.protocols import Policy
+from actors.weight_sources import PublishedWeights, WeightSource
 from cluster import __main__
 from cluster.distributed import launcher as launch
 from cluster.distributed.rollout_worker import RolloutWorker

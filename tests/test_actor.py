@@ -12,9 +12,9 @@ from actors.actor import LearnerStalled, RolloutActor
 from actors.config import ActorConfig
 from actors.demonstrations import Demonstration, seed_demonstrations
 from actors.prompts import Prompt, PromptStream
-from actors.protocols import PublishedWeights
 from actors.reward_query import RewardQuery
 from actors.rollout import plan_groups
+from actors.weight_sources import PublishedWeights
 from buffer.config import BufferConfig
 from buffer.redis_store import RedisStore
 from buffer.replay import DrawRequest, ReplayBuffer

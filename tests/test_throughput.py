@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from actors.protocols import PublishedWeights
-from actors.weight_sources import TakingTurns
+from actors.weight_sources import PublishedWeights, TakingTurns
 from cluster.__main__ import main
 from cluster.cli import parse
 from cluster.config.file import load_config

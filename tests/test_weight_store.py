@@ -1,5 +1,8 @@
 """The weight store and the registry of reward replicas."""
 
+import subprocess
+import sys
+
 import pytest
 
 from cluster.distributed.services import ReplicaRegistry
@@ -40,3 +43,11 @@ def test_the_registry_has_the_replicas_that_were_announced_last() -> None:
     registry.announce(("reward-0.0", "reward-1.0"))
     registry.announce(("reward-0.1", "reward-1.0"))
     assert registry.names() == ("reward-0.1", "reward-1.0")
+
+
+def test_the_processes_of_services_import_no_torch() -> None:
+    code = (
+        "import sys, cluster.distributed.services;"
+        "sys.exit(bool({'torch', 'transformers', 'redis'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=100, check=False).returncode == 0

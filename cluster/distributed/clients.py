@@ -11,7 +11,7 @@ import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 
-from actors.protocols import PublishedWeights
+from actors.weight_sources import PublishedWeights
 from cluster.distributed.waiting import PeerDied, PeerTimeout, wait_for
 from reward.replica import ScoreFailed
 from reward.request import ScoreItem

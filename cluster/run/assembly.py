@@ -10,9 +10,9 @@ from actors.actor import RolloutActor
 from actors.demonstrations import seed_demonstrations
 from actors.policy import SamplingPolicy
 from actors.prompts import PromptStream
-from actors.protocols import Policy, Scorer, TrajectorySink, WeightSource
+from actors.protocols import Policy, Scorer, TrajectorySink
 from actors.reward_query import DirectScorer
-from actors.weight_sources import LaggingWeights
+from actors.weight_sources import LaggingWeights, WeightSource
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
 from buffer.replay import Replay, ReplayBuffer

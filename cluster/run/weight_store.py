@@ -1,6 +1,6 @@
 """The newest weights of a run, between the learner that publishes them and the actors."""
 
-from actors.protocols import PublishedWeights
+from actors.weight_sources import PublishedWeights
 
 
 class StaleWeights(ValueError):
