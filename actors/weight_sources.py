@@ -4,18 +4,24 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 _POLL_S = 0.005
 
 
+Data = TypeVar("Data")
+
+
 @dataclass(frozen=True, slots=True)
-class PublishedWeights:
+class Published(Generic[Data]):
     """One version of the adapter, as the learner published it."""
 
     version: int
-    data: bytes
-    checksum: str
+    data: Data  # its bytes, or a reference to them
+    checksum: str  # of its bytes
+
+
+PublishedWeights = Published[bytes]
 
 
 class WeightSource(Protocol):

@@ -118,7 +118,7 @@ class Cast:
         self, config: RunConfig, folder: Path, server: RedisServer, *, damaged: str | None
     ) -> None:
         base, task = roles.load_task(config)
-        store = WeightStore()
+        store = WeightStore[bytes]()
         self._replicas: list[RewardReplica] = []
         self.buffer = roles.build_buffer(
             config,

@@ -33,7 +33,7 @@ def polled(weights: LaggingWeights, held: int) -> int:
 
 
 def test_an_actor_that_asks_often_is_exactly_the_lag_behind() -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     weights = LaggingWeights(store, lag=3, max_lag=9)
     held = polled(weights, 0)
     for newest in range(12):
@@ -44,7 +44,7 @@ def test_an_actor_that_asks_often_is_exactly_the_lag_behind() -> None:
 
 
 def test_between_publications_it_is_the_newest_that_is_old_enough() -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     weights = LaggingWeights(store, lag=4, max_lag=9)
     held = 0
     for newest, expected in [(0, 0), (3, 0), (6, 0), (7, 3), (8, 3), (10, 6), (13, 8)]:
@@ -55,7 +55,7 @@ def test_between_publications_it_is_the_newest_that_is_old_enough() -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 3, 5, 7])
 def test_nobody_ever_gets_further_behind_than_the_limit(every: int) -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     weights = LaggingWeights(store, lag=4, max_lag=6)
     held = 0
     for newest in range(60):
@@ -68,7 +68,7 @@ def test_nobody_ever_gets_further_behind_than_the_limit(every: int) -> None:
 
 
 def test_an_actor_that_joins_late_begins_with_what_there_is() -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     publish(store, 40)
     weights = LaggingWeights(store, lag=3, max_lag=9)
     held = [polled(weights, 0)]

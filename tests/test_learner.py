@@ -428,7 +428,7 @@ def test_versions_that_were_published_after_the_last_checkpoint_never_come_again
 def test_a_learner_that_died_before_its_first_checkpoint_begins_anew_under_new_versions(
     tmp_path: Path,
 ) -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     first, _ = make_learner(folder=tmp_path, weights=store)
     first.take_up()
     first.publish()
@@ -451,7 +451,7 @@ def test_a_learner_that_died_before_its_first_checkpoint_begins_anew_under_new_v
 def test_a_learner_that_died_just_after_a_checkpoint_publishes_what_the_board_has(
     tmp_path: Path,
 ) -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     first, _ = make_learner(folder=tmp_path, weights=store)
     first.run(4)  # ends with a checkpoint
     again, _ = make_learner(folder=tmp_path, weights=store)

@@ -10,7 +10,7 @@ from cluster.run.weight_store import StaleWeights, WeightStore
 
 
 def test_only_weights_newer_than_asked_for_are_handed_out() -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     assert store.newer_than(-1) is None
     store.publish(b"seven", version=7, checksum="c")
     assert store.newer_than(7) is None
@@ -20,7 +20,7 @@ def test_only_weights_newer_than_asked_for_are_handed_out() -> None:
 
 
 def test_a_version_never_names_two_sets_of_weights() -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     store.publish(b"seven", version=7, checksum="c")
     for version in (6, 7):
         with pytest.raises(StaleWeights, match=f"version {version} were offered"):
@@ -30,7 +30,7 @@ def test_a_version_never_names_two_sets_of_weights() -> None:
 
 
 def test_the_same_weights_may_be_published_again() -> None:
-    store = WeightStore()
+    store = WeightStore[bytes]()
     store.publish(b"seven", version=7, checksum="c")
     store.publish(b"seven", version=7, checksum="c")
     newest = store.newer_than(6)

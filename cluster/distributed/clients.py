@@ -10,8 +10,9 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
+from ray.exceptions import ObjectLostError
 
-from actors.weight_sources import PublishedWeights
+from actors.weight_sources import Published, PublishedWeights
 from cluster.distributed.waiting import PeerDied, PeerTimeout, wait_for
 from reward.replica import ScoreFailed
 from reward.request import ScoreItem
@@ -44,10 +45,18 @@ class RemoteWeightStore(_RemoteService):
     peer = "weight store"
 
     def newer_than(self, version: int) -> PublishedWeights | None:
-        return self._ask("newer_than", version)
+        fresh: Published[ray.ObjectRef[Any]] | None = self._ask("newer_than", version)
+        if fresh is None:
+            return None
+        try:
+            data_N = wait_for(fresh.data, peer=self.peer, phase="fetch", timeout_s=self._timeout_s)
+        except ObjectLostError:  # with the store, which comes back empty
+            return None
+        return Published(fresh.version, data_N.tobytes(), fresh.checksum)
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
-        self._ask("publish", data, version=version, checksum=checksum)
+        data_N = np.frombuffer(data, dtype=np.uint8)  # read where it lies, by others too
+        self._ask("take", data_N, version=version, checksum=checksum)
 
 
 class RemoteRegistry(_RemoteService):

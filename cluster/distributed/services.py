@@ -8,7 +8,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
@@ -32,8 +34,16 @@ class Service:
         check_source(expected, node=ray.util.get_node_ip_address())
 
 
-class WeightStoreService(Service, WeightStore):
-    """The weight store of a distributed run."""
+class WeightStoreService(Service, WeightStore["ray.ObjectRef[NDArray[np.uint8]]"]):
+    """The weight store of a distributed run.
+
+    It hands out references, and a node fetches the bytes behind one once, whoever reads them there.
+    They are this process's own: a learner that dies takes nothing with it.
+    """
+
+    def take(self, data_N: NDArray[np.uint8], *, version: int, checksum: str) -> None:
+        """Publish the bytes of an adapter; raises StaleWeights."""
+        self.publish(ray.put(data_N), version=version, checksum=checksum)
 
 
 class ReplicaRegistry(Service):

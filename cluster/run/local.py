@@ -89,7 +89,7 @@ class LocalRun:
         self._adapter = directory.adapter
         self._base, task = assembly.load_task(config)
         untouched = twin(self._base)  # by the learner, which puts its adapter into the base
-        self._weights = WeightStore()
+        self._weights = WeightStore[bytes]()
         self._memory = buffer.memory
         self._buffer = assembly.build_buffer(config, run=directory.name, place=buffer)
         self._replica: RewardReplica | None = None
