@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -43,6 +45,8 @@ def load_model_config(config: LMConfig) -> PretrainedConfig:
 
 def require_folder_or_hub_id(model: str) -> None:
     """Raise ModelNotFound or ModelUnusable for a path that cannot be a model's."""
+    logging.disable_progress_bar()  # it would write over the run's own display
+    hub_logging.set_verbosity_error()  # so would every try to reach the hub
     path = Path(model)
     if not path.exists():
         if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
@@ -69,7 +73,6 @@ def require_folder_or_hub_id(model: str) -> None:
                     f"model {model!r}: {file.name} is a pointer of git-lfs, not the file: "
                     "run `git lfs pull` where it was cloned"
                 )
-    logging.disable_progress_bar()  # it would write over the run's own display
 
 
 @contextmanager
@@ -80,6 +83,11 @@ def explained(model: str, part: str) -> Iterator[None]:
     except (ModelNotFound, ModelUnusable):
         raise
     except Exception as error:  # libraries of quantisation, files and architectures raise anything
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise ModelNotFound(
+                f"model {model!r}: there is no such folder, and the hub cannot be reached for "
+                f"{part}, which is not in the cache either: check the name, or the network"
+            ) from error
         kind = ModelUnusable if Path(model).exists() else ModelNotFound
         said = " ".join(str(error).split()) or type(error).__name__
         said = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}..."

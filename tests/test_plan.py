@@ -193,6 +193,8 @@ def test_preflight_refuses_a_large_model_that_this_machine_cannot_hold(
 
 
 def test_devices_by_name_and_size() -> None:
-    assert device_memory_mb("24GB") == device_memory_mb("l4") == 24 * 1024
+    assert (
+        device_memory_mb("24GB") == device_memory_mb("24g") == device_memory_mb("l4") == 24 * 1024
+    )
     with pytest.raises(UserError, match=r"--gpu 'potato': give a size such as 24GB"):
         device_memory_mb("potato")

@@ -14,6 +14,7 @@ from actors.prompts import Prompt
 from cluster.__main__ import main
 from cluster.cli import parse
 from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT
 from cluster.run.assembly import load_task
 from cluster.run.directory import RunDirectory
 from lm.adapter import load_adapter, save_adapter
@@ -44,7 +45,7 @@ def reported(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 
 
 def make_run(name: str, *overrides: str) -> Path:
-    """A run that left nothing but an adapter, far from the identity."""
+    """A run that left its configuration and an adapter, far from the identity."""
     config = load_config(TOY, overrides)
     base = load_base(config.lm)
     model = attach_adapter(base, config.lora, seed=0)
@@ -55,6 +56,7 @@ def make_run(name: str, *overrides: str) -> Path:
                 weight.normal_(0.0, 0.08, generator=generator)
     folder = RunDirectory(name).adapter
     save_adapter(model, folder, base.fingerprint)
+    RunDirectory(name).config_file.write_text((PROJECT_ROOT / TOY).read_text())
     return folder
 
 
@@ -220,6 +222,14 @@ def test_the_terminal_shows_figures_and_where_the_plot_is(
     assert main(["posterior", TOY, *SMALL, "posterior.draws=1", "posterior.max_nodes=0"]) == 0
     said = capsys.readouterr().out
     assert "none of 1 fits" in said and "0 samples: too few" in said
+
+
+def test_a_run_of_another_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run("mine")
+    assert main(["posterior", "tasks/random_number.toml", "--run", "mine"]) == 1
+    assert "run 'mine' is of task 'toy', the configuration of 'random_number'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_an_adapter_of_another_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.text import Text
 from cluster.config.file import load_config
 from cluster.config.project import UserError
 from cluster.run.plan import PartPlan, Plan, plan_run
+from lm.memory import device_memory_bytes
 
 # Memory of the devices that people name, GB.
 DEVICES_GB = {
@@ -22,19 +24,23 @@ DEVICES_GB = {
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 where something does not fit the device that was named."""
     config = load_config(arguments.config, arguments.overrides)
-    device_mb = None if arguments.gpu is None else device_memory_mb(arguments.gpu)
-    plan = plan_run(config, on_gpu=device_mb is not None)
-    misfits = [] if device_mb is None else plan.misfits(device_mb)
+    device = "this machine" if arguments.gpu is None else arguments.gpu
+    plan = plan_run(config, on_gpu=arguments.gpu is not None)
+    misfits = plan.misfits(
+        device_memory_bytes(torch.device("cpu")) / 2**20
+        if arguments.gpu is None
+        else device_memory_mb(arguments.gpu)
+    )
     if arguments.json:
         print(json.dumps(as_object(plan, misfits)))
     else:
-        show(plan, misfits, arguments.gpu)
+        show(plan, misfits, device)
     return 1 if misfits else 0
 
 
 def device_memory_mb(name: str) -> float:
     """MB of a device by its name or size, `L4` or `24GB`; raises UserError for another."""
-    size = name.upper().removesuffix("GB")
+    size = name.upper().removesuffix("B").removesuffix("G")
     if size.isdecimal() and int(size) > 0:
         return int(size) * 1024.0
     for device, gb in DEVICES_GB.items():
@@ -55,7 +61,7 @@ def as_object(plan: Plan, misfits: list[str]) -> dict[str, object]:
     }
 
 
-def show(plan: Plan, misfits: list[str], device: str | None) -> None:
+def show(plan: Plan, misfits: list[str], device: str) -> None:
     """The same as a table."""
     console = Console()
     where = "a GPU" if plan.on_gpu else "the host"
@@ -72,7 +78,7 @@ def show(plan: Plan, misfits: list[str], device: str | None) -> None:
         )
     for misfit in misfits:
         console.print(f"\ndoes not fit: {escape(misfit)}")
-    if device is not None and not misfits:
+    if not misfits:
         console.print(f"\nfits {escape(device)}")
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from cluster.config.file import load_config
+from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
 from cluster.reports.posterior_plot import draw_posterior
 from cluster.reports.posterior_report import show
-from cluster.run.directory import find_run
+from cluster.run.directory import RunDirectory, find_run
 from cluster.run.evaluation import evaluation_context
 from cluster.run.preflight import check_adapter
 from tasks.posterior.assessment import assess
@@ -25,6 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     plot = Path.cwd() / f"posterior-{config.task_name}.png"
     if arguments.run:
         directory = find_run(arguments.run)
+        check_task(directory, config)
         adapter, plot = directory.adapter, directory.plots / "posterior.png"
         check_adapter(adapter)
     context = evaluation_context(config, adapter)
@@ -48,3 +51,13 @@ def run(arguments: argparse.Namespace) -> int:
             "(posterior.max_nodes): no exact figures and no plot"
         )
     return 0
+
+
+def check_task(directory: RunDirectory, config: RunConfig) -> None:
+    """Raise UserError where the run is one of another task."""
+    own = load_config(str(directory.config_file)).task_name
+    if own != config.task_name:
+        raise UserError(
+            f"run {directory.name!r} is of task {own!r}, the configuration of "
+            f"{config.task_name!r}: give that of the run, {directory.config_file}"
+        )

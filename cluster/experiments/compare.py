@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     frontier = suite.folder.path / "frontier.png"
     drawable = likelihoods_of(findings.metrics)
     findings.leave([draw_frontier(findings.metrics, frontier)] if drawable else [])
-    title = f"{shared.task_name}: {arguments.seeds} seeds"
+    seeds = f"{arguments.seeds} seed{'' if arguments.seeds == 1 else 's'}"
+    title = f"{shared.task_name}: {seeds}"
     findings.show(title, as_json=arguments.json, console=suite.console)
     return 0
 

@@ -18,7 +18,7 @@ _MOST_PANELS = 9
 _COLOURS = {"base": "#b8bcc2", "sft": "#8fb58a", "ppo": "#d9a15b", "gflownet": "#1f5a96"}
 _COLOURS |= {"gflownet_em": "#0b2c4d"}
 _OTHER = "#7d6aa5"
-_CHOSEN = ("method", "chosen on validation", "by", "out of")
+_CHOSEN = ("method", "chosen", "by", "out of")
 Rows = list[list[str]]
 
 
