@@ -19,14 +19,12 @@ from lm.scoring import completion_log_probs
 
 
 def adapter_bytes_held(model: nn.Module) -> int:
-    """Bytes of the trainable parameters, AdamW's float32 moments, and a publication of them.
+    """Bytes of the trainable parameters and of AdamW's float32 moments.
 
-    Their gradients are among what `update_bytes` counts.
+    Their gradients are among what `update_bytes` counts; a publication comes when these are gone.
     """
     parameters = trainable_parameters(model).values()
-    weights = sum(parameter.nbytes for parameter in parameters)
-    published = 2 * weights  # as tensors, and as bytes
-    return weights + published + len(MOMENTS) * sum(4 * p.numel() for p in parameters)
+    return sum(p.nbytes + 4 * len(MOMENTS) * p.numel() for p in parameters)
 
 
 def update_bytes(

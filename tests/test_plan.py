@@ -67,6 +67,13 @@ def test_the_meter_counts_what_is_alive_and_no_view_or_weight() -> None:
         assert (meter.live_bytes, meter.peak_bytes) == (400, 800)
 
 
+def test_the_copy_that_a_logsumexp_makes_is_counted() -> None:
+    with MemoryMeter() as meter:
+        logits = torch.ones(10, 100)
+        assert logits.logsumexp(-1).shape == (10,)
+        assert (meter.live_bytes, meter.peak_bytes) == (4000, 8000)
+
+
 def test_what_autograd_keeps_is_alive() -> None:
     with MemoryMeter() as meter:
         grown = torch.ones(100, requires_grad=True) * 1.5
@@ -95,7 +102,7 @@ def test_recomputing_and_a_smaller_budget_are_planned_with(folder: Path) -> None
         model = with_adapter(weightless(folder))
         return update_bytes(model, ACTIONS, config, prompt_length=20, group_size=12)
 
-    assert planned(checkpointing=True) < planned() / 2
+    assert planned(checkpointing=True) < planned() / 1.5
     assert planned(token_budget=64) < planned() / 1.5
 
 
@@ -142,10 +149,10 @@ def test_groups_are_legal_and_longest() -> None:
         actions.check(trajectory.completion.tolist(), [False] * 6)
 
 
-def test_of_the_adapter_are_held_weights_moments_and_a_publication(folder: Path) -> None:
+def test_of_the_adapter_are_held_weights_and_moments(folder: Path) -> None:
     model = with_adapter(weightless(folder))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert adapter_bytes_held(model) == (1 + 2 + 2) * 4 * trained
+    assert adapter_bytes_held(model) == (1 + 2) * 4 * trained
 
 
 def test_the_verb_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
