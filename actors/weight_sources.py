@@ -12,7 +12,7 @@ _POLL_S = 0.005
 Data = TypeVar("Data")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Published(Generic[Data]):
     """One version of the adapter, as the learner published it."""
 
