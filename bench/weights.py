@@ -5,8 +5,8 @@ while they do, the next version is published.
 
     publish_s          one publication, nobody reading
     fetch_s            from the first request until the last reader has the bytes
-    copies             of the adapter in Ray's object store, at most, while readers fetch
     blocked_learner_s  the publication that comes while all read
+    copies             of the adapter in Ray's object store once that is taken: no peak
     blocked_actor_s    a reader's wait, their mean
 
 Rows that would hold more than `--memory-gb` in readers are left out and said so. Times are of one
