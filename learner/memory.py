@@ -1,6 +1,5 @@
 """Memory that an update takes above the weights of base and adapter, without either's numbers."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,12 @@ from torch import nn
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
-from learner.batch import collate, plan_micro_batches, split_rows
+from learner.batch import collate, plan_micro_batches, row_log_probs, split_rows
 from learner.config import LearnerConfig
 from learner.engine import MOMENTS, trainable_parameters
 from lm.actions import ActionSpace
 from lm.memory import metered
 from lm.model import recompute_activations, vocab_size
-from lm.scoring import completion_log_probs
 
 
 def adapter_bytes_held(model: nn.Module) -> int:
@@ -55,7 +53,8 @@ def update_bytes(
     batch = collate(max(parts, key=len), torch.device("cpu"))
     with metered() as meter:
         for rows in split_rows(batch, config.token_budget)[:2]:  # the second finds the gradients
-            _pass(model, actions, batch.distinct[rows])
+            log_pf_DT, log_stop_DS, _ = row_log_probs(model, actions, batch, rows)
+            (log_pf_DT.sum() + log_stop_DS.sum()).backward()
     return meter.peak_bytes
 
 
@@ -98,14 +97,3 @@ def longest_group(
     return Group(
         prompt_key=str(prompt[:8]), fresh=tuple(trajectory() for _ in range(size)), replayed=()
     )
-
-
-def _pass(model: Any, actions: ActionSpace, rows: Sequence[Trajectory]) -> None:
-    log_probs = completion_log_probs(
-        model,
-        actions,
-        [row.prompt.tolist() for row in rows],
-        [row.completion.tolist() for row in rows],
-        [row.from_tool.tolist() for row in rows],
-    )
-    (log_probs.log_pf_BT.sum() + log_probs.log_stop_BS.sum()).backward()

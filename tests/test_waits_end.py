@@ -282,9 +282,8 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Pinged:
     return Pinged()
 
 
-def test_a_service_that_is_silent_is_restarted_after_its_time(
-    service: Pinged, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def watched(service: Pinged, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    """A watch over the service: what it says in so many seconds."""
     clock = Clock(lambda now_s: None)
     monkeypatch.setattr(services, "awake_s", clock.monotonic)
     handle: Any = service
@@ -297,6 +296,13 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
             lines.append(watch.poll())
         return [line for line in lines if line]
 
+    return said
+
+
+def test_a_service_that_is_silent_is_restarted_after_its_time(
+    service: Pinged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = watched(service, monkeypatch)
     assert said(200) == []
     service.answers = False
     assert said(50) == []
@@ -318,19 +324,8 @@ def test_a_service_that_is_silent_is_restarted_after_its_time(
 def test_a_service_that_dies_is_told_once_and_has_the_time_of_a_start(
     service: Pinged, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock(lambda now_s: None)
-    monkeypatch.setattr(services, "awake_s", clock.monotonic)
     monkeypatch.setattr("ray.get", service.get)
-    handle: Any = service
-    watch = ServiceWatch("weight store", handle, timeout_s=60, start_timeout_s=300)
-
-    def said(seconds: int) -> list[str]:
-        lines = []
-        for _ in range(seconds):
-            clock.sleep(1.0)
-            lines.append(watch.poll())
-        return [line for line in lines if line]
-
+    said = watched(service, monkeypatch)
     assert said(100) == []
     service.dies = True
     assert said(10) == ["weight store: died; Ray is starting it again"]
