@@ -10,6 +10,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from cluster.cli import parse
 from cluster.config.file import load_config
+from cluster.config.placement import PART_LABEL
 from tests.page import commands
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,7 @@ HEAD = closed(
 WORKERS = closed(
     "groupName maxReplicas minReplicas rayStartParams template",
     groupName=STRING,
+    labels=STRINGS,
     minReplicas=WHOLE,
     maxReplicas=WHOLE,
     rayStartParams=STRINGS,
@@ -147,7 +149,14 @@ def test_a_gpu_that_is_asked_for_is_also_the_limit() -> None:
         (one["requests"].get("nvidia.com/gpu"), one["limits"].get("nvidia.com/gpu"))
         for one in asked
     ]
-    assert gpus == [(None, None), ("1", "1"), ("1", "1")]
+    assert gpus == [(None, None), *[("1", "1")] * 3]
+
+
+def test_each_part_of_a_run_has_nodes_of_its_own() -> None:
+    groups = DOCUMENTS["RayCluster"]["spec"]["workerGroupSpecs"]
+    assert [group["labels"] for group in groups] == [
+        {PART_LABEL: part} for part in ("actor", "reward", "learner")
+    ]
 
 
 def test_the_cluster_has_the_pinned_ray_and_asks_for_its_token() -> None:

@@ -1,12 +1,16 @@
 """Where the processes of a run go: on which Ray cluster, how many, and what each claims there."""
 
 import os
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from cluster.config.project import UserError
 from cluster.config.validation import Section
+
+# A node with this label is kept for the parts that it names: actor, reward, learner or evaluator.
+PART_LABEL = "amortize-part"
+_Wanted = Annotated[str, Field(pattern=r"^!?(in\([\w., -]+\)|[\w.-]+)$")]
 
 
 class Placement(Section):
@@ -15,6 +19,11 @@ class Placement(Section):
     cpus: float = Field(0.25, ge=0, description="Ray CPUs; how many fit on a node.")
     gpus: float = Field(0.0, ge=0, description="Ray GPUs; a fraction shares one.")
     threads: int = Field(1, ge=1, description="Threads of its matrix products.")
+    labels: dict[str, _Wanted] = Field(
+        {},
+        description="Labels of its node, as Ray selects by them: `a`, `!a`, `in(a, b)` or "
+        f"`!in(a, b)`. Where nodes have {PART_LABEL}, no part goes to one kept for another.",
+    )
 
     @model_validator(mode="after")
     def _check_claim(self) -> Self:

@@ -1,7 +1,7 @@
 """Makes Ray actors of a run's plain classes, each worker group in a placement of its own."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import (
     PlacementGroupSchedulingStrategy,
 )
 
-from cluster.config.placement import Placement
+from cluster.config.placement import PART_LABEL, Placement
 from cluster.config.schema import RunConfig
 from cluster.distributed.evaluation_worker import EvaluationWorker
 from cluster.distributed.learner_worker import LearnerWorker
@@ -22,6 +22,14 @@ from cluster.distributed.rollout_worker import RolloutWorker
 from cluster.distributed.worker import Member, RunContext, Worker
 
 Create = Callable[[list[dict[str, Any]]], list[ActorHandle]]
+
+# Part -> for which others its node must not be kept.
+_OTHERS = {
+    "actor": "evaluator, learner, reward",
+    "evaluator": "learner, reward",  # it may have an actor's
+    "learner": "actor, evaluator, reward",
+    "reward": "actor, evaluator, learner",
+}
 
 
 class GroupLaunch:
@@ -32,21 +40,34 @@ class GroupLaunch:
 
     Args:
         claim: of each rank.
+        labels: which nodes are good for it.
         create: makes the Ray actors, rank 0 first, from the options that give each its place.
     """
 
     def __init__(
-        self, name: str, claim: Placement, *, num_ranks: int, strategy: str, create: Create
+        self,
+        name: str,
+        claim: Placement,
+        *,
+        num_ranks: int,
+        strategy: str,
+        create: Create,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         bundle = {"CPU": claim.cpus, "GPU": claim.gpus}
         bundles = [{key: value for key, value in bundle.items() if value}] * num_ranks
-        self._group = placement_group(bundles, strategy=strategy, name=name)
+        selectors = [dict(labels)] * num_ranks if labels else None
+        self._group = placement_group(
+            bundles, strategy=strategy, name=name, bundle_label_selector=selectors
+        )
         self._claim = claim
         self._num_ranks = num_ranks
         self._create = create
         self.ready = self._group.ready()
         each = f"{claim.cpus:g} CPU, {claim.gpus:g} GPU"
+        where = "".join(f" on {key}={value}" for key, value in (labels or {}).items())
         self.wanted = each if num_ranks == 1 else f"{num_ranks} ranks x ({each}), {strategy}"
+        self.wanted += where
 
     def create(self) -> list[ActorHandle]:
         """Make the ranks, rank 0 first, once there is room."""
@@ -110,7 +131,12 @@ class Launcher:
             return ranks
 
         return GroupLaunch(
-            member.full_name, claim, num_ranks=num_ranks, strategy=strategy, create=create
+            member.full_name,
+            claim,
+            num_ranks=num_ranks,
+            strategy=strategy,
+            create=create,
+            labels={PART_LABEL: f"!in({_OTHERS[kind]})"} | claim.labels,
         )
 
     def _layout(self, kind: str) -> tuple[type[Worker], Placement, str, int]:
