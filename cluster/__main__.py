@@ -1,5 +1,6 @@
 """Entry point: parses, then imports the verb, so that --help stays fast."""
 
+import argparse
 import importlib
 import logging
 import sys
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Libraries greet on stdout, which belongs to what the verb prints.
         with redirect_stdout(sys.stderr):
+            _check_words(arguments)
             imported = importlib.import_module(module_of(verb))
         return int(imported.run(arguments))
     except KeyboardInterrupt:
@@ -32,6 +34,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"amortize {verb}: {text}", file=sys.stderr)
         return 1
+
+
+def _check_words(arguments: argparse.Namespace) -> None:
+    """Tell what is wrong with the words alone within a second: torch takes many to import.
+
+    Raises UserError: the configuration or a file that it names cannot be used, there is no such
+    run, or the name of a new one is taken.
+    """
+    words = vars(arguments)
+    if not words.keys() & {"config", "run"}:
+        return
+    from cluster.config.file import load_config
+    from cluster.run.directory import RunDirectory, find_run
+
+    if "config" in words:
+        # Test files that the command line names are read instead of those of the configuration.
+        load_config(words["config"], words["overrides"], files=not words.get("data"))
+    new = words.get("resume") is False
+    if words.get("run") and new:
+        RunDirectory(words["run"]).check(resume=False)
+    for name in (words.get("of"), None if new else words.get("run")):
+        if name:
+            find_run(name)
 
 
 def _silence_notices() -> None:

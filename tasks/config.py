@@ -16,6 +16,7 @@ from pydantic import (
 from actors.reward_query import RewardKind
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 from tasks.held_out import HeldOutConfig
+from tasks.records import FILES
 
 
 class Lengths(BaseModel):
@@ -49,8 +50,12 @@ class ArithmeticConfig(HeldOutConfig, Lengths):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["arithmetic"]
-    demonstrations: str = Field(min_length=1, description="JSON file: questions with rationales.")
-    questions: str = Field(min_length=1, description="JSON file: questions with answers only.")
+    demonstrations: str = Field(
+        min_length=1, description="JSON file: questions with rationales.", json_schema_extra=FILES
+    )
+    questions: str = Field(
+        min_length=1, description="JSON file: questions with answers only.", json_schema_extra=FILES
+    )
     demonstration_weight: float = Field(
         default=1.0, ge=0, description="Share of draws of one question with a rationale ..."
     )
@@ -107,7 +112,9 @@ class InfillingConfig(_SentenceConfig):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["infilling"]
-    stories: str = Field(min_length=1, description="JSON Lines or CSV: stories to train on.")
+    stories: str = Field(
+        min_length=1, description="JSON Lines or CSV: stories to train on.", json_schema_extra=FILES
+    )
     demonstrations: int = Field(
         default=0, ge=0, description="Stories whose true middle seeds the replay buffer."
     )
@@ -119,11 +126,16 @@ class ContinuationConfig(_SentenceConfig):
     reward_kind: ClassVar[RewardKind] = "stop"
 
     name: Literal["continuation"]
-    data: str = Field(min_length=1, description="Text file: a prompt in each line, to train on.")
+    data: str = Field(
+        min_length=1,
+        description="Text file: a prompt in each line, to train on.",
+        json_schema_extra=FILES,
+    )
     demonstrations: str | None = Field(
         default=None,
         description="JSON Lines: prompts with the next sentence, which seed the replay buffer and "
         "which supervised fine-tuning imitates; None: none.",
+        json_schema_extra=FILES,
     )
 
 
@@ -133,7 +145,11 @@ class SubjectivityConfig(HeldOutConfig, Lengths):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["subjectivity"]
-    reviews: str = Field(min_length=1, description="JSON Lines: labelled reviews to train on.")
+    reviews: str = Field(
+        min_length=1,
+        description="JSON Lines: labelled reviews to train on.",
+        json_schema_extra=FILES,
+    )
     labels: int | None = Field(
         default=None,
         ge=1,

@@ -20,6 +20,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from actors.reward_query import RewardKind
 from tasks.held_out import HeldOutConfig
+from tasks.records import mistake
 
 _NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
@@ -62,7 +63,7 @@ def resolve_own_task(value: Any, _: Callable[[Any], CustomTaskConfig]) -> Custom
     kinds = {"extra_forbidden": ("own_key", known)}
     raise _refused(
         *(
-            (*kinds.get(one["type"], (one["type"], one["msg"])), one["loc"], one["input"])
+            (*kinds.get(one["type"], (one["type"], mistake(one))), one["loc"], one["input"])
             for one in found
         )
     )

@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
-from tasks.records import DataError
+from tasks.records import FILES, DataError
 
 Split = Literal["validation", "test"]
 Record = TypeVar("Record")
@@ -23,10 +23,14 @@ class HeldOutConfig(BaseModel):
     """Keys of a task that is measured on files."""
 
     tests: tuple[str, ...] = Field(
-        default=(), description="Files to evaluate on; none: by the distance to the posterior."
+        default=(),
+        description="Files to evaluate on; none: by the distance to the posterior.",
+        json_schema_extra=FILES,
     )
     validation: tuple[str, ...] = Field(
-        default=(), description="Files to make choices on, in the form of those."
+        default=(),
+        description="Files to make choices on, in the form of those.",
+        json_schema_extra=FILES,
     )
     validation_share: float = Field(
         default=0.0,

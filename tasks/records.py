@@ -5,7 +5,8 @@ list if the file begins with a bracket or its name ends in .json, else JSON Line
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,10 +15,46 @@ from pydantic import BaseModel, ValidationError
 Model = TypeVar("Model", bound=BaseModel)
 Record = TypeVar("Record")
 TOLD = 20  # bad lines that an error lists
+FILES: dict[str, Any] = {"files": True}  # json_schema_extra of a key of `[task]` that names some
+_NUMBER, _WHOLE, _TRUTH = "must be a number", "must be a whole number", "must be true or false"
+_TEXT, _LIST, _TABLE = "must be a text, in quotes", "must be a list", "must be a table of keys"
+# Mistakes as pydantic sorts them -> what is told of them.
+_MISTAKES = {
+    **{"string_type": _TEXT, "float_type": _NUMBER, "float_parsing": _NUMBER},
+    **{"int_type": _WHOLE, "int_parsing": _WHOLE, "int_from_float": _WHOLE},
+    **{"bool_type": _TRUTH, "bool_parsing": _TRUTH, "list_type": _LIST, "tuple_type": _LIST},
+    **{"dict_type": _TABLE, "model_type": _TABLE, "model_attributes_type": _TABLE},
+    **{"greater_than": "must be above {gt}", "greater_than_equal": "must be at least {ge}"},
+    **{"less_than": "must be below {lt}", "less_than_equal": "must be at most {le}"},
+    **{"literal_error": "must be {expected}", "finite_number": "must be a finite number"},
+    **{"too_short": "must have {min_length} or more", "too_long": "must have {max_length} or less"},
+    **{
+        "string_too_short": "must not be empty",
+        "missing": "is missing",
+        "extra_forbidden": "is unknown",
+    },
+}
 
 
 class DataError(ValueError):
     """A data file that cannot be used; the text names file, place and remedy."""
+
+
+def mistake(detail: Mapping[str, Any]) -> str:
+    """What is wrong with a value, in plain words, from what pydantic says of it."""
+    words, values = _MISTAKES.get(detail["type"]), detail.get("ctx", {})
+    if words is None or "told" in values:  # it is ours already
+        return str(detail["msg"]).removeprefix("Value error, ")
+    return words.format_map(values)
+
+
+def missing_files(settings: BaseModel) -> Iterator[tuple[str, str]]:
+    """Key and name of each data file of a task's settings that is not there."""
+    for key, field in type(settings).model_fields.items():
+        named = getattr(settings, key) if field.json_schema_extra == FILES else None
+        for path in named if isinstance(named, tuple) else (named,):
+            if path is not None and not os.path.isfile(path):
+                yield key, path
 
 
 def read_records(
@@ -138,4 +175,4 @@ def _fault(error: ValidationError, model: type[BaseModel]) -> str:
     needed = ", ".join(name for name, field in fields if field.is_required())
     optional = ", ".join(name for name, field in fields if not field.is_required())
     may = f", and may have {optional}" if optional else ""
-    return f"{key}{first['msg']}; it must have {needed}{may}"
+    return f"{key}{mistake(first)}; it must have {needed}{may}"

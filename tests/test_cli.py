@@ -1,6 +1,7 @@
 """The command line as a person meets it."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -205,3 +206,36 @@ def test_train_refuses_a_bad_configuration_before_it_makes_a_run(
     said = capsys.readouterr().err
     assert f"{config}:1: lerner: unknown key; did you mean learner?" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_the_words_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """Each as a user makes it; what is told of it names the remedy."""
+    good = ROOT / "tasks/toy.toml"
+    (tmp_path / "bad.toml").write_text("[lerner]\nsteps = 1\n")
+    (tmp_path / "runs/first").mkdir(parents=True)
+    lacking = [str(ROOT / "tasks/infilling.toml"), "task.stories=a.csv", "task.tests=['b', 'c']"]
+    cases = {
+        ("train", "bad.toml"): "did you mean learner?",
+        ("plan", "none.toml"): "no such file",
+        ("train", str(good), "--run", "first"): "add --resume",
+        ("evaluate", str(good), "--run", "frist"): "did you mean first?",
+        ("export", "--run", "none", "--to", "x"): "it has: first",
+        ("mstep", "--of", "fist"): "did you mean first?",
+        ("train", *lacking): 'task.stories = "a.csv": no such file',
+        ("compare", *lacking): 'task.tests = "c": no such file',
+    }
+    code = (
+        "import sys\nfrom cluster.__main__ import main\n"
+        f"for words in {list(cases)}:\n"
+        "    assert main(words) == 1\n"
+        "assert not {'torch', 'ray', 'transformers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for expected in cases.values():
+        assert expected in done.stderr

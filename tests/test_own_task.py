@@ -102,10 +102,10 @@ def test_mistakes_are_told_with_file_line_and_remedy(project: Path) -> None:
     Path("last_word.toml").write_text(text)
     line = text.splitlines().index("word = 7") + 1
     told = mistakes("task.max_len=0")
-    assert f"last_word.toml:{line}: task.word = 7: Input should be a valid string" in told
+    assert f"last_word.toml:{line}: task.word = 7: must be a text, in quotes" in told
     assert f'last_word.toml:{line + 1}: task.wrod = "boat": unknown key; last_word:LastWord' in told
     assert "has tests, validation, validation_share, name, beginnings, word, max_len" in told
-    assert "command line: task.max_len = 0: Input should be greater than or equal to 1" in told
+    assert "command line: task.max_len = 0: must be at least 1" in told
     assert told.endswith("3 mistakes")
 
 

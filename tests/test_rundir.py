@@ -180,7 +180,7 @@ def test_runs_are_found_oldest_first_and_missing_ones_listed() -> None:
             first_state(name, steps=1).model_copy(update={"started_s": started_s, "phase": "done"})
         )
     assert [run.name for run in all_runs()] == ["early", "late"]
-    with pytest.raises(UserError, match="it has: early, late"):
+    with pytest.raises(UserError, match=r"did you mean early\? it has: early, late"):
         find_run("erly")
 
 

@@ -85,9 +85,9 @@ def test_a_request_is_taken_once_and_the_last_one_counts(directory: RunDirectory
     ("text", "named"),
     [
         ("half a fi", "the file: "),
-        ('{"id": "a", "actors": 0}', "actors: Input should be greater than 0"),
+        ('{"id": "a", "actors": 0}', "actors: must be above 0"),
         ('{"id": "", "actors": 1}', "id: "),
-        ('{"id": "a", "actor": 3}', "actor: Extra inputs"),
+        ('{"id": "a", "actor": 3}', "actor: is unknown"),
     ],
 )
 def test_a_file_that_is_no_request_is_refused_and_gone(

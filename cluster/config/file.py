@@ -12,6 +12,7 @@ import tomli_w
 from cluster.config.project import PROJECT_ROOT, locate
 from cluster.config.schema import RunConfig
 from cluster.config.validation import ConfigError, set_key, validated
+from tasks.records import missing_files
 
 _COMMAND_LINE = "command line"
 _DOTTED = re.compile(r"(?!buffer\b)[a-z_]+(\.[a-z0-9_]+)+")
@@ -21,11 +22,12 @@ _TABLE = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
 _KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str, overrides: Sequence[str] = (), *, files: bool = False) -> RunConfig:
     """The configuration in the TOML file at `path`, changed by `section.key=value` overrides.
 
     `path` and the files that the configuration names are looked for as `locate` says. Raises
-    ConfigError: missing file, bad TOML, or any key or value that the schema refuses.
+    ConfigError: missing file, bad TOML, or any key or value that the schema refuses; with `files`
+    data files of the task that are missing too.
     """
     file = locate(path)
     if not os.path.isfile(file):
@@ -58,7 +60,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     try:
         located = {key: _absolute(key, value) for key, value in table.items()}
-        return validated(RunConfig, located, place)
+        config = validated(RunConfig, located, place)
+        if missing := list(missing_files(config.task) if files else ()):
+            nowhere = f"no such file, neither here nor in {PROJECT_ROOT}"
+            told = (f'{place(f"task.{key}")}: task.{key} = "{name}"' for key, name in missing)
+            raise ConfigError("\n".join(f"{one}: {nowhere}" for one in told))
+        return config
     except RecursionError as error:
         raise ConfigError(f"{path}: tables or arrays in one another, too deep to read") from error
 

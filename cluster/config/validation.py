@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config.project import UserError
+from tasks.records import mistake
 
 Schema = TypeVar("Schema", bound=BaseModel)
 Place = Callable[[str], str]  # dotted key -> where it stands, for messages; "" where nowhere
@@ -115,12 +116,18 @@ def _told(detail: ErrorDetails, schema: type[BaseModel], place: Place) -> str:
     if detail["type"] == "extra_forbidden":  # its value may be a password
         return f"{where}: unknown key{_suggestion(key, schema)}"
     if detail["type"] == "union_tag_invalid":
-        return f"{where}: {detail['msg']}; one of your own is 'module:Class' (docs/own_task.md)"
-    if detail["type"] == "missing":
+        tag, shipped = detail["ctx"]["tag"], detail["ctx"]["expected_tags"]
+        return (
+            f"{where}: there is no task {tag!r}; shipped are {shipped}; one of your own is "
+            "'module:Class' (docs/own_task.md)"
+        )
+    if detail["type"] == "union_tag_not_found":
+        where = f"{where}.name"
+    if detail["type"] in ("missing", "union_tag_not_found"):
         return f"{where}: missing; the configuration must set it"
     secret = parts[:1] == ["buffer"] or isinstance(detail["input"], dict | BaseModel)
     value = "" if secret else f" = {_as_toml(detail['input'])}"
-    return f"{where}{value}: {detail['msg'].removeprefix('Value error, ')}"
+    return f"{where}{value}: {mistake(detail)}"
 
 
 def _suggestion(key: str, schema: type[BaseModel]) -> str:

@@ -8,6 +8,7 @@ from urllib.parse import urlencode
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.inspector.rows import Entry, Row
+from tasks.records import mistake
 
 PAGE_SIZE = 50
 
@@ -88,7 +89,7 @@ def parse_query(parameters: Mapping[str, str]) -> Query:
     try:
         return Query.model_validate(given)
     except ValidationError as error:
-        found = (f"{detail['loc'][0]}: {detail['msg']}" for detail in error.errors())
+        found = (f"{detail['loc'][0]}: {mistake(detail)}" for detail in error.errors())
         raise BadQuery("; ".join(found)) from error
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: its files, the claim of its driver, its state, and requests to scale it."""
 
+import difflib
 import fcntl
 import os
 import re
@@ -14,6 +15,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from cluster.config.project import UserError
+from tasks.records import mistake
 
 # On a cluster: a folder outside of the job's copy of the code, which every node sees.
 RUNS = Path(os.environ.get("AMORTIZE_RUNS", "runs")).expanduser()
@@ -221,7 +223,7 @@ def take_scale_request(directory: RunDirectory) -> ScaleRequest | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{directory.scale_request} held no request to scale ({where}: {first['msg']}); "
+            f"{directory.scale_request} held no request to scale ({where}: {mistake(first)}); "
             f"use 'amortize scale'"
         ) from None
 
@@ -261,7 +263,9 @@ def find_run(name: str, *, root: Path = RUNS) -> RunDirectory:
     """An existing run; raises UserError, listing those that exist."""
     run = RunDirectory(name, root=root)
     if not run.path.is_dir():
-        raise UserError(f"no run {name!r} in {root.absolute()}; it has: {_listing(root)}")
+        near = difflib.get_close_matches(name, [path.name for path in _folders(root)], n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"no run {name!r} in {root.absolute()}; {hint}it has: {_listing(root)}")
     return run
 
 
