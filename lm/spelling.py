@@ -35,6 +35,11 @@ def text_prefix(config: LMConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[i
                 "(bos_token); set lm.bos to 'auto' or false"
             )
         return (int(tokenizer.bos_token_id),)
+    return _own_prefix(tokenizer)
+
+
+def _own_prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that the tokenizer itself puts in front of a text."""
     bare = tokenizer.encode(ANY_WORD, add_special_tokens=False)
     whole = tokenizer.encode(ANY_WORD)
     starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
@@ -58,6 +63,28 @@ def spell_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> t
             f"seam between {before[-30:]!r} and {text[:30]!r}; take another base, or other texts"
         )
     return whole[len(head) :]
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, message: str) -> str:
+    """A user's message in the tokenizer's chat template, up to where the assistant's turn begins.
+
+    Without the start token that every text gets in front. Raises TokenizerUnfit where there is no
+    template.
+    """
+    if not tokenizer.chat_template:
+        raise TokenizerUnfit(
+            "this tokenizer has no chat template: set task.chat to false, or take a base that was "
+            "tuned for chats"
+        )
+    said: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+    )
+    return said.removeprefix(tokenizer.decode(_own_prefix(tokenizer)))
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Token ids that stand for no text: ends, paddings, marks of a chat."""
+    return frozenset(at for at, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def check_spelling(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> None:

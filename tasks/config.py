@@ -1,5 +1,7 @@
 """Settings of the tasks. Imports no torch, so that reading a configuration stays fast."""
 
+import re
+from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -17,6 +19,8 @@ from actors.reward_query import RewardKind
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 from tasks.held_out import HeldOutConfig
 from tasks.records import FILES
+
+_COLUMN = re.compile(r"[^.\[\]!:{}]+")
 
 
 class Lengths(BaseModel):
@@ -159,6 +163,100 @@ class SubjectivityConfig(HeldOutConfig, Lengths):
     max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
 
 
+class QuestionsConfig(HeldOutConfig, Lengths):
+    """The `[task]` section of a run on somebody's questions (docs/questions.md)."""
+
+    name: Literal["questions"]
+    data: str = Field(
+        min_length=1,
+        description="JSON Lines, JSON, CSV or Parquet to train on, or a dataset of Hugging Face's "
+        "hub as OWNER/NAME:SPLIT (train if none is named).",
+        json_schema_extra=FILES,
+    )
+    subset: str | None = Field(default=None, description="Of such a dataset, as the hub names it.")
+    revision: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{40}$",
+        description="Commit of such a dataset, which it needs: 40 hexadecimal digits.",
+    )
+    max_questions: int | None = Field(
+        default=None, ge=1, description="Of each file or dataset, the first so many; None: all."
+    )
+    question: str = Field(default="question", description="Column with the question.")
+    answer: str = Field(default="answer", description="Column with the true answer.")
+    rationale: str = Field(
+        default="rationale",
+        description="Column with a known rationale, where a row has one: a demonstration.",
+    )
+    x: str = Field(
+        default="Question: {question}\nReasoning:",
+        description="X: {question}, or any other column but the answer's, in a text.",
+    )
+    y: str = Field(
+        default="\nAnswer: {answer}",
+        description='Y, which follows the rationale: {answer} in a text. "": none, and R is '
+        "p_LM(Z ⊤ | X), for a verifier to judge (reward.terms).",
+    )
+    chat: bool = Field(
+        default=False,
+        description="X is a user's message in the tokenizer's chat template, and Z begins where "
+        "the assistant's turn does.",
+    )
+    legal: str | None = Field(
+        default=None, min_length=1, description="Characters that Z may hold; None: any text."
+    )
+    stop: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The token that ends Z, as text; None: the one that Y begins with, or the "
+        "end-of-text token where Y begins with the answer.",
+    )
+    tools: tuple[str, ...] = Field(
+        default=(),
+        max_length=1,
+        description='Speaks into Z behind "=": "calculator", or "module:function" of your own.',
+    )
+    tool_deadline_s: float = Field(
+        default=5.0, gt=0, description="Longest call of a function of your own."
+    )
+    max_len: int = Field(default=64, ge=1, description="Tokens at which it must stop.")
+
+    @property
+    def reward_kind(self) -> RewardKind:
+        """Of the task's RewardQuery."""
+        return "suffix" if self.y else "stop"
+
+    @model_validator(mode="after")
+    def _check_templates(self) -> Self:
+        asked, answered = _columns_of("x", self.x), _columns_of("y", self.y)
+        if not asked or {"answer", self.answer} & set(asked):
+            raise ValueError(
+                f"x ({self.x!r}) must hold a column in braces, such as {{question}}, and not the "
+                "answer, which the policy is to find"
+            )
+        if self.y and answered != ["answer"]:
+            raise ValueError(
+                f"y ({self.y!r}) must hold {{answer}} once and no other column; "
+                '"" where a verifier alone judges rationales'
+            )
+        return self
+
+
+def _columns_of(key: str, template: str) -> list[str]:
+    """Those that a template names; raises ValueError for one that cannot be filled in."""
+    try:
+        parts = [(name, bool(spec or how)) for _, name, spec, how in Formatter().parse(template)]
+    except ValueError as error:
+        raise ValueError(f"{key} ({template!r}): {error}; write {{{{ for a brace") from None
+    names = [name for name, _ in parts if name is not None]
+    if odd := [name for name in names if (name, False) not in parts or not _COLUMN.fullmatch(name)]:
+        raise ValueError(
+            f"{key} ({template!r}): {{{odd[0]}}} is no plain column; write {{question}}, and "
+            "{{ for a brace"
+        )
+    return names
+
+
 class ToyConfig(Lengths):
     """The `[task]` section of a run on the enumerable toy."""
 
@@ -180,6 +278,7 @@ ShippedTaskConfig = Annotated[
     ArithmeticConfig
     | ContinuationConfig
     | InfillingConfig
+    | QuestionsConfig
     | RandomNumberConfig
     | SubjectivityConfig
     | ToyConfig,

@@ -6,7 +6,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ Model = TypeVar("Model", bound=BaseModel)
 Record = TypeVar("Record")
 TOLD = 20  # bad lines that an error lists
 FILES: dict[str, Any] = {"files": True}  # json_schema_extra of a key of `[task]` that names some
+_DATASET = re.compile(r"([\w.-]+/[\w.-]+?)(?::([\w.\[\]%:+-]+))?")
+_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 _NUMBER, _WHOLE, _TRUTH = "must be a number", "must be a whole number", "must be true or false"
 _TEXT, _LIST, _TABLE = "must be a text, in quotes", "must be a list", "must be a table of keys"
 # Mistakes as pydantic sorts them -> what is told of them.
@@ -49,12 +52,24 @@ def mistake(detail: Mapping[str, Any]) -> str:
 
 
 def missing_files(settings: BaseModel) -> Iterator[tuple[str, str]]:
-    """Key and name of each data file of a task's settings that is not there."""
+    """Key and name of each data file of a task's settings that is not there.
+
+    Datasets of a hub, of tasks that read them, are not looked for.
+    """
+    hub = "revision" in type(settings).model_fields
     for key, field in type(settings).model_fields.items():
         named = getattr(settings, key) if field.json_schema_extra == FILES else None
         for path in named if isinstance(named, tuple) else (named,):
-            if path is not None and not os.path.isfile(path):
+            if path is None or (hub and dataset_name(path)):
+                continue
+            if not os.path.isfile(path):
                 yield key, path
+
+
+def dataset_name(source: str) -> re.Match[str] | None:
+    """OWNER/NAME and SPLIT of a dataset of Hugging Face's hub; None for what is meant as a file."""
+    is_file = os.path.exists(source) or source.lower().endswith(_FILE_SUFFIXES)
+    return None if is_file else _DATASET.fullmatch(source)
 
 
 def read_records(
@@ -68,20 +83,35 @@ def read_records(
 
     Raises DataError, which lists the bad records.
     """
+
+    def checked(value: Any) -> Record:
+        try:
+            return make(model.model_validate(value, strict=True))
+        except ValidationError as error:
+            raise ValueError(_fault(error, model)) from None
+
+    return made_of(path, read_values(path), checked)
+
+
+def made_of(
+    source: str, values: Iterable[tuple[str, Any]], make: Callable[[Any], Record]
+) -> tuple[Record, ...]:
+    """What each value becomes, at least one; each comes with its place in `source`.
+
+    Raises DataError, which lists the values for which `make` raises a ValueError.
+    """
     records: list[Record] = []
     faults = []
-    for place, value in _values(path, read_text(path)):
+    for place, value in values:
         try:
             if isinstance(value, _Unreadable):
                 raise ValueError(value)
-            records.append(make(model.model_validate(value, strict=True)))
-        except ValidationError as error:
-            faults.append(f"{place}: {_fault(error, model)}")
+            records.append(make(value))
         except ValueError as error:
             faults.append(f"{place}: {error}")
     refuse(faults)
     if not records:
-        raise DataError(f"{path}: holds no record; give one at least")
+        raise DataError(f"{source}: holds no record; give one at least")
     return tuple(records)
 
 
@@ -106,8 +136,9 @@ class _Unreadable(str):
     """Stands for a record that could not be read: why."""
 
 
-def _values(path: str, text: str) -> Iterator[tuple[str, Any]]:
-    """Place and content of each record."""
+def read_values(path: str) -> Iterator[tuple[str, Any]]:
+    """Place and content of each record of a file; raises DataError for one that has none."""
+    text = read_text(path)
     suffix = Path(path).suffix.lower()
     if suffix == ".csv":
         yield from _csv_rows(path, text)

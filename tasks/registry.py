@@ -8,12 +8,14 @@ from tasks.config import (
     ArithmeticConfig,
     ContinuationConfig,
     InfillingConfig,
+    QuestionsConfig,
     RandomNumberConfig,
     SubjectivityConfig,
     TaskConfig,
     ToyConfig,
 )
 from tasks.custom import CustomTask, build_own
+from tasks.questions.task import build_questions
 from tasks.random_number import build_random_number
 from tasks.sentences.continuation import build_continuation
 from tasks.sentences.infilling import build_infilling
@@ -25,6 +27,7 @@ _BUILDERS: dict[type[Any], Callable[[Any, Tokenizer], Task]] = {
     ArithmeticConfig: build_arithmetic,
     ContinuationConfig: build_continuation,
     InfillingConfig: build_infilling,
+    QuestionsConfig: build_questions,
     RandomNumberConfig: build_random_number,
     ToyConfig: build_toy,
 }

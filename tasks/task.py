@@ -17,6 +17,8 @@ from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.held_out import Split
 
+Answer = int | str  # true or given; equal ones are the same
+
 
 class Tokenizer(Protocol):
     """What a task needs of a tokenizer."""
@@ -44,7 +46,7 @@ class TestItem:
 class TestQuestion(TestItem):
     """A question with its true answer."""
 
-    answer: int
+    answer: Answer
     group: str = ""  # that it is counted in, such as a number of operands
     unseen: bool  # not in the training data, word for word
 
@@ -112,5 +114,5 @@ class QuestionTask(Task, Protocol):
     def answer_actions(self) -> ActionSpace:
         """How the base LM answers: any token, until end of text or long enough."""
 
-    def parse_answer(self, text: str) -> int | None:
+    def parse_answer(self, text: str) -> Answer | None:
         """The answer in a text that the base LM wrote behind X Z; None where it is none."""

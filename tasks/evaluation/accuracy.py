@@ -17,7 +17,7 @@ from lm.sampling import Request
 from tasks.evaluation.context import Draw, EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric, mean_of
 from tasks.evaluation.few_shot import worked_examples
-from tasks.task import QuestionTask, TestQuestion
+from tasks.task import Answer, QuestionTask, TestQuestion
 
 GREEDY_TEMPERATURE = 1e-4  # draws the likeliest token unless the runner-up is as likely
 Tokens = tuple[int, ...]
@@ -29,10 +29,10 @@ class Voted:
 
     item: TestQuestion
     rationales: tuple[str, ...]
-    answers: tuple[int | None, ...]  # None: the text after the rationale was no answer
+    answers: tuple[Answer | None, ...]  # None: the text after the rationale was no answer
 
     @property
-    def answer(self) -> int | None:
+    def answer(self) -> Answer | None:
         """The commonest answer; of equally common ones, the one that was drawn first."""
         return Counter(self.answers).most_common(1)[0][0]
 
@@ -54,9 +54,12 @@ class Voted:
 
 
 def evaluate_answers(
-    task: QuestionTask, context: EvaluationContext, *, groups: str = ""
+    task: QuestionTask, context: EvaluationContext, *, groups: str = "", lead: Tokens = ()
 ) -> Evaluation:
     """Vote on the held-out questions of a task, and count by their groups, numbers of `groups`.
+
+    Args:
+        lead: what every answer begins with, which the LM need not say.
 
     Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
     """
@@ -84,6 +87,7 @@ def evaluate_answers(
         decode=tokenizer.decode,
         parse=task.parse_answer,
         context=() if shots else task.reward_query.context,
+        lead=lead,
     )
     voted, spread = voted[: len(items)], voted[len(items) :]
     return Evaluation(
@@ -102,8 +106,9 @@ def vote(
     *,
     answer: Draw,
     decode: Callable[[list[int]], str],
-    parse: Callable[[str], int | None],
+    parse: Callable[[str], Answer | None],
     context: Tokens = (),
+    lead: Tokens = (),
 ) -> list[Voted]:
     """Ask the base LM for the answers that follow the rationales, once for equal ones of a text.
 
@@ -111,11 +116,15 @@ def vote(
         asked: the text that each item's rationales stand behind.
         answer: draws Y of the base LM.
         context: token ids in front of the text when the base LM answers.
+        lead: what every answer begins with, which the LM need not say.
     """
     pairs = [(x, z) for x, same in zip(asked, rationales, strict=True) for z in same]
     distinct = list(dict.fromkeys(pairs))
     replies = answer(
-        [Request(prompt=(*context, *x, *z), temperature=GREEDY_TEMPERATURE) for x, z in distinct]
+        [
+            Request(prompt=(*context, *x, *z, *lead), temperature=GREEDY_TEMPERATURE)
+            for x, z in distinct
+        ]
     )
     answer_of = {
         pair: parse(decode(reply.tokens.tolist()))

@@ -1,0 +1,207 @@
+"""Questions with answers, of any origin: X asks, Z is a rationale, Y the true answer.
+
+    Question: What is 3 + 4?
+    Reasoning: 3 + 4 = 7
+    Answer: 7
+
+Both texts are templates (`task.x`, `task.y`). The policy ends Z by the token that Y begins with,
+so an untrained one stops where the language model would; without a Y by the end-of-text token.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from string import Formatter
+
+from actors.demonstrations import Demonstration
+from actors.prompts import Prompt
+from actors.reward_query import RewardQuery
+from lm.actions import ActionSpace
+from lm.sampling import Tool
+from lm.spelling import (
+    ANY_WORD,
+    TokenizerUnfit,
+    chat_text,
+    control_tokens,
+    spell,
+    spell_after,
+)
+from tasks.arithmetic.calculator import Calculator
+from tasks.config import QuestionsConfig
+from tasks.custom import PlainTask
+from tasks.evaluation.accuracy import evaluate_answers
+from tasks.evaluation.context import EvaluationContext
+from tasks.evaluation.evaluation import Evaluation
+from tasks.held_out import check_apart, read_splits
+from tasks.questions.data import Question, canonical, read_questions
+from tasks.stop_rule import end_of_text, narrowed
+from tasks.task import TestQuestion, Tokenizer
+
+_LONGER = 8  # tokens by which an answer may be longer than any that is known
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A row in the tokens of a model."""
+
+    prompt: Prompt
+    answer: str
+    shown: Demonstration | None  # where the row has a rationale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions(PlainTask):
+    """The task on loaded data; see tasks.task.QuestionTask."""
+
+    answer_actions: ActionSpace
+    lead: tuple[int, ...]  # tokens that every Y begins with
+    end: str  # text behind the answer in every Y
+
+    def parse_answer(self, text: str) -> str | None:
+        """The answer in what the base LM wrote behind X Z and the beginning of Y: its line, or what
+        comes before the end of Y."""
+        line = text.lstrip().partition("\n")[0]
+        behind = rf"{re.escape(self.end.strip())}(?!\S)" if self.end.strip() else "$"
+        return canonical(re.split(behind, line)[0]) or None
+
+    def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
+        """The base LM goes on behind X Z and the beginning of Y; what it answers is counted."""
+        return evaluate_answers(self, context, lead=self.lead)
+
+
+def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
+    """Load the data and encode it; raises DataError, TokenizerUnfit."""
+    spelling = _Spelling(config, tokenizer)
+
+    def load(source: str) -> tuple[_Asked, ...]:
+        return read_questions(config, source, spelling.asked)
+
+    splits = read_splits(config, load(config.data), load, _text)
+    for split, files in splits.held_out.items():
+        key = "task.tests" if split == "test" else "task.validation"
+        check_apart(key, files, "task.data", (splits.training,), _text)
+    known: dict[str, _Asked] = {}
+    for asked in splits.training:  # a question that comes again counts once
+        known.setdefault(asked.prompt.key, asked)
+    longest = max(len(asked.prompt.answer) for asked in known.values())
+    actions = spelling.actions
+    return Questions(
+        name="questions",
+        actions=actions,
+        tool=spelling.tool,
+        prompts=tuple(asked.prompt for asked in known.values()),
+        demonstrations=tuple(asked.shown for asked in known.values() if asked.shown),
+        held_out=splits.made(_test_question),
+        reward_query=RewardQuery(kind=config.reward_kind, stop_token=actions.stop_token),
+        answer_actions=ActionSpace(
+            stop_token=end_of_text(tokenizer),
+            legal_tokens=None,
+            min_len=1,
+            max_len=longest + _LONGER,
+        ),
+        lead=spelling.lead,
+        end=spelling.end,
+    )
+
+
+def _text(asked: _Asked) -> str:
+    return asked.prompt.text
+
+
+def _test_question(asked: _Asked) -> TestQuestion:
+    return TestQuestion(prompt=asked.prompt, answer=canonical(asked.answer), unseen=True)
+
+
+class _Spelling:
+    """The texts of a row in the tokens of a model, as `config` has them."""
+
+    def __init__(self, config: QuestionsConfig, tokenizer: Tokenizer) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        texts = [text for text, *_ in Formatter().parse(config.y)]  # in front of a column each
+        lead, self.end = "".join(texts[:1]).rstrip(), "".join(texts[1:])
+        self.lead = spell_after(tokenizer, ANY_WORD, lead) if lead else ()
+        if config.chat:
+            chat_text(tokenizer, ANY_WORD)  # or raises, once for all rows
+        self.tool: Tool | None = Calculator(tokenizer) if config.tools else None
+        self.actions = self._action_space()
+
+    def asked(self, row: Question) -> _Asked:
+        """Raises ValueError for a row that cannot be spelled as the templates have it."""
+        x, y = _filled("x", self._config.x, row), _filled("y", self._config.y, row)
+        read = chat_text(self._tokenizer, x) if self._config.chat else x
+        answer = spell_after(self._tokenizer, ANY_WORD, y) if y else ()
+        if answer[: len(self.lead)] != self.lead:
+            raise TokenizerUnfit(
+                f"this tokenizer spells the beginning of Y otherwise in front of {row.answer!r}: "
+                "put a space or a sign in front of {answer} in task.y"
+            )
+        prompt = Prompt(
+            key=hashlib.blake2b(f"{x}\0{y}".encode(), digest_size=16).hexdigest(),
+            text=x,
+            prompt=spell(self._tokenizer, read),
+            answer=answer,
+        )
+        shown = None if row.rationale is None else self._shown(prompt, read, row.rationale)
+        return _Asked(prompt, row.answer, shown)
+
+    def _shown(self, prompt: Prompt, read: str, rationale: str) -> Demonstration:
+        """The rationale as the policy would write it, with the marks of what the tool says.
+
+        Raises IllegalCompletion, TokenizerUnfit, and ValueError where the tool says otherwise.
+        """
+        apart = "" if self._config.chat or read[-1:].isspace() else " "
+        tokens = spell_after(self._tokenizer, read, apart + rationale.strip())
+        from_tool: list[bool] = []
+        while len(from_tool) < len(tokens):
+            from_tool.append(False)
+            place = len(from_tool)
+            if self.tool is None or tokens[place - 1] not in self.tool.triggers:
+                continue
+            said = self.tool.output(tokens[:place])
+            if list(tokens[place : place + len(said)]) != said:
+                raise ValueError(
+                    f"its rationale goes on otherwise than the tool, which says "
+                    f"{self._tokenizer.decode(said)!r} behind "
+                    f"{self._tokenizer.decode(list(tokens[:place]))[-40:]!r}: correct it"
+                )
+            from_tool += [True] * len(said)
+        self.actions.check(tokens, from_tool)
+        return Demonstration(prompt=prompt, completion=tokens, from_tool=tuple(from_tool))
+
+    def _action_space(self) -> ActionSpace:
+        """Any text, or tokens of the legal characters alone; raises TokenizerUnfit."""
+        config, tokenizer = self._config, self._tokenizer
+        stop = self.lead[:1] or (end_of_text(tokenizer),)
+        if config.stop is not None:
+            stop = spell_after(tokenizer, ANY_WORD, config.stop)
+        if len(stop) != 1:
+            raise TokenizerUnfit(
+                f"task.stop: this tokenizer spells {config.stop!r} as {len(stop)} tokens, and one "
+                "token ends a rationale: name another text"
+            )
+        legal = frozenset(range(len(tokenizer))) - control_tokens(tokenizer)
+        if config.legal is not None:
+            meant = frozenset(config.legal).issuperset
+            texts = {token: tokenizer.decode([token]) for token in legal}
+            legal = frozenset(token for token, text in texts.items() if text and meant(text))
+        if not legal - set(stop):
+            raise TokenizerUnfit(f"task.legal: no token consists of {config.legal!r} alone")
+        actions = ActionSpace(
+            stop_token=stop[0],
+            legal_tokens=tuple(sorted(legal)),
+            min_len=config.min_len,
+            max_len=config.max_len,
+        )
+        return narrowed(actions, config, tokenizer)
+
+
+def _filled(key: str, template: str, row: Question) -> str:
+    """Raises ValueError where the row lacks a column."""
+    try:
+        return template.format_map(row.columns)
+    except KeyError as error:
+        raise ValueError(
+            f"task.{key} names the column {error}, in which it has no text; it has "
+            f"{', '.join(row.columns)}"
+        ) from None
