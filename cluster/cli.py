@@ -123,7 +123,13 @@ _SPLITS = ("validation", "test")
 _MANY = "experiments.{verb}"
 _COMPLETED = argparse.ArgumentParser(add_help=False)  # is told all verbs and their options
 _VERBS = {
-    "train": _Verb("Fine-tune a language model on a task", _CONFIG, *_NEW_RUN, _OVERRIDES),
+    "train": _Verb(
+        "Fine-tune a language model on a task",
+        _CONFIG,
+        *_NEW_RUN,
+        _argument("--dry-run", "check everything and show the plan; start nothing", **_FLAG),
+        _OVERRIDES,
+    ),
     "mstep": _Verb(
         "Fine-tune a run's language model on rationales of its policy",
         *_NEW_RUN,

@@ -101,8 +101,11 @@ class Checkpoints:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".{PUBLISHED_FILE}-{os.getpid()}"
-        partial.write_text(f"{version}\n")
-        os.replace(partial, self._folder / PUBLISHED_FILE)
+        try:
+            partial.write_text(f"{version}\n")
+            os.replace(partial, self._folder / PUBLISHED_FILE)
+        except OSError as error:  # of a full disk it names no file by itself
+            raise OSError(error.errno, error.strerror, str(partial)) from error
 
     def last_published(self) -> int:
         """The highest version noted, -1 before the first."""

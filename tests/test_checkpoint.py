@@ -1,5 +1,6 @@
 """Checkpoints: bit-for-bit resume, refusal of what does not belong, survival of what breaks."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_a_crash_while_writing_leaves_the_one_before(
     assert Snapshot.decode(checkpoints.read()).version == 1
     checkpoints.save(make_snapshot(3))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_a_version_that_a_full_disk_does_not_take_is_told_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        make_checkpoints(tmp_path).note_published(3)
+    assert Path(caught.value.filename).parent == tmp_path
 
 
 def test_no_checkpoint_is_a_clear_error(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import pytest
 from cluster.__main__ import main
 from cluster.cli import parse
 from cluster.run.directory import RunDirectory, first_state
+from cluster.run.display import BUFFER_SIZE, LOSS, TIME_LEFT_S, TRAJECTORIES_PER_S
+from cluster.run.terminal import plain_line
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,6 +128,34 @@ def test_status_lists_runs_and_shows_one_in_full(capsys: pytest.CaptureFixture[s
     assert main(["status", "--run", "mine"]) == 0
     full = capsys.readouterr().out
     assert "1.25" in full and "50.0%" in full and "[red]replaced[/red]" in full
+
+
+@pytest.mark.parametrize(
+    ("phase", "desired", "shown", "hidden"),
+    [
+        ("training", 1, ["actors 0/1", "left", "trajectories/s"], []),
+        ("done", 1, ["trajectories/s", "buffer"], ["actors", "left"]),
+        ("training", 0, ["left", "loss"], ["actors", "trajectories/s", "buffer"]),  # it imitates
+    ],
+)
+def test_status_shows_only_what_is_true_of_the_run(
+    phase: str,
+    desired: int,
+    shown: list[str],
+    hidden: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = RunDirectory("mine")
+    run.path.mkdir(parents=True)
+    last = {TIME_LEFT_S: 0.0, TRAJECTORIES_PER_S: 2.0, BUFFER_SIZE: 3.0, LOSS: 1.0}
+    parts = {"desired": {"actors": desired}, "actual": {"actors": 0}, "metrics": last}
+    run.write_state(first_state("mine", steps=5).model_copy(update={"phase": phase, **parts}))
+    assert main(["status", "--run", "mine"]) == 0
+    said = capsys.readouterr().out
+    state = run.state()
+    assert state is not None
+    for text in (said, plain_line(state)):
+        assert all(word in text for word in shown) and not any(word in text for word in hidden)
 
 
 def test_status_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:

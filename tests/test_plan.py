@@ -205,3 +205,19 @@ def test_devices_by_name_and_size() -> None:
     )
     with pytest.raises(UserError, match=r"--gpu 'potato': give a size such as 24GB"):
         device_memory_mb("potato")
+
+
+def test_a_dry_run_checks_everything_and_starts_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "tasks/toy.toml", "--run", "mine", "--local", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "fits this machine" in said and "nothing was started" in said
+    assert main([*words, "learner.ranks=2"]) == 1  # what `train` would refuse
+    assert "--local is one process" in capsys.readouterr().err
+    monkeypatch.setattr("cluster.commands.plan.device_memory_bytes", lambda device: 2**20)
+    assert main(words) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())

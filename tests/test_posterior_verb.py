@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from actors.prompts import Prompt
 from cluster.__main__ import main
 from cluster.cli import parse
-from cluster.config.file import load_config
+from cluster.commands.evaluate import as_learned
+from cluster.commands.posterior import of_task
+from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import PROJECT_ROOT
 from cluster.run.assembly import load_task
 from cluster.run.directory import RunDirectory
@@ -207,21 +210,36 @@ def test_a_tasks_own_reward_is_enumerated_up_to_its_bound(
 
 
 def test_the_terminal_shows_figures_and_where_the_plot_is(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run("mine")
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["posterior", TOY, "--run", "mine", *SMALL]) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    interval = r" +-?\d+\.\d{3} \[-?\d+\.\d{3}, -?\d+\.\d{3}\]"  # in one line, of both policies
+    assert re.search(rf"^ ELBO {interval}{interval} *$", said, re.MULTILINE)
+    assert "loading the language model" in progress and "completions" in progress
     assert "T = 1" in said and "exact, by enumeration" in said and "bounds of log Z" in said
     assert "2 of 2" in said and "sampled too often" in said
     plot = RunDirectory("mine").plots / "posterior.png"
     assert f"plot: {plot}" in said and plot.exists()
+    monkeypatch.setenv("COLUMNS", "250")
     assert main(["posterior", TOY, *SMALL, "posterior.max_nodes=0"]) == 0
     said = capsys.readouterr().out
     assert "not enumerable" in said and "no prompt could be enumerated" in said
     assert main(["posterior", TOY, *SMALL, "posterior.draws=1", "posterior.max_nodes=0"]) == 0
     said = capsys.readouterr().out
     assert "none of 1 fits" in said and "0 samples: too few" in said
+
+
+@pytest.mark.parametrize(("words", "seed"), [([], 7), (["seed=9"], 9)])
+def test_a_run_is_measured_on_the_data_that_its_seed_drew(words: list[str], seed: int) -> None:
+    run = RunDirectory("mine")
+    run.path.mkdir(parents=True)
+    run.config_file.write_text(resolved_toml(load_config(TOY, ["seed=7"])))
+    config = load_config(TOY, words)
+    assert of_task(run, config, words).seed == seed
+    assert as_learned(config, words, run).seed == seed
 
 
 def test_a_run_of_another_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

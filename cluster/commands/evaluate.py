@@ -15,6 +15,7 @@ from cluster.reports.score_table import table
 from cluster.run.directory import RunDirectory, find_run
 from cluster.run.evaluation import evaluate
 from cluster.run.preflight import check_adapter
+from cluster.run.terminal import stages
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,14 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = config.changed({"evaluation.split": arguments.split})
     if arguments.data:
         config = on_files(config, arguments.data)
-    errors = Console(stderr=True)
-    with errors.status("") as status:
-        found = evaluate(
-            config,
-            adapter=adapter,
-            step=step,
-            progress=lambda stage: status.update(escape(stage)),
-        )
+    with stages(Console(stderr=True)) as progress:
+        found = evaluate(config, adapter=adapter, step=step, progress=progress)
     if arguments.json:
         print(found.model_dump_json(exclude={"examples"}))
         return 0
@@ -57,7 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -> RunConfig:
-    """With what the run learned by: its objective and its T say what its adapter is measured as.
+    """With what the run learned by: its objective and its T say what its adapter is measured as,
+    and its seed which data its task drew.
 
     Raises:
         UserError: an override says otherwise.
@@ -67,8 +63,14 @@ def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -
             f"{' and '.join(other)}: how run {run.name!r} learned is read from {run.config_file}; "
             "leave it out"
         )
-    learned = load_config(str(run.config_file), ()).learner
-    return config.changed({"learner": learned})
+    own = load_config(str(run.config_file))
+    return config.changed({"learner": own.learner, **seed_of(own, overrides)})
+
+
+def seed_of(own: RunConfig, overrides: Sequence[str]) -> dict[str, int]:
+    """The change that gives a run's seed, unless the command line has another."""
+    given = any(word.partition("=")[0].strip() == "seed" for word in overrides)
+    return {} if given else {"seed": own.seed}
 
 
 def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:

@@ -30,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
         config,
         read_scores(run),
         task,
+        folder=arguments.push or str(folder),
         steps=None if state is None else state.step,
         merged=arguments.merge,
         dtype=dtype or (config.lm.dtype if arguments.merge else "float32"),

@@ -11,8 +11,10 @@ from rich.text import Text
 
 from cluster.config.file import load_config
 from cluster.config.project import UserError
+from cluster.config.schema import RunConfig
 from cluster.run.plan import PartPlan, Plan, plan_run
 from lm.memory import device_memory_bytes
+from lm.model import device_of
 
 # Memory of the devices that people name, GB.
 DEVICES_GB = {
@@ -36,6 +38,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         show(plan, misfits, device)
     return 1 if misfits else 0
+
+
+def show_fit(config: RunConfig) -> bool:
+    """Show what a run will hold of this machine's memory; whether it fits."""
+    device = device_of(config.lm)
+    plan = plan_run(config, on_gpu=device.type == "cuda")
+    misfits = plan.misfits(device_memory_bytes(device) / 2**20)
+    show(plan, misfits, f"this machine ({device.type})")
+    return not misfits
 
 
 def device_memory_mb(name: str) -> float:

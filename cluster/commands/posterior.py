@@ -1,10 +1,12 @@
 """The verb `posterior`: how far a policy is from the exact posterior."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from cluster.commands.evaluate import seed_of
 from cluster.config.file import load_config
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
@@ -13,6 +15,7 @@ from cluster.reports.posterior_report import show
 from cluster.run.directory import RunDirectory, find_run
 from cluster.run.evaluation import evaluation_context
 from cluster.run.preflight import check_adapter
+from cluster.run.terminal import stages
 from tasks.posterior.assessment import assess
 from tasks.posterior.records import as_json
 from tasks.registry import build_task
@@ -27,12 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
     plot = Path.cwd() / f"posterior-{config.task_name}.png"
     if arguments.run:
         directory = find_run(arguments.run)
-        check_task(directory, config)
+        config = of_task(directory, config, arguments.overrides)
         adapter, plot = directory.adapter, directory.plots / "posterior.png"
         check_adapter(adapter)
-    context = evaluation_context(config, adapter)
-    task = build_task(config.task, context.language_model.tokenizer, seed=config.seed)
-    assessment = assess(task, context)
+    with stages(Console(stderr=True)) as progress:
+        progress("loading the language model")
+        context = evaluation_context(config, adapter, progress=progress)
+        task = build_task(config.task, context.language_model.tokenizer, seed=config.seed)
+        assessment = assess(task, context)
     policy = arguments.run or _BASE
     pairs = zip(assessment.prompts, assessment.pictures, strict=True)
     pictures = [(report.title, picture) for report, picture in pairs if picture is not None]
@@ -53,11 +58,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_task(directory: RunDirectory, config: RunConfig) -> None:
-    """Raise UserError where the run is one of another task."""
-    own = load_config(str(directory.config_file)).task_name
-    if own != config.task_name:
+def of_task(directory: RunDirectory, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """With the seed by which the run drew its data; raises UserError for a run of another task."""
+    own = load_config(str(directory.config_file))
+    if own.task_name != config.task_name:
         raise UserError(
-            f"run {directory.name!r} is of task {own!r}, the configuration of "
+            f"run {directory.name!r} is of task {own.task_name!r}, the configuration of "
             f"{config.task_name!r}: give that of the run, {directory.config_file}"
         )
+    return config.changed(seed_of(own, overrides))

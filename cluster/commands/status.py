@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
-from cluster.run.display import duration, figures, parts, phase
+from cluster.run.display import duration, known, parts, phase
 
 _WATCH_S = 1.0
 
@@ -68,11 +68,11 @@ def in_full(run: RunDirectory, state: RunState) -> Table:
         ("phase", phase(state)),
         ("step", f"{state.step} of {state.steps}"),
         ("version", str(state.version)),
-        ("parts", parts(state)),
+        *([("parts", told)] if (told := parts(state)) else []),
         ("driver", f"process {state.pid} on {state.host}"),
         ("ray", state.address or "none: one process"),
         ("heartbeat", f"{_silence(state)} ago"),
-        *figures(state.metrics),
+        *known(state),
     ]
     if state.message:
         rows.append(("last event", state.message))

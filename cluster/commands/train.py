@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 
+from cluster.commands.plan import show_fit
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
 from cluster.distributed.ray_cluster import join_cluster, living_nodes, may_grow, namespace_of
@@ -24,14 +26,33 @@ from cluster.run.own_buffer import buffer_server
 from cluster.run.preflight import check_before_start
 from cluster.run.resources import check_fit
 from cluster.run.session import Session
-from cluster.run.terminal import Terminal
+from cluster.run.terminal import Terminal, stages
 from tasks.evaluation.evaluation import Evaluation, Scores
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; exit status 0 when the run is done or was stopped on request."""
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        return rehearse(config, arguments)
     return train_and_show(config, arguments, stem=config.task_name)
+
+
+def rehearse(config: RunConfig, arguments: argparse.Namespace) -> int:
+    """Check what `train` would, and show the plan; 0 where the run fits. Nothing is started."""
+    directory = RunDirectory(arguments.run or new_name(config.task_name))
+    config, _, address = checked(
+        config,
+        directory,
+        resume=arguments.resume,
+        address=arguments.address,
+        local=arguments.local,
+    )
+    fits = show_fit(config if address is None else config.changed({"lm.device": "cpu"}))
+    if address is not None:
+        print(f"the cluster at {address} has the CPUs and GPUs; for their memory see plan --gpu")
+    print("nothing was started: the same words without --dry-run start the run")
+    return 0 if fits else 1
 
 
 def train_and_show(config: RunConfig, arguments: argparse.Namespace, *, stem: str) -> int:
@@ -72,15 +93,11 @@ def train(
         console: where progress is shown.
 
     Raises:
-        what `check_trackers`, `check_before_start` and `Driver.drive` raise.
+        what `checked` and `Driver.drive` raise.
     """
-    address = None if local else config.cluster.ray_address(address)
-    check_trackers(config.tracking.trackers)
-    identity = check_before_start(config, directory, resume=resume, address=address, local=local)
-    if address is not None:
-        config = join_cluster(config, address, namespace_of(directory.name))
-        if not may_grow():
-            check_fit(config, living_nodes())
+    config, identity, address = checked(
+        config, directory, resume=resume, address=address, local=local, console=console
+    )
     directory.begin(resume=resume)
     try:
         keep_identity(directory, identity)
@@ -92,6 +109,8 @@ def train(
             buffer_server(config, directory) as buffer,
             Tracking(config, directory, buffer.newest, terminal.event) as tracking,
         ):
+            if not local:
+                terminal.event(f"joining Ray at {address}" if address else "starting Ray here")
             session: Session = (
                 LocalSession(config, directory, buffer.address)
                 if local
@@ -104,6 +123,33 @@ def train(
     finally:
         directory.end()
     return scores
+
+
+def checked(
+    config: RunConfig,
+    directory: RunDirectory,
+    *,
+    resume: bool,
+    address: str | None,
+    local: bool,
+    console: Console | None = None,
+) -> tuple[RunConfig, dict[str, Any], str | None]:
+    """What a run starts with, once all is checked: settings, identity, the Ray cluster to join.
+
+    Raises what `check_trackers`, `check_before_start`, `join_cluster` and `check_fit` raise.
+    """
+    address = None if local else config.cluster.ray_address(address)
+    check_trackers(config.tracking.trackers)
+    with stages(console or Console()) as progress:
+        progress("checking the model, the data and where they fit")
+        identity = check_before_start(
+            config, directory, resume=resume, address=address, local=local
+        )
+    if address is not None:
+        config = join_cluster(config, address, namespace_of(directory.name))
+        if not may_grow():
+            check_fit(config, living_nodes())
+    return config, identity, address
 
 
 @contextmanager

@@ -34,7 +34,11 @@ def run(arguments: argparse.Namespace) -> int:
             steps = steps_at_equal_tokens(title, seed, results)
             each = planned_member(shared, title, seed, name, steps)
             results.append(members.result(each, f"{number} of {len(planned)}"))
-    findings = Findings(suite.folder, "compare", shared.task_name, results, choices)
+    task = shared.task
+    held_out = any(getattr(task, key, None) for key in ("validation", "validation_share"))
+    findings = Findings(
+        suite.folder, "compare", shared.task_name, results, choices, held_out=held_out
+    )
     frontier = suite.folder.path / "frontier.png"
     drawable = likelihoods_of(findings.metrics)
     findings.leave([draw_frontier(findings.metrics, frontier)] if drawable else [])

@@ -28,6 +28,7 @@ class Findings:
     Args:
         name: of its files, `NAME.png`, `NAME.json` and `NAME.md`.
         choices: what was chosen for methods before they were measured.
+        held_out: they were chosen on data of their own, the validation split.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Findings:
         task: str,
         results: Sequence[Result],
         choices: Sequence[Choice] = (),
+        *,
+        held_out: bool = True,
     ) -> None:
         self.metrics: Table = summarise(results, "metrics")
         self._compute = summarise(results, "compute")
@@ -45,6 +48,11 @@ class Findings:
         self._task = task
         self._results = results
         self._choices = choices
+        self._chosen_on = (
+            "what was chosen, on the validation split"
+            if held_out
+            else f"what was chosen, by the same figures as above: {task} holds no data out"
+        )
         self._notes = list(dict.fromkeys(result.note for result in results if result.note))
 
     def leave(self, plots: Sequence[Path] = ()) -> None:
@@ -58,6 +66,7 @@ class Findings:
             title=title,
             measured=(metrics, _rows(self.metrics)),
             notes=self._notes,
+            chosen_on=self._chosen_on,
             chosen=(_CHOSEN, self._chosen()) if self._choices else (),
             plots=[*plots, figure],
             spent=(compute, _rows(self._compute)),
@@ -65,7 +74,7 @@ class Findings:
         )
         parts = [f"# {title}", _markdown(metrics, _rows(self.metrics)), *self._notes]
         if self._choices:
-            parts.append(_markdown(_CHOSEN, self._chosen()))
+            parts += [f"{self._chosen_on}:", _markdown(_CHOSEN, self._chosen())]
         parts.append(_markdown(compute, _rows(self._compute)))
         write_whole(self._file.with_suffix(".md"), "\n\n".join(parts) + "\n")
         write_whole(self._file.with_suffix(".json"), self._as_json())
@@ -79,7 +88,7 @@ class Findings:
         for note in self._notes:
             console.print(note, soft_wrap=True, markup=False)
         if self._choices:
-            console.print(text_table(_CHOSEN, self._chosen(), "what was chosen"))
+            console.print(text_table(_CHOSEN, self._chosen(), self._chosen_on))
         console.print(text_table(["", *self._compute], _rows(self._compute), "what it took"))
         console.print(f"page: {self._folder.report_file}", soft_wrap=True, markup=False)
 

@@ -62,7 +62,7 @@ class Members:
             place: among others, for people: '2 of 9'.
         """
         first = member.steps[0]
-        self._suite.console.rule(f"{place}: {member.title}")
+        self._suite.console.print(f"── {place}: {member.title}", soft_wrap=True)
         with _named(member.title):
             if not method(member.method).trained:
                 results = [self._suite.measure(first)]

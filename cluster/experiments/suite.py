@@ -72,7 +72,7 @@ class Suite:
                 check_same_settings(directory, step.config)
             else:
                 if len(steps) > 1:
-                    self.console.rule(f"{step.title} (run {step.run})")
+                    self.console.print(f"── {step.title} (run {step.run})", soft_wrap=True)
                 scores = train(
                     step.config,
                     directory,

@@ -14,7 +14,7 @@ from cluster.inspector.detail import Detail
 from cluster.inspector.queries import Query
 from cluster.reports.html_page import page_environment
 from cluster.run.directory import RunState
-from cluster.run.display import TIME_LEFT_S, duration, figures, parts, phase
+from cluster.run.display import duration, known, parts, phase
 
 REFRESH_S = 5
 MOST_STEPS = 200  # stop states in a chart
@@ -58,12 +58,11 @@ def facts(state: RunState | None) -> Mapping[str, str]:
     """The figures on top of every page, by label."""
     if state is None:
         return {}
-    known = {"phase": phase(state), "step": f"{state.step} of {state.steps}"}
-    known["version"] = str(state.version)
-    if state.desired and not state.ended:
-        known["parts"] = parts(state)
-    hidden = {TIME_LEFT_S} if state.ended else set()
-    return known | dict(figures({k: v for k, v in state.metrics.items() if k not in hidden}))
+    facts = {"phase": phase(state), "step": f"{state.step} of {state.steps}"}
+    facts["version"] = str(state.version)
+    if told := parts(state):
+        facts["parts"] = told
+    return facts | dict(known(state))
 
 
 def prefix_charts(detail: Detail) -> Mapping[str, Markup]:

@@ -21,6 +21,7 @@ def model_card(
     scores: Scores,
     task: Task,
     *,
+    folder: str,
     steps: int | None,
     merged: bool,
     dtype: str,
@@ -30,6 +31,7 @@ def model_card(
 
     Args:
         name: of the run.
+        folder: where it lies: an absolute path, or a repository of the hub.
         steps: that it has taken; None: unknown.
         merged: the adapter is folded into the base's weights.
         dtype: of the weights that are exported.
@@ -58,6 +60,7 @@ def model_card(
     )
     return environment.get_template("model_card.md").render(
         name=name,
+        folder=folder,
         base=facts["base"],
         base_path=config.lm.model,
         base_dtype=config.lm.dtype,

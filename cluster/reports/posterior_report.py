@@ -1,81 +1,92 @@
-"""What `amortize posterior` says in a terminal."""
+"""What `amortize posterior` says in a terminal, of 80 columns too: prompt by prompt."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tasks.posterior.bounds import Bounds, Interval
 from tasks.posterior.records import Assessment, PolicyReport, PromptReport, StringShare
 
-_EXACT = ("left out", "TV", "KL(q‖p)", "KL(p‖q)", "JSD", "log Z error", "valid")
+_EXACT = {
+    **{"TV": ("tv", ".4f"), "KL(q‖p)": ("kl_q_p", ".4f"), "KL(p‖q)": ("kl_p_q", ".4f")},
+    **{"JSD": ("jsd", ".4f"), "log Z error": ("log_z_error", ".4f"), "valid": ("valid", ".3%")},
+}
+_BOUNDS = "bounds of log Z, with 95 % intervals"
 
 
 def show(assessment: Assessment, *, policy: str, beside_base: bool, console: Console) -> None:
-    """Tables of exact figures, of bounds, and of the strings that are most amiss."""
+    """Of each prompt exact figures, bounds, and the strings that are most amiss; then means."""
     console.print(
         f"[bold]{escape(assessment.task)}[/bold]: {escape(policy)} against the posterior "
         f"∝ R^(1/T), T = {assessment.temperature:g} (where training ends); nats"
     )
-    console.print(_exact(assessment, policy, beside_base))
-    console.print(_bounds(assessment.prompts, policy, beside_base))
-    told = _strings(assessment.prompts)
-    if told.row_count:
-        console.print(told)
-
-
-def _table(title: str, *columns: str) -> Table:
-    return Table(*columns, title=title, title_justify="left", box=None)
-
-
-def _exact(assessment: Assessment, policy: str, beside_base: bool) -> Table:
-    head = ("prompt", "prefixes", "completions", "log Z", "policy")
-    table = _table("exact, by enumeration", *head, *_EXACT)
+    names = (policy, "base")[: 1 + beside_base]
     for prompt in assessment.prompts:
-        log_z = _number(prompt.log_z, ".4f") if prompt.enumerable else "not enumerable"
-        cells = [escape(prompt.title), str(prompt.nodes), str(prompt.completions), log_z]
-        for name, report in _policies(prompt, policy, beside_base):
-            left_out = max(report.left_out_q, prompt.left_out_p)
-            table.add_row(*cells, name, f"{left_out:.1e}", *_figures(dict(report)))
-            cells = [""] * len(cells)
-    shares = f"{assessment.enumerated} of {len(assessment.prompts)}"
-    means = _figures(assessment.policy)
-    table.add_row("mean", shares, "", "", escape(policy), "", *means, style="bold")
-    if beside_base:
-        means = _figures(assessment.base)
-        table.add_row("", "", "", "", "base", "", *means, style="bold")
+        reports = (prompt, prompt.base)[: len(names)]
+        console.print(Text(f"\n{prompt.title}", style="bold"))
+        console.print(_log_z(prompt))
+        if prompt.enumerable:
+            left_out = [f"{max(one.left_out_q, prompt.left_out_p):.1e}" for one in reports]
+            table = _table("exact, by enumeration", names)
+            console.print(_exact(table, [dict(one) for one in reports], left_out))
+        console.print(_bounds(_table(_BOUNDS, names), reports))
+        if prompt.oversampled or prompt.undersampled:
+            console.print(_strings(prompt))
+    shares = f"{assessment.enumerated} of {len(assessment.prompts)} prompts"
+    means = (assessment.policy, assessment.base)[: len(names)]
+    console.print()
+    title = f"means of the {shares} that could be enumerated"
+    console.print(_exact(_table(title, names), means) if assessment.enumerated else title)
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table("", *map(escape, names), title=title, title_justify="left", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
     return table
 
 
-def _figures(figures: Mapping[str, Any]) -> Iterator[str]:
-    for name in ("tv", "kl_q_p", "kl_p_q", "jsd", "log_z_error"):
-        yield _number(figures[name], ".4f")
-    yield _number(figures["valid"], ".3%")
+def _log_z(prompt: PromptReport) -> str:
+    """Of the posterior itself."""
+    sizes = f"{prompt.completions} completions, {prompt.nodes} prefixes"
+    exact = "not enumerable" if prompt.log_z is None else f"log Z {prompt.log_z:.4f}"
+    texts = _interval(prompt.log_z_of_texts)
+    if prompt.texts and not texts:
+        texts = f"none of {prompt.texts} fits"
+    return escape(f"{exact}: {sizes}" + (f"; log Z from texts: {texts}" if texts else ""))
 
 
-def _bounds(prompts: Sequence[PromptReport], policy: str, beside_base: bool) -> Table:
-    reports = [report for prompt in prompts for report in (prompt, prompt.base)]
+def _exact(
+    table: Table, reports: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()
+) -> Table:
+    """A row for each figure, with a column for each policy."""
+    if left_out:
+        table.add_row("left out", *left_out)
+    for label, (name, reads) in _EXACT.items():
+        values = (report[name] for report in reports)
+        table.add_row(label, *("" if value is None else f"{value:{reads}}" for value in values))
+    return table
+
+
+def _bounds(table: Table, reports: Sequence[PolicyReport]) -> Table:
+    """The same of bounds."""
     sizes = sorted({k for report in reports if report.bounds for k in report.bounds.iwae})
     lower = ("ELBO", *(f"IWAE {k}" for k in sizes), "log Z from q")
-    upper = ("EUBO", "KL(q‖p) within", "ESS share")
-    head = ("prompt", "log Z from texts", "policy")
-    table = _table("bounds of log Z, with 95 % intervals", *head, *lower, *upper)
-    for prompt in prompts:
-        none_fits = prompt.texts and prompt.log_z_of_texts is None
-        of_texts = f"none of {prompt.texts} fits" if none_fits else _interval(prompt.log_z_of_texts)
-        cells = [escape(prompt.title), of_texts]
-        for name, report in _policies(prompt, policy, beside_base):
-            table.add_row(*cells, name, *_bound_cells(report.bounds, sizes))
-            cells = [""] * len(cells)
+    labels = (*lower, "EUBO", "KL(q‖p) within", "ESS share")
+    cells = [list(_bound_cells(report.bounds, sizes)) for report in reports]
+    for label, *row in zip(labels, *cells, strict=True):
+        table.add_row(label, *map(escape, row))
     return table
 
 
 def _bound_cells(bounds: Bounds | None, sizes: Sequence[int]) -> Iterator[str]:
     if bounds is None:
-        yield "no bounds: a sampled completion has no reward"
+        yield "none: a sampled completion has no reward"
+        yield from [""] * (len(sizes) + 4)
         return
     yield _interval(bounds.elbo)
     yield from (_interval(bounds.iwae.get(k)) for k in sizes)
@@ -87,31 +98,20 @@ def _bound_cells(bounds: Bounds | None, sizes: Sequence[int]) -> Iterator[str]:
     yield _interval(bounds.posterior_ess_share or bounds.ess_share)
 
 
-def _strings(prompts: Sequence[PromptReport]) -> Table:
-    columns = ("prompt", "sampled too often", "q", "p", "too rarely", "q", "p")
-    table = _table("completions most amiss, of the policy", *columns)
-    for prompt in prompts:
-        label = escape(prompt.title)
-        for often, rarely in zip_longest(prompt.oversampled, prompt.undersampled):
-            table.add_row(label, *_share(often), *_share(rarely))
-            label = ""
+def _strings(prompt: PromptReport) -> Table:
+    table = Table("of the policy", "completion", "q", "p", box=None)
+    table.title, table.title_justify = "completions most amiss", "left"
+    for label, shares in (
+        ("sampled too often", prompt.oversampled),
+        ("too rarely", prompt.undersampled),
+    ):
+        for number, share in enumerate(shares):
+            table.add_row("" if number else label, *_share(share))
     return table
 
 
-def _share(one: StringShare | None) -> tuple[str, str, str]:
-    return ("", "", "") if one is None else (escape(repr(one.text)), f"{one.q:.2e}", f"{one.p:.2e}")
-
-
-def _policies(
-    prompt: PromptReport, policy: str, beside_base: bool
-) -> Iterator[tuple[str, PolicyReport]]:
-    yield escape(policy), prompt
-    if beside_base:
-        yield "base", prompt.base
-
-
-def _number(value: float | None, reads: str) -> str:
-    return "" if value is None else f"{value:{reads}}"
+def _share(one: StringShare) -> tuple[str, str, str]:
+    return escape(repr(one.text)), f"{one.q:.2e}", f"{one.p:.2e}"
 
 
 def _interval(interval: Interval | None) -> str:

@@ -48,11 +48,19 @@ def figures(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
             yield figure.label, figure.write(metrics[figure.key])
 
 
+def known(state: RunState) -> Iterator[tuple[str, str]]:
+    """The figures that say something of the run as it is: outside of training no time is left, and
+    where the learner imitates, nobody rolls out."""
+    hidden = {TIME_LEFT_S} if state.phase != "training" else set()
+    if state.desired and not any(state.desired.values()):
+        hidden |= {TRAJECTORIES_PER_S, BUFFER_SIZE}
+    return figures({key: value for key, value in state.metrics.items() if key not in hidden})
+
+
 def parts(state: RunState) -> str:
-    """Parts that run of those wanted, such as 'actors 1/2, replicas 1/1'."""
-    return ", ".join(
-        f"{kind} {state.actual.get(kind, 0)}/{wanted}" for kind, wanted in state.desired.items()
-    )
+    """Parts that run of those wanted, such as 'actors 1/2, replicas 1/1'; empty where none do."""
+    wanted = {} if state.ended else {kind: n for kind, n in state.desired.items() if n}
+    return ", ".join(f"{kind} {state.actual.get(kind, 0)}/{n}" for kind, n in wanted.items())
 
 
 def phase(state: RunState) -> str:

@@ -103,7 +103,11 @@ class Driver:
         """Bring the run up, step it to its end, stop it in order; meanwhile measure the base."""
         before = None
         if self._scores.before is None:
+            self._event("measuring the base language model, before training")
             before = self._session.evaluate(None, self._event, step=0)
+        parts = {"actors": self._config.rollout_actors, "replicas": self._config.reward_replicas}
+        wanted = ["the learner", *(f"{number} {kind}" for kind, number in parts.items() if number)]
+        self._event(f"waiting until {', '.join(wanted)} have loaded the model")
         run = self._session.start(self._event, self._asked_to_stop)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
@@ -134,6 +138,7 @@ class Driver:
         if self._stop_requested:
             return False
         self._enter("evaluating")
+        self._event("measuring the policy")
         pending = self._session.evaluate(
             self._directory.adapter, self._event, step=self._state.step
         )

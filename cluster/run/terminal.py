@@ -1,15 +1,19 @@
 """What a person sees while a run goes on: a live panel, or a plain line now and then."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from cluster.run.directory import RunState
-from cluster.run.display import ELAPSED_S, duration, figures, parts
+from cluster.run.display import ELAPSED_S, duration, known, parts
 
 PLAIN_EVERY_S = 5.0
 _REFRESH_PER_S = 4.0
@@ -60,12 +64,34 @@ class Terminal:
             self._console.print(Text(line), soft_wrap=True)
 
 
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, and for how long, until it is over; told to what this gives.
+
+    Where there is no terminal it is a line whenever it changes, but no more than one in
+    PLAIN_EVERY_S.
+    """
+    began_s, last_s = time.monotonic(), float("-inf")
+
+    def plain(stage: str) -> None:
+        nonlocal last_s
+        if (now := time.monotonic()) - last_s >= PLAIN_EVERY_S:
+            last_s = now
+            console.print(Text(f"{duration(now - began_s)}: {stage}"), soft_wrap=True)
+
+    if not console.is_terminal:
+        yield plain
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        shown = progress.add_task("")
+        yield lambda stage: progress.update(shown, description=escape(stage))
+
+
 def plain_line(state: RunState) -> str:
     pieces = [f"{state.phase} step {state.step}/{state.steps} version {state.version}"]
-    pieces += [f"{label} {value}" for label, value in figures(state.metrics)]
-    if state.desired:
-        pieces.append(parts(state))
-    return " | ".join(pieces)
+    pieces += [f"{label} {value}" for label, value in known(state)]
+    return " | ".join(filter(None, [*pieces, parts(state)]))
 
 
 def panel(state: RunState) -> Group:
@@ -77,7 +103,7 @@ def panel(state: RunState) -> Group:
     )
     if ELAPSED_S in state.metrics:
         head.append(f"  {duration(state.metrics[ELAPSED_S])}")
-    shown = list(figures(state.metrics))
+    shown = list(known(state))
     grid = Table.grid(*[""] * len(shown), padding=(0, 3))
     grid.add_row(*(Text(label, style="dim") for label, _ in shown))
     grid.add_row(*(Text(value, style="bold") for _, value in shown))

@@ -73,8 +73,7 @@ def assess(task: Task, context: EvaluationContext) -> Assessment:
             score=log_reward_of(task, policies[-1].model, context.token_budget),
         )
         for number, prompt in enumerate(chosen, start=1):
-            context.progress(f"prompt {number} of {len(chosen)} against the posterior")
-            found.append(assessor.assess(prompt))
+            found.append(assessor.assess(prompt, f"prompt {number} of {len(chosen)}"))
     return Assessment(
         task=task.name,
         temperature=context.temperature,
@@ -116,10 +115,15 @@ class _Assessor:
     def base(self) -> _Policy:
         return self.policies[-1]
 
-    def assess(self, prompt: Prompt) -> tuple[PromptReport, Picture | None]:
+    def assess(self, prompt: Prompt, place: str) -> tuple[PromptReport, Picture | None]:
         """Everything about one prompt; a picture only where it can be enumerated."""
+        self.context.progress(f"{place}: walking through its completions")
+        scored = 0
 
         def log_weight(completions: Sequence[Prefix]) -> NDArray[np.float64]:
+            nonlocal scored
+            scored += len(completions)
+            self.context.progress(f"{place}: {scored} completions")
             with self.base.active():
                 log_r = log_rewards(completions, prompt, self.task.reward_query, self.score)
             return log_r / self.context.temperature
