@@ -83,14 +83,16 @@ class LearnerConfig(BaseModel):
     agreement_tolerance_nats: float | None = Field(
         default=None,
         gt=0,
-        description="Largest |log q recomputed - recorded| of a trajectory that is learned from; "
-        "None: 1e-3 in float32, 0.5 in bfloat16, which rounds more.",
+        description="Largest root mean square of log q recomputed - recorded, over the tokens and "
+        "stop states of a trajectory that is learned from. None: learned from the first draws, at "
+        "most 1e-3 in float32 and 0.25 in bfloat16 or TF32, which round more.",
     )
     agreement_check_share: float = Field(
-        default=0.0,
+        default=0.05,
         ge=0,
         le=1,
-        description="Compared beside one trajectory of each actor and version: of these versions.",
+        description="Share of what is drawn that is compared with the learner's log q; at least "
+        "one trajectory of each actor and version, and everything in the first three draws.",
     )
     agreement_max_share: float = Field(
         default=0.25,

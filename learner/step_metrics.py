@@ -9,7 +9,7 @@ from scipy.special import logsumexp
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import log_q_gaps
+from learner.agreement.comparison import log_q_differences
 from learner.batch import Batch, content, members
 from learner.engine import Engine
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
@@ -64,8 +64,8 @@ class Tally:
         ]
         if not rows:
             return
-        gap_BN, counted_BN = log_q_gaps(batch, inputs.log_pf_BT, inputs.log_stop_BS)
-        gap_K = gap_BN[rows][counted_BN[rows]]
+        difference_BN, counted_BN = log_q_differences(batch, inputs.log_pf_BT, inputs.log_stop_BS)
+        gap_K = difference_BN[rows][counted_BN[rows]].abs()
         self._gap_sum += gap_K.sum().item()
         self._gap_count += gap_K.numel()
         self._gap_max = max(self._gap_max, gap_K.max().item())

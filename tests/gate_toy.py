@@ -79,8 +79,10 @@ def make_gate(
     warnings: list[str] | None = None,
     max_age: int = 16,
     replay: Replay | None = None,
+    calibrated: bool = True,
 ) -> AgreementGate:
-    return AgreementGate(
+    """A gate; `calibrated`: its first draws are over, and it tolerates the most that it may."""
+    gate = AgreementGate(
         replay=replay or QueueReplay(),
         model=model,
         actions=ACTIONS,
@@ -89,6 +91,9 @@ def make_gate(
         config=config or make_config(),
         warn=print if warnings is None else warnings.append,
     )
+    if calibrated:
+        gate.tolerance.restore({"draws": 3, "squares": {}})
+    return gate
 
 
 def as_group(

@@ -26,8 +26,8 @@ from cluster.run import assembly as roles
 from cluster.run.directory import RunDirectory
 from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
-from learner.agreement.comparison import SamplersDisagree
 from learner.agreement.quarantine import read_quarantine
+from learner.agreement.tolerance import SamplersDisagree
 from learner.engine import TorchEngine
 from learner.learner import Learner
 from lm.model import load_base
@@ -206,7 +206,7 @@ def test_a_run_with_a_damaged_actor_is_the_run_that_never_saw_it(
     assert not [t for t in mixed.gate.admitted if t.actor == DAMAGED]
     kept = list(read_quarantine(tmp_path / "mixed/quarantine"))
     assert sorted(outcome.trajectory.id for outcome in kept) == sorted(t.id for t in wrong)
-    assert min(outcome.gap_nats for outcome in kept) > 1e-3
+    assert min(outcome.rms_nats for outcome in kept) > 1e-3
     versions = sorted({t.policy_version for t in wrong})
     assert len(mixed.warnings) == len(versions) == STEPS
     for version, warning in zip(versions, mixed.warnings, strict=True):

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from buffer.replay import BufferStarved, DrawRequest
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import SamplersDisagree, compare, rounding_tolerance
+from learner.agreement.comparison import compare, num_decisions
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import read_quarantine
+from learner.agreement.tolerance import SamplersDisagree
 from learner.broadcast import Unrecoverable
 from learner.engine import Engine, TorchEngine
 from lm.adapter import adapter_bytes
@@ -46,9 +47,9 @@ def shake(model: Any, seed: int, scale: float = 0.3) -> bytes:
 
 
 def recorded_off_by(gap: float, trajectory: Trajectory) -> Trajectory:
-    """The same, but for its first stop state."""
+    """The same, but for its first stop state; `gap` is the root mean square over all decisions."""
     log_q_stop = trajectory.behaviour_log_stop.copy()
-    log_q_stop[0] -= gap
+    log_q_stop[0] -= gap * num_decisions(trajectory) ** 0.5
     return make_trajectory(
         trajectory.prompt_key,
         trajectory.completion.tolist(),
@@ -84,7 +85,7 @@ def test_what_was_sampled_at_a_version_agrees_however_many_later_it_is_drawn(
     assert (metrics["agreement/unchecked"], metrics["agreement/quarantined"]) == (0, 0)
     # Under the weights of now the old ones are far off: it was the version that was put back.
     now = compare(model, ACTIONS, groups[0], learner_version=5, token_budget=999)
-    assert min(outcome.gap_nats for outcome in now) > 0.05
+    assert min(outcome.rms_nats for outcome in now) > 0.05
 
 
 def test_every_trajectory_of_a_damaged_actor_is_taken_out_and_none_of_the_others(
@@ -117,7 +118,7 @@ def test_every_trajectory_of_a_damaged_actor_is_taken_out_and_none_of_the_others
     assert {t.completion.tobytes() for t in bad[:6]} == {
         outcome.trajectory.completion.tobytes() for outcome in read_quarantine(tmp_path)
     }
-    assert min(outcome.gap_nats for outcome in read_quarantine(tmp_path)) > 1e-3
+    assert min(outcome.rms_nats for outcome in read_quarantine(tmp_path)) > 1e-3
     assert [line.split(" at version")[0].split()[-1] for line in warnings] == ["actor-1"] * 2
     assert "0001.records" in warnings[0] and "0.001 are tolerated" in warnings[0]
 
@@ -137,7 +138,7 @@ def test_below_the_tolerance_nothing_happens_and_above_it_only_the_wrong_one_goe
     assert draw(gate, QueueReplay(as_group(mixed)), 0, 1)[0].fresh == noisy[:3]
     assert gate.metrics()["agreement/checked"] == 4
     (kept,) = read_quarantine(tmp_path)
-    assert kept.gap_nats == pytest.approx(0.011, abs=1e-4)
+    assert kept.rms_nats == pytest.approx(0.011, abs=1e-4)
     np.testing.assert_allclose(kept.log_q_stop, group[3].behaviour_log_stop, atol=1e-5)
     np.testing.assert_allclose(kept.log_q_token, group[3].behaviour_log_prob, atol=1e-5)
 
@@ -198,7 +199,7 @@ def test_who_was_wrong_at_a_version_stays_wrong_when_that_version_is_gone(tmp_pa
     assert replay.discarded == list(again[:2])
     assert gate.metrics()["agreement/quarantined"] == 2
     assert gate.metrics()["agreement/unchecked"] == 3
-    assert [np.isnan(outcome.gap_nats) for outcome in read_quarantine(tmp_path)][-2:] == [True] * 2
+    assert [np.isnan(outcome.rms_nats) for outcome in read_quarantine(tmp_path)][-2:] == [True] * 2
 
 
 def test_what_only_replay_brings_is_compared_once_for_each_actor_and_version(
@@ -266,7 +267,7 @@ def test_past_the_share_the_error_names_actor_versions_gap_tolerance_and_file(
             draw(gate, replay, 2, 4)
     message = str(caught.value)
     assert "actor-0" not in message
-    gaps = [outcome.gap_nats for outcome in read_quarantine(tmp_path)]
+    gaps = [outcome.rms_nats for outcome in read_quarantine(tmp_path)]
     versions = {outcome.trajectory.policy_version for outcome in read_quarantine(tmp_path)}
     listed = ", ".join(map(str, sorted(versions)))
     for part in (
@@ -332,12 +333,6 @@ def test_the_weights_of_now_come_back_even_when_the_check_fails() -> None:
         raise RuntimeError("in the middle")
     assert same_bits(adapter_of(model), before)
     assert [p.data_ptr() for p in model.parameters()] == places
-
-
-def test_the_tolerance_follows_the_precision_of_the_weights() -> None:
-    model = make_policy()
-    assert rounding_tolerance(model) == 1e-3
-    assert rounding_tolerance(model.to(torch.bfloat16)) == 0.5
 
 
 class LaggingSamples:

@@ -16,7 +16,8 @@ def outcome(number: int) -> Comparison:
     return Comparison(
         trajectory=trajectory,
         learner_version=number + 1,
-        gap_nats=number / 8,
+        rms_nats=number / 8,
+        mean_nats=-number / 4,
         log_q_token=np.arange(3, dtype=np.float32),
         log_q_stop=np.full(trajectory.stops.size, -number, dtype=np.float32),
     )
@@ -31,11 +32,11 @@ def test_what_is_kept_comes_back_as_it_was(tmp_path: Path) -> None:
     Quarantine(tmp_path).keep([outcome(5), lost])
     first, second = read_quarantine(tmp_path)
     assert pack(first.trajectory) == pack(outcome(5).trajectory)
-    assert (first.learner_version, first.gap_nats) == (6, 0.625)
+    assert (first.learner_version, first.rms_nats, first.mean_nats) == (6, 0.625, -1.25)
     assert first.log_q_token.tolist() == [0, 1, 2]
     assert set(first.log_q_stop.tolist()) == {-5}
     assert pack(second.trajectory) == pack(lost.trajectory)
-    assert math.isnan(second.gap_nats) and second.log_q_stop.size == 0
+    assert math.isnan(second.rms_nats) and second.log_q_stop.size == 0
 
 
 def test_files_are_bounded_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from torch import nn
 
 from buffer.replay import BufferStarved, DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import Comparison, Disagreement, compare, rounding_tolerance
+from learner.agreement.comparison import Comparison, compare, num_decisions
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine
+from learner.agreement.tolerance import Disagreement, Tolerance, rounding_of
 from learner.config import LearnerConfig
 from lm.actions import ActionSpace
 
@@ -33,7 +34,7 @@ class _Counts:
     vouched: int = 0  # not, but another of the same actor and version agreed
     unchecked: int = 0  # neither
     quarantined: int = 0
-    admitted_max_nats: float = 0.0  # largest gap of those that were compared and let through
+    admitted_max_nats: float = 0.0  # largest root mean square of what was compared and let through
     seconds: float = 0.0
 
 
@@ -42,13 +43,15 @@ class AgreementGate:
     """A `Replay` in front of another, without what disagrees with the learner's own log q.
 
     A trajectory of version v is recomputed with the adapter that was published as v. All of them
-    would cost one more forward pass of everything. In each draw these are compared:
+    would cost one more forward pass of everything. In the first draws they all are, so that the
+    tolerance is learned from them; in each later draw these are compared:
 
     - of every actor and version among the fresh trajectories, the one with the most decisions;
       likewise of those that only replay brings, unless an earlier comparison vouches for them;
     - everything of an actor of which one of these disagrees;
     - everything of an actor and version that have ever disagreed;
-    - `agreement_check_share` of the others of these versions, whose weights are in place by then.
+    - of the others of these versions, whose weights are in place by then, as many as bring what is
+      compared to about `agreement_check_share` of the draw.
 
     What disagrees by more than the tolerance goes into quarantine. An actor whose every completion
     is wrong is caught at the first group of it that is drawn, before anything of it is let through;
@@ -75,9 +78,11 @@ class AgreementGate:
 
     def __post_init__(self) -> None:
         config = self.config
-        self._tolerance_nats = config.agreement_tolerance_nats or rounding_tolerance(self.model)
+        self.tolerance = Tolerance(
+            rounding_of(self.model), fixed_nats=config.agreement_tolerance_nats
+        )
         self._disagreement = Disagreement(
-            max_share=config.agreement_max_share, tolerance_nats=self._tolerance_nats
+            max_share=config.agreement_max_share, tolerance=self.tolerance
         )
 
     def keep(self, version: int, adapter: bytes) -> None:
@@ -120,20 +125,24 @@ class AgreementGate:
         self.replay.discard(trajectories)
 
     def save(self) -> bytes:
-        """What it knows of earlier draws: adapters, and who agreed or was wrong at which version.
+        """Adapters, who agreed or was wrong at which version, and what rounding was seen.
 
         Not the share of what was wrong lately: that is counted anew.
         """
         known = [sorted(self._agreed), sorted(self._wrong)]
-        data: bytes = msgpack.packb([self.past.save(), known])
+        data: bytes = msgpack.packb([self.past.save(), known, self.tolerance.save()])
         return data
 
     def restore(self, data: bytes) -> None:
         """Know what was known at the moment of `save`."""
-        adapters, (agreed, wrong) = msgpack.unpackb(data, strict_map_key=False, use_list=False)
+        adapters, (agreed, wrong), *tolerance = msgpack.unpackb(
+            data, strict_map_key=False, use_list=False
+        )
         for version, adapter in adapters.items():
             self.past.keep(version, adapter)
         self._agreed, self._wrong = set(agreed), set(wrong)
+        for learned in tolerance:  # checkpoints of before it was learned have none
+            self.tolerance.restore(learned)
 
     def metrics(self) -> dict[str, float]:
         """Of the last `draw`."""
@@ -167,11 +176,19 @@ class AgreementGate:
         self, fresh: Sequence[Trajectory], replayed: Sequence[Trajectory], version: int
     ) -> Compared:
         sampled = [*fresh, *replayed]
-        compared = self._compare(self._choose(fresh, replayed, version), version)
-        suspects = {t.actor for t, outcome in compared.items() if self._is_wrong(outcome)}
+        if self.tolerance.calibrating:
+            compared = self._compare(sampled, version)
+            self.tolerance.calibrate(compared.values())
+        else:
+            compared = self._compare(self._choose(fresh, replayed, version), version)
+        suspects = {
+            t.actor for t, outcome in compared.items() if not self.tolerance.admits(outcome)
+        }
         rest = [t for t in sampled if t.actor in suspects and t not in compared]
         compared |= self._compare(rest, version)
-        wrong = {t: outcome for t, outcome in compared.items() if self._is_wrong(outcome)}
+        wrong = {
+            t: outcome for t, outcome in compared.items() if not self.tolerance.admits(outcome)
+        }
         wrong_pairs = self._wrong | {_pair(t) for t in wrong}
         lost = [t for t in sampled if t not in compared and _pair(t) in wrong_pairs]
         wrong |= {t: Comparison(trajectory=t, learner_version=version) for t in lost}
@@ -193,7 +210,8 @@ class AgreementGate:
         rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
         # The version is the seed, so that a resumed run chooses as the uninterrupted one.
         lots = np.random.default_rng(version).random(len(rest))
-        share = self.config.agreement_check_share
+        wanted = self.config.agreement_check_share * len(sampled) - len(chosen)
+        share = wanted / max(len(rest), 1)
         return [*chosen, *(t for t, lot in zip(rest, lots, strict=True) if lot < share)]
 
     def _compare(self, trajectories: Sequence[Trajectory], version: int) -> Compared:
@@ -216,13 +234,10 @@ class AgreementGate:
             compared |= zip(same, outcomes, strict=True)
         return compared
 
-    def _is_wrong(self, outcome: Comparison) -> bool:
-        return not outcome.gap_nats <= self._tolerance_nats  # NaN is wrong too
-
     def _count(self, sampled: Sequence[Trajectory], compared: Compared, wrong: Compared) -> None:
         others = [t for t in sampled if t not in compared]
         vouched = sum(_pair(t) in self._agreed for t in others)
-        admitted = [outcome.gap_nats for t, outcome in compared.items() if t not in wrong]
+        admitted = [outcome.rms_nats for t, outcome in compared.items() if t not in wrong]
         counts = self._counts
         counts.checked += len(compared)
         counts.vouched += vouched
@@ -258,5 +273,4 @@ def _pair(trajectory: Trajectory) -> Pair:
 
 def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
     """Of each actor and version, the trajectory with the most decisions to compare."""
-    by_decisions = sorted(trajectories, key=lambda t: int((~t.from_tool).sum()) + t.stops.size)
-    return {_pair(trajectory): trajectory for trajectory in by_decisions}
+    return {_pair(t): t for t in sorted(trajectories, key=num_decisions)}

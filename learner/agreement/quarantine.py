@@ -71,7 +71,8 @@ def _encode(comparison: Comparison) -> bytes:
         (
             pack(comparison.trajectory),
             comparison.learner_version,
-            comparison.gap_nats,
+            comparison.rms_nats,
+            comparison.mean_nats,
             comparison.log_q_token.astype("<f4").tobytes(),
             comparison.log_q_stop.astype("<f4").tobytes(),
         )
@@ -80,11 +81,12 @@ def _encode(comparison: Comparison) -> bytes:
 
 
 def _decode(record: Sequence[Any]) -> Comparison:
-    trajectory, learner_version, gap_nats, log_q_token, log_q_stop = record
+    trajectory, learner_version, rms_nats, mean_nats, log_q_token, log_q_stop = record
     return Comparison(
         trajectory=unpack(trajectory),
         learner_version=learner_version,
-        gap_nats=gap_nats,
+        rms_nats=rms_nats,
+        mean_nats=mean_nats,
         log_q_token=np.frombuffer(log_q_token, "<f4"),
         log_q_stop=np.frombuffer(log_q_stop, "<f4"),
     )

@@ -1,0 +1,254 @@
+"""What rounding explains and what it does not: in float32, in bfloat16, and over 2,000 tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+
+from buffer.trajectory import Trajectory
+from cluster.config.project import PROJECT_ROOT
+from learner.agreement.comparison import Comparison, compare
+from learner.agreement.gate import AgreementGate
+from learner.agreement.policy_history import PastPolicies
+from learner.agreement.quarantine import Quarantine, read_quarantine
+from learner.agreement.tolerance import Rounding, Tolerance, rounding_of
+from lm.actions import ActionSpace
+from lm.adapter import adapter_bytes, load_adapter_bytes
+from lm.config import LMConfig, LoRAConfig
+from lm.model import attach_adapter, load_base
+from lm.sampling import Request, Sampler
+from tests.gate_toy import QueueReplay, as_group, draw
+from tests.learner_toy import make_config, make_policy, make_trajectory
+
+LENGTH = 16
+FINE = Rounding(floor_nats=3e-5, bound_nats=1e-3)
+ROUGH = Rounding(floor_nats=1e-2, bound_nats=0.25)
+# Log q of SmolLM2-135M-Instruct in bfloat16, recomputed in one pass less sampled with a cache, of
+# two completions of 2,000 tokens each behind web text, in hundredths of a nat.
+MEASURED = Path(__file__).parent / "bfloat16_differences.npy"
+
+
+def differing(differences_D: np.ndarray, *, actor: str = "a0") -> Comparison:
+    """A comparison with these differences, one for each decision."""
+    tokens = differences_D.size - 1
+    trajectory = make_trajectory(
+        "short",
+        (1,),
+        completion=np.ones(tokens, dtype=np.int32),
+        stops=np.array([tokens], dtype=np.int32),
+        from_tool=np.zeros(tokens, dtype=np.bool_),
+        behaviour_log_prob=np.zeros(tokens, dtype=np.float32),
+        actor=actor,
+    )
+    return Comparison(
+        trajectory=trajectory,
+        learner_version=0,
+        rms_nats=float(np.sqrt((differences_D**2).mean())),
+        mean_nats=float(differences_D.mean()),
+    )
+
+
+def test_the_statistics_are_those_of_chosen_tokens_and_stop_states() -> None:
+    model = make_policy()
+    actions = ActionSpace(stop_token=0, legal_tokens=(1, 2), min_len=1, max_len=4)
+    recorded = np.array([-0.5, -0.25, 0.0, -0.125], dtype=np.float32)
+    from_tool = np.array([False, False, True, False])
+    stops = actions.stop_positions((1, 2, 2, 1), from_tool)
+    trajectory = make_trajectory(
+        "long",
+        (1, 2, 2, 1),
+        from_tool=from_tool,
+        stops=stops,
+        log_reward=np.zeros(len(stops), dtype=np.float32),
+        behaviour_log_prob=recorded,
+        behaviour_log_stop=np.full(len(stops), -0.75, dtype=np.float32),
+    )
+    (outcome,) = compare(model, actions, [trajectory], learner_version=0, token_budget=99)
+    differences = np.concatenate(
+        [(outcome.log_q_token - recorded)[~from_tool], outcome.log_q_stop + 0.75]
+    ).astype(float)
+    assert outcome.decisions == differences.size == 3 + len(stops)
+    assert outcome.rms_nats == pytest.approx(np.sqrt((differences**2).mean()), rel=1e-6)
+    assert outcome.mean_nats == pytest.approx(differences.mean(), rel=1e-6)
+
+
+def test_the_rounding_expected_follows_the_precision_of_the_weights() -> None:
+    model = make_policy()
+    assert rounding_of(model) == FINE
+    assert rounding_of(model.to(torch.bfloat16)) == ROUGH
+
+
+def test_a_minority_of_damaged_actors_does_not_shift_the_scale() -> None:
+    rng = np.random.default_rng(0)
+    tolerance = Tolerance(ROUGH)
+    of_actors = [
+        differing(rng.normal(0, scale, 400), actor=f"a{index}")
+        for index, scale in enumerate((0.03, 0.2, 0.03))
+    ]
+    tolerance.calibrate(of_actors)
+    assert [tolerance.admits(outcome) for outcome in of_actors] == [True, False, True]
+
+
+def test_errors_of_one_sign_are_held_closer_than_errors_that_cancel() -> None:
+    tolerance = Tolerance(ROUGH)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.05, 2000)
+    tolerance.calibrate([differing(noise)])
+    assert tolerance.admits(differing(1.5 * rng.permutation(noise)))
+    assert not tolerance.admits(differing(noise + 0.05))
+    assert "in the mean" in tolerance.excess(differing(noise + 0.05))
+
+
+def test_what_is_configured_is_the_tolerance_and_nothing_is_learned() -> None:
+    tolerance = Tolerance(FINE, fixed_nats=0.5)
+    assert not tolerance.calibrating
+    assert tolerance.admits(differing(np.full(2000, 0.49)))
+    assert not tolerance.admits(differing(np.full(2000, 0.51)))
+
+
+def test_honest_bfloat16_passes_at_2000_tokens_where_a_largest_gap_would_not() -> None:
+    measured_RT = np.load(MEASURED).astype(float) / 100
+    short = [differing(row_T[start : start + 25]) for row_T in measured_RT for start in (0, 25, 50)]
+    tolerance = Tolerance(ROUGH)
+    tolerance.calibrate(short)
+    rng = np.random.default_rng(0)
+    # Neighbouring tokens round alike: whole stretches of 50 are drawn.
+    blocks = measured_RT.reshape(-1, 50)
+    honest = [blocks[rng.integers(len(blocks), size=40)].ravel() for _ in range(200)]
+    assert all(tolerance.admits(differing(row_D)) for row_D in honest)
+    assert all(
+        tolerance.admits(differing(row_T[start : start + size]))
+        for row_T in measured_RT
+        for size in (5, 20, 100, 500)
+        for start in range(0, 2000, size)
+    )
+    largest = [np.abs(row_D).max() for row_D in honest]
+    assert np.median(largest) > 5 * np.sqrt((measured_RT**2).mean())
+
+
+def layer_damaged(model: Any) -> None:
+    layer = next(p for n, p in model.named_parameters() if "layers.1." in n and p.ndim > 1)
+    with torch.no_grad():
+        layer.add_(layer.std() * torch.randn_like(layer))
+
+
+def scale_doubled(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {name: 2 * scale for name, scale in module.scaling.items()}
+
+
+class Actor:
+    """Samples of the shipped LM, as an actor of this name records them."""
+
+    def __init__(self, name: str, dtype: str, seed: int) -> None:
+        base = load_base(LMConfig(model=str(PROJECT_ROOT / "seed_lm/model"), dtype=dtype))
+        self.name, self.tokenizer = name, base.tokenizer
+        self.model = attach_adapter(base, LoRAConfig(rank=4, alpha=8.0), seed=1)
+        stop = base.tokenizer.encode(".", add_special_tokens=False)[0]
+        self.actions = ActionSpace(
+            stop_token=stop, legal_tokens=None, min_len=LENGTH - 4, max_len=LENGTH
+        )
+        self._generator = torch.Generator().manual_seed(seed)
+        self.temperature = 1.0  # of its softmax, which it believes to be 1
+
+    def group(self, version: int, size: int) -> tuple[Trajectory, ...]:
+        prompt = tuple(self.tokenizer.encode("It was a", add_special_tokens=False))
+        sampler = Sampler(self.model, self.actions, None, max_rows=size)
+        request = Request(prompt=prompt)
+        with scaled_logits(self.model, 1 / self.temperature):
+            drawn = sampler.sample([request] * size, self._generator)
+        return tuple(
+            make_trajectory(
+                "short",
+                z.tokens.tolist(),
+                prompt=np.array(prompt, dtype=np.int32),
+                stops=z.stops,
+                log_reward=np.zeros(len(z.stops), dtype=np.float32),
+                behaviour_log_prob=z.log_q_token,
+                behaviour_log_stop=z.log_q_stop,
+                policy_version=version,
+                actor=self.name,
+            )
+            for z in drawn
+        )
+
+
+class scaled_logits:
+    """The head's outputs are multiplied inside."""
+
+    def __init__(self, model: Any, factor: float) -> None:
+        self._head, self._factor = model.get_output_embeddings(), factor
+
+    def __enter__(self) -> None:
+        self._hook = self._head.register_forward_hook(
+            lambda _module, _inputs, logits: logits * self._factor
+        )
+
+    def __exit__(self, *_error: object) -> None:
+        self._hook.remove()
+
+
+def hotter(actor: Actor) -> None:
+    actor.temperature = 1.25
+
+
+def stale(actor: Actor) -> None:
+    """It goes on with the adapter that it has."""
+    actor.load = lambda adapter: None  # type: ignore[attr-defined]
+
+
+DAMAGES: dict[str, Callable[[Actor], None]] = {
+    "none": lambda actor: None,
+    "layer": lambda actor: layer_damaged(actor.model),
+    "scale": lambda actor: scale_doubled(actor.model),
+    "temperature": hotter,
+    "stale": stale,
+}
+
+
+def moved(model: Any, seed: int) -> bytes:
+    """The adapter after a few steps; its bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return adapter_bytes(model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_within_20_trajectories_and_nobody_else_is(
+    damage: str, dtype: str, tmp_path: Path
+) -> None:
+    learner = Actor("learner", dtype, seed=9)
+    actors = [Actor(f"actor-{index}", dtype, seed=index) for index in range(2)]
+    gate = AgreementGate(
+        replay=QueueReplay(),
+        model=learner.model,
+        actions=learner.actions,
+        past=PastPolicies(learner.model, max_age=9),
+        quarantine=Quarantine(tmp_path),
+        config=make_config(agreement_max_share=1.0),
+        warn=print,
+    )
+    for version in range(6):
+        adapter = moved(learner.model, version)
+        gate.keep(version, adapter)
+        if version == 3:
+            DAMAGES[damage](actors[1])
+        for actor in actors:
+            getattr(actor, "load", lambda data, a=actor: load_adapter_bytes(a.model, data))(adapter)
+        groups = [as_group(actor.group(version, 5)) for actor in actors]
+        draw(gate, QueueReplay(*groups, *groups), version, 2)
+        if version < 3:
+            assert gate.metrics()["agreement/quarantined"] == 0
+    wrong = list(read_quarantine(tmp_path))
+    assert {outcome.trajectory.actor for outcome in wrong} == (
+        set() if damage == "none" else {"actor-1"}
+    )
