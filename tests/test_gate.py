@@ -335,6 +335,27 @@ def test_the_weights_of_now_come_back_even_when_the_check_fails() -> None:
     assert [p.data_ptr() for p in model.parameters()] == places
 
 
+def test_all_is_compared_in_the_first_draws_and_then_the_share_that_is_configured(
+    tmp_path: Path,
+) -> None:
+    model = make_policy()
+    config = make_config(agreement_check_share=0.25)
+    gate = make_gate(model, tmp_path, config=config, calibrated=False)
+    gate.keep(0, adapter_bytes(model))
+    sampler = ToySampler("actor-0")
+    checked = []
+    for number in range(9):
+        if number == 2:  # a learner that is replaced goes on where the last one was
+            saved = gate.save()
+            gate = make_gate(model, tmp_path, config=config, calibrated=False)
+            gate.restore(saved)
+        draw(gate, QueueReplay(as_group(sampler.group("long", version=0, size=40))), 0, 1)
+        checked.append(gate.metrics()["agreement/checked"])
+    assert checked[:3] == [40, 40, 40]
+    assert all(1 <= count < 30 for count in checked[3:])
+    assert gate.metrics()["agreement/quarantined"] == 0
+
+
 class LaggingSamples:
     """Groups of two actors, sampled with the adapter that was published `lag` versions before."""
 

@@ -28,7 +28,7 @@ LENGTH = 16
 FINE = Rounding(floor_nats=3e-5, bound_nats=1e-3)
 ROUGH = Rounding(floor_nats=1e-2, bound_nats=0.25)
 # Log q of SmolLM2-135M-Instruct in bfloat16, recomputed in one pass less sampled with a cache, of
-# two completions of 2,000 tokens each behind web text, in hundredths of a nat.
+# two completions of 2,000 tokens each behind web text, in thousandths of a nat.
 MEASURED = Path(__file__).parent / "bfloat16_differences.npy"
 
 
@@ -110,11 +110,11 @@ def test_what_is_configured_is_the_tolerance_and_nothing_is_learned() -> None:
     assert not tolerance.admits(differing(np.full(2000, 0.51)))
 
 
-def test_honest_bfloat16_passes_at_2000_tokens_where_a_largest_gap_would_not() -> None:
-    measured_RT = np.load(MEASURED).astype(float) / 100
-    short = [differing(row_T[start : start + 25]) for row_T in measured_RT for start in (0, 25, 50)]
+def test_honest_bfloat16_passes_at_2000_tokens_though_its_largest_gap_has_grown() -> None:
+    measured_RT = np.load(MEASURED).astype(float) / 1000
+    short_rows = measured_RT.reshape(-1, 25)[:6]
     tolerance = Tolerance(ROUGH)
-    tolerance.calibrate(short)
+    tolerance.calibrate(map(differing, short_rows))
     rng = np.random.default_rng(0)
     # Neighbouring tokens round alike: whole stretches of 50 are drawn.
     blocks = measured_RT.reshape(-1, 50)
@@ -126,8 +126,8 @@ def test_honest_bfloat16_passes_at_2000_tokens_where_a_largest_gap_would_not() -
         for size in (5, 20, 100, 500)
         for start in range(0, 2000, size)
     )
-    largest = [np.abs(row_D).max() for row_D in honest]
-    assert np.median(largest) > 5 * np.sqrt((measured_RT**2).mean())
+    largest = [np.median([np.abs(row_D).max() for row_D in rows]) for rows in (short_rows, honest)]
+    assert largest[1] > 1.5 * largest[0]
 
 
 def layer_damaged(model: Any) -> None:
