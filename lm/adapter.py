@@ -54,6 +54,13 @@ def adapter_bytes(model: PeftModel) -> bytes:
     return _encode(dict(_lora_parameters(model)), model.peft_config[ADAPTER_NAME])
 
 
+def held_adapter(model: PeftModel) -> AdapterWeights:
+    """The adapter of `model` as it stands there, which without weights is names and shapes."""
+    lora = model.peft_config[ADAPTER_NAME]
+    tensors: dict[str, Tensor] = {**_lora_parameters(model)}
+    return AdapterWeights(tensors=tensors, rank=lora.r, alpha=float(lora.lora_alpha))
+
+
 def decode_adapter(data: bytes) -> AdapterWeights:
     """Read what adapter_bytes wrote. Raises AdapterMismatch for anything else."""
     try:

@@ -14,6 +14,15 @@ class LMConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(min_length=1, description="Folder in Hugging Face format, or hub id.")
+    revision: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Branch, tag or commit of a hub id; null: its main branch. A folder has none.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run the Python files that come with the model, on every machine of the run.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Of the base weights; log-softmax is float32 always."
     )

@@ -152,7 +152,8 @@ def push(folder: Path, repository: str) -> str:
 
 def _write_adapter(config: LMConfig, adapter: Path, folder: Path, dtype: ExportType | None) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    settings |= {"base_model_name_or_path": config.model, "inference_mode": True}
+    settings |= {"base_model_name_or_path": config.model, "revision": config.revision}
+    settings["inference_mode"] = True
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     tensors = load((adapter / WEIGHTS_FILE).read_bytes())
     if dtype is not None:

@@ -5,6 +5,7 @@ no weights, which are its tokenizer and its configuration.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
@@ -33,14 +34,42 @@ def load_tokenizer(config: LMConfig) -> PreTrainedTokenizerBase:
     """
     require_folder_or_hub_id(config.model)
     with explained(config.model, "the tokenizer"):
-        return AutoTokenizer.from_pretrained(config.model)
+        return AutoTokenizer.from_pretrained(config.model, **hub_arguments(config))
 
 
 def load_model_config(config: LMConfig) -> PretrainedConfig:
-    """The architecture of `config.model`, without its weights; raises as load_tokenizer."""
+    """The architecture of `config.model`, without its weights.
+
+    Raises as load_tokenizer, and ModelUnusable where it is quantised, or no decoder alone.
+    """
     require_folder_or_hub_id(config.model)
     with explained(config.model, "config.json"):
-        return AutoConfig.from_pretrained(config.model)
+        declared = AutoConfig.from_pretrained(config.model, **hub_arguments(config))
+    _require_whole_weights(config.model, declared)
+    if declared.is_encoder_decoder:
+        raise ModelUnusable(
+            f"model {config.model!r} ({declared.model_type}) is an encoder and a decoder; only "
+            "causal language models, which are a decoder alone, can be the base"
+        )
+    return declared
+
+
+def hub_arguments(config: LMConfig) -> dict[str, Any]:
+    """What every `from_pretrained` of the model is told besides its name."""
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+def _require_whole_weights(model: str, declared: PretrainedConfig) -> None:
+    """Raise ModelUnusable for weights of 4 or 8 bits, by config.json alone."""
+    parts = (declared, declared.get_text_config())
+    settings = (getattr(part, "quantization_config", None) for part in parts)
+    if (quantised := next(filter(None, settings), None)) is not None:
+        method = dict(quantised).get("quant_method", "a method that it does not name")
+        raise ModelUnusable(
+            f"model {model!r} is quantised ({method}, quantization_config in config.json): an "
+            "adapter is trained beside whole weights and folded into them; take the model that "
+            'this one was made from, with lm.dtype = "bfloat16" where memory is short'
+        )
 
 
 def require_folder_or_hub_id(model: str) -> None:
@@ -94,6 +123,8 @@ def explained(model: str, part: str) -> Iterator[None]:
         remedy = "install what it names, or take another model"
         if isinstance(error, SafetensorError | EOFError):
             remedy = "a file is damaged or cut off: fetch the model again"
+        elif "trust_remote_code" in str(error):
+            remedy = "set lm.trust_remote_code = true if you trust the Python files beside it"
         elif not isinstance(error, ImportError):
             remedy = f"see that {model} is a whole causal language model"
         raise kind(f"model {model!r}: cannot load {part}: {said}; {remedy}") from error

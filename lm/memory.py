@@ -15,32 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lm.config import LMConfig
-from lm.hub import explained, load_model_config
-from lm.model import freeze, model_config, vocab_size
+from lm.model import model_config, vocab_size
 
 # Float32 tables of [rows, vocabulary] that a draw holds: logits, log q, weights, noise, and two.
 _DRAW_TABLES = 6
-
-
-def build_without_weights(config: LMConfig) -> PreTrainedModel:
-    """The frozen base model that `config` names, on the meta device.
-
-    Raises:
-        ModelNotFound: no such folder, and no such model on the hub.
-        ModelUnusable: no causal LM.
-    """
-    declared = load_model_config(config)
-    with explained(config.model, "the architecture"), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            declared,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation="eager" if config.attention == "eager" else None,
-        )
-    freeze(model)
-    return model
 
 
 def device_memory_bytes(device: torch.device) -> int:

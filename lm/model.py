@@ -1,9 +1,9 @@
 """A base causal language model with its tokenizer, and the adapter put on it."""
 
 import ctypes
-import hashlib
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,20 +23,22 @@ from transformers.pytorch_utils import Conv1D
 from lm.config import LARGE, LMConfig, LoRAConfig
 from lm.hub import ModelUnusable, explained, load_model_config, load_tokenizer
 from lm.spelling import text_prefix
+from lm.weight_files import (
+    Forgetting,
+    Replace,
+    fingerprint,
+    read_in_pieces,
+    read_whole,
+    weight_files,
+)
 
 # What a causal LM is called outside this room, which alone knows the library behind it.
 CausalLM = PreTrainedModel
 
-# Of each weight tensor this many values, evenly spread, enter the fingerprint: a 6B model is
-# hashed in a second, and no two trainings agree on all of them.
-FINGERPRINT_VALUES = 4096
 # Blocks from this size on go back to the system as soon as they are freed: a hidden state and up.
 _RETURNED_BYTES = 2**18
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 _TEXT_PREFIX = "text_prefix"  # attribute of a base, which an adapter and an engine pass on
-# What from_pretrained, moving files or another library version may change, weights staying.
-VOLATILE_CONFIG = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-VOLATILE_CONFIG |= {"use_cache", "_attn_implementation_autoset"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,30 +59,8 @@ def load_base(config: LMConfig) -> LanguageModel:
     """
     device = device_of(config)
     declared = load_model_config(config)
-    if declared.is_encoder_decoder:
-        raise ModelUnusable(
-            f"model {config.model!r} ({declared.model_type}) is an encoder and a decoder; only "
-            "causal language models, which are a decoder alone, can be the base"
-        )
-    tokenizer = load_tokenizer(config)
-    with explained(config.model, "the weights"):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            config=declared,
-            dtype=getattr(torch, config.dtype),
-            attn_implementation=None if config.attention == "auto" else config.attention,
-            output_loading_info=True,
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise ModelUnusable(
-            f"model {config.model!r}: {len(missing)} weights are not in its files, among them "
-            f"{missing[:3]}; its config.json and its weights do not belong together"
-        )
-    if len(tokenizer) > vocab_size(model):
-        raise ModelUnusable(
-            f"model {config.model!r}: tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{vocab_size(model)}; they do not belong together"
-        )
+    tokenizer = _fitting_tokenizer(config, declared)
+    model = read_whole(config, declared)
     freeze(model)
     if is_large(model):
         return_freed_memory()
@@ -88,6 +68,68 @@ def load_base(config: LMConfig) -> LanguageModel:
         model.to(device)
     set_text_prefix(model, text_prefix(config, tokenizer))
     return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=fingerprint(model))
+
+
+def inspect_base(config: LMConfig) -> LanguageModel:
+    """The same base on the meta device, where it has no weights; raises as load_base.
+
+    Its files are read for names, shapes and fingerprint, a tensor at a time, and none is kept.
+    """
+    empty = build_without_weights(config)
+    tokenizer = _fitting_tokenizer(config, empty.config)
+    forgetting = Forgetting()
+    model = read_in_pieces(config, empty, weight_files(config), forgetting)
+    freeze(model)
+    set_text_prefix(model, text_prefix(config, tokenizer))
+    found = fingerprint(model, forgetting.samples)
+    return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=found)
+
+
+def load_shard(config: LMConfig, files: Sequence[str], replace: Replace) -> PreTrainedModel:
+    """The frozen base of which `replace` keeps what is this process's of each parameter.
+
+    Args:
+        files: `weight_files`, which takes as long as they have to be fetched.
+
+    Raises as load_base.
+    """
+    empty = build_without_weights(config)
+    if is_large(empty):
+        return_freed_memory()
+    model = read_in_pieces(config, empty, files, replace)
+    freeze(model)
+    set_text_prefix(model, text_prefix(config, load_tokenizer(config)))
+    return model
+
+
+def build_without_weights(config: LMConfig) -> PreTrainedModel:
+    """The frozen base model that `config` names, on the meta device.
+
+    Raises:
+        ModelNotFound: no such folder, and no such model on the hub.
+        ModelUnusable: no causal LM.
+    """
+    declared = load_model_config(config)
+    with explained(config.model, "the architecture"), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            declared,
+            dtype=getattr(torch, config.dtype),
+            attn_implementation="eager" if config.attention == "eager" else None,
+            trust_remote_code=config.trust_remote_code,
+        )
+    freeze(model)
+    return model
+
+
+def _fitting_tokenizer(config: LMConfig, declared: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer; ModelUnusable where it has more tokens than the model."""
+    tokenizer = load_tokenizer(config)
+    if len(tokenizer) > (words := vocab_size(declared)):
+        raise ModelUnusable(
+            f"model {config.model!r}: tokenizer has {len(tokenizer)} tokens, the model only "
+            f"{words}; they do not belong together"
+        )
+    return tokenizer
 
 
 def device_of(config: LMConfig) -> torch.device:
@@ -147,21 +189,6 @@ def recompute_activations(model: nn.Module) -> None:
         layer.forward = partial(
             checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
         )
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Hex digest of the configuration and of a spread sample of every weight, in bfloat16.
-
-    bfloat16, so that a model loaded in float32 and the same in bfloat16 agree.
-    """
-    stable = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE_CONFIG}
-    digest = hashlib.blake2b(repr(sorted(stable.items())).encode(), digest_size=16)
-    for name, weight in sorted(dict(model.named_parameters()).items()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        flat = weight.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // FINGERPRINT_VALUES)]
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int) -> PeftModel:

@@ -3,16 +3,19 @@
 It chooses its accelerator at import: DS_ACCELERATOR=cpu in the environment keeps it off a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import deepspeed
 import numpy as np
 import torch
 from deepspeed.utils import set_z3_leaf_modules
 from numpy.typing import NDArray
+from torch import nn
 
-from lm.model import CausalLM
+from lm.config import LMConfig
+from lm.model import device_of, load_shard
 from lm.process_group import Rendezvous, join_ranks, waiting_for_ranks
+from lm.weight_files import weight_files
 from reward.packed import edge_log_probs, score_limits
 from reward.packing import MicroBatch
 from reward.request import ScoreLimits
@@ -25,23 +28,37 @@ class RewardRank:
     has lost a peer, the whole replica must be replaced.
     """
 
-    def __init__(self, model: CausalLM, rendezvous: Rendezvous) -> None:
-        """Join the other ranks, else RankLost, and give up the parameters that are theirs."""
-        self.limits: ScoreLimits = score_limits(model)
-        self._rendezvous = rendezvous
-        self.model = model.eval().requires_grad_(False)
-        with waiting_for_ranks(rendezvous, part="reward", phase="rendezvous"):
-            join_ranks(rendezvous, model.device)
+    def __init__(self, config: LMConfig, meet: Callable[[], Rendezvous]) -> None:
+        """Join the other ranks, else RankLost, and load the shards that are this one's.
+
+        Raises as load_base.
+
+        Args:
+            meet: says where, once the files are on this machine.
+        """
+        files, device, dtype = weight_files(config), device_of(config), getattr(torch, config.dtype)
+        self._rendezvous = meet()
+        settings = _zero3_config(dtype)
+        with waiting_for_ranks(self._rendezvous, part="reward", phase="rendezvous"):
+            join_ranks(self._rendezvous, device)
             # Else DeepSpeed compiles this at start: a minute, and no start without a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(
                 dist_init_required=False, auto_mpi_discovery=False, verbose=False
             )
+        with waiting_for_ranks(self._rendezvous, part="reward", phase="loading"):
+            partitioned = deepspeed.zero.Init(config_dict_or_path=settings)
+
+            def shard(parameter: nn.Parameter) -> nn.Parameter:
+                parameter.requires_grad_(False).data = parameter.data.to(device, dtype)
+                partitioned._convert_to_zero_parameters([parameter])
+                return parameter
+
+            self.model = load_shard(config, files, shard).to(device)
             # One gather for a whole layer instead of one for each of its matrices.
-            set_z3_leaf_modules(model, list(model._no_split_modules))
-            deepspeed.initialize(
-                model=self.model, config=_zero3_config(model), dist_init_required=False
-            )
+            set_z3_leaf_modules(self.model, list(self.model._no_split_modules))
+            deepspeed.initialize(model=self.model, config=settings, dist_init_required=False)
+        self.limits: ScoreLimits = score_limits(self.model)
 
     def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
         """Log p of all edges of each micro-batch; raises RankLost for a dead or stalled peer."""
@@ -49,10 +66,10 @@ class RewardRank:
             return [edge_log_probs(self.model, batch) for batch in share]
 
 
-def _zero3_config(model: CausalLM) -> dict[str, object]:
+def _zero3_config(dtype: torch.dtype) -> dict[str, object]:
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": model.dtype == torch.bfloat16},
+        "bf16": {"enabled": dtype == torch.bfloat16},
         "zero_optimization": {
             "stage": 3,
             # By default DeepSpeed keeps parameters below 100 000 elements whole on every rank,

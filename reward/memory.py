@@ -15,7 +15,7 @@ def scoring_bytes(model: CausalLM, items: Sequence[ScoreItem], token_budget: int
     """Most bytes alive at a time while `items` are scored, weights not among them.
 
     Args:
-        model: as `lm.memory.build_without_weights` gives it.
+        model: as `lm.model.build_without_weights` gives it.
     """
     largest = max(lay_out(items, token_budget).batches, key=lambda batch: batch.peak_tokens)
     with metered() as meter:

@@ -24,9 +24,10 @@ from lm.adapter import (
 )
 from lm.config import LoRAConfig
 from lm.merged import MergedModel
-from lm.model import LanguageModel, attach_adapter, fingerprint, freeze
+from lm.model import LanguageModel, attach_adapter, freeze
 from lm.sampling import Request, Sampler
 from lm.scoring import completion_log_probs
+from lm.weight_files import fingerprint
 from tests.tiny_lm import ARCHITECTURES
 
 IDS = torch.arange(14)[None]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+import lm.shared
 from buffer.config import BufferConfig
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
@@ -152,11 +153,11 @@ def test_the_base_is_loaded_once_and_each_part_has_layers_of_its_own(
         loaded.append(load_base(config))
         return loaded[-1]
 
-    for module in (roles, local):
-        monkeypatch.setattr(module, "load_base", load, raising=False)
-    start(load_config("tasks/arithmetic.toml", SMALL), tmp_path, server)
+    monkeypatch.setattr(lm.shared, "load_base", load)
+    run = start(load_config("tasks/arithmetic.toml", SMALL), tmp_path, server)
     [base] = loaded
-    assert any("lora" in name for name, _ in base.model.named_parameters())  # the learner's
+    assert any("lora" in name for name, _ in run._base.model.named_parameters())  # the learner's
+    assert not any("lora" in name for name, _ in base.model.named_parameters())
 
     pristine = load_base(load_config("tasks/arithmetic.toml").lm)
     shared, own = local.twin(pristine), local.twin(pristine, own_weights=True)

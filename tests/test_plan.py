@@ -19,8 +19,8 @@ from learner.config import LearnerConfig
 from learner.memory import adapter_bytes_held, longest_group, update_bytes
 from lm.actions import ActionSpace
 from lm.config import LMConfig, LoRAConfig
-from lm.memory import MemoryMeter, build_without_weights, kv_cache_bytes
-from lm.model import LanguageModel, attach_adapter, freeze
+from lm.memory import MemoryMeter, kv_cache_bytes
+from lm.model import LanguageModel, attach_adapter, build_without_weights, freeze
 from lm.sampling import Request, Sampler
 from reward.memory import longest_items, scoring_bytes
 

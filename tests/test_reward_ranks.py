@@ -3,15 +3,18 @@
 import multiprocessing as mp
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from buffer.endpoint import free_port
+from lm.config import LMConfig
 from lm.process_group import RankLost, Rendezvous
 from reward.deepspeed_rank import RewardRank
 from reward.lockstep import Edges
@@ -19,6 +22,7 @@ from reward.packed import suffix_log_rewards
 from reward.packing import MicroBatch
 from reward.replica import RewardReplica, ScoreFailed
 from tests.reward_toy import CONFIG, assert_same, make_items, make_model, replace_config
+from tests.tiny_lm import save_model
 
 
 class PipePeer:
@@ -41,7 +45,9 @@ def join(architecture: str, port: int, rank: int, num_ranks: int, timeout_s: flo
     meeting = Rendezvous(
         address="127.0.0.1", port=port, rank=rank, num_ranks=num_ranks, timeout_s=timeout_s
     )
-    return RewardRank(make_model(architecture), meeting)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = save_model(make_model(architecture), Path(folder))
+        return RewardRank(LMConfig(model=saved, device="cpu"), lambda: meeting)
 
 
 def serve_rank_one(pipe: Connection, architecture: str, timeout_s: float) -> None:

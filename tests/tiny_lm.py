@@ -1,9 +1,12 @@
 """Tiny random-weight language models of several architectures."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -12,6 +15,7 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 
@@ -53,6 +57,14 @@ def tiny_config(architecture: str) -> PretrainedConfig:
 
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "gptj", "gpt_neox")
+
+
+def save_model(model: PreTrainedModel, folder: Path, *, words: int = VOCAB_SIZE - 1) -> str:
+    """Write a model and a tokenizer of so many words into a folder; its path."""
+    model.save_pretrained(folder)
+    vocabulary = WordLevel({f"w{i}": i for i in range(words)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(vocabulary)).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture

@@ -21,6 +21,9 @@ from cluster.distributed.reward_worker import RewardWorker
 from cluster.distributed.rollout_worker import RolloutWorker
 from cluster.distributed.worker import Member, RunContext, Worker
 
+# Of the driver's environment, as far as it is set. Ray shows it to whoever asks: no secrets.
+CARRIED = ("DS_ACCELERATOR", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+
 Create = Callable[[list[dict[str, Any]]], list[ActorHandle]]
 
 # Part -> for which others its node must not be kept.
@@ -159,6 +162,5 @@ def process_environment(threads: int) -> dict[str, str]:
     Ray would size OMP by `num_cpus`; DeepSpeed must build no kernels, and is told where there is
     no GPU, or it probes for one.
     """
-    accelerator = os.environ.get("DS_ACCELERATOR")
-    told = {"DS_ACCELERATOR": accelerator} if accelerator else {}
+    told = {name: os.environ[name] for name in CARRIED if name in os.environ}
     return {"OMP_NUM_THREADS": str(threads), "DS_BUILD_OPS": "0", **told}

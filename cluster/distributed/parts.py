@@ -15,7 +15,7 @@ from learner.engine import Engine
 from lm.model import LanguageModel, load_base
 from lm.process_group import Rendezvous
 from reward.deepspeed_rank import RewardRank
-from reward.lockstep import Rank
+from reward.lockstep import Rank, UnshardedRank
 from tasks.task import Task
 
 
@@ -40,7 +40,9 @@ class Parts:
 
     def reward_rank(self, config: RunConfig, meet: Callable[[], Rendezvous]) -> Rank:
         """One rank of a replica; `meet` gives up the port that was kept free, and names it."""
-        return RewardRank(load_base(config.lm).model, meet())
+        if config.reward.ranks == 1:
+            return UnshardedRank(load_base(config.lm).model)
+        return RewardRank(config.lm, meet)
 
     def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
         """The language model that the learner's adapter sits on, and the task in its tokens."""

@@ -21,6 +21,8 @@ from cluster.run.directory import RunDirectory
 from cluster.run.session import BufferAddress
 from lm.process_group import Rendezvous
 
+HUB_TOKEN = "HF_TOKEN"
+
 
 class Meeting(NamedTuple):
     """Where the ranks of one worker group meet."""
@@ -42,6 +44,8 @@ class RunContext:
     replica_registry: ActorHandle
     parts: Parts = field(default_factory=Parts)
     synchronous: bool = False  # actors sample one batch for each published version
+    # The driver's; travels here, and not in the environment that Ray logs and shows.
+    hub_token: str | None = field(default_factory=lambda: os.environ.get(HUB_TOKEN), repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,8 @@ class Worker:
     concurrency: ClassVar[int] = 4  # calls at a time
 
     def __init__(self, context: RunContext, member: Member) -> None:
+        if context.hub_token is not None:
+            os.environ[HUB_TOKEN] = context.hub_token
         self._context = context
         self._config = with_patience(context.config)
         self._member = member

@@ -20,10 +20,11 @@ from learner.engine import Engine
 from lm.adapter import decode_adapter
 from lm.config import LoRAConfig
 from lm.hub import load_tokenizer
-from lm.model import LanguageModel, fingerprint, freeze
+from lm.model import LanguageModel, freeze
 from lm.new_model import fresh_llama
 from lm.process_group import Rendezvous
 from lm.sampling import Completion, Request
+from lm.weight_files import fingerprint
 from reward.packing import MicroBatch
 from reward.request import ScoreLimits
 from tasks.registry import build_task

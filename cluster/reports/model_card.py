@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from cluster.config.schema import RunConfig
 from cluster.reports.score_table import after_title, rows
+from lm.config import LMConfig
 from tasks.evaluation.evaluation import Scores
 from tasks.task import Task
 
@@ -63,7 +64,7 @@ def model_card(
         folder=folder,
         base=facts["base"],
         base_path=config.lm.model,
-        base_dtype=config.lm.dtype,
+        base_options=_base_options(config.lm),
         on_hub=not base.is_dir(),
         facts=facts.items(),
         rows=rows(scores.before, scores.after),
@@ -75,6 +76,13 @@ def model_card(
         merged=merged,
         texts=texts,
     )
+
+
+def _base_options(lm: LMConfig) -> str:
+    """Arguments with which transformers loads the base as the run did."""
+    revision = f"revision={json.dumps(lm.revision)}, " if lm.revision else ""
+    code = "trust_remote_code=True, " if lm.trust_remote_code else ""
+    return f'{revision}{code}dtype="{lm.dtype}"'
 
 
 def _data(config: RunConfig) -> Iterator[str]:

@@ -31,8 +31,11 @@ from learner.log_z import attach_log_z
 from learner.objectives import db, ppo, raptb, subtb, tb
 from learner.objectives.base import Objective
 from lm.adapter import adapter_bytes, save_adapter
-from lm.merged import save_merged
-from lm.model import LanguageModel, attach_adapter, load_base
+from lm.config import LMConfig
+from lm.merged import check_adaptable, save_merged
+from lm.model import LanguageModel, attach_adapter
+from lm.shared import SharedModel
+from reward.probe import check_base
 from tasks.registry import build_task
 from tasks.task import Task
 
@@ -204,5 +207,16 @@ def save_result(config: RunConfig, learner: Learner, base: LanguageModel, adapte
 
 
 def load_task(config: RunConfig) -> tuple[LanguageModel, Task]:
-    base = load_base(config.lm)
+    """The base, and the task in its tokens."""
+    base = shared_model(config).base
     return base, build_task(config.task, base.tokenizer, seed=config.seed)
+
+
+def shared_model(config: RunConfig) -> SharedModel:
+    """The base, held against plain passes, and its adapter tried, once it is loaded."""
+
+    def check(lm: LMConfig, base: LanguageModel) -> None:
+        check_base(lm, base)
+        check_adaptable(base, config.lora)
+
+    return SharedModel(config.lm, check)

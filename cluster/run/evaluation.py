@@ -20,6 +20,7 @@ def evaluate(
     adapter: Path | None,
     step: int | None = None,
     progress: Callable[[str], None] = lambda stage: None,
+    language_model: SharedModel | None = None,
 ) -> Evaluation:
     """Measure the base LM (None) or an adapter on it; of an M-step the LM that it left.
 
@@ -29,12 +30,15 @@ def evaluate(
     Args:
         step: optimizer steps that the policy has taken; None: all.
         progress: is told what is being done.
+        language_model: of the configuration, where this process has it; None: it is loaded.
 
     Raises FileNotFoundError, AdapterMismatch, DataError, NothingToMeasure.
     """
     started_s = time.monotonic()
     progress("loading the language model")
     context = evaluation_context(config, adapter, step=step, progress=progress)
+    if language_model is not None:
+        context = replace(context, language_model=language_model)
     if adapter is not None and config.learner.traits.trains_model:
         context = replace(
             context,

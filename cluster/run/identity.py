@@ -22,7 +22,7 @@ from tasks.custom_config import CustomTaskConfig
 # adapter are compared as such, wherever they lie.
 _HARMLESS: Mapping[str, frozenset[str]] = {
     "task": frozenset({"tests", "embedder", "demonstration_weight", "question_weight"}),
-    "lm": frozenset({"model", "device"}),
+    "lm": frozenset({"model", "device", "trust_remote_code"}),
     "reward": frozenset({"replicas", "ranks", "token_budget", "deadline_s", "cache_items"}),
 }
 

@@ -32,6 +32,7 @@ from lm.model import LanguageModel
 from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
 from tasks.evaluation.evaluation import Evaluation
+from tasks.registry import build_task
 from tasks.task import Task
 
 NO_CACHE = {"reward.cache_items": 0}
@@ -68,6 +69,7 @@ class LocalRun:
 
     Args:
         stop: ends a wait for groups.
+        base: where this process has it, whose layers are left as they are; None: it is loaded.
     """
 
     settled = True
@@ -81,14 +83,16 @@ class LocalRun:
         buffer: BufferAddress,
         report: Callable[[str], None],
         stop: Callable[[], bool] = lambda: False,
+        base: LanguageModel | None = None,
     ) -> None:
         self._config = config
         self._stop = stop
         self._damaged = False
         self._groups_per_step = config.learner.groups_per_step
         self._adapter = directory.adapter
-        self._base, task = assembly.load_task(config)
-        untouched = twin(self._base)  # by the learner, which puts its adapter into the base
+        untouched = base or assembly.shared_model(config).base
+        task = build_task(config.task, untouched.tokenizer, seed=config.seed)
+        self._base = twin(untouched)  # of the learner, which puts its adapter into it
         self._weights = WeightStore[bytes]()
         self._memory = buffer.memory
         self._buffer = assembly.build_buffer(config, run=directory.name, place=buffer)
@@ -108,7 +112,7 @@ class LocalRun:
             companion=None if self._memory is None else self,
         )
         if config.rollout_actors:
-            self._begin_rollouts(task, untouched)
+            self._begin_rollouts(task, twin(untouched))
         self._go_on()
         self.learner_rows: list[dict[str, float]] = []
         self._deepest, self._progressed_s = 0, monotonic()
@@ -254,12 +258,15 @@ class LocalRun:
 
 @dataclass
 class LocalSession:
-    """Everything in this process."""
+    """Everything in this process, which loads the base once."""
 
     config: RunConfig
     directory: RunDirectory
     buffer: BufferAddress
     address: str = ""
+
+    def __post_init__(self) -> None:
+        self._language_model = assembly.shared_model(self.config)
 
     def open(self) -> None:
         """Nothing is needed."""
@@ -269,14 +276,22 @@ class LocalSession:
         reply_s = self.config.buffer.timeout_s + self.config.cluster.silence_timeout_s
         config = self.config.changed({"buffer.timeout_s": reply_s})
         return LocalRun(
-            config, directory=self.directory, buffer=self.buffer, report=report, stop=stop
+            config,
+            directory=self.directory,
+            buffer=self.buffer,
+            report=report,
+            stop=stop,
+            base=self._language_model.base,
         )
 
     def evaluate(
         self, adapter: Path | None, report: Callable[[str], None], *, step: int
     ) -> "Future[Evaluation]":
         pending: Future[Evaluation] = Future()
-        pending.set_result(evaluate(self.config, adapter=adapter, step=step))
+        found = evaluate(
+            self.config, adapter=adapter, step=step, language_model=self._language_model
+        )
+        pending.set_result(found)
         return pending
 
     def close(self) -> None:

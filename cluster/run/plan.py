@@ -13,16 +13,12 @@ from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from learner.memory import adapter_bytes_held, update_bytes
 from lm.hub import load_tokenizer
-from lm.memory import (
-    build_without_weights,
-    device_memory_bytes,
-    draw_bytes,
-    kv_cache_bytes,
-)
+from lm.memory import device_memory_bytes, draw_bytes, kv_cache_bytes
 from lm.model import (
     CausalLM,
     LanguageModel,
     attach_adapter,
+    build_without_weights,
     device_of,
     is_large,
     vocab_size,

@@ -24,8 +24,7 @@ from cluster.run.resources import Node, check_fit
 from learner.log_z import check_log_z
 from lm.adapter import load_adapter
 from lm.merged import check_adaptable
-from lm.model import context_limit, load_base
-from reward.probe import check_base
+from lm.model import context_limit, inspect_base
 from tasks.registry import build_task
 from tasks.task import QuestionTask, Task
 
@@ -94,12 +93,13 @@ def check_buffer(config: BufferConfig) -> None:
 
 
 def check_model_and_data(config: RunConfig) -> dict[str, str]:
-    """Raise unless the model loads and every file of the task is such as it can use.
+    """Raise unless the model's files are whole and every file of the task is such as it can use.
+
+    No weights are held: what only they tell is checked where they are loaded, `load_task`.
 
     Returns what a checkpoint of the run is known by.
     """
-    base = load_base(config.lm)
-    check_base(config.lm, base)
+    base = inspect_base(config.lm)
     check_adaptable(base, config.lora)
     task = build_task(config.task, base.tokenizer, seed=config.seed)
     check_log_z(config.learner, task.actions)
