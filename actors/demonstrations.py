@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.protocols import Scorer
+from actors.protocols import Policy, Scorer
 from actors.reward_query import RewardQuery
 from actors.rollout import IsCorrect, join
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
-from lm.sampling import Completion
+from lm.sampling import Completion, Request
 from reward.request import ScoreItem
 
 _ORIGIN = {"actor": "data", "policy_version": 0, "behaviour": "demonstration", "temperature": 1.0}
@@ -27,6 +27,34 @@ class Demonstration:
     prompt: Prompt
     completion: tuple[int, ...]  # token ids of Z, tool output included
     from_tool: tuple[bool, ...]  # which of them a tool inserted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hint:
+    """Behind what the LM is to write rationales of a prompt: a text that tells it more."""
+
+    prompt: Prompt
+    shown: tuple[int, ...]  # token ids
+
+
+def hinted_demonstrations(
+    hints: Sequence[Hint], policy: Policy, *, draws: int
+) -> list[Demonstration]:
+    """What `policy` writes behind each hint, in so many draws at temperature 1: the different ones.
+
+    The objectives learn off policy, so that it need not be the policy's own in front of X.
+    """
+    drawn = [hint for hint in hints for _ in range(draws)]
+    completions = policy.sample([Request(prompt=hint.shown, temperature=1.0) for hint in drawn])
+    found = [
+        Demonstration(
+            prompt=hint.prompt,
+            completion=tuple(completion.tokens.tolist()),
+            from_tool=tuple(completion.from_tool.tolist()),
+        )
+        for hint, completion in zip(drawn, completions, strict=True)
+    ]
+    return list(dict.fromkeys(found))
 
 
 class SeedSink(Protocol):

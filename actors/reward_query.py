@@ -1,14 +1,15 @@
 """How a task is rewarded: the text that the frozen LM scores after every prefix, or a function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
+from actors.protocols import PendingScores, Scorer
 from reward.request import ScoreItem
 
 RewardKind = Literal["suffix", "stop", "function"]
@@ -26,6 +27,10 @@ class RewardQuery:
     kind: RewardKind
     stop_token: int  # spells ⊤
     context: tuple[int, ...] = ()  # token ids in front of X when the frozen LM scores
+    # Y -> the answer that is wrong where Y is right, of one length or not ...
+    rivals: Mapping[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict)
+    # ... and the nats by which log R is less where the frozen LM finds that one likelier behind z.
+    rival_penalty: float = 0.0
 
     def item(
         self,
@@ -37,6 +42,44 @@ class RewardQuery:
         answer = (self.stop_token,) if self.kind == "stop" else prompt.answer
         context = (*self.context, *prompt.scored_prompt)
         return ScoreItem.of(context, completion, stops=stops, answer=answer)
+
+    def with_rivals(self, items: Sequence[ScoreItem]) -> list[ScoreItem]:
+        """`items`, and behind them all of them with the rivals of their answers, if there are."""
+        if not self.rival_penalty:
+            return list(items)
+        rivals = [np.array(self.rivals[tuple(one.answer.tolist())], np.int32) for one in items]
+        return [*items, *(replace(i, answer=y) for i, y in zip(items, rivals, strict=True))]
+
+    def judged(self, scores: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        """log R at the stop states of items, of what was found for them `with_rivals`."""
+        if not self.rival_penalty:
+            return list(scores)
+        right, wrong = scores[: len(scores) // 2], scores[len(scores) // 2 :]
+        return [
+            own_S - np.float32(self.rival_penalty) * (other_S > own_S)
+            for own_S, other_S in zip(right, wrong, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class RivalScorer:
+    """A Scorer that weighs each answer against its rival."""
+
+    scorer: Scorer
+    query: RewardQuery
+
+    def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
+        """See Scorer."""
+        return _Judged(self.scorer.submit(self.query.with_rivals(items)), self.query)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    pending: PendingScores
+    query: RewardQuery
+
+    def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
+        return self.query.judged(self.pending.result(timeout_s))
 
 
 class DirectScorer:

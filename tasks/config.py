@@ -161,6 +161,18 @@ class SubjectivityConfig(HeldOutConfig, Lengths):
         "None: all.",
     )
     max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
+    hinted_draws: int = Field(
+        default=0,
+        ge=0,
+        description="Reasons of each review that seed the replay buffer: drawn of the base LM, "
+        "behind a prompt that gives the label away.",
+    )
+    wrong_label_penalty: float = Field(
+        default=0.0,
+        ge=0,
+        description="Nats by which log R is less behind a reason where the base LM finds the wrong "
+        "label likelier.",
+    )
 
 
 class QuestionsConfig(HeldOutConfig, Lengths):

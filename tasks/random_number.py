@@ -68,11 +68,14 @@ def build_random_number(config: RandomNumberConfig, tokenizer: Tokenizer) -> Ran
         for number in range(config.low, config.high + 1)
     }
     texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    digits = {i for i, text in enumerate(texts) if _DIGITS.fullmatch(text)}
+    # Some tokenizers (Llama, Gemma) spell the space in front of a number as a token of its own.
+    legal = digits.union(*numbers)
     return RandomNumber(
         name="random_number",
         actions=ActionSpace(
             stop_token=stop,
-            legal_tokens=tuple(i for i, text in enumerate(texts) if _DIGITS.fullmatch(text)),
+            legal_tokens=tuple(sorted(legal)),
             min_len=1,
             # One more than any valid integer needs: where to stop is for the policy to learn.
             max_len=max(len(tokens) for tokens in numbers) + 1,

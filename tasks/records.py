@@ -73,22 +73,25 @@ def dataset_name(source: str) -> re.Match[str] | None:
 
 
 def read_records(
-    path: str, model: type[Model], make: Callable[[Model], Record]
+    path: str, model: type[Model] | Sequence[type[Model]], make: Callable[[Model], Record]
 ) -> tuple[Record, ...]:
     """All records of a file, at least one.
 
     Args:
-        model: the form of a record, checked strictly.
+        model: the form of a record, checked strictly. Of several a record has the first whose keys
+            it has all, and that which comes first where it lacks some of each.
         make: what each becomes; a ValueError says what is wrong with it, beyond its form.
 
     Raises DataError, which lists the bad records.
     """
+    forms = [model] if isinstance(model, type) else model
 
     def checked(value: Any) -> Record:
+        form = _form(value, forms)
         try:
-            return make(model.model_validate(value, strict=True))
+            return make(form.model_validate(value, strict=True))
         except ValidationError as error:
-            raise ValueError(_fault(error, model)) from None
+            raise ValueError(_fault(error, form)) from None
 
     return made_of(path, read_values(path), checked)
 
@@ -130,6 +133,12 @@ def refuse(faults: Sequence[str]) -> None:
     more = [f"... and {len(faults) - TOLD} more"] if len(faults) > TOLD else []
     if faults:
         raise DataError("\n".join([*faults[:TOLD], *more]))
+
+
+def _form(value: Any, forms: Sequence[type[Model]]) -> type[Model]:
+    keys = value.keys() if isinstance(value, dict) else {}
+    fitting = (form for form in forms if set(keys).issuperset(form.model_fields))
+    return next(fitting, forms[0])
 
 
 class _Unreadable(str):

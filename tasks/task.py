@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.demonstrations import Demonstration
+from actors.demonstrations import Demonstration, Hint
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
@@ -100,6 +100,18 @@ class AnsweredTask(Task, Protocol):
     @property
     def answered(self) -> Sequence[Demonstration]:
         """X with Y as it stands without a rationale, each; what supervised fine-tuning learns."""
+
+
+@runtime_checkable
+class HintedTask(Task, Protocol):
+    """A task that has the base LM write what seeds the replay buffer."""
+
+    @property
+    def hints(self) -> Sequence[Hint]: ...
+
+    @property
+    def hinted_draws(self) -> int:
+        """Of each hint."""
 
 
 @runtime_checkable

@@ -204,7 +204,7 @@ def test_what_must_stay_light_imports_without_torch(module: str) -> None:
 
 SHIPPED = [
     place(path)
-    for folder in ("tasks", "tasks/paper", "cluster")
+    for folder in ("tasks", "tasks/paper", "tasks/real", "cluster")
     for path in (ROOT / folder).glob("*.toml")
 ]
 

@@ -79,3 +79,26 @@ def test_its_run_needs_no_reward_replica() -> None:
 def test_a_crossed_range_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"low \(9\) must not exceed high \(3\)"):
         RandomNumberConfig(name="random_number", low=9, high=3)
+
+
+class _Letters:
+    """A tokenizer whose tokens are single characters, so that a space is a token of its own."""
+
+    eos_token_id = 0
+
+    def __len__(self) -> int:
+        return 128
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
+def test_a_space_that_is_a_token_of_its_own_may_be_chosen() -> None:
+    task = build_random_number(RandomNumberConfig(name="random_number"), _Letters())
+    for tokens in task.numbers:
+        task.actions.check(tokens, (False,) * len(tokens))
+    assert len(task.actions.legal_tokens or ()) == 11
+    assert not task.valid((ord(" "),))

@@ -133,6 +133,21 @@ def test_stories_may_come_as_csv_with_other_columns(tmp_path: Path) -> None:
         load_stories(str(path))
 
 
+def test_a_passage_says_itself_what_its_middle_is(tmp_path: Path) -> None:
+    path = tmp_path / "passages.jsonl"
+    passage = {"beginning": "It rained. ", "middle": "He ran.", "ending": "He fell. He sat."}
+    path.write_text(json.dumps(passage) + "\n" + json.dumps({**passage, "source": "web"}))
+    story, same = load_stories(str(path))
+    assert story == same and story.text == "It rained. He ran. He fell. He sat."
+    assert (story.beginning, story.middle) == ("It rained.", "He ran.")
+    path.write_text(json.dumps({**passage, "ending": " "}))
+    with pytest.raises(DataError, match="no text under ending; a story has beginning and middle a"):
+        load_stories(str(path))
+    path.write_text(json.dumps({"beginning": "It rained."}))
+    with pytest.raises(DataError, match="it must have sentence1, "):
+        load_stories(str(path))
+
+
 def test_an_unquoted_comma_shifts_no_sentence_of_a_story(tmp_path: Path) -> None:
     path = tmp_path / "stories.csv"
     header, good = f"{','.join(KEYS)},title", "A.,B.,C.,D.,E.,T"

@@ -2,28 +2,35 @@
 
 import json
 import math
-from collections.abc import Callable
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from buffer.replay import DrawRequest
+from actors.reward_query import DirectScorer
+from buffer.memory import MemoryStore
+from buffer.replay import DrawRequest, ReplayBuffer
 from cluster.__main__ import main
 from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.schema import RunConfig
 from cluster.reports.score_table import rows
-from cluster.run.assembly import load_task
+from cluster.run.assembly import load_task, seed_buffer
 from cluster.run.evaluation import evaluate
 from cluster.run.imitation import imitation
 from lm.adapter import adapter_bytes, save_adapter
 from lm.merged import save_merged
 from lm.model import attach_adapter, load_base
+from lm.sampling import Completion, Request
+from reward.request import ScoreItem
 from seed_lm.corpus import Share, documents
 from seed_lm.review_files import write_files
 from seed_lm.review_texts import NAMES_FILM
@@ -32,9 +39,10 @@ from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
 from tasks.config import SubjectivityConfig
 from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
 from tasks.records import DataError
-from tasks.subjectivity.data import Label, load_reviews
+from tasks.subjectivity.data import Label, load_reviews, telling
 from tasks.subjectivity.evaluation import Subjectivity, likelier_label, objective_probability
 from tasks.subjectivity.task import build_subjectivity
+from tests.buffer_toy import replay_of
 
 DATA = PROJECT_ROOT / "tasks/data/subjectivity"
 TRAIN, TEST = str(DATA / "train.jsonl"), str(DATA / "test.jsonl")
@@ -251,3 +259,69 @@ def test_a_run_is_evaluated_as_what_it_learned(
     assert told == {key: value for key, value in found.items() if key != "seconds"}
     assert main([*evaluate, "learner.objective=tb", "--run", "told"]) == 1
     assert "how run 'told' learned is read from" in capsys.readouterr().err
+
+
+@dataclass
+class Talker:
+    """A policy that writes what it is told, and keeps what it was asked."""
+
+    written: list[tuple[int, ...]]
+    asked: list[str] = field(default_factory=list)
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        self.asked += [self.decode(request.prompt) for request in requests]
+        endless = cycle(self.written)
+        return [
+            Completion(
+                tokens=np.array(z, np.int32),
+                from_tool=np.zeros(len(z), np.bool_),
+                log_q_token=np.zeros(len(z), np.float32),
+                stops=np.arange(1, len(z) + 1, dtype=np.int32),
+                log_q_stop=np.zeros(len(z), np.float32),
+            )
+            for z, _ in zip(endless, requests, strict=False)
+        ]
+
+    decode: Callable[[Sequence[int]], str] = str
+
+    def load(self, adapter: bytes) -> None:
+        raise NotImplementedError
+
+
+def test_reasons_that_a_told_base_writes_seed_the_buffer_behind_the_untold_prompt(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    path = "tasks/subjectivity.toml"
+    config = load_config(path, ["task.hinted_draws=4", "task.wrong_label_penalty=50"])
+    task = build(tokenizer, labels=2, hinted_draws=4, wrong_label_penalty=50.0)
+    one, two = (tuple(tokenizer.encode(text)) for text in (" about a debt", " about a film"))
+    policy = Talker(written=[one, two], decode=lambda ids: tokenizer.decode(list(ids)))
+    answers = list(task.answers.values())
+
+    def frozen_lm(item: ScoreItem) -> NDArray[np.float32]:
+        """Finds "objective" likelier behind all that does not end in "film"."""
+        objective = tuple(item.answer.tolist()) == answers[0]
+        films = tuple(item.completion.tolist()) == two
+        likelier = np.where(item.stops == len(two), objective != films, objective)
+        return np.where(likelier, -1.0, -2.0).astype(np.float32)
+
+    buffer = ReplayBuffer(
+        MemoryStore(), config=config.changed({"buffer.near_duplicate_tolerance": 0.0}).buffer
+    )
+    scorer = DirectScorer(frozen_lm)
+    assert seed_buffer(config, task=task, scorer=scorer, buffer=buffer, policy=policy) == 4
+    reviews = {p.text.split('"')[1]: p for p in task.prompts}
+    told = [telling(r.text, r.label) for r in load_reviews(TRAIN) if r.text in reviews]
+    assert Counter(policy.asked) == dict.fromkeys(told, 4)
+    found = {(t.prompt_key, tuple(t.completion.tolist())): t for t in replay_of(buffer)}
+    assert len(found) == 4
+    for prompt in task.prompts:
+        for z in (one, two):
+            kept = found[prompt.key, z]
+            assert kept.behaviour == "demonstration"
+            assert tuple(kept.prompt.tolist()) == prompt.prompt
+            right = (z == two) == (prompt.answer == answers[1])
+            assert float(kept.log_reward[-1]) == (-1.0 if right else -52.0)
+    assert (
+        seed_buffer(config, task=build(tokenizer), scorer=scorer, buffer=buffer, policy=policy) == 0
+    )

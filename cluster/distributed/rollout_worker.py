@@ -54,7 +54,11 @@ class RolloutWorker(Worker):
         try:
             if self._member.index == 0:
                 assembly.seed_buffer(
-                    self._config, task=self._task, scorer=self._scorer, buffer=self._buffer
+                    self._config,
+                    task=self._task,
+                    scorer=self._scorer,
+                    buffer=self._buffer,
+                    policy=self._actor.policy,
                 )
             self._actor.run(self._stopping.is_set)
         except NobodyScores as error:

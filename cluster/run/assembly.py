@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from actors.actor import RolloutActor
-from actors.demonstrations import seed_demonstrations
+from actors.demonstrations import hinted_demonstrations, seed_demonstrations
 from actors.policy import SamplingPolicy
 from actors.prompts import PromptStream
 from actors.protocols import Policy, Scorer, TrajectorySink
-from actors.reward_query import DirectScorer
+from actors.reward_query import DirectScorer, RivalScorer
 from actors.weight_sources import LaggingWeights, WeightSource
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
@@ -37,7 +37,7 @@ from lm.model import LanguageModel, attach_adapter
 from lm.shared import SharedModel
 from reward.probe import check_base
 from tasks.registry import build_task
-from tasks.task import Task
+from tasks.task import HintedTask, Task
 
 MakeEngine = Callable[[Any, LearnerConfig], Engine]
 
@@ -96,13 +96,22 @@ def model_policy(
 
 def scorer_of(task: Task, replicas: Scorer) -> Scorer:
     """Who scores this task: the reward replicas, or the task itself."""
-    return replicas if task.log_reward is None else DirectScorer(task.log_reward)
+    if task.log_reward is not None:
+        return DirectScorer(task.log_reward)
+    query = task.reward_query
+    return RivalScorer(replicas, query) if query.rival_penalty else replicas
 
 
-def seed_buffer(config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer) -> int:
-    """Put the task's demonstrations into replay; how many. Harmless to repeat."""
+def seed_buffer(
+    config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer, policy: Policy
+) -> int:
+    """Put the task's demonstrations into replay, and what the base LM, as which `policy` begins,
+    writes behind its hints; how many. Harmless to repeat."""
+    hinted = []
+    if isinstance(task, HintedTask) and task.hinted_draws:
+        hinted = hinted_demonstrations(task.hints, policy, draws=task.hinted_draws)
     return seed_demonstrations(
-        task.demonstrations,
+        [*task.demonstrations, *hinted],
         task=task.name,
         actions=task.actions,
         query=task.reward_query,

@@ -142,7 +142,13 @@ class LocalRun:
             weights=self._weights,
         )
         if not self._saved:
-            assembly.seed_buffer(config, task=task, scorer=self._replica, buffer=self._buffer)
+            assembly.seed_buffer(
+                config,
+                task=task,
+                scorer=self._replica,
+                buffer=self._buffer,
+                policy=self._actor.policy,
+            )
 
     def save(self) -> bytes:
         """The run but for the learner, with the buffer in memory; see `Companion.save`."""

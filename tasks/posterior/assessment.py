@@ -173,7 +173,8 @@ class _Assessor:
     def posterior_samples(self, prompt: Prompt) -> PosteriorSamples | None:
         """None where the LM's own texts are no samples of the posterior, or none are wanted."""
         query, draws = self.task.reward_query, self.context.posterior.draws
-        if query.kind == "function" or self.context.temperature != 1 or not draws:
+        free = query.kind == "function" or bool(query.rival_penalty)
+        if free or self.context.temperature != 1 or not draws:
             return None
         model = self.base.model
         with self.base.active():

@@ -22,6 +22,11 @@ def question(text: str) -> str:
     return f'Classify this movie review as objective or subjective: "{text}" This review is'
 
 
+def telling(text: str, label: str) -> str:
+    """The request with the label given away, which a reason follows."""
+    return f'"{text}" This movie review is {label}, because it is'
+
+
 def answer_text(label: str) -> str:
     """Y behind a reason."""
     return f", so it is {label}."

@@ -4,15 +4,16 @@
     so it is objective.
 
 X ends with `is`, Z is a short reason, Y a comma, which is ⊤, and the label. The policy reads X
-alone; the reward log p_LM(Z Y | X) has the true label. Y without a reason, `This review is
-objective.`, is what supervised fine-tuning and worked examples show.
+alone; the reward log p_LM(Z Y | X) has the true label, and a penalty where the LM finds the other
+one likelier. Y without a reason, `This review is objective.`, is what supervised fine-tuning and
+worked examples show. Reasons to begin with may come of the base LM, told the label.
 """
 
 import hashlib
 import random
 from itertools import zip_longest
 
-from actors.demonstrations import Demonstration
+from actors.demonstrations import Demonstration, Hint
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
@@ -27,6 +28,7 @@ from tasks.subjectivity.data import (
     bare_answer_text,
     load_reviews,
     question,
+    telling,
 )
 from tasks.subjectivity.evaluation import ReviewItem, Subjectivity
 from tasks.task import Tokenizer
@@ -78,10 +80,20 @@ def build_subjectivity(
             for prompt, review in prompts.items()
             if (bare := bare_answers[review.label])
         ),
+        hints=tuple(
+            Hint(prompt=prompt, shown=spell(tokenizer, telling(review.text, review.label)))
+            for prompt, review in prompts.items()
+        ),
+        hinted_draws=config.hinted_draws,
         held_out=splits.made(lambda one: ReviewItem(prompt=prompt_of(one), review=one)),
         answers=answers,
         bare_answers=bare_answers,
-        reward_query=RewardQuery(kind="suffix", stop_token=actions.stop_token),
+        reward_query=RewardQuery(
+            kind="suffix",
+            stop_token=actions.stop_token,
+            rivals=dict(zip(answers.values(), reversed(answers.values()), strict=True)),
+            rival_penalty=config.wrong_label_penalty,
+        ),
     )
 
 
