@@ -56,7 +56,7 @@ class RewardQuery:
             return list(scores)
         right, wrong = scores[: len(scores) // 2], scores[len(scores) // 2 :]
         return [
-            own_S - np.float32(self.rival_penalty) * (other_S > own_S)
+            (own_S - self.rival_penalty * (other_S > own_S)).astype(np.float32)
             for own_S, other_S in zip(right, wrong, strict=True)
         ]
 
