@@ -12,6 +12,7 @@ Needs torch, transformers and peft only. Without a GPU it says so and exits 0.
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -71,7 +72,8 @@ class Weights:
     @staticmethod
     def of(model: PreTrainedModel) -> "Weights":
         head = model.get_output_embeddings().weight.numel()
-        linear = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+        in_layers = re.compile(r"\.(h|layers)\.").search
+        linear = [p for name, p in model.named_parameters() if p.ndim == 2 and in_layers(name)]
         return Weights(sum(p.numel() for p in linear), head)
 
     def flops(self, tokens: int, predictions: int) -> float:
@@ -96,9 +98,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matrix_rate(device: torch.device, size: int, repeats: int) -> float:
-    """Multiply-adds per second, times two, of a square bfloat16 product."""
-    left, right = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+def matrix_rate(
+    device: torch.device, size: int, repeats: int, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """Multiply-adds per second, times two, of a square product."""
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
     return 2.0 * size**3 / seconds(lambda: left @ right, device, repeats)
 
 

@@ -5,8 +5,11 @@ import math
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from bench import real
 from bench.gpu import Load, Weights, main, matrix_rate, measure, random_model
+from lm.model import LanguageModel
 from tests.tiny_lm import tiny_config
 
 CPU = torch.device("cpu")
@@ -39,3 +42,14 @@ def test_without_a_gpu_it_says_so_and_ends_well(
         "rows": [],
         "note": "no GPU here: nothing measured",
     }
+
+
+def test_on_a_cpu_each_phase_of_a_run_is_held_against_the_matrix_rate_of_the_same_run() -> None:
+    model = random_model(tiny_config("llama"), CPU).float()
+    base = LanguageModel(model=model, tokenizer=PreTrainedTokenizerFast, fingerprint="random")
+    load = Load(prompts=2, group=2, prompt=6, completion=4, update_rows=4, rank=2)
+    rows = list(real.measure(base, load, size=64, repeats=1))
+    assert [row["phase"] for row in rows] == ["rollouts", "scoring", "learning"]
+    for row in rows:
+        assert 0 <= row["share_of_gemm"] < math.inf and row["gemm_gflops"] > 0
+        assert row["tokens_per_s"] > 0
