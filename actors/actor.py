@@ -15,8 +15,8 @@ import numpy as np
 
 from actors.config import ActorConfig
 from actors.prompts import PromptStream
-from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink
-from actors.reward_query import RewardQuery
+from actors.protocols import Policy, TrajectorySink
+from actors.reward_query import PendingScores, RewardQuery, Scorer
 from actors.rollout import GroupPlan, IsCorrect, join, plan_groups
 from actors.weight_sources import WeightSource
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group

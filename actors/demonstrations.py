@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.protocols import Policy, Scorer
-from actors.reward_query import RewardQuery
+from actors.protocols import Policy
+from actors.reward_query import RewardQuery, Scorer
 from actors.rollout import IsCorrect, join
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.protocols import PendingScores, Scorer
 from reward.request import ScoreItem
 
 RewardKind = Literal["suffix", "stop", "function"]
@@ -61,6 +60,33 @@ class RewardQuery:
         ]
 
 
+class PendingScores(Protocol):
+    """A scoring under way."""
+
+    def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
+        """Log-rewards [S] in nats for each submitted item, else TimeoutError or RuntimeError."""
+
+
+class Scorer(Protocol):
+    """Rewards under the frozen LM."""
+
+    def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
+        """Returns at once."""
+
+
+class DirectScorer:
+    """A Scorer for tasks whose log-reward is a function: nats at each stop state of an item."""
+
+    def __init__(self, log_reward: Callable[[ScoreItem], NDArray[np.float32]]) -> None:
+        self._log_reward = log_reward
+
+    def submit(self, items: Sequence[ScoreItem]) -> Future[list[NDArray[np.float32]]]:
+        """Score at once."""
+        scores: Future[list[NDArray[np.float32]]] = Future()
+        scores.set_result([self._log_reward(item) for item in items])
+        return scores
+
+
 @dataclass(frozen=True, slots=True)
 class RivalScorer:
     """A Scorer that weighs each answer against its rival."""
@@ -80,16 +106,3 @@ class _Judged:
 
     def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
         return self.query.judged(self.pending.result(timeout_s))
-
-
-class DirectScorer:
-    """A Scorer for tasks whose log-reward is a function: nats at each stop state of an item."""
-
-    def __init__(self, log_reward: Callable[[ScoreItem], NDArray[np.float32]]) -> None:
-        self._log_reward = log_reward
-
-    def submit(self, items: Sequence[ScoreItem]) -> Future[list[NDArray[np.float32]]]:
-        """Score at once."""
-        scores: Future[list[NDArray[np.float32]]] = Future()
-        scores.set_result([self._log_reward(item) for item in items])
-        return scores

@@ -10,8 +10,8 @@ from actors.actor import RolloutActor
 from actors.demonstrations import hinted_demonstrations, seed_demonstrations
 from actors.policy import SamplingPolicy
 from actors.prompts import PromptStream
-from actors.protocols import Policy, Scorer, TrajectorySink
-from actors.reward_query import DirectScorer, RivalScorer
+from actors.protocols import Policy, TrajectorySink
+from actors.reward_query import DirectScorer, RivalScorer, Scorer
 from actors.weight_sources import LaggingWeights, WeightSource
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
