@@ -15,8 +15,8 @@ import numpy as np
 
 from actors.config import ActorConfig
 from actors.prompts import PromptStream
-from actors.protocols import Policy, TrajectorySink
-from actors.reward_query import PendingScores, RewardQuery, Scorer
+from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink
+from actors.reward_query import RewardQuery
 from actors.rollout import GroupPlan, IsCorrect, join, plan_groups
 from actors.weight_sources import WeightSource
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group
@@ -87,7 +87,7 @@ class RolloutActor:
             self.query.item(plan.prompt, completion.tokens, completion.stops)
             for plan, completion in zip(plans, completions, strict=True)
         ]
-        pending, version = self.scorer.submit(items), self.stats.version
+        pending, version = self.scorer.submit(self.query.asked(items)), self.stats.version
         batch = partial(self._scored, plans, completions, pending, version, sampled_s)
         self._in_flight.append(batch)
         if len(self._in_flight) >= self.config.max_in_flight:
@@ -126,7 +126,8 @@ class RolloutActor:
     ) -> list[list[Trajectory]]:
         """The groups of a batch, once it is scored; a plan for each completion."""
         size = self.config.group_size
-        scored = zip(plans, completions, pending.result(self.config.score_timeout_s), strict=True)
+        log_rewards = self.query.judged(pending.result(self.config.score_timeout_s))
+        scored = zip(plans, completions, log_rewards, strict=True)
         found = [
             join(
                 plan.prompt,

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.protocols import Policy
-from actors.reward_query import RewardQuery, Scorer
+from actors.protocols import Policy, Scorer
+from actors.reward_query import RewardQuery
 from actors.rollout import IsCorrect, join
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
@@ -89,7 +89,8 @@ def seed_demonstrations(
         for demonstration, completion in zip(demonstrations, completions, strict=True)
     ]
     for portion in _portions(items, token_budget):
-        log_rewards = scorer.submit(items[portion]).result(timeout_s)
+        scores = scorer.submit(query.asked(items[portion])).result(timeout_s)
+        log_rewards = query.judged(scores)
         scored = zip(demonstrations[portion], completions[portion], log_rewards, strict=True)
         buffer.seed([_record(*parts, task, is_correct) for parts in scored])
     return len(items)

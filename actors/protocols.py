@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Request
+from reward.request import ScoreItem
 
 
 class Policy(Protocol):
@@ -15,6 +19,20 @@ class Policy(Protocol):
 
     def load(self, adapter: bytes) -> None:
         """Take these adapter weights from now on."""
+
+
+class PendingScores(Protocol):
+    """A scoring under way."""
+
+    def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
+        """Log-rewards [S] in nats for each submitted item, else TimeoutError or RuntimeError."""
+
+
+class Scorer(Protocol):
+    """Rewards under the frozen LM."""
+
+    def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
+        """Returns at once."""
 
 
 class TrajectorySink(Protocol):

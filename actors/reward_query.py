@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,15 +42,15 @@ class RewardQuery:
         context = (*self.context, *prompt.scored_prompt)
         return ScoreItem.of(context, completion, stops=stops, answer=answer)
 
-    def with_rivals(self, items: Sequence[ScoreItem]) -> list[ScoreItem]:
-        """`items`, and behind them all of them with the rivals of their answers, if there are."""
+    def asked(self, items: Sequence[ScoreItem]) -> list[ScoreItem]:
+        """What to ask a scorer for `items`: where wrong answers have a price, for those as well."""
         if not self.rival_penalty:
             return list(items)
         rivals = [np.array(self.rivals[tuple(one.answer.tolist())], np.int32) for one in items]
         return [*items, *(replace(i, answer=y) for i, y in zip(items, rivals, strict=True))]
 
     def judged(self, scores: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-        """log R at the stop states of items, of what was found for them `with_rivals`."""
+        """log R at the stop states of items, of what was found for those `asked`."""
         if not self.rival_penalty:
             return list(scores)
         right, wrong = scores[: len(scores) // 2], scores[len(scores) // 2 :]
@@ -58,20 +58,6 @@ class RewardQuery:
             (own_S - self.rival_penalty * (other_S > own_S)).astype(np.float32)
             for own_S, other_S in zip(right, wrong, strict=True)
         ]
-
-
-class PendingScores(Protocol):
-    """A scoring under way."""
-
-    def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
-        """Log-rewards [S] in nats for each submitted item, else TimeoutError or RuntimeError."""
-
-
-class Scorer(Protocol):
-    """Rewards under the frozen LM."""
-
-    def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
-        """Returns at once."""
 
 
 class DirectScorer:
@@ -85,24 +71,3 @@ class DirectScorer:
         scores: Future[list[NDArray[np.float32]]] = Future()
         scores.set_result([self._log_reward(item) for item in items])
         return scores
-
-
-@dataclass(frozen=True, slots=True)
-class RivalScorer:
-    """A Scorer that weighs each answer against its rival."""
-
-    scorer: Scorer
-    query: RewardQuery
-
-    def submit(self, items: Sequence[ScoreItem]) -> PendingScores:
-        """See Scorer."""
-        return _Judged(self.scorer.submit(self.query.with_rivals(items)), self.query)
-
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    pending: PendingScores
-    query: RewardQuery
-
-    def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
-        return self.query.judged(self.pending.result(timeout_s))

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.reward_query import DirectScorer, RewardKind, RewardQuery, RivalScorer
+from actors.reward_query import DirectScorer, RewardKind, RewardQuery
 from reward.request import ScoreItem
 from tasks.posterior.weights import log_rewards
 
@@ -40,7 +40,8 @@ def test_a_likelier_wrong_answer_lowers_the_reward_of_its_prefix_alone() -> None
 
     stops = np.array([0, 1, 2], dtype=np.int32)
     item = query.item(prompt, (4, 5), stops)
-    [log_r, again] = RivalScorer(DirectScorer(frozen_lm), query).submit([item, item]).result(1.0)
+    scores = DirectScorer(frozen_lm).submit(query.asked([item, item])).result(1.0)
+    [log_r, again] = query.judged(scores)
     assert log_r.tolist() == again.tolist() == [-3.0, -55.0, -7.0]
     assert log_r.dtype == np.float32
     whole = log_rewards([(4,), (4, 5)], prompt, query, lambda items: [frozen_lm(i) for i in items])

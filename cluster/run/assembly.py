@@ -10,8 +10,8 @@ from actors.actor import RolloutActor
 from actors.demonstrations import hinted_demonstrations, seed_demonstrations
 from actors.policy import SamplingPolicy
 from actors.prompts import PromptStream
-from actors.protocols import Policy, TrajectorySink
-from actors.reward_query import DirectScorer, RivalScorer, Scorer
+from actors.protocols import Policy, Scorer, TrajectorySink
+from actors.reward_query import DirectScorer
 from actors.weight_sources import LaggingWeights, WeightSource
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
@@ -96,10 +96,7 @@ def model_policy(
 
 def scorer_of(task: Task, replicas: Scorer) -> Scorer:
     """Who scores this task: the reward replicas, or the task itself."""
-    if task.log_reward is not None:
-        return DirectScorer(task.log_reward)
-    query = task.reward_query
-    return RivalScorer(replicas, query) if query.rival_penalty else replicas
+    return replicas if task.log_reward is None else DirectScorer(task.log_reward)
 
 
 def seed_buffer(

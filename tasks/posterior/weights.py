@@ -106,6 +106,6 @@ def log_rewards(
     pairs = list(zip(prompts, completions, strict=True))
     distinct = list(dict.fromkeys(pairs))
     items = [query.item(x, z, np.array([len(z)], dtype=np.int32)) for x, z in distinct]
-    log_r = query.judged(log_reward(query.with_rivals(items)))
+    log_r = query.judged(log_reward(query.asked(items)))
     known = dict(zip(distinct, log_r, strict=True))
     return np.array([float(known[pair][-1]) for pair in pairs])
