@@ -43,6 +43,7 @@ class ActorStats:
     trajectories: int = 0
     tokens: int = 0
     sampled: int = 0  # trajectories, stored or not yet
+    unscored: int = 0  # trajectories of groups that were dropped, for a verifier failed
     gradable: int = 0  # trajectories whose answer is known to be right or wrong
     correct: int = 0
     log_reward_sum: float = 0.0  # nats, of the final states
@@ -124,10 +125,16 @@ class RolloutActor:
         version: int,
         sampled_s: float,
     ) -> list[list[Trajectory]]:
-        """The groups of a batch, once it is scored; a plan for each completion."""
+        """The groups of a batch, once it is scored; a plan for each completion.
+
+        Without groups of which a completion has no reward: [0], because a verifier failed on it.
+        """
         size = self.config.group_size
-        log_rewards = self.query.judged(pending.result(self.config.score_timeout_s))
-        scored = zip(plans, completions, log_rewards, strict=True)
+        scores = self.query.judged(pending.result(self.config.score_timeout_s))
+        scored = zip(plans, completions, scores, strict=True)
+        starts = range(0, len(completions), size)
+        whole = [all(len(log_reward_S) for log_reward_S in scores[at : at + size]) for at in starts]
+        self.stats.unscored += size * whole.count(False)
         found = [
             join(
                 plan.prompt,
@@ -142,6 +149,7 @@ class RolloutActor:
                 created_s=sampled_s + number // size * _GROUP_APART_S,
             )
             for number, (plan, completion, log_reward_S) in enumerate(scored)
+            if whole[number // size]
         ]
         return [found[at : at + size] for at in range(0, len(found), size)]
 

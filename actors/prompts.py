@@ -18,6 +18,7 @@ class Prompt:
     # Token ids of X as the frozen LM reads it, where the policy is shown something else, such as X
     # and Y in one; None: `prompt`.
     scored: tuple[int, ...] | None = None
+    record: str = ""  # JSON object that verifiers get, such as a row of data; "": of X and Y
 
     @property
     def scored_prompt(self) -> tuple[int, ...]:

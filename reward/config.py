@@ -1,6 +1,69 @@
 """Configuration of the reward replicas; imports no torch."""
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+import re
+from typing import Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from reward.checks import BUILT_IN, FUNCTION
+
+
+class RewardTerm(BaseModel):
+    """One of `[[reward.terms]]`, which add up: log R is the sum of weight times value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["likelihood", "verifier", "length"] = Field(
+        description="What the frozen LM says of Z and Y, nats; a score of Z's text in [0, 1]; or "
+        "the tokens of Z."
+    )
+    weight: float = Field(
+        default=1.0, allow_inf_nan=False, description="By which the value is multiplied."
+    )
+    check: str | None = Field(
+        default=None,
+        description='Of a verifier: "exact", "numeric", "regex", or "module:function" of your own.',
+    )
+    pattern: str | None = Field(
+        default=None,
+        description="Regular expression: what regex looks for; its first group is what exact and "
+        "numeric look at instead of the whole text.",
+    )
+    where: Literal["every", "end"] = Field(
+        default="every",
+        description="A verifier judges every stop state, or whole completions alone.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.kind == "likelihood" and self.weight <= 0:
+            raise ValueError(f"weight ({self.weight}) of the likelihood must be positive")
+        if self.kind != "verifier":
+            if self.check or self.pattern or self.where != "every":
+                raise ValueError(f'check, pattern and where mean nothing to kind "{self.kind}"')
+            return self
+        if self.check not in BUILT_IN and not FUNCTION.fullmatch(self.check or ""):
+            raise ValueError(
+                f"a verifier needs a check, {', '.join(BUILT_IN)} or 'module:function', not "
+                f"{self.check!r}"
+            )
+        if (self.check == "regex") > (self.pattern is not None):
+            raise ValueError('check = "regex" needs a pattern')
+        try:
+            re.compile(self.pattern or "")
+        except re.error as error:
+            raise ValueError(
+                f"pattern {self.pattern!r} is no regular expression: {error}"
+            ) from None
+        return self
 
 
 class RewardConfig(BaseModel):
@@ -22,6 +85,26 @@ class RewardConfig(BaseModel):
         description="Seconds within which a request is answered, from its arrival on; also how "
         "long a rank waits for the other ranks of its replica.",
     )
+    verifier_processes: PositiveInt = Field(
+        default=1, description="In which an actor's verifiers run."
+    )
+    verifier_deadline_s: PositiveFloat = Field(
+        default=5.0, description="Longest call of a verifier; one that takes longer is ended."
+    )
     cache_items: NonNegativeInt = Field(
         default=20_000, description="Scores remembered by content, oldest use forgotten; 0: none."
     )
+    terms: tuple[RewardTerm, ...] = Field(
+        default=(),
+        description="What log R is the sum of; none: what the task says (docs/questions.md).",
+    )
+
+    @model_validator(mode="after")
+    def _check_terms(self) -> Self:
+        likelihoods = sum(term.kind == "likelihood" for term in self.terms)
+        if self.terms and likelihoods != 1:
+            raise ValueError(
+                f'terms hold {likelihoods} of kind = "likelihood", and need one: without it every '
+                "text is as likely as any other"
+            )
+        return self

@@ -25,6 +25,7 @@ class ScoreItem:
     completion: Tokens  # [L] Z, inserted tool text included, stop token excluded
     stops: NDArray[np.int32]  # [S] strictly increasing prefix lengths t, 0 <= t <= L
     answer: Tokens  # [A] Y, A >= 1
+    record: str = ""  # JSON object that verifiers get; nothing to the LM
 
     @classmethod
     def of(
@@ -34,14 +35,16 @@ class ScoreItem:
         *,
         stops: Sequence[int] | Tokens,
         answer: Sequence[int],
+        record: str = "",
     ) -> Self:
         """From any rows of integers."""
         rows = {"context": context, "completion": completion, "stops": stops, "answer": answer}
-        return cls(**{name: np.asarray(row, dtype=np.int32) for name, row in rows.items()})
+        arrays = {name: np.asarray(row, dtype=np.int32) for name, row in rows.items()}
+        return cls(**arrays, record=record)
 
     @property
     def key(self) -> bytes:
-        """Content of the item: two items with the same key have the same scores."""
+        """Content of the item: two items with the same key have the same scores by the LM."""
         parts = (self.context, self.completion, self.stops, self.answer)
         sizes = [len(part) for part in parts]
         return b"".join(np.asarray(part, dtype=np.int32).tobytes() for part in (sizes, *parts))

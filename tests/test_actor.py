@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,3 +301,19 @@ def test_any_number_of_demonstrations_is_scored_within_the_time_for_one_portion(
     assert stored == len(buffer.seeded) == sum(scorer.sizes) == 40
     assert [len(t.completion) for t in buffer.seeded] == [n % 3 for n in range(40)]
     assert max(scorer.sizes) > 1, "portions of one each would be slow"
+
+
+def test_groups_with_a_completion_that_no_verifier_judged_are_dropped_and_counted() -> None:
+    class Unjudged(ArithmeticScores):
+        def submit(self, items: Sequence[ScoreItem]) -> Any:
+            scores = super().submit(items).result(1.0)
+            scores[4] = np.empty(0, dtype=np.float32)
+            return SimpleNamespace(result=lambda timeout_s: scores)
+
+    actor, parts = make_actor(scorer=Unjudged())
+    actor.step()
+    actor.flush()
+    (kept,) = parts["buffer"].groups
+    assert len(kept) == actor.stats.unscored == 3
+    assert [t.log_reward.tolist() for t in kept] == [[-7.0 - 1, -7.0 - 2]] * 3
+    assert actor.stats.groups == 1 and actor.stats.sampled == 6

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from subprocess import run
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -262,7 +263,7 @@ def test_copies_in_portions_are_those_of_the_whole_row(copies: int) -> None:
     ],
 )
 def test_an_item_that_cannot_be_scored_is_refused(
-    tiny_lm: LM, broken: dict[str, NDArray], message: str
+    tiny_lm: LM, broken: dict[str, Any], message: str
 ) -> None:
     good = item([1, 2], [3, 4], [5, 6])
     with pytest.raises(BadItem, match=message):

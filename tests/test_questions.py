@@ -16,8 +16,8 @@ from cluster.config.file import PROJECT_ROOT, load_config
 from lm.config import LMConfig
 from lm.hub import load_tokenizer
 from lm.spelling import TokenizerUnfit, spell
+from reward.checks import canonical
 from tasks.config import QuestionsConfig
-from tasks.questions.data import canonical
 from tasks.questions.task import Questions, build_questions
 from tasks.records import DataError, missing_files
 

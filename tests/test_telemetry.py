@@ -36,7 +36,7 @@ def names(*kinds: type) -> set[str]:
 
 def test_every_metric_is_read_from_a_figure_that_there_is() -> None:
     sources = {
-        Source.ACTOR: names(ActorStats) | {"scoring_retries"},
+        Source.ACTOR: names(ActorStats) | {"scoring_retries", "verifier_failures"},
         Source.REPLICA: names(ReplicaStats),
         Source.BUFFER: names(ReplayStats, Counters),
     }

@@ -17,7 +17,7 @@ from cluster.config.validation import Section, set_key, validated
 from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
 from reward.config import RewardConfig
-from tasks.config import EM_TASKS, SENTENCE_TASKS, TaskConfig
+from tasks.config import EM_TASKS, SENTENCE_TASKS, QuestionsConfig, TaskConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.posterior.config import PosteriorConfig
 
@@ -105,11 +105,33 @@ class RunConfig(Section):
                 "adapter in em.policy, such as runs/NAME/adapter"
             )
         yield from () if traits.imitates else self._starvation()
+        yield from self._mistaken_terms()
         if self.actors.lag_versions > max(self.max_lag_versions, 0):
             yield (
                 f"actors.lag_versions ({self.actors.lag_versions}) must not exceed buffer.max_age "
                 f"({self.buffer.max_age}) less the versions between two publications "
                 f"({self.learner.publish_every_steps - 1}): the buffer would drop everything"
+            )
+
+    def _mistaken_terms(self) -> Iterator[str]:
+        """Of the reward: where nothing is to be added to, and where R is wanted and not known."""
+        terms, name = self.reward.terms, self.learner.objective
+        if terms and self.task.reward_kind == "function":
+            yield (
+                f'reward.terms add to what the language model says, and task "{self.task.name}" '
+                "asks none: leave them out, and say it in the task's own reward"
+            )
+        if self.learner.traits.has_terms and any(term.where == "end" for term in terms):
+            yield (
+                f'reward.terms: where = "end" judges whole completions alone, and '
+                f'learner.objective "{name}" learns from every stop state: set it to "tb" or '
+                '"ppo", or where to "every"'
+            )
+        judged = any(term.kind == "verifier" for term in terms)
+        if isinstance(self.task, QuestionsConfig) and not (self.task.y or judged):
+            yield (
+                'task.y is "" and reward.terms have no verifier: nothing tells a good rationale '
+                "from another, so give one of them"
             )
 
     def _starvation(self) -> Iterator[str]:

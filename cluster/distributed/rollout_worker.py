@@ -66,4 +66,7 @@ class RolloutWorker(Worker):
         return self.status()
 
     def status(self) -> dict[str, Any]:
-        return asdict(self._actor.stats) | {"scoring_retries": self._scorer.retries}
+        return asdict(self._actor.stats) | {
+            "scoring_retries": self._scorer.retries,
+            "verifier_failures": assembly.verifier_failures(self._actor),
+        }

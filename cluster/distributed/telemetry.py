@@ -49,6 +49,7 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
     Source.ACTOR: (
         _counter("actor_trajectories", "trajectories", "Trajectories stored in the buffer."),
         _counter("actor_tokens", "tokens", "Tokens sampled."),
+        _counter("actor_unscored_trajectories", "unscored", "Trajectories without a reward."),
         _counter("actor_judged_trajectories", "gradable", "Trajectories that are right or wrong."),
         _counter("actor_correct_trajectories", "correct", "Of those, the correct ones."),
         _gauge("actor_policy_version", "version", "Version of the weights it samples from."),
@@ -57,6 +58,7 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
         _counter("actor_storing_seconds", "storing_s", "Time spent storing trajectories."),
         _counter("actor_paced_seconds", "paced_s", "Time spent waiting for the learner to draw."),
         _counter("actor_scoring_retries", "scoring_retries", "Scorings that were asked for again."),
+        _counter("actor_verifier_failures", "verifier_failures", "Verifications that failed."),
     ),
     Source.REPLICA: (
         _gauge("reward_queued_requests", "queued_requests", "Requests that wait for a pass."),

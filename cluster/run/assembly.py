@@ -36,6 +36,7 @@ from lm.merged import check_adaptable, save_merged
 from lm.model import LanguageModel, attach_adapter
 from lm.shared import SharedModel
 from reward.probe import check_base
+from reward.terms import TermScorer, build_terms
 from tasks.registry import build_task
 from tasks.task import HintedTask, Task
 
@@ -76,7 +77,7 @@ def build_actor(
         is_correct=task.verdict,
         prompts=PromptStream(task.prompts, np.random.default_rng(prompt_seed)),
         policy=policy(int(sampler_seed.generate_state(1)[0])),
-        scorer=scorer_of(task, scorer),
+        scorer=scorer_of(config, task, scorer),
         buffer=buffer,
         weights=weights,
         config=config.actors,
@@ -94,9 +95,21 @@ def model_policy(
     )
 
 
-def scorer_of(task: Task, replicas: Scorer) -> Scorer:
-    """Who scores this task: the reward replicas, or the task itself."""
-    return replicas if task.log_reward is None else DirectScorer(task.log_reward)
+def scorer_of(config: RunConfig, task: Task, replicas: Scorer, *, strict: bool = False) -> Scorer:
+    """Who scores this task: the reward replicas, with the configured terms, or the task itself.
+
+    Args:
+        strict: whether a verifier that fails is an error, rather than an item without a reward.
+    """
+    if task.log_reward is not None:
+        return DirectScorer(task.log_reward)
+    terms = build_terms(config.reward, config.lm)
+    return replicas if terms is None else TermScorer(replicas, terms, strict=strict)
+
+
+def verifier_failures(actor: RolloutActor) -> int:
+    """Calls of an actor's verifiers that raised, hung or gave no score."""
+    return actor.scorer.terms.failures if isinstance(actor.scorer, TermScorer) else 0
 
 
 def seed_buffer(
@@ -113,7 +126,7 @@ def seed_buffer(
         actions=task.actions,
         query=task.reward_query,
         is_correct=task.verdict,
-        scorer=scorer_of(task, scorer),
+        scorer=scorer_of(config, task, scorer, strict=True),
         buffer=buffer,
         token_budget=config.reward.token_budget,
         timeout_s=config.actors.score_timeout_s,

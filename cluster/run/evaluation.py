@@ -9,6 +9,7 @@ from cluster.config.schema import RunConfig
 from cluster.run.directory import merged_folder
 from lm.shared import SharedModel
 from reward.probe import check_base
+from reward.terms import build_terms
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.registry import build_task
@@ -69,5 +70,6 @@ def evaluation_context(
         temperature=config.learner.trained_temperature(step),
         seed=config.seed,
         token_budget=config.reward.token_budget,
+        terms=build_terms(config.reward, config.lm),
         progress=progress,
     )

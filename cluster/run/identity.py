@@ -23,7 +23,10 @@ from tasks.custom_config import CustomTaskConfig
 _HARMLESS: Mapping[str, frozenset[str]] = {
     "task": frozenset({"tests", "embedder", "demonstration_weight", "question_weight"}),
     "lm": frozenset({"model", "device", "trust_remote_code"}),
-    "reward": frozenset({"replicas", "ranks", "token_budget", "deadline_s", "cache_items"}),
+    "reward": frozenset(
+        {"replicas", "ranks", "token_budget", "deadline_s", "cache_items"}
+        | {"verifier_processes", "verifier_deadline_s"}
+    ),
 }
 
 
@@ -36,7 +39,8 @@ def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, 
     for section, harmless in _HARMLESS.items():
         settings = getattr(config, section).model_dump(mode="json", exclude=set(harmless))
         for key, value in settings.items():
-            identity[f"{section}.{key}"] = _content(value)
+            if key != "terms" or value:  # runs without any are those of before there were any
+                identity[f"{section}.{key}"] = _content(value)
     if isinstance(config.task, CustomTaskConfig):
         source = sys.modules[type(config.task).__module__].__file__
         identity["task.name (its source)"] = _content(source)

@@ -25,6 +25,7 @@ from learner.log_z import check_log_z
 from lm.adapter import load_adapter
 from lm.merged import check_adaptable
 from lm.model import context_limit, inspect_base
+from reward.terms import build_terms
 from tasks.registry import build_task
 from tasks.task import QuestionTask, Task
 
@@ -99,6 +100,8 @@ def check_model_and_data(config: RunConfig) -> dict[str, str]:
 
     Returns what a checkpoint of the run is known by.
     """
+    if (terms := build_terms(config.reward, config.lm)) is not None:
+        terms.check()
     base = inspect_base(config.lm)
     check_adaptable(base, config.lora)
     task = build_task(config.task, base.tokenizer, seed=config.seed)

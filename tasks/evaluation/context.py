@@ -12,6 +12,7 @@ from lm.actions import ActionSpace
 from lm.model import CausalLM
 from lm.sampling import Completion, Request, Sampler, Tool
 from lm.shared import SharedModel
+from reward.terms import RewardTerms
 from tasks.evaluation.config import EvaluationConfig
 from tasks.held_out import Split
 from tasks.posterior.config import PosteriorConfig
@@ -33,6 +34,7 @@ class EvaluationContext:
     temperature: float  # T: the posterior is proportional to R^(1/T)
     seed: int  # of worked examples, and of draws that are compared with the posterior
     token_budget: int  # of a padded micro-batch that the frozen LM scores
+    terms: RewardTerms | None = None  # of which log R is the sum; None: what the task says
     progress: Callable[[str], None] = lambda stage: None  # is told what is being done
 
     @property

@@ -70,7 +70,7 @@ def assess(task: Task, context: EvaluationContext) -> Assessment:
             context=context,
             policies=policies,
             decode=shared.tokenizer.decode,
-            score=log_reward_of(task, policies[-1].model, context.token_budget),
+            score=log_reward_of(task, policies[-1].model, context.token_budget, context.terms),
         )
         for number, prompt in enumerate(chosen, start=1):
             found.append(assessor.assess(prompt, f"prompt {number} of {len(chosen)}"))
@@ -157,7 +157,14 @@ class _Assessor:
     def enumerate(self, prompt: Prompt, log_weight: LogWeight) -> ExactPosterior:
         size = vocab_size(self.base.model)
         task, temperature = self.task, self.context.temperature
-        ceiling = ceiling_of(task, prompt, self.base, vocab_size=size, temperature=temperature)
+        ceiling = ceiling_of(
+            task,
+            prompt,
+            self.base,
+            vocab_size=size,
+            temperature=temperature,
+            terms=self.context.terms,
+        )
         tree = PrefixTree(
             prompt.prompt,
             task.actions,
@@ -175,6 +182,8 @@ class _Assessor:
         query, draws = self.task.reward_query, self.context.posterior.draws
         free = query.kind == "function" or bool(query.rival_penalty)
         if free or self.context.temperature != 1 or not draws:
+            return None
+        if self.context.terms is not None:
             return None
         model = self.base.model
         with self.base.active():

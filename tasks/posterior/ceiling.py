@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from actors.prompts import Prompt
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits, Prefix
+from reward.terms import RewardTerms
 from tasks.task import Task
 
 Floats = NDArray[np.float64]
@@ -25,7 +26,8 @@ class PriorCeiling:
     begins with Z Y" are disjoint, so sum_Z p_LM(Z Y | X) <= p_LM(prefix | X) over the Z that begin
     with the prefix. Else one text may read as Z Y in as many ways as there are places to stop, from
     min_len to max_len, and the bound grows by that number. And sum R^(1/T) <= (sum R)^(1/T) for
-    T <= 1, whatever R; for T > 1 no such bound holds.
+    T <= 1, whatever R; for T > 1 no such bound holds. What other terms add to log R / T, at most
+    `more` nats, is added.
 
     Raises ValueError for T > 1.
     """
@@ -38,13 +40,14 @@ class PriorCeiling:
         context: Prefix,
         first_scored: int,
         temperature: float,
+        more: float = 0.0,
     ) -> None:
         if temperature > 1:
             raise ValueError(f"temperature {temperature}: the prior bounds rewards for T <= 1 only")
         legal = actions.legal_tokens
         chosen = first_scored != actions.stop_token and (legal is None or first_scored in legal)
         places = actions.max_len - actions.min_len + 1 if chosen else 1
-        self.of_everything = math.log(places) / temperature
+        self.of_everything = math.log(places) / temperature + more
         self._model = model
         self._context = context
         self._temperature = temperature
@@ -115,7 +118,13 @@ Ceiling = PriorCeiling | FunctionCeiling
 
 
 def ceiling_of(
-    task: Task, prompt: Prompt, model: NextLogits, *, vocab_size: int, temperature: float
+    task: Task,
+    prompt: Prompt,
+    model: NextLogits,
+    *,
+    vocab_size: int,
+    temperature: float,
+    terms: RewardTerms | None = None,
 ) -> Ceiling | None:
     """The ceiling for a prompt of `task` under the frozen LM `model`; None where none is known."""
     query = task.reward_query
@@ -123,7 +132,13 @@ def ceiling_of(
         if task.tool is not None or not isinstance(task, BoundedReward):
             return None
         return FunctionCeiling(task, task.actions, vocab_size=vocab_size, temperature=temperature)
-    if temperature > 1:
+    more = 0.0
+    if terms is not None:
+        actions = task.actions
+        most = actions.max_len if task.tool is None else None  # a tool speaks beyond it
+        more = terms.most(min_len=actions.min_len, max_len=most) / temperature
+        temperature /= terms.likelihood_weight  # of what the LM says: its weight over T
+    if temperature > 1 or more == math.inf:
         return None
     return PriorCeiling(
         model,
@@ -131,4 +146,5 @@ def ceiling_of(
         context=(*query.context, *prompt.scored_prompt),
         first_scored=query.stop_token if query.kind == "stop" else prompt.answer[0],
         temperature=temperature,
+        more=more,
     )

@@ -16,6 +16,7 @@ from lm.sampling import Request
 from lm.scoring import completion_log_probs
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
+from reward.terms import RewardTerms
 from tasks.evaluation.context import Draw
 from tasks.posterior.enumeration import LogWeight
 from tasks.task import Task
@@ -36,12 +37,19 @@ class Completed:
     from_tool: tuple[bool, ...]
 
 
-def log_reward_of(task: Task, model: CausalLM, token_budget: int) -> LogReward:
-    """The task's own function where it has one, else the frozen LM `model`."""
+def log_reward_of(
+    task: Task, model: CausalLM, token_budget: int, terms: RewardTerms | None = None
+) -> LogReward:
+    """The task's own function where it has one, else the frozen LM `model`, with `terms` if any.
+
+    Raises CheckFailed where a verifier does.
+    """
     function = task.log_reward
     if function is not None:
         return lambda items: [function(item) for item in items]
-    return lambda items: suffix_log_rewards(model, items, token_budget)
+    if terms is None:
+        return lambda items: suffix_log_rewards(model, items, token_budget)
+    return lambda items: terms.log_rewards(items, suffix_log_rewards(model, items, token_budget))
 
 
 def draw_log_weights(draw: Draw, prompt: Prompt, count: int, log_weight: LogWeight) -> Floats:

@@ -10,7 +10,6 @@ import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
@@ -28,7 +27,7 @@ class Question:
     columns: Mapping[str, str]  # by name, those of `task.question` and so on by these keys too
     answer: str
     rationale: str | None
-    record: str  # the whole row, as a JSON object
+    record: str  # the whole row, as a JSON object, with question and answer under these keys
 
 
 def read_questions(
@@ -63,7 +62,8 @@ def _question(config: QuestionsConfig, row: Any) -> Question:
         raise ValueError(
             f"column {config.rationale!r} is {rationale!r:.40}: give it a text, or leave it out"
         )
-    record = json.dumps(row, default=str, ensure_ascii=False)
+    keys = {key: columns[key] for key in ("question", "answer")}
+    record = json.dumps(row | keys, default=str, ensure_ascii=False)
     return Question(columns, columns["answer"], rationale, record)
 
 
@@ -72,18 +72,6 @@ def _text(value: Any) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def canonical(answer: str) -> str:
-    """The form in which two spellings of an answer are equal: '1,000' and '1000.0', 'Yes ' and
-    'yes'."""
-    try:
-        number = Decimal(answer.strip().removeprefix("$").replace(",", ""))
-        if number.is_finite():
-            return f"{number.normalize() + 0:f}"
-    except InvalidOperation:
-        pass
-    return " ".join(answer.split()).casefold()
 
 
 def _rows(config: QuestionsConfig, source: str) -> Iterator[tuple[str, Any]]:

@@ -26,6 +26,7 @@ from lm.spelling import (
     spell,
     spell_after,
 )
+from reward.checks import canonical
 from tasks.arithmetic.calculator import Calculator
 from tasks.config import QuestionsConfig
 from tasks.custom import PlainTask
@@ -33,7 +34,7 @@ from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.held_out import check_apart, read_splits
-from tasks.questions.data import Question, canonical, read_questions
+from tasks.questions.data import Question, read_questions
 from tasks.stop_rule import end_of_text, narrowed
 from tasks.task import TestQuestion, Tokenizer
 
@@ -141,6 +142,7 @@ class _Spelling:
             text=x,
             prompt=spell(self._tokenizer, read),
             answer=answer,
+            record=row.record,
         )
         shown = None if row.rationale is None else self._shown(prompt, read, row.rationale)
         return _Asked(prompt, row.answer, shown)

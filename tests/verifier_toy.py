@@ -1,0 +1,42 @@
+"""Verifiers of somebody's own, good and bad ones, for the tests of reward terms."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+def share_of_c(text: str, record: dict[str, Any]) -> float:
+    print("said by a verifier")  # which must not pass for an answer
+    return text.count("c") / max(len(text), 1)
+
+
+def misbehaves(text: str, record: dict[str, Any]) -> Any:
+    """As the text says: on "once", only while the file that the record names is not there."""
+    marker = Path(record["marker"])
+    with marker.open("a") as seen:
+        seen.write(f"{text}\n")
+    times = marker.read_text().splitlines().count(text)
+    behaviour, _, once = text.partition(" ")
+    if once and times > 1:
+        return 1.0
+    match behaviour:
+        case "raises":
+            raise ValueError("no verdict")
+        case "hangs":
+            time.sleep(60)
+        case "dies":
+            os._exit(3)
+        case "leaves":
+            raise SystemExit(0)
+        case "says":
+            return {"nan": float("nan"), "much": 1.5, "text": "1", "list": [1]}[record["word"]]
+    return 0.5
+
+
+def shouts(text: str) -> str:
+    return " " + text.split()[-2].upper() if "?" not in text else ""
+
+
+def is_silent(text: str) -> int:
+    return 7
