@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ def _check_words(arguments: argparse.Namespace) -> None:
     if not words.keys() & {"config", "run"}:
         return
     from cluster.config.file import load_config
-    from cluster.run.directory import RunDirectory, find_run
+    from cluster.run.directory import BUCKET_VARIABLE, RunDirectory, find_run
 
     if "config" in words:
         # Test files that the command line names are read instead of those of the configuration.
@@ -54,7 +55,8 @@ def _check_words(arguments: argparse.Namespace) -> None:
     new = words.get("resume") is False
     if words.get("run") and new:
         RunDirectory(words["run"]).check(resume=False)
-    for name in (words.get("of"), None if new else words.get("run")):
+    elsewhere = words.get("resume") and os.environ.get(BUCKET_VARIABLE)
+    for name in (words.get("of"), None if new or elsewhere else words.get("run")):
         if name:
             find_run(name)
 

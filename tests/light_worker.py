@@ -20,6 +20,10 @@ class LightWorker:
     def start(self, _: None) -> None:
         """Nothing to build."""
 
+    def progress(self) -> int:
+        """Nothing is loaded."""
+        return 0
+
     def run(self) -> dict[str, int]:
         """Wait for `stop`."""
         self._stopping.wait()

@@ -66,6 +66,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("home")
     (folder / ".ray").mkdir()
     (folder / ".ray" / "auth_token").write_text("the token")
+    (folder / ".cache/huggingface").mkdir(parents=True)
+    (folder / ".cache/huggingface/token").write_text("the token of the hub")
     (folder / "cluster").mkdir()
     shutil.copy(FILE, folder / "cluster")
     enter_image = f"image={IMAGE}; {command('docs/cluster.md', 'sed -i')}"
@@ -102,7 +104,7 @@ def on_head(head: Recorder, home: Path) -> FileConfigReader:
     """The configuration that the head's autoscaler reads."""
     for path, content in head.copied.items():  # from here on, this home is the head's
         target = Path(path).expanduser()
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(content)
     return FileConfigReader(str(home / "ray_bootstrap_config.yaml"))
 
@@ -230,6 +232,8 @@ def test_the_head_is_set_up_for_dependencies_the_token_and_runs_that_stay(head: 
     start = head.commands[head.position("ray start --head")]
     for part in ("RAY_AUTH_MODE=token", "AMORTIZE_RUNS=/srv/amortize/runs", "--dashboard-host=127"):
         assert part in start
+    assert "HF_TOKEN=$(cat" in start and "HF_HOME=/srv/amortize/" in start
+    assert "the token" not in FILE.read_text() + json.dumps(head.commands)
 
 
 @pytest.mark.parametrize("kind", WORKERS)
@@ -249,4 +253,9 @@ def test_the_head_sets_up_workers_with_the_token_and_the_runs(
     assert "RAY_HEAD_IP=10.0.0.1" in mount
     start = recorder.commands[recorder.position("ray start")]
     assert "RAY_AUTH_MODE=token" in start and "--address=$RAY_HEAD_IP:6379" in start
-    assert "boto3" not in json.dumps(recorder.commands)
+    assert recorder.position("mount -t nfs4") < recorder.position("ray stop")  # Ray is there
+    assert "HF_TOKEN=$(cat" in start and "HF_HOME=/srv/amortize/" in start
+    assert recorder.copied["~/.cache/huggingface/token"] == "the token of the hub"
+    assert f"amortize-part: {kind}" in start or f'"amortize-part":"{kind}"' in start
+    said = json.dumps(recorder.commands)
+    assert "pip" not in said.replace("pipefail", "") and "the token" not in said

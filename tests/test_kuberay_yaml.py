@@ -176,7 +176,9 @@ def test_the_job_runs_on_the_cluster_and_its_command_is_one() -> None:
     verb, parsed = parse(arguments)
     assert (program, verb) == ("amortize", "train")
     config = load_config(parsed.config, parsed.overrides)
-    assert config.cluster.actor_placement.gpus and config.learner.ranks == 1
+    cluster = config.cluster
+    claims = (cluster.actor_placement, cluster.reward_placement, cluster.learner_placement)
+    assert [claim.gpus for claim in claims] == [1, 1, 1] and config.learner.ranks == 1
     assert parsed.run == DOCUMENTS["RayJob"]["metadata"]["name"]
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import LlamaConfig, PreTrainedModel
 
 from cluster.config.file import load_config
+from cluster.config.placement import Placement
 from cluster.distributed.launcher import process_environment
 from cluster.distributed.worker import Member, Worker
 from cluster.run.identity import identity_of_run
@@ -231,7 +232,7 @@ def test_workers_see_the_hub_as_the_driver_does_and_the_token_shows_nowhere(
     seen = {"HF_HOME": "/models", "HF_ENDPOINT": "https://mirror", "HF_HUB_OFFLINE": "1"}
     for name, value in (seen | {"HF_TOKEN": token}).items():
         monkeypatch.setenv(name, value)
-    told = process_environment(2)
+    told = process_environment(Placement(threads=2))
     assert told.items() >= seen.items() and token not in repr(told)  # Ray logs and shows it
     sent = context(load_config("tasks/toy.toml"), None)
     assert token not in repr(sent)
@@ -242,4 +243,4 @@ def test_workers_see_the_hub_as_the_driver_does_and_the_token_shows_nowhere(
     monkeypatch.setenv("HF_TOKEN", "")
     for name in seen:
         monkeypatch.delenv(name)
-    assert not process_environment(2).keys() & seen.keys()
+    assert not process_environment(Placement(threads=2)).keys() & seen.keys()

@@ -1,7 +1,8 @@
-"""Every part lands on the machine that is meant for it, as Ray's own autoscaler decides."""
+"""Which machine each part of a run lands on, as Ray's own autoscaler decides; that one GPU does."""
 
 import logging
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +16,13 @@ from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingReque
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.autoscaler_pb2 import GangResourceRequest
 from ray.core.generated.common_pb2 import LabelSelectorOperator
+from transformers import GPT2Config, GPTJConfig, PretrainedConfig
 
 from cluster.config.file import load_config
 from cluster.config.schema import RunConfig
 from cluster.distributed import launcher
+from cluster.run.plan import check_memory, plan_run
+from cluster.run.resources import Node, check_fit
 
 ROOT = Path(__file__).resolve().parent.parent
 # What AWS says of the machines; Ray asks it and fills their resources in.
@@ -30,6 +34,15 @@ SIZES = {
 }
 PARTS = {"actor-0": "actor", "reward-0": "reward", "learner": "learner", "evaluator-1": "actor"}
 WHOLE = [f"cluster.{part}_placement.gpus=1" for part in ("actor", "reward", "learner")]
+L40S_MB = 46_068.0
+# Task of tasks/paper -> the shape of its model.
+SHAPES = {
+    "random_number": GPTJConfig(),
+    "continuation": GPT2Config(n_embd=1600, n_layer=48, n_head=25),
+    "infilling": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
+    "subjectivity": GPTJConfig(),
+    "arithmetic": GPTJConfig(),
+}
 
 
 @pytest.fixture
@@ -111,3 +124,30 @@ def test_labels_of_ones_own_are_asked_for_too(
         [*WHOLE, 'cluster.learner_placement.labels={amortize-part = "in(reward, actor)"}'],
     )
     assert started(machines, demand_of(config, "learner", monkeypatch)) == {"actor": 1}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tasks/paper").glob("*.toml")), ids=lambda f: f.stem
+)
+def test_one_gpu_has_shares_for_all_parts_of_the_papers_runs(file: Path) -> None:
+    assert file.stem in SHAPES
+    config = load_config(str(file))
+    check_fit(config, [Node(4.0, 1.0)])
+    cluster = config.cluster
+    assert min(cluster.actor_placement.gpus, cluster.learner_placement.gpus) > 0
+    assert bool(cluster.reward_placement.gpus) == bool(config.reward_replicas)
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+@pytest.mark.parametrize(("task", "shape"), SHAPES.items(), ids=list(SHAPES))
+def test_one_gpu_of_48_gb_has_memory_for_all_parts_of_the_papers_runs(
+    task: str, shape: PretrainedConfig, tmp_path: Path
+) -> None:
+    shape.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "seed_lm/model" / name, tmp_path)
+    overrides = [f"lm.model={tmp_path}"]
+    if task in ("continuation", "infilling"):
+        overrides.append("task.embedder=")
+    check_memory(plan_run(load_config(f"tasks/paper/{task}.toml", overrides), on_gpu=True), L40S_MB)

@@ -54,7 +54,7 @@ def test_a_run_grows_and_shrinks_around_the_parts_that_stay() -> None:
     ray.kill(light.registry, no_restart=False)
     light.until(lambda: light.roster() == ("reward-0.0", "reward-1.4"))
 
-    with pytest.raises(UserError, match=r"the run needs 16\.5 CPU"):
+    with pytest.raises(UserError, match=r"the run needs 16\.25 CPU"):
         supervisor.scale(actors=62)
     assert supervisor.counts()["desired"] == {"actors": 1, "replicas": 2}
     assert supervisor.stop(10) == []

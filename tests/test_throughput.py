@@ -258,7 +258,7 @@ def test_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) 
     assert "starts no rollout actors" in capsys.readouterr().err
     many = ["--actors", "1,40", "--simulate"]
     assert main(["throughput", CONFIG, *many]) == 1  # on a cluster of three CPUs
-    assert "the run needs 10.75 CPU" in capsys.readouterr().err
+    assert "the run needs 10.5 CPU" in capsys.readouterr().err
 
 
 BEST = 48 / 1.92  # trajectories of a batch, and seconds that its 48 steps of decoding take

@@ -71,6 +71,33 @@ def test_an_evaluation_that_makes_no_progress_is_given_up(monkeypatch: pytest.Mo
     assert Evaluator.made[0].killed
 
 
+def test_an_evaluator_without_a_place_waits_until_the_other_parts_have_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measuring(monkeypatch, [Phase.PLACING])
+    events: list[str] = []
+    over: list[bool] = []
+    lives = [[Phase.FAILED], [Phase.RUNNING, Phase.FINISHED]]
+    for beside in (True, False):
+        launch: Any = iter(lives[1 - beside :]).__next__
+        over.clear()
+        events.clear()
+        pending = measurement.RemoteMeasurement(
+            "evaluator-1",
+            lambda _: launch(),  # noqa: B023
+            ClusterConfig(max_restarts=0),
+            events.append,
+            beside,
+            lambda: bool(over),
+        )
+        assert not any(pending.done() for _ in range(5))
+        assert events == [
+            "no place for evaluator-1 beside the other parts: it waits until they end"
+        ]
+        over.append(True)
+        assert pending.result() == "figures"
+
+
 def test_an_evaluator_that_dies_or_falls_silent_is_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -386,6 +413,61 @@ def test_a_silent_learner_holds_no_other_part_up(monkeypatch: pytest.MonkeyPatch
         clock.sleep(1.0)
     assert set(waited_s) == {0}
     assert learner.phase is Phase.FAILED and "no answer to status for 60 s" in learner.cause
+
+
+def test_a_start_may_take_as_long_as_it_comes_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda now_s: None)
+    monkeypatch.setattr(worker_group, "awake_s", clock.monotonic)
+    monkeypatch.setattr(worker_group, "room", lambda: "nothing is free")
+    nodes = {"head"}
+    monkeypatch.setattr(worker_group, "node_ids", lambda: frozenset(nodes))
+    done: set[str] = set()
+    loaded = {"rank 0": 1, "rank 1": 1}
+    monkeypatch.setattr(
+        "ray.wait",
+        lambda refs, **_: ([r for r in refs if r in done], [r for r in refs if r not in done]),
+    )
+    monkeypatch.setattr("ray.get", lambda refs: [loaded.get(ref) for ref in refs])
+
+    def rank(ref: str) -> Any:
+        def answer(said: str) -> Any:
+            return SimpleNamespace(remote=lambda *_: said)
+
+        return SimpleNamespace(progress=answer(ref), rendezvous=answer("met"), start=answer("up"))
+
+    launch: Any = SimpleNamespace(
+        ready="place", wanted="1 GPU", create=lambda: [rank(ref) for ref in loaded]
+    )
+
+    def group() -> WorkerGroup:
+        return WorkerGroup("reward-0", launch, incarnation=0, config=ClusterConfig())
+
+    def poll(group: WorkerGroup, seconds: int) -> Phase:
+        for _ in range(seconds):
+            clock.sleep(1.0)
+            group.poll()
+        return group.phase
+
+    loading, homeless = group(), group()
+    for number in range(3):
+        assert poll(loading, 250) is poll(homeless, 1) is Phase.PLACING
+        nodes.add(f"worker {number}")
+    done.add("place")
+    assert poll(loading, 1) is Phase.MEETING
+    done |= {"met", *loaded}
+    for _ in range(4):
+        assert poll(loading, 250) is Phase.STARTING
+        loaded["rank 1"] += 1
+    assert poll(loading, 305) is Phase.FAILED
+    assert loading.cause == (
+        "reward-0: starting made no progress for 300 s (cluster.start_timeout_s)"
+    )
+    done.clear()
+    assert poll(homeless, 1) is Phase.PLACING  # a node has come meanwhile
+    assert poll(homeless, 305) is Phase.FAILED
+    assert homeless.cause == (
+        "reward-0: no place within 300 s (cluster.start_timeout_s) for 1 GPU: nothing is free"
+    )
 
 
 def test_a_silent_rank_is_found_whichever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,11 +62,14 @@ def test_workers_get_what_the_run_folder_says(
     monkeypatch.setattr(session.RaySession, "evaluate", evaluate)
     monkeypatch.setattr(verb, "check_before_start", lambda *_, **__: {})
     monkeypatch.setattr(verb, "buffer_server", buffer_server)
+    monkeypatch.setattr(verb.torch.cuda, "device_count", lambda: 2)  # of this machine
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     directory = RunDirectory("r", root=tmp_path)
     config = load_config("tasks/toy.toml", ["learner.starvation_timeout_s=7.0"])
     with pytest.raises(Stop):
         verb.train(config, directory, resume=False, address=address, local=False)
     assert told == [load_config(str(directory.config_file))]
+    # Ray started here takes this machine's GPUs; another cluster has its own.
+    assert told[0].cluster.learner_placement.gpus == (0.5 if address is None else 0.0)
     assert told[0].buffer.bind == ("auto" if address is None else "10.0.0.7")
     assert told[0].learner.starvation_timeout_s == 7.0

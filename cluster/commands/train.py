@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from cluster.commands.plan import show_fit
@@ -22,9 +23,10 @@ from cluster.run.directory import RunDirectory, new_name, write_whole
 from cluster.run.driver import Driver
 from cluster.run.identity import keep_identity
 from cluster.run.local import LocalSession
+from cluster.run.mirror import fetch, mirrored
 from cluster.run.own_buffer import buffer_server
 from cluster.run.preflight import check_before_start
-from cluster.run.resources import check_fit
+from cluster.run.resources import check_fit, with_gpu_shares
 from cluster.run.session import Session
 from cluster.run.terminal import Terminal, stages
 from tasks.evaluation.evaluation import Evaluation, Scores
@@ -95,6 +97,8 @@ def train(
     Raises:
         what `checked` and `Driver.drive` raise.
     """
+    if resume:
+        fetch(directory)
     config, identity, address = checked(
         config, directory, resume=resume, address=address, local=local, console=console
     )
@@ -104,22 +108,22 @@ def train(
         write_whole(directory.config_file, resolved_toml(config))
         if before is not None and not directory.scores_file.exists():
             write_whole(directory.scores_file, Scores(before=before).model_dump_json(indent=2))
-        with (
-            Terminal(console=console) as terminal,
-            buffer_server(config, directory) as buffer,
-            Tracking(config, directory, buffer.newest, terminal.event) as tracking,
-        ):
-            if not local:
-                terminal.event(f"joining Ray at {address}" if address else "starting Ray here")
-            session: Session = (
-                LocalSession(config, directory, buffer.address)
-                if local
-                else RaySession(config, directory, buffer.address, cluster=address)
-            )
-            driver = Driver(config, directory, session, terminal, buffer, tracking)
-            with stop_on_signal(driver.request_stop):
-                scores = driver.drive()
-        conclude(config, directory, scores)
+        with Terminal(console=console) as terminal, mirrored(directory, terminal.event):
+            with (
+                buffer_server(config, directory) as buffer,
+                Tracking(config, directory, buffer.newest, terminal.event) as tracking,
+            ):
+                if not local:
+                    terminal.event(f"joining Ray at {address}" if address else "starting Ray here")
+                session: Session = (
+                    LocalSession(config, directory, buffer.address)
+                    if local
+                    else RaySession(config, directory, buffer.address, cluster=address)
+                )
+                driver = Driver(config, directory, session, terminal, buffer, tracking)
+                with stop_on_signal(driver.request_stop):
+                    scores = driver.drive()
+            conclude(config, directory, scores)
     finally:
         directory.end()
     return scores
@@ -139,6 +143,8 @@ def checked(
     Raises what `check_trackers`, `check_before_start`, `join_cluster` and `check_fit` raise.
     """
     address = None if local else config.cluster.ray_address(address)
+    if address is None and not local:
+        config = with_gpu_shares(config, torch.cuda.device_count())
     check_trackers(config.tracking.trackers)
     with stages(console or Console()) as progress:
         progress("checking the model, the data and where they fit")

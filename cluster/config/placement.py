@@ -17,7 +17,9 @@ class Placement(Section):
     """What one process claims of its node."""
 
     cpus: float = Field(0.25, ge=0, description="Ray CPUs; how many fit on a node.")
-    gpus: float = Field(0.0, ge=0, description="Ray GPUs; a fraction shares one.")
+    gpus: float = Field(
+        0.0, ge=0, description="Ray GPUs; a fraction shares one and caps memory; 0 sees none."
+    )
     threads: int = Field(1, ge=1, description="Threads of its matrix products.")
     labels: dict[str, _Wanted] = Field(
         {},
@@ -66,8 +68,9 @@ class ClusterConfig(Section):
     start_timeout_s: float = Field(
         300.0,
         gt=0,
-        description="Longest wait of one part for a place on the cluster, and then longest start. "
-        "Who needs it waits longer by both.",
+        description="Longest wait of one part for a place while no node joins the cluster, and "
+        "then for its start to come further (what it reads and holds). Who needs it waits longer "
+        "by both.",
     )
     silence_timeout_s: float = Field(
         120.0, gt=0, description="Longest that a running part may leave a call unanswered."

@@ -116,8 +116,8 @@ class Launcher:
             arguments: of the worker, behind context and member.
         """
         kind, _, index = name.partition("-")
-        member = Member(name=name, index=int(index or 0), incarnation=incarnation)
         worker, claim, strategy, num_ranks = self._layout(kind)
+        member = Member(name=name, index=int(index or 0), incarnation=incarnation, gpus=claim.gpus)
 
         def create(places: list[dict[str, Any]]) -> list[ActorHandle]:
             remote = ray.remote(worker)
@@ -128,7 +128,7 @@ class Launcher:
                     "name": each.full_name,
                     "namespace": self.namespace,
                     "max_concurrency": worker.concurrency,
-                    "runtime_env": {"env_vars": process_environment(claim.threads)},
+                    "runtime_env": {"env_vars": process_environment(claim)},
                 }
                 ranks.insert(0, remote.options(**options).remote(context, each, *arguments))
             return ranks
@@ -156,11 +156,12 @@ class Launcher:
         return LearnerWorker, placement, placement.strategy, self.config.learner.ranks
 
 
-def process_environment(threads: int) -> dict[str, str]:
+def process_environment(claim: Placement) -> dict[str, str]:
     """Of a worker that holds a model.
 
-    Ray would size OMP by `num_cpus`; DeepSpeed must build no kernels, and is told where there is
-    no GPU, or it probes for one.
+    Ray would size OMP by `num_cpus`, and shows all GPUs to who claims none; DeepSpeed must build
+    no kernels, and is told where there is no GPU, or it probes for one.
     """
     told = {name: os.environ[name] for name in CARRIED if name in os.environ}
-    return {"OMP_NUM_THREADS": str(threads), "DS_BUILD_OPS": "0", **told}
+    unseen = {} if claim.gpus else {"CUDA_VISIBLE_DEVICES": ""}
+    return {"OMP_NUM_THREADS": str(claim.threads), "DS_BUILD_OPS": "0", **unseen, **told}

@@ -144,6 +144,11 @@ def living_nodes() -> list[Node]:
     return [Node(total.get("CPU", 0.0), total.get("GPU", 0.0)) for total in totals]
 
 
+def node_ids() -> frozenset[str]:
+    """Of the living nodes."""
+    return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
 def may_grow() -> bool:
     """Whether an autoscaler keeps the cluster, so that nodes which are missing may come."""
     return any(node["Labels"].get(_NODE_TYPE) for node in ray.nodes() if node["Alive"])

@@ -18,7 +18,7 @@ from cluster.distributed.waiting import error_line, wait_for
 from cluster.distributed.worker import RunContext
 from cluster.distributed.worker_group import StartFailed
 from cluster.run.directory import RunDirectory
-from cluster.run.resources import check_fit
+from cluster.run.resources import check_fit, has_place_for_evaluator, unclaimed_gpus
 from cluster.run.session import BufferAddress
 
 
@@ -38,6 +38,7 @@ class RaySession:
         self.address = self.cluster or "started for this run"
         self._launcher = Launcher(self.config, namespace_of(self.directory.name))
         self._evaluations = 0
+        self._run: Supervisor | None = None
 
     def open(self) -> None:
         """Join or start Ray; raises UserError when the run is too large for it."""
@@ -80,12 +81,18 @@ class RaySession:
     def start(
         self, report: Callable[[str], None], stop: Callable[[], bool] = lambda: False
     ) -> Supervisor:
-        return Supervisor(self.config, self._launcher, self._context, report)
+        if sentence := unclaimed_gpus(self.config, living_nodes()):
+            report(sentence)
+        self._run = Supervisor(self.config, self._launcher, self._context, report)
+        return self._run
 
     def evaluate(
         self, adapter: Path | None, report: Callable[[str], None], *, step: int
     ) -> RemoteMeasurement:
-        """Measure in a process of its own, which ends with the answer."""
+        """Measure in a process of its own, which ends with the answer.
+
+        It begins at once, or, where there is no place beside the run's parts, when they have ended.
+        """
         self._evaluations += 1
         name = f"evaluator-{self._evaluations}"
 
@@ -94,7 +101,11 @@ class RaySession:
                 self._context, name, adapter, step, incarnation=incarnation
             )
 
-        return RemoteMeasurement(name, launch, self.config.cluster, report)
+        def alone() -> bool:
+            return self._run is not None and self._run.over
+
+        beside = alone() or may_grow() or has_place_for_evaluator(self.config, living_nodes())
+        return RemoteMeasurement(name, launch, self.config.cluster, report, beside, alone)
 
     def end_services(self) -> None:
         """End what `open` started, of a session whose cluster goes on without it."""

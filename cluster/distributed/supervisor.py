@@ -63,6 +63,7 @@ class Supervisor:
         self._retired: list[dict[str, Any]] = []  # last counters of actors that died or left
         self._waited: list[WorkerGroup] = []  # for a placement, and it was reported
         self.given_up = ""
+        self.over = False  # every part has given its place up
         self.learner_rows: list[dict[str, float]] = []
         self.groups: dict[str, WorkerGroup] = {}
         replicas = [f"reward-{index}" for index in range(config.reward_replicas)]
@@ -180,6 +181,7 @@ class Supervisor:
         self._collect_reports(last=True)
         for group in parts:
             group.kill()
+        self.over = True
         return killed
 
     def _report_waiting(self) -> None:

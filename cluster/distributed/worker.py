@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import psutil
 import ray
+import torch
 from ray.actor import ActorHandle
 
 from buffer.replay import ReplayBuffer
@@ -18,10 +19,12 @@ from cluster.distributed.parts import Parts
 from cluster.distributed.source_check import check_source
 from cluster.run.assembly import build_buffer
 from cluster.run.directory import RunDirectory
+from cluster.run.plan import CUDA_MB
 from cluster.run.session import BufferAddress
 from lm.process_group import Rendezvous
 
 HUB_TOKEN = "HF_TOKEN"
+_PROGRESS_BYTES = 64 * 2**20
 
 
 class Meeting(NamedTuple):
@@ -57,6 +60,7 @@ class Member:
     incarnation: int = 0  # groups of that name that the run had before
     rank: int = 0
     num_ranks: int = 1
+    gpus: float = 0.0  # that it claims
     peers: tuple[ActorHandle, ...] = ()  # the ranks above this one
 
     @property
@@ -98,7 +102,16 @@ class Worker:
         self._node = ray.util.get_node_ip_address()
         check_source(self._context.source, node=self._node)
         pin_interface(self._node)
+        if self._config.lm.device != "cpu":
+            cap_memory(self._member.gpus)
         self._build(meeting)
+
+    def progress(self) -> int:
+        """Rises while this process loads: by one for each 64 MB read, written or taken."""
+        process = psutil.Process()
+        read = process.io_counters() if hasattr(process, "io_counters") else None  # not on macOS
+        size = process.memory_info().rss + (read.read_chars + read.write_chars if read else 0)
+        return int(size // _PROGRESS_BYTES)
 
     def stop(self) -> None:
         """Ask `run` to end; it finishes what it holds first."""
@@ -145,6 +158,17 @@ def with_patience(config: RunConfig) -> RunConfig:
         "cluster.answer_timeout_s": silence_s + start_s,
     }
     return config.changed({key: attrgetter(key)(config) + s for key, s in longer_by_s.items()})
+
+
+def cap_memory(share: float) -> None:
+    """Let this process allocate no more than its share of its GPU, so that it fails and no other.
+
+    What CUDA keeps for itself is not torch's to limit, so it is taken off. No share, no cap.
+    """
+    if 0 < share < 1 and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        taken = CUDA_MB * 2**20 / total
+        torch.cuda.set_per_process_memory_fraction(max(share - taken, share / 2), 0)
 
 
 def pin_interface(address: str) -> None:

@@ -18,9 +18,11 @@ from ray.exceptions import RayTaskError
 
 from cluster.config.placement import ClusterConfig
 from cluster.distributed.launcher import GroupLaunch
-from cluster.distributed.ray_cluster import room
+from cluster.distributed.ray_cluster import node_ids, room
 from cluster.distributed.waiting import cause_of, error_line
 from cluster.run.awake import awake_s
+
+_LOOK_S = 1.0  # between two looks at how far a start is
 
 
 class Phase(StrEnum):
@@ -43,7 +45,7 @@ class WorkerGroup:
 
     Args:
         incarnation: how many groups of this name the run had before.
-        config: `start_timeout_s` for placing, and again for meeting and starting together;
+        config: `start_timeout_s` for a group that does not run yet to come further;
             `silence_timeout_s` for a running rank to answer `status`.
     """
 
@@ -60,7 +62,9 @@ class WorkerGroup:
         self.result: dict[str, Any] | None = None
         self.handles: list[ActorHandle] = []
         self._config = config
-        self._began = awake_s()
+        self._began = self._progressed = self._looked = awake_s()
+        self._progress: Any = None  # of its start, as last seen
+        self._progress_refs: list[ray.ObjectRef[Any]] = []
         self._refs: list[ray.ObjectRef[Any]] = [launch.ready]
         self._status_refs: list[ray.ObjectRef[Any]] = []
         self._status_requested = 0.0
@@ -90,12 +94,8 @@ class WorkerGroup:
             self._advance(values)
         elif self.phase is Phase.RUNNING:
             self._listen()
-        elif self.phase_s > self._config.start_timeout_s:
-            limit = f"{self._config.start_timeout_s:.0f} s (cluster.start_timeout_s)"
-            if self.phase is Phase.PLACING:
-                self._fail(f"no place within {limit} for {self.launch.wanted}: {room()}")
-            else:
-                self._fail(f"{self.phase} took more than {limit}")
+        else:
+            self._watch_start()
         return self.phase
 
     def reports(self, kind: str, *, timeout_s: float = 0.0) -> list[Any]:
@@ -137,7 +137,8 @@ class WorkerGroup:
         if self.phase is Phase.PLACING:
             self.handles = self.launch.create()
             self._refs = [self.leader.rendezvous.remote()]
-            self._began = awake_s()
+            self._began = self._progressed = awake_s()
+            self._progress = None
             self.phase = Phase.MEETING
         elif self.phase is Phase.MEETING:
             self._refs = [handle.start.remote(values[0]) for handle in self.handles]
@@ -148,6 +149,39 @@ class WorkerGroup:
         else:
             self.result = self.status = values[0]
             self.phase = Phase.FINISHED
+
+    def _watch_start(self) -> None:
+        """Fail where nothing has come of a start for too long."""
+        now = awake_s()
+        if now - self._looked >= _LOOK_S:
+            self._looked = now
+            if (seen := self._look()) is not None and seen != self._progress:
+                self._progress, self._progressed = seen, now
+        if now - self._progressed <= self._config.start_timeout_s:
+            return
+        limit = f"{self._config.start_timeout_s:.0f} s (cluster.start_timeout_s)"
+        if self.phase is Phase.PLACING:
+            self._fail(f"no place within {limit} for {self.launch.wanted}: {room()}")
+        else:
+            self._fail(f"{self.phase} made no progress for {limit}")
+
+    def _look(self) -> Any:
+        """What changes as a start goes on: the nodes there are, or what ranks have read and hold.
+
+        None where no rank has anything new to say.
+        """
+        if self.phase is Phase.PLACING:
+            return node_ids()
+        if not self._progress_refs:
+            self._progress_refs = [handle.progress.remote() for handle in self.handles]
+        refs = self._progress_refs
+        if ray.wait(refs, num_returns=len(refs), timeout=0)[1]:
+            return None
+        self._progress_refs = []
+        try:
+            return ray.get(refs)
+        except Exception:  # what ended a rank comes with its start
+            return None
 
     def _listen(self) -> None:
         """Ask every rank for its status again and again; the group's is that of rank 0."""

@@ -19,6 +19,8 @@ from tasks.records import mistake
 
 # On a cluster: a folder outside of the job's copy of the code, which every node sees.
 RUNS = Path(os.environ.get("AMORTIZE_RUNS", "runs")).expanduser()
+# Names the place, outside of the cluster, that runs are copied to: cluster/run/mirror.py.
+BUCKET_VARIABLE = "AMORTIZE_BUCKET"
 RAY_PACKAGE = "_ray_pkg_"  # begins the name of a job's copy of the code
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # The kernel gives start times in clock ticks; rounding must not look like another process.

@@ -1,5 +1,6 @@
 """Whether a run fits on the CPUs and GPUs of the nodes there are."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 
 _ROUNDING = 1e-9
+_EVALUATOR = "evaluator"
+_PARTS = ("actor", "reward", "learner")
 _RESOURCES = (("CPU", "cpus"), ("GPU", "gpus"))
 
 
@@ -33,12 +36,61 @@ def check_fit(config: RunConfig, nodes: Sequence[Node]) -> None:
     """Raise UserError, naming what is missing, if the run can never stand at once on the nodes.
 
     Ray would wait for ever for a place that does not exist. What passes may still have to wait
-    until others give up theirs.
+    until others give up theirs, as an evaluator does.
     """
     demands = demands_of(config)
-    _check_sums(demands, nodes)
+    _check_sums([demand for demand in demands if demand.what != _EVALUATOR], nodes)
     for demand in demands:
         _check_one_node(demand, nodes)
+
+
+def has_place_for_evaluator(config: RunConfig, nodes: Sequence[Node]) -> bool:
+    """Whether the nodes hold one beside all other parts; else it has to wait for their end."""
+    try:
+        _check_sums(demands_of(config), nodes)
+    except UserError:
+        return False
+    return True
+
+
+def with_gpu_shares(config: RunConfig, gpus: int) -> RunConfig:
+    """The run with this machine's GPUs divided among its processes, where none claims any.
+
+    All get equal shares, but ranks that compute together a GPU each, as NCCL wants. Raises
+    UserError where that is more than there are.
+    """
+    if not gpus or config.lm.device == "cpu" or _claims_gpus(config):
+        return config
+    demands = [demand for demand in demands_of(config) if demand.what != _EVALUATOR]
+    ranks = {"reward": config.reward.ranks, "learner": config.learner.ranks}
+    whole = [demand for demand in demands if ranks.get(demand.key, 1) > 1]
+    shared = sum(demand.number for demand in demands if demand not in whole)
+    left = gpus - sum(demand.number for demand in whole)
+    if left < bool(shared):
+        raise UserError(
+            "ranks that compute together need a GPU each, which with one for the other parts is "
+            f"more than this machine's {gpus}: lower learner.ranks, reward.ranks or "
+            "reward.replicas, or set lm.device=cpu"
+        )
+    # As many to a GPU as have to be; the actors' share is the evaluator's too.
+    share = math.floor(100 / math.ceil(shared / left)) / 100 if shared else 1.0
+    claims = {part: 1.0 if part in {d.key for d in whole} else share for part in _PARTS}
+    return config.changed({f"cluster.{part}_placement.gpus": n for part, n in claims.items()})
+
+
+def unclaimed_gpus(config: RunConfig, nodes: Sequence[Node]) -> str:
+    """A sentence for people where the cluster has GPUs and the run uses none; else empty."""
+    gpus = sum(node.gpus for node in nodes)
+    if not gpus or config.lm.device == "cpu" or _claims_gpus(config):
+        return ""
+    return (
+        f"the cluster has {gpus:g} GPUs and no part claims any, so all work on CPUs: set "
+        + ", ".join(f"cluster.{part}_placement.gpus" for part in _PARTS)
+    )
+
+
+def _claims_gpus(config: RunConfig) -> bool:
+    return any(demand.claim.gpus for demand in demands_of(config))
 
 
 def demands_of(config: RunConfig) -> list[Demand]:
@@ -50,10 +102,10 @@ def demands_of(config: RunConfig) -> list[Demand]:
         return Demand(f"{kind} ranks", groups * number, claim, kind, together)
 
     demands = [
-        Demand("rollout actors", cluster.actors, cluster.actor_placement, "actor"),
+        Demand("rollout actors", config.rollout_actors, cluster.actor_placement, "actor"),
         ranks("reward", config.reward_replicas, config.reward.ranks, cluster.reward_placement),
         ranks("learner", 1, config.learner.ranks, cluster.learner_placement),
-        Demand("evaluator", 1, cluster.actor_placement, "actor"),
+        Demand(_EVALUATOR, 1, cluster.actor_placement, "actor"),
     ]
     return [demand for demand in demands if demand.number]
 

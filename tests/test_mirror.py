@@ -1,0 +1,188 @@
+"""What of a run must outlive its cluster is in the bucket, whole, and another goes on from it."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import fsspec
+import pytest
+from moto.server import ThreadedMotoServer
+
+from cluster.__main__ import main
+from cluster.config.project import UserError
+from cluster.run import mirror
+from cluster.run.directory import BUCKET_VARIABLE, RunDirectory
+from cluster.run.mirror import Bucket, Mirror, MirrorFailed, fetch, mirrored
+
+
+def write(run: RunDirectory, *names: str) -> None:
+    for name in names:
+        path = run.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"this is {name}")
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    directory = RunDirectory("first", root=tmp_path / "runs")
+    write(directory, "config.toml", "metrics.jsonl", "adapter/adapter_model.safetensors")
+    write(directory, "checkpoints/step-00000002/meta.json", "checkpoints/published")
+    write(directory, "state.json", "driver.lock", "buffer/appendonly.aof")
+    write(directory, "checkpoints/.partial-7/meta.json", "adapter/.cache/half")
+    return directory
+
+
+KEPT = {
+    *("config.toml", "metrics.jsonl", "adapter/adapter_model.safetensors"),
+    *("checkpoints/step-00000002/meta.json", "checkpoints/published"),
+}
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of a stand-in for S3 on this machine."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        **dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "testing"),
+        **{"AWS_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://{host}:{port}"},
+        **{"AWS_ALLOW_HTTP": "true", "AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "false"},
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="runs")
+    yield "s3://runs/of-mine"
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    urls = {"memory": f"memory://{tmp_path.name}", "file": f"file://{tmp_path}/bucket"}
+    return urls.get(request.param) or str(request.getfixturevalue("s3"))
+
+
+def test_what_is_mirrored_comes_back_and_nothing_else(
+    url: str, run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BUCKET_VARIABLE, url)
+    events: list[str] = []
+    with mirrored(run, events.append):
+        pass
+    shutil.rmtree(run.path / "checkpoints/step-00000002")
+    write(run, "checkpoints/step-00000004/meta.json")
+    (run.path / "metrics.jsonl").write_text("longer than before")
+    Mirror(run, Bucket(url, "first"), events.append).close()  # of a driver that came later
+    shutil.rmtree(run.path)
+    fetch(run)
+    gone, new = "checkpoints/step-00000002/meta.json", "checkpoints/step-00000004/meta.json"
+    assert files(run.path) == KEPT - {gone} | {new}
+    assert (run.path / "metrics.jsonl").read_text() == "longer than before"
+    assert (run.path / new).read_text() == f"this is {new}"
+    with pytest.raises(FileNotFoundError):
+        Bucket(url, "first").get(gone, tmp_path / "gone")
+    assert not events
+
+
+def test_a_run_that_is_here_or_nowhere_is_left_alone(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(run.path)
+    monkeypatch.setenv(BUCKET_VARIABLE, f"file://{tmp_path}/bucket")
+    fetch(run)
+    assert files(run.path) == before
+    unknown = RunDirectory("unknown", root=tmp_path / "runs")
+    fetch(unknown)
+    assert not unknown.path.exists()
+    monkeypatch.setenv(BUCKET_VARIABLE, "no-such-protocol://x")
+    with pytest.raises(UserError, match="AMORTIZE_BUCKET = 'no-such-protocol://x' cannot be open"):
+        fetch(unknown)
+
+
+class Flaky:
+    """A bucket that takes the first `good` files, and then fails, or for ever says nothing."""
+
+    url = "s3://far/first"
+
+    def __init__(self, bucket: Bucket, good: int, *, hangs: bool = False) -> None:
+        self._bucket = bucket
+        self.good = good
+        self._hangs = hangs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bucket, name)
+
+    def put(self, source: Path, name: str) -> None:
+        self.good -= 1
+        if self.good < 0 and self._hangs:
+            threading.Event().wait(60.0)
+        if self.good < 0:
+            raise ConnectionError("no route to host")
+        self._bucket.put(source, name)
+
+
+def test_a_copy_that_is_cut_off_is_as_if_it_had_not_begun(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    bucket = Bucket(f"file://{tmp_path}/bucket", "first")
+    Mirror(run, bucket, print).close()
+    write(run, "checkpoints/step-00000004/meta.json", "checkpoints/step-00000004/state.safetensors")
+    with pytest.raises(MirrorFailed, match=r"s3://far/first \(AMORTIZE_BUCKET\) .*no route to hos"):
+        Mirror(run, Flaky(bucket, 5), print).close()
+    assert set(bucket.index()) == KEPT
+
+
+def test_a_bucket_that_fails_is_told_once_and_tried_again(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "_LOOK_S", 0.01)
+    events: list[str] = []
+    told = threading.Event()
+
+    def report(event: str) -> None:
+        events.append(event)
+        told.set()
+
+    bucket = Bucket(f"file://{tmp_path}/bucket", "first")
+    flaky = Flaky(bucket, 0)
+    copier = Mirror(run, flaky, report)
+    assert told.wait(10.0)
+    flaky.good = 100
+    while not bucket.index():
+        assert copier._thread.is_alive()
+    copier.close()
+    assert len(events) == 1 and "ConnectionError: no route to host; it goes on" in events[0]
+
+
+def test_a_bucket_that_says_nothing_holds_nobody_up_for_longer_than_its_deadline(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    bucket = Bucket(f"file://{tmp_path}/bucket", "first")
+    with pytest.raises(MirrorFailed, match=r"not done after 0 s\): it is whole in .*runs/first"):
+        Mirror(run, Flaky(bucket, 0, hangs=True), print).close(timeout_s=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.beside
+def test_a_run_goes_on_where_only_the_bucket_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(BUCKET_VARIABLE, f"file://{tmp_path}/bucket")
+    train = ["train", "tasks/toy.toml", "--local", "--run", "first", "learner.warmup_steps=0"]
+    assert main([*train, "learner.steps=2"]) == 0
+    assert {"report.html", "scores.json"} < files(tmp_path / "bucket/first")
+    shutil.rmtree("runs")
+    assert main([*train, "learner.steps=4", "--resume"]) == 0
+    rows = [json.loads(line) for line in Path("runs/first/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    files_there = fsspec.filesystem("file").glob(f"{tmp_path}/bucket/first/checkpoints/step-*")
+    assert any(name.endswith("step-00000004") for name in files_there)
