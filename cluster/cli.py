@@ -123,6 +123,11 @@ _SPLITS = ("validation", "test")
 _MANY = "experiments.{verb}"
 _COMPLETED = argparse.ArgumentParser(add_help=False)  # is told all verbs and their options
 _VERBS = {
+    "init": _Verb(
+        "Write a folder to begin with: a TOML and data, all of which runs",
+        _argument("name", "the folder, which is new or empty", metavar="NAME"),
+        _argument("--task", "with a task module of your own", **_FLAG),
+    ),
     "train": _Verb(
         "Fine-tune a language model on a task",
         _CONFIG,

@@ -16,9 +16,10 @@ from buffer.server import RedisServer
 from buffer.trajectory import Trajectory
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.schema import RunConfig
-from cluster.run.directory import RunDirectory, RunPhase, first_state
+from cluster.run.directory import RunDirectory, RunPhase, first_state, write_whole
 from lm.config import LMConfig
 from lm.hub import load_tokenizer
+from tasks.evaluation.evaluation import Evaluation, Example, Metric, Scores
 
 # Spells every byte, so that a rationale can be any text.
 TOKENIZER = load_tokenizer(LMConfig(model=load_config("tasks/arithmetic.toml").lm.model))
@@ -122,9 +123,28 @@ def make_run(root: Path, name: str = "demo", *, phase: RunPhase = "done") -> Run
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     directory.metrics_file.write_text(text, encoding="utf-8")
+    write_whole(directory.scores_file, scores().model_dump_json())
     state = first_state(name, steps=500)
     directory.write_state(state.model_copy(update={"phase": phase, "step": 120, "version": 12}))
     return directory
+
+
+def scores() -> Scores:
+    """Of the base, wrong, and of the policy, right; what a model writes may be hostile."""
+
+    def measured(step: int, right: bool, rationale: str) -> Evaluation:
+        asked = {"question": "Question: 1 + 1 + 3 = ? Answer:", "truth": "5", "right": right}
+        example = Example(**asked, rationale=rationale, answer="5" if right else "")
+        share = Metric(label="right", value=float(right), better="higher", items=1)
+        return Evaluation(
+            task="arithmetic",
+            temperature=1.0,
+            step=step,
+            metrics={"right": share},
+            examples=(example,),
+        )
+
+    return Scores(before=measured(0, False, HOSTILE[0]), after=measured(120, True, "1 + 1 = 2"))
 
 
 def config_of(directory: RunDirectory) -> RunConfig:

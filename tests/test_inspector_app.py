@@ -7,6 +7,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -295,6 +296,15 @@ def test_the_curves_are_shown(client: TestClient) -> None:
     assert "policy/version" in page.text and "log reward" in page.text
 
 
+def test_held_out_prompts_are_shown_before_training_and_after_it(client: TestClient) -> None:
+    page = client.get(f"{BASE}/held-out")
+    assert HOSTILE[0] not in page.text, "what a model writes stays text"
+    at = page.text.index('id="pairs"')
+    base = (escape(HOSTILE[0]), "→ no answer", "wrong")
+    for words in ("after step 120", "Question: 1 + 1 + 3", *base, "1 + 1 = 2", "→ 5", "right"):
+        at = page.text.index(words, at)  # one behind the other, the base's before the policy's
+
+
 def test_what_is_not_there_is_said(client: TestClient) -> None:
     for place, status, words in (
         (f"/trajectory/{'0' * 32}", 404, "not in replay"),
@@ -314,7 +324,8 @@ def test_looking_at_every_page_writes_nothing(
     with connect(server.url, password=server.password, timeout_s=5.0) as direct:
         before = contents(direct)
         first = Elements(client.get(f"{BASE}/").text).ids()[0]
-        client.get(f"{BASE}/trajectory/{first}"), client.get(f"{BASE}/curves")
+        for place in (f"trajectory/{first}", "curves", "held-out"):
+            client.get(f"{BASE}/{place}")
         assert contents(direct) == before
 
 

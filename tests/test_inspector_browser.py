@@ -30,6 +30,7 @@ CHROMIUM = next(
 )
 START_TIMEOUT_S = 400.0
 PATIENCE_MS = 60_000.0
+HELD_OUT = ("/held-out", "held-out")
 expect.set_options(timeout=PATIENCE_MS)
 
 
@@ -300,7 +301,7 @@ def test_the_dashboard_lists_the_inspector_in_its_serve_tab(
 def test_nothing_sticks_out_of_the_window(page: Page, inspected: Inspected, tmp_path: Path) -> None:
     # The pictures are kept for whoever wants to look.
     detail = f"/trajectory/{sums(300)[30].id}"
-    for place, name in (("/", "table"), (detail, "trajectory"), ("/curves", "curves")):
+    for place, name in (("/", "table"), (detail, "trajectory"), ("/curves", "curves"), HELD_OUT):
         for width in (1360, 700, 360):
             page.set_viewport_size({"width": width, "height": 900})
             page.goto(inspected.base + place)

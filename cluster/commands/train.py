@@ -20,6 +20,7 @@ from cluster.reports.run_report import conclude, show_conclusion
 from cluster.reports.trackers import check_trackers
 from cluster.reports.tracking import Tracking
 from cluster.run.directory import RunDirectory, new_name, write_whole
+from cluster.run.display import inspector_address
 from cluster.run.driver import Driver
 from cluster.run.identity import keep_identity
 from cluster.run.local import LocalSession
@@ -114,7 +115,10 @@ def train(
                 Tracking(config, directory, buffer.newest, terminal.event) as tracking,
             ):
                 if not local:
-                    terminal.event(f"joining Ray at {address}" if address else "starting Ray here")
+                    # In the log of a job, which Ray's dashboard shows on the page of the job.
+                    place = inspector_address(directory.name)
+                    terminal.event(f"'amortize inspect --run {directory.name}' shows it at {place}")
+                    terminal.event(f"joined Ray at {address}" if address else "starting Ray here")
                 session: Session = (
                     LocalSession(config, directory, buffer.address)
                     if local

@@ -12,11 +12,12 @@ from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
+from ray.job_config import JobConfig
 
 from cluster.config.project import PACKAGES, PROJECT_ROOT, UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RAY_PACKAGE
-from cluster.run.display import first_line
+from cluster.run.display import first_line, inspector_address
 from cluster.run.resources import Node, describe
 from tasks.custom_config import CustomTaskConfig
 
@@ -59,11 +60,21 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
             "_node_ip_address": "127.0.0.1",
             "configure_logging": False,
         }
+    if not (address or "").startswith("ray://"):  # Ray's client takes no job's configuration
+        # Whoever lists the jobs of a cluster finds the run, and where `amortize inspect` shows it.
+        run = namespace.removeprefix(namespace_of(""))
+        metadata = {"amortize_run": run, "inspector": inspector_address(run)}
+        settings["job_config"] = JobConfig(metadata=metadata)
     # Ray's handler would end this process at a SIGTERM that is a request to stop in order.
     handler = signal.getsignal(signal.SIGTERM)
     environment = source_for_workers(config)
     try:
-        ray.init(namespace=namespace, runtime_env=environment, log_to_driver=False, **settings)
+        ray.init(
+            namespace=namespace,
+            runtime_env=environment,
+            log_to_driver=False,
+            **settings,
+        )
     except Exception as error:  # of many classes
         raise UserError(
             f"Ray did not come up: {first_line(error)}: try again, when this machine has less to "

@@ -18,7 +18,9 @@ from cluster.inspector.curves import draw_curves, rows_by_step
 from cluster.inspector.detail import Gone, read_detail
 from cluster.inspector.pages import POLICY, environment_of, facts
 from cluster.inspector.queries import BadQuery, parse_query
+from cluster.reports.score_table import after_title, pairs, rows
 from cluster.run.directory import RunDirectory
+from cluster.run.driver import read_scores
 from lm.hub import load_tokenizer
 
 # A person waits for a page, not a run: short.
@@ -81,6 +83,18 @@ def build_app(target: Target) -> FastAPI:
         t = target.config.learner.reward_temperature.at(0 if state is None else state.step)
         detail = read_detail(browser, id, decode, temperature=t, version=version)
         return page(request, "trajectory", detail=detail)
+
+    @app.get("/held-out")
+    def held_out(request: Request) -> HTMLResponse:
+        measured = read_scores(directory, lambda text: None)
+        before, after = measured.before, measured.after
+        return page(
+            request,
+            "held_out",
+            rows=rows(before, after),
+            pairs=pairs(before, after),
+            after=after_title(after),
+        )
 
     @app.get("/curves")
     def curves(request: Request) -> HTMLResponse:

@@ -21,9 +21,10 @@ from cluster.config.project import UserError
 from cluster.distributed.ray_cluster import connect_ray, namespace_of
 from cluster.inspector.access import NO_TOKEN
 from cluster.inspector.app import Target, build_app
+from cluster.run.display import INSPECTOR_HOST as HOST
+from cluster.run.display import INSPECTOR_PORT as DEFAULT_PORT
+from cluster.run.display import inspector_address
 
-HOST = "127.0.0.1"
-DEFAULT_PORT = 8000
 _START_TIMEOUT_S = 300.0
 # Serve kills a proxy that takes longer to start; its own 5 s are too few for a busy machine. It is
 # read on clusters that are started here.
@@ -55,7 +56,7 @@ class Place:
     @property
     def url(self) -> str:
         """Its first page."""
-        return f"http://{HOST}:{self.port}{prefix(self.run)}/"
+        return inspector_address(self.run, self.port)
 
     def watch(self) -> None:
         """Raise InspectorGone when nothing answers there for _SILENCE_TIMEOUT_S."""

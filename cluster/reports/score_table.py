@@ -5,7 +5,7 @@ from typing import NamedTuple
 from rich.markup import escape
 from rich.table import Table
 
-from tasks.evaluation.evaluation import Evaluation
+from tasks.evaluation.evaluation import Evaluation, Example
 
 _SIGNS = {"higher": 1, "lower": -1, None: 0}
 
@@ -49,6 +49,17 @@ def table(before: Evaluation | None, after: Evaluation | None) -> Table:
         old = (row.before,) if before is not None else ()
         drawn.add_row(escape(row.label), row.items, *old, f"[bold]{row.after}[/bold]")
     return drawn
+
+
+def pairs(
+    before: Evaluation | None, after: Evaluation | None
+) -> list[tuple[Example | None, Example | None]]:
+    """What was written for the same prompts, before training and after it."""
+    olds, news = (
+        {} if one is None else {example.question: example for example in one.examples}
+        for one in (before, after)
+    )
+    return [(olds.get(question), news.get(question)) for question in dict.fromkeys([*news, *olds])]
 
 
 def note(before: Evaluation | None, after: Evaluation | None) -> str:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from cluster.run.directory import RunState
 
+INSPECTOR_HOST, INSPECTOR_PORT = "127.0.0.1", 8000  # the port, where none is asked for
 # What the driver adds to the learner's own metrics.
 TRAJECTORIES = "rollouts/trajectories"
 TRAJECTORIES_PER_S = "rollouts/trajectories_per_s"
@@ -69,6 +70,11 @@ def phase(state: RunState) -> str:
         return state.phase
     age = duration(max(0.0, time.time() - state.heartbeat_s))
     return f"{state.phase}? (no driver on this machine; last heard from {state.host} {age} ago)"
+
+
+def inspector_address(run: str, port: int = INSPECTOR_PORT) -> str:
+    """Where `amortize inspect` shows a run, on the machine that it is called on."""
+    return f"http://{INSPECTOR_HOST}:{port}/inspect/{run}/"
 
 
 def duration(seconds: float) -> str:

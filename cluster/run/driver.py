@@ -106,8 +106,8 @@ class Driver:
             self._event("measuring the base language model, before training")
             before = self._session.evaluate(None, self._event, step=0)
         parts = {"actors": self._config.rollout_actors, "replicas": self._config.reward_replicas}
-        wanted = ["the learner", *(f"{number} {kind}" for kind, number in parts.items() if number)]
-        self._event(f"waiting until {', '.join(wanted)} have loaded the model")
+        wanted = ["learner 1", *(f"{kind} {number}" for kind, number in parts.items() if number)]
+        self._event(f"waiting until every part has loaded the model: {', '.join(wanted)}")
         run = self._session.start(self._event, self._asked_to_stop)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
