@@ -16,9 +16,8 @@ from cluster.inspector.access import Gate
 from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import draw_curves, rows_by_step
 from cluster.inspector.detail import Gone, read_detail
-from cluster.inspector.pages import POLICY, environment_of, facts
+from cluster.inspector.pages import POLICY, environment_of, facts, held_out_of
 from cluster.inspector.queries import BadQuery, parse_query
-from cluster.reports.score_table import after_title, pairs, rows
 from cluster.run.directory import RunDirectory
 from cluster.run.driver import read_scores
 from lm.hub import load_tokenizer
@@ -86,15 +85,7 @@ def build_app(target: Target) -> FastAPI:
 
     @app.get("/held-out")
     def held_out(request: Request) -> HTMLResponse:
-        measured = read_scores(directory, lambda text: None)
-        before, after = measured.before, measured.after
-        return page(
-            request,
-            "held_out",
-            rows=rows(before, after),
-            pairs=pairs(before, after),
-            after=after_title(after),
-        )
+        return page(request, "held_out", **held_out_of(read_scores(directory, lambda _: None)))
 
     @app.get("/curves")
     def curves(request: Request) -> HTMLResponse:
