@@ -45,11 +45,11 @@ class RewardTerms:
 
     def __init__(self, config: RewardConfig, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
-        self._verifiers = [term for term in config.terms if term.kind == "verifier"]
+        self.verifiers = [term for term in config.terms if term.kind == "verifier"]
         self._per_token = sum(term.weight for term in config.terms if term.kind == "length")
         self.likelihood_weight = next(t.weight for t in config.terms if t.kind == "likelihood")
         self._pool = CheckPool(
-            [(str(term.check), term.pattern) for term in self._verifiers],
+            [(str(term.check), term.pattern) for term in self.verifiers],
             as_score,
             processes=config.verifier_processes,
             deadline_s=config.verifier_deadline_s,
@@ -60,14 +60,9 @@ class RewardTerms:
         """Calls of verifiers that raised, hung or gave no score, each attempt counted."""
         return self._pool.failures
 
-    @property
-    def verifies(self) -> bool:
-        """Whether a verifier is among the terms."""
-        return bool(self._verifiers)
-
     def check(self) -> None:
         """Raise UnusableCheck where a verifier cannot be imported."""
-        if self._verifiers:
+        if self.verifiers:
             self._pool.start()
 
     def most(self, *, min_len: int, max_len: int | None) -> float:
@@ -79,7 +74,16 @@ class RewardTerms:
         longest = np.inf if max_len is None else max_len
         tokens = longest if self._per_token > 0 else min_len
         length = self._per_token * tokens if self._per_token else 0.0
-        return float(length + sum(max(term.weight, 0.0) for term in self._verifiers))
+        return float(length + sum(max(term.weight, 0.0) for term in self.verifiers))
+
+    def scores(self, items: Sequence[ScoreItem]) -> list[list[float | None]]:
+        """Of each item's last stop state by each verifier; None where a check failed."""
+        verdicts = self.judge(items)
+        verdicts.wait(_PATIENCE_S, strict=False)
+        found: list[list[float | None]] = [[None] * len(self.verifiers) for _ in items]
+        for place, number, _, score in verdicts.scores():  # stop states in their order
+            found[place][number] = None if isinstance(score, Failure) else score
+        return found
 
     def judge(self, items: Sequence[ScoreItem]) -> "Verdicts":
         """Start to verify the items; returns at once."""
@@ -92,7 +96,7 @@ class RewardTerms:
 
     def _calls(self, item: ScoreItem) -> Iterator[tuple[int, int, Call]]:
         """Number of a verifier, place of a stop state, and what is asked there."""
-        if not self._verifiers:
+        if not self.verifiers:
             return
         record = item.record or json.dumps(
             {
@@ -102,7 +106,7 @@ class RewardTerms:
         )
         for place, stop in enumerate(item.stops.tolist()):
             text = self._decode(item.completion[:stop].tolist())
-            for number, term in enumerate(self._verifiers):
+            for number, term in enumerate(self.verifiers):
                 if term.where == "every" or stop == len(item.completion):
                     yield number, place, (number, text, record)
 
@@ -132,7 +136,7 @@ class RewardTerms:
             if isinstance(score, Failure):
                 sums[place] = np.empty(0)
             elif len(sums[place]):
-                sums[place][stop] += self._verifiers[number].weight * score
+                sums[place][stop] += self.verifiers[number].weight * score
         return [sum_S.astype(np.float32) for sum_S in sums]
 
 

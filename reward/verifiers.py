@@ -126,14 +126,16 @@ class _Process:
 
     def __init__(self, specifications: list[tuple[str, str | None]], deadline_s: float) -> None:
         self._deadline_s = deadline_s
-        places = [os.path.abspath(place) for place in sys.path]
+        # The working directory last, where a file may bear the name of an installed module.
+        places = [os.path.abspath(place) for place in (*filter(None, sys.path), os.getcwd())]
+        environment = {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"}
         self._child = subprocess.Popen(
             [sys.executable, "-m", "reward.checks", json.dumps(specifications), str(deadline_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a Ctrl-C in a terminal is for the run
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"},
+            env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
         )
         self.lives = True
         (started,) = self._read(1, _START_S)

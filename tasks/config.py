@@ -12,10 +12,12 @@ from pydantic import (
     SerializeAsAny,
     Tag,
     WrapValidator,
+    field_validator,
     model_validator,
 )
 
 from actors.reward_query import RewardKind
+from reward.checks import FUNCTION
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 from tasks.held_out import HeldOutConfig
 from tasks.records import FILES
@@ -232,6 +234,15 @@ class QuestionsConfig(HeldOutConfig, Lengths):
         default=5.0, gt=0, description="Longest call of a function of your own."
     )
     max_len: int = Field(default=64, ge=1, description="Tokens at which it must stop.")
+
+    @field_validator("tools")
+    @classmethod
+    def _check_tools(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if odd := [name for name in names if name != "calculator" and not FUNCTION.fullmatch(name)]:
+            raise ValueError(
+                f'there is no tool {odd[0]!r}: write "calculator" or "module:function"'
+            )
+        return names
 
     @property
     def reward_kind(self) -> RewardKind:

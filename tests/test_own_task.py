@@ -15,7 +15,7 @@ import pytest
 from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.validation import ConfigError
-from cluster.distributed.ray_cluster import own_source, source_for_workers
+from cluster.distributed.ray_cluster import own_sources, source_for_workers
 from cluster.experiments.comparison import figures
 from cluster.reports.score_table import rows
 from cluster.run.evaluation import evaluate
@@ -186,17 +186,20 @@ def test_a_task_that_no_run_could_work_on_is_refused(
 
 
 def test_only_what_is_not_installed_travels_to_the_workers(project: Path) -> None:
-    assert own_source(load_config("tasks/toy.toml")) is None
-    assert own_source(load_config("last_word.toml")) == project / "last_word.py"
+    assert own_sources(load_config("tasks/toy.toml")) == []
+    assert own_sources(load_config("last_word.toml")) == [project / "last_word.py"]
     as_package(project)
     config = load_config("last_word.toml", ["task.name=mine.words:LastWord"])
-    assert own_source(config) == project / "mine"
+    assert own_sources(config) == [project / "mine"]
     environment = source_for_workers(config)
     assert environment["py_modules"] == [str(project / "mine")]
     assert {"!/words.py", "!/__init__.py", "!/tasks"} <= set(environment["excludes"])
+    judged = [{"kind": "likelihood"}, {"kind": "verifier", "check": "mine.words:check"}]
+    verified = load_config("tasks/toy.toml").changed({"reward.terms": judged})
+    assert own_sources(verified) == [project / "mine"]
     installed = type("Installed", (CustomTaskConfig,), {"__module__": "pytest"})
     own = config.model_copy(update={"task": installed(name="pytest:Installed")})
-    assert own_source(own) is None and "py_modules" not in source_for_workers(own)
+    assert own_sources(own) == [] and "py_modules" not in source_for_workers(own)
 
 
 def as_package(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,14 @@ from pyarrow import Table, parquet
 from pydantic import ValidationError
 
 from cluster.config.file import PROJECT_ROOT, load_config
+from cluster.config.validation import ConfigError
+from cluster.run.evaluation import evaluate
 from lm.config import LMConfig
 from lm.hub import load_tokenizer
 from lm.spelling import TokenizerUnfit, spell
 from reward.checks import canonical
+from reward.verifiers import UnusableCheck
+from tasks.arithmetic.calculator import ToolFailed
 from tasks.config import QuestionsConfig
 from tasks.questions.task import Questions, build_questions
 from tasks.records import DataError, missing_files
@@ -122,6 +127,21 @@ def test_the_tool_speaks_in_demonstrations_as_it_would(tmp_path: Path) -> None:
         build(wrong, tools=("calculator",))
 
 
+def test_a_function_of_ones_own_speaks_too(tmp_path: Path) -> None:
+    build_own = partial(build, write(tmp_path, ROWS[1:]), tool_deadline_s=20.0)
+    tool = build_own(tools=("tests.verifier_toy:shouts",)).tool
+    assert tool is not None
+    assert tokenizer.decode(tool.output(spell(tokenizer, " so a ="))) == " A"
+    assert tool.output(spell(tokenizer, " is it ? =")) == []
+    assert {tokenizer.decode([token])[-1] for token in tool.triggers} == {"="}
+    silent = build_own(tools=("tests.verifier_toy:is_silent",)).tool
+    assert silent is not None
+    with pytest.raises(ToolFailed, match=r"task\.tools: .*:is_silent: a tool returned 7"):
+        silent.output(spell(tokenizer, " 1 ="))
+    with pytest.raises(UnusableCheck, match="no_module:tool"):
+        build_own(tools=("no_module:tool",)).check_evaluation()
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -132,6 +152,7 @@ def test_the_tool_speaks_in_demonstrations_as_it_would(tmp_path: Path) -> None:
         ({"y": "Answer:"}, "must hold {answer} once"),
         ({"revision": "main"}, "pattern"),
         ({"min_len": 9, "max_len": 8}, "must not exceed"),
+        ({"tools": ("abacus",)}, "there is no tool 'abacus'"),
     ],
 )
 def test_a_mistake_in_the_settings_is_told(changes: dict[str, Any], told: str) -> None:
@@ -210,3 +231,19 @@ def test_missing_files_are_told_early_and_datasets_are_not() -> None:
     fields = {"name": "questions", "data": "some/sums", "tests": ("none.jsonl", "a/b:test")}
     config = QuestionsConfig.model_validate(fields)
     assert list(missing_files(config)) == [("tests", "none.jsonl")]
+
+
+def test_verifiers_judge_what_is_written_for_held_out_questions(tmp_path: Path) -> None:
+    tests = write(tmp_path, [{"question": "5 + 5", "answer": 10}], "tests.jsonl")
+    data = write(tmp_path, ROWS)
+    changes = [f"task.data={data}", f'task.tests=["{tests}"]', 'task.y=""', "task.max_len=4"]
+    with pytest.raises(ConfigError, match=r'task\.y is "" and reward\.terms have no verifier'):
+        load_config("tasks/questions.toml", changes)
+    digits = '{kind="verifier", check="regex", pattern="^[-0-9+=, ]*$"}'
+    never = '{kind="verifier", check="regex", pattern="x"}'
+    more = [f'reward.terms=[{{kind="likelihood"}}, {digits}, {never}]', "evaluation.samples=3"]
+    config = load_config("tasks/questions.toml", [*changes, *more])
+    found = evaluate(config, adapter=None)
+    assert found.value("verified 0") == 1.0 and found.value("verified 1") == 0.0
+    (example,) = found.examples
+    assert example.truth == "10" and example.right

@@ -1,12 +1,14 @@
 """The Ray cluster of a run: joining it, and what its nodes have."""
 
 import logging
+import os
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import threading
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from cluster.config.schema import RunConfig
 from cluster.run.directory import RAY_PACKAGE
 from cluster.run.display import first_line, inspector_address
 from cluster.run.resources import Node, describe
-from tasks.custom_config import CustomTaskConfig
 
 # Ray labels a node with its type where a launcher or an operator (`ray up`, KubeRay) started it.
 _NODE_TYPE = "ray.io/node-group"
@@ -128,25 +129,31 @@ def source_for_workers(config: RunConfig) -> dict[str, Any]:
     # Patterns as in .gitignore. The folder itself is '.', which '/*' would exclude as well.
     excludes = ["/*", "!.", *(f"!/{package}" for package in PACKAGES)]
     environment = {"working_dir": str(PROJECT_ROOT), "excludes": excludes}
-    if (own := own_source(config)) is None:
-        return environment
-    if own.is_dir():  # Ray applies the patterns to it too
-        excludes += [f"!/{path.name}" for path in own.iterdir() if path.name != "__pycache__"]
-    return environment | {"py_modules": [str(own)]}
+    own = own_sources(config)
+    for folder in filter(Path.is_dir, own):  # Ray applies the patterns to them too
+        excludes += [f"!/{path.name}" for path in folder.iterdir() if path.name != "__pycache__"]
+    return environment | ({"py_modules": [str(path) for path in own]} if own else {})
 
 
-def own_source(config: RunConfig) -> Path | None:
-    """File of the module, or folder of the package, that a user's own task is from.
+def own_sources(config: RunConfig) -> list[Path]:
+    """Files of the modules, or folders of the packages, that a user's own task, verifiers and tools
+    are from.
 
-    None for a shipped task, and for an installed one, which every node has to have installed.
+    None of what ships, and of what is installed, which every node has to have installed.
     """
-    if not isinstance(config.task, CustomTaskConfig):
-        return None
-    package = sys.modules[type(config.task).__module__.partition(".")[0]]
-    place = package.__path__[0] if hasattr(package, "__path__") else str(package.__file__)
-    path = Path(place).resolve()
+    names = [str(term.check) for term in config.reward.terms]
+    names += [config.task.name, *getattr(config.task, "tools", ())]
     installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
-    return None if installed & set(path.parents) else path
+    found: dict[Path, None] = {}
+    for package in (name.partition(":")[0].partition(".")[0] for name in names if ":" in name):
+        spec = PathFinder.find_spec(package, [*sys.path, os.getcwd()])
+        if spec is None or package in PACKAGES:
+            continue
+        places = spec.submodule_search_locations or [str(spec.origin)]
+        path = Path(next(iter(places))).resolve()
+        if not installed & set(path.parents):
+            found[path] = None
+    return list(found)
 
 
 def living_nodes() -> list[Node]:

@@ -1,14 +1,20 @@
-"""Tools that speak into a rationale while it is being sampled: a calculator."""
+"""Tools that speak into a rationale while it is being sampled, behind "=": a calculator, or a
+function of somebody's own."""
 
 import re
 from collections.abc import Sequence
 
-from lm.spelling import spell_after
+from lm.spelling import spell, spell_after
+from reward.verifiers import CheckPool, Failure
 from tasks.task import Tokenizer
 
 MAX_DIGITS = 9  # of an operand: what is longer is no sum that a rationale needs
 # Digits are ASCII: a model may write others, which int() would take too.
 _TWO_TERMS = re.compile(rf" ?(-?[0-9]{{1,{MAX_DIGITS}}}) ([+-]) (-?[0-9]{{1,{MAX_DIGITS}}}) ?=")
+
+
+class ToolFailed(RuntimeError):
+    """A function that raised, hung or returned no text, as often as it was asked."""
 
 
 class Calculator:
@@ -21,8 +27,7 @@ class Calculator:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-        self.triggers = frozenset(token for token, text in enumerate(texts) if text.endswith("="))
+        self.triggers = _equals_signs(tokenizer)
 
     def output(self, completion: Sequence[int]) -> list[int]:
         """Token ids of ' result' for a completion that ends in an expression; [] for any other."""
@@ -33,3 +38,40 @@ class Calculator:
         left, right = int(match[1]), int(match[3])
         result = left + right if match[2] == "+" else left - right
         return list(spell_after(self._tokenizer, expression, f" {result}"))
+
+
+class FunctionTool:
+    """Writes what `name`, a "module:function", returns for the text of a rationale so far, or
+    nothing where that is "" or None.
+
+    What it says must follow from the text: it is part of the state, with probability 1. It runs in
+    a process of its own, which is ended where a call takes longer than `deadline_s`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, name: str, *, deadline_s: float) -> None:
+        self._tokenizer, self._name = tokenizer, name
+        self.triggers = _equals_signs(tokenizer)
+        self._pool = CheckPool([(name, None)], _as_text, processes=1, deadline_s=deadline_s)
+
+    def check(self) -> None:
+        """Raise UnusableCheck where there is no such function."""
+        self._pool.start()
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        """Token ids of the text to insert; raises ToolFailed."""
+        (portion,) = self._pool.submit([(0, self._tokenizer.decode(list(completion)))])
+        (said,) = portion.result()
+        if isinstance(said, Failure):
+            raise ToolFailed(f"task.tools: {self._name}: {said.reason}")
+        return list(spell(self._tokenizer, said))
+
+
+def _as_text(value: object) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError(f"a tool returned {value!r:.60}, which is no text")
+    return value or ""
+
+
+def _equals_signs(tokenizer: Tokenizer) -> frozenset[int]:
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    return frozenset(token for token, text in enumerate(texts) if text.endswith("="))

@@ -11,6 +11,8 @@ so an untrained one stops where the language model would; without a Y by the end
 import hashlib
 import re
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from string import Formatter
 
 from actors.demonstrations import Demonstration
@@ -27,13 +29,14 @@ from lm.spelling import (
     spell_after,
 )
 from reward.checks import canonical
-from tasks.arithmetic.calculator import Calculator
+from reward.terms import RewardTerms
+from tasks.arithmetic.calculator import Calculator, FunctionTool
 from tasks.config import QuestionsConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
-from tasks.evaluation.evaluation import Evaluation
-from tasks.held_out import check_apart, read_splits
+from tasks.evaluation.evaluation import Evaluation, Example, Metric
+from tasks.held_out import Split, check_apart, read_splits
 from tasks.questions.data import Question, read_questions
 from tasks.stop_rule import end_of_text, narrowed
 from tasks.task import TestQuestion, Tokenizer
@@ -54,6 +57,7 @@ class _Asked:
 class Questions(PlainTask):
     """The task on loaded data; see tasks.task.QuestionTask."""
 
+    tokenizer: Tokenizer
     answer_actions: ActionSpace
     lead: tuple[int, ...]  # tokens that every Y begins with
     end: str  # text behind the answer in every Y
@@ -65,9 +69,58 @@ class Questions(PlainTask):
         behind = rf"{re.escape(self.end.strip())}(?!\S)" if self.end.strip() else "$"
         return canonical(re.split(behind, line)[0]) or None
 
+    def check_evaluation(self, split: Split = "test") -> None:
+        """See tasks.task.Task; raises UnusableCheck for a tool that is not there."""
+        super().check_evaluation(split)
+        if isinstance(self.tool, FunctionTool):
+            self.tool.check()
+
     def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
-        """The base LM goes on behind X Z and the beginning of Y; what it answers is counted."""
-        return evaluate_answers(self, context, lead=self.lead)
+        """Where there is a Y, the base LM goes on behind X Z and its beginning, and what it answers
+        is counted; where there are verifiers, they judge rationales."""
+        if self.reward_query.kind == "suffix":
+            found = evaluate_answers(self, context, lead=self.lead)
+        else:
+            found = Evaluation(task=self.name, temperature=context.temperature, metrics={})
+        if context.terms is None or not context.terms.verifiers:
+            return found
+        metrics, examples = self._judged(context, context.terms)
+        return found.with_metrics(metrics).model_copy(
+            update={"examples": found.examples or examples}
+        )
+
+    def _judged(
+        self, context: EvaluationContext, terms: RewardTerms
+    ) -> tuple[dict[str, Metric], tuple[Example, ...]]:
+        """Mean scores of rationales by each verifier, and the first of some questions."""
+        items, number = context.items(self.held_out), context.settings.samples
+        context.progress(f"judging {number} rationales for each of {len(items)} questions")
+        temperature = context.settings.temperature
+        asked = [item.prompt.prompt for item in items]
+        drawn = context.draw(self.actions, asked, number, tool=self.tool, temperature=temperature)
+        scores_NV = terms.scores(
+            [
+                self.reward_query.item(item.prompt, z.tokens, z.stops[-1:])
+                for item, same in zip(items, drawn, strict=True)
+                for z in same
+            ]
+        )
+        mean = partial(Metric.mean, items=len(items), samples=number, shown="chart")
+        metrics = {}
+        for place, term in enumerate(terms.verifiers):
+            scores_N = [scores_V[place] for scores_V in scores_NV]
+            metrics[f"verified {place}"] = mean(f"score of verifier {term.check}", scores_N)
+        first = zip(items, drawn, scores_NV[::number], strict=True)
+        return metrics, tuple(
+            Example(
+                question=item.prompt.text,
+                rationale=self.tokenizer.decode(same[0].tokens.tolist()).strip(),
+                answer="",
+                truth=str(item.answer),
+                right=scores_V[0] == 1,
+            )
+            for item, same, scores_V in islice(first, context.settings.examples)
+        )
 
 
 def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
@@ -88,6 +141,7 @@ def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
     actions = spelling.actions
     return Questions(
         name="questions",
+        tokenizer=tokenizer,
         actions=actions,
         tool=spelling.tool,
         prompts=tuple(asked.prompt for asked in known.values()),
@@ -124,7 +178,11 @@ class _Spelling:
         self.lead = spell_after(tokenizer, ANY_WORD, lead) if lead else ()
         if config.chat:
             chat_text(tokenizer, ANY_WORD)  # or raises, once for all rows
-        self.tool: Tool | None = Calculator(tokenizer) if config.tools else None
+        self.tool: Tool | None = None
+        for name in config.tools:
+            self.tool = Calculator(tokenizer)
+            if name != "calculator":
+                self.tool = FunctionTool(tokenizer, name, deadline_s=config.tool_deadline_s)
         self.actions = self._action_space()
 
     def asked(self, row: Question) -> _Asked:
