@@ -136,8 +136,8 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
                 number=number,
                 placement=placement,
                 memory_mb=({"CUDA": CUDA_MB} if on_gpu else {}) | memory,
-                # Loading passes through the host.
-                host_mb=PROCESS_MB + (weights_mb if on_gpu else 0.0),
+                # Loading passes through the host, of a shard a tensor at a time.
+                host_mb=PROCESS_MB + (memory.get("weights", 0.0) if on_gpu else 0.0),
                 sent_mb=sent_mb,
             )
             for part, number, placement, memory, sent_mb in parts
