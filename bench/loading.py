@@ -117,8 +117,13 @@ def measure_run(folder: str, steps: int, overrides: list[str]) -> dict[str, obje
         if training.returncode:
             raise RuntimeError(f"the run ended with status {training.returncode}")
     seconds = round(time.monotonic() - start_s)
-    whole = {"steps": steps, "run_s": seconds, "peak_mb": round(sum(most.values()))}
-    return whole | {name: round(mb) for name, mb in sorted(most.items(), key=lambda one: -one[1])}
+    parts = sorted(most.items(), key=lambda one: -one[1])
+    return {
+        "steps": steps,
+        "run_s": seconds,
+        "peak_mb": round(sum(most.values())),
+        **{name: round(mb) for name, mb in parts},
+    }
 
 
 def sizes_mb(root: psutil.Process) -> dict[str, float]:
