@@ -1,7 +1,8 @@
-# Three commands; each sets up .venv first and says what it does.
+# Three commands, which set up .venv first, and one with an environment of its own.
 #   make run     the main job: GFlowNet fine-tuning of the shipped LM on arithmetic
 #   make test    lint, format check, type check, tests
 #   make setup   only the environment
+#   make test-vllm   the tests of the vLLM engine, in .venv-vllm
 #
 # Variables:
 #   ARGS         more arguments of the job, e.g. make run ARGS='--run mine learner.steps=50'
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test setup
+.PHONY: help run test test-vllm setup
 
 export PYTHON TORCH_INDEX
 
@@ -35,6 +36,9 @@ test: $(stamp)
 	@$(python) -m mypy
 	@echo "test: pytest, the fast tests on all cores, then the slow ones"
 	@.ci/own-environment .ci/test $(ARGS)
+
+test-vllm:
+	@.ci/test-vllm $(ARGS)
 
 setup: $(stamp)
 	@echo "set-up: .venv is up to date"

@@ -15,7 +15,7 @@ import numpy as np
 
 from actors.config import ActorConfig
 from actors.prompts import PromptStream
-from actors.protocols import PendingScores, Policy, Scorer, TrajectorySink
+from actors.protocols import PendingScores, RolloutEngine, Scorer, TrajectorySink
 from actors.reward_query import RewardQuery
 from actors.rollout import GroupPlan, IsCorrect, join, plan_groups
 from actors.weight_sources import WeightSource
@@ -63,7 +63,7 @@ class RolloutActor:
     query: RewardQuery
     is_correct: IsCorrect
     prompts: PromptStream
-    policy: Policy
+    policy: RolloutEngine
     scorer: Scorer
     buffer: TrajectorySink
     weights: WeightSource

@@ -1,5 +1,7 @@
 """Settings of the rollout actors. Imports no torch, so that reading a configuration stays fast."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
@@ -11,6 +13,10 @@ class ActorConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    engine: Literal["native", "vllm"] = Field(
+        default="native",
+        description="What samples: our own sampler, or vLLM, an extra (docs/engines.md).",
+    )
     group_size: int = Field(
         default=6, ge=1, description="Completions of one prompt that are sampled together."
     )
@@ -25,7 +31,7 @@ class ActorConfig(BaseModel):
     )
     temperature_high: float = Field(default=2.0, gt=0, description="... to here.")
     max_rows: int = Field(
-        default=64, ge=1, description="Completions in the sampler's KV cache at once."
+        default=64, ge=1, description="Completions in the engine's KV cache at once."
     )
     max_in_flight: int = Field(
         default=2, ge=1, description="Batches that are sampled and not yet stored."

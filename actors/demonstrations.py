@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from actors.prompts import Prompt
-from actors.protocols import Policy, Scorer
+from actors.protocols import RolloutEngine, Scorer
 from actors.reward_query import RewardQuery
 from actors.rollout import IsCorrect, join
 from buffer.trajectory import Trajectory
@@ -38,7 +38,7 @@ class Hint:
 
 
 def hinted_demonstrations(
-    hints: Sequence[Hint], policy: Policy, *, draws: int
+    hints: Sequence[Hint], policy: RolloutEngine, *, draws: int
 ) -> list[Demonstration]:
     """What `policy` writes behind each hint, in so many draws at temperature 1: the different ones.
 

@@ -11,14 +11,14 @@ from lm.sampling import Completion, Request
 from reward.request import ScoreItem
 
 
-class Policy(Protocol):
-    """The sampler: ours by default; another engine can stand here."""
+class RolloutEngine(Protocol):
+    """What samples from the policy: see `actors.engine`."""
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion for each request, in order."""
 
     def load(self, adapter: bytes) -> None:
-        """Take these adapter weights from now on."""
+        """Take these adapter weights for all that is sampled from now on."""
 
 
 class PendingScores(Protocol):

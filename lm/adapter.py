@@ -124,6 +124,21 @@ def save_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
     os.replace(partial, folder / WEIGHTS_FILE)
 
 
+def unpack_adapter(data: bytes, folder: Path) -> None:
+    """Write the adapter in `data` as a new folder that peft, or vLLM, reads beside its base."""
+    adapter = decode_adapter(data)
+    layers = {name.rpartition(".lora_")[0] for name in adapter.tensors}
+    lora = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=sorted(layer.removeprefix("base_model.model.") for layer in layers),
+        task_type="CAUSAL_LM",
+    )
+    folder.mkdir(parents=True)
+    lora.save_pretrained(str(folder))
+    (folder / WEIGHTS_FILE).write_bytes(data)
+
+
 def read_adapter(folder: Path, base_fingerprint: str) -> bytes:
     """The bytes that adapter_bytes gives of the adapter saved in `folder`, without its base.
 

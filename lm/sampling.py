@@ -64,6 +64,14 @@ class Tool(Protocol):
         """Tokens to insert after `completion`, which ends with a trigger; [] for none."""
 
 
+def ask_tool(tool: Tool, tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """What a tool inserts after `tokens`; raises ValueError for what the model cannot read."""
+    output = list(tool.output(tuple(tokens)))
+    if not all(0 <= token < vocab_size for token in output):
+        raise ValueError(f"tool inserted tokens {output}, outside the vocabulary of {vocab_size}")
+    return output
+
+
 @dataclass(slots=True, eq=False)
 class Row:
     """A completion in the making."""
@@ -212,20 +220,11 @@ class Sampler:
                     ended.append(slot)
                     continue
                 row.append(choice.token[slot], choice.log_q[slot], from_tool=False)
-                if row.tokens[-1] in self._triggers:
-                    row.pending = self._ask_tool(row.tokens)
+                if self._tool is not None and row.tokens[-1] in self._triggers:
+                    row.pending = ask_tool(self._tool, row.tokens, self._vocab_size)
             if self._force_stop(row, done):
                 ended.append(slot)
         return ended
-
-    def _ask_tool(self, tokens: Sequence[int]) -> list[int]:
-        assert self._tool is not None
-        output = list(self._tool.output(tuple(tokens)))
-        if not all(0 <= token < self._vocab_size for token in output):
-            raise ValueError(
-                f"tool inserted tokens {output}, outside the vocabulary of {self._vocab_size}"
-            )
-        return output
 
     def _force_stop(self, row: Row, done: dict[int, Completion]) -> bool:
         """End `row` when nothing but ⊤ is left to it."""

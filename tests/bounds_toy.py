@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from actors.policy import SamplingPolicy
+from actors.engine import NativeEngine
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
@@ -65,9 +65,9 @@ class Toy:
     frozen: PreTrainedModel
     policy_model: PreTrainedModel
 
-    def policy(self, seed: int) -> SamplingPolicy:
+    def policy(self, seed: int) -> NativeEngine:
         language_model = LanguageModel(model=self.policy_model, tokenizer=None, fingerprint="toy")
-        return SamplingPolicy(
+        return NativeEngine(
             language_model, self.actions, self.tool, lora=LoRAConfig(), max_rows=256, seed=seed
         )
 

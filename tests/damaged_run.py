@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from actors.protocols import Policy
+from actors.protocols import RolloutEngine
 from actors.weight_sources import PublishedWeights, WeightSource
 from cluster import __main__
 from cluster.distributed import launcher as launch
@@ -22,7 +22,7 @@ FIRST_DAMAGED_VERSION = 4
 class Damaging:
     """The weight store; who takes weights of it that are not among the first is damaged."""
 
-    def __init__(self, store: WeightSource, policy: Policy) -> None:
+    def __init__(self, store: WeightSource, policy: RolloutEngine) -> None:
         self._weight_store = store
         self._policy = policy
         self._done = False

@@ -21,6 +21,7 @@ from lm.adapter import (
     load_adapter_bytes,
     read_adapter,
     save_adapter,
+    unpack_adapter,
 )
 from lm.config import LoRAConfig
 from lm.merged import MergedModel
@@ -98,6 +99,9 @@ def test_a_saved_adapter_is_read_by_plain_peft(
     ours = load_adapter(base(architecture), tmp_path / "adapter")
     assert torch.equal(logits(ours), logits(model))
     assert any(parameter.requires_grad for parameter in ours.parameters())
+    unpack_adapter(adapter_bytes(model), tmp_path / "unpacked")
+    unpacked = PeftModel.from_pretrained(tiny_lm(architecture), tmp_path / "unpacked").eval()
+    assert torch.equal(logits(unpacked), logits(model))
 
 
 def test_saving_over_an_older_adapter_replaces_it(

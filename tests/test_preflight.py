@@ -1,5 +1,6 @@
 """Bad input is refused before anything starts, and each refusal says what to do."""
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -80,6 +81,17 @@ def test_more_ranks_than_the_machine_has_room_for(capsys: pytest.CaptureFixture[
 def test_one_process_that_should_be_several(capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "--local", "reward.ranks=2", "learner.ranks=1")
     assert "reward.ranks = 2" in said and "leave --local out" in said
+
+
+def test_an_engine_that_is_not_installed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda library: None)
+    vllm = 'actors.engine="vllm"'
+    said = refusal(capsys, "--local", vllm)
+    assert "vLLM is not installed here" in said and "pip install -e '.[vllm]'" in said
+    said = refusal(capsys, "--local", vllm, 'buffer.kind="memory"')
+    assert 'set actors.engine to "native"' in said
 
 
 def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,11 @@ class RunConfig(Section):
                 'learner.objective "joint" draws rationales of a policy: name the folder of its '
                 "adapter in em.policy, such as runs/NAME/adapter"
             )
+        if self.actors.engine == "vllm" and self.buffer.kind == "memory":
+            yield (
+                'buffer.kind "memory" is for runs that go on bit for bit, and vLLM does not draw '
+                'the same twice: set actors.engine to "native", or leave buffer.kind out'
+            )
         yield from () if traits.imitates else self._starvation()
         yield from self._mistaken_terms()
         if self.actors.lag_versions > max(self.max_lag_versions, 0):

@@ -5,17 +5,19 @@ from typing import NamedTuple
 
 from torch import nn
 
-from actors.protocols import Policy
+from actors.protocols import RolloutEngine
 from cluster.config.schema import RunConfig
 from cluster.distributed.rollout_log import Decode
 from cluster.run import assembly
 from learner.config import LearnerConfig
 from learner.deepspeed_engine import DeepSpeedEngine
 from learner.engine import Engine
+from lm.hub import load_tokenizer
 from lm.model import LanguageModel, load_base
 from lm.process_group import Rendezvous
 from reward.deepspeed_rank import RewardRank
 from reward.lockstep import Rank, UnshardedRank
+from tasks.registry import build_task
 from tasks.task import Task
 
 
@@ -23,7 +25,7 @@ class RolloutParts(NamedTuple):
     """What a rollout actor is built from."""
 
     task: Task
-    policy: Callable[[int], Policy]  # makes one from the seed of its draws
+    policy: Callable[[int], RolloutEngine]  # makes one from the seed of its draws
     decode: Decode | None  # tokens as text, for the log; None: nothing worth reading is written
 
 
@@ -34,6 +36,10 @@ class Parts:
 
     def rollout(self, config: RunConfig) -> RolloutParts:
         """Of one rollout actor."""
+        if config.actors.engine == "vllm":
+            tokenizer = load_tokenizer(config.lm)
+            task = build_task(config.task, tokenizer, seed=config.seed)
+            return RolloutParts(task, assembly.vllm_policy(config, task), tokenizer.decode)
         base, task = assembly.load_task(config)
         policy = assembly.model_policy(config, base, task)
         return RolloutParts(task, policy, base.tokenizer.decode)

@@ -8,9 +8,9 @@ import numpy as np
 
 from actors.actor import RolloutActor
 from actors.demonstrations import hinted_demonstrations, seed_demonstrations
-from actors.policy import SamplingPolicy
+from actors.engine import NativeEngine, vllm_engine
 from actors.prompts import PromptStream
-from actors.protocols import Policy, Scorer, TrajectorySink
+from actors.protocols import RolloutEngine, Scorer, TrajectorySink
 from actors.reward_query import DirectScorer
 from actors.weight_sources import LaggingWeights, WeightSource
 from buffer.connection import connect
@@ -54,7 +54,7 @@ def build_buffer(config: RunConfig, *, run: str, place: BufferAddress) -> Replay
 def build_actor(
     config: RunConfig,
     *,
-    policy: Callable[[int], Policy],
+    policy: Callable[[int], RolloutEngine],
     task: Task,
     name: str,
     seed: Sequence[int],
@@ -87,11 +87,27 @@ def build_actor(
 
 def model_policy(
     config: RunConfig, base: LanguageModel, task: Task
-) -> Callable[[int], SamplingPolicy]:
-    """Makes the policy of a base LM, which becomes the policy's own, from a seed."""
+) -> Callable[[int], NativeEngine]:
+    """Makes our own engine around a base LM, which becomes the engine's, from a seed."""
     max_rows = config.actors.max_rows
-    return lambda seed: SamplingPolicy(
+    return lambda seed: NativeEngine(
         base, task.actions, task.tool, lora=config.lora, max_rows=max_rows, seed=seed
+    )
+
+
+def vllm_policy(config: RunConfig, task: Task) -> Callable[[int], RolloutEngine]:
+    """Makes an engine of vLLM, which loads the base LM itself, from a seed."""
+    asked = [prompt.prompt for prompt in task.prompts]
+    if isinstance(task, HintedTask):
+        asked += [hint.shown for hint in task.hints]
+    return lambda seed: vllm_engine(
+        config.lm,
+        config.actors,
+        task.actions,
+        task.tool,
+        lora=config.lora,
+        longest_prompt=max(map(len, asked)),
+        seed=seed,
     )
 
 
@@ -113,7 +129,7 @@ def verifier_failures(actor: RolloutActor) -> int:
 
 
 def seed_buffer(
-    config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer, policy: Policy
+    config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer, policy: RolloutEngine
 ) -> int:
     """Put the task's demonstrations into replay, and what the base LM, as which `policy` begins,
     writes behind its hints; how many. Harmless to repeat."""

@@ -16,7 +16,8 @@ import msgpack
 import torch
 
 from actors.actor import RolloutActor
-from actors.policy import SamplingPolicy
+from actors.engine import NativeEngine
+from actors.protocols import RolloutEngine
 from buffer.replay import BufferStarved, DrawRequest, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
 from cluster.config.project import UserError
@@ -98,7 +99,7 @@ class LocalRun:
         self._buffer = assembly.build_buffer(config, run=directory.name, place=buffer)
         self._replica: RewardReplica | None = None
         self._actor: RolloutActor | None = None
-        self._policy: SamplingPolicy | None = None
+        self._policy: NativeEngine | None = None
         self._saved: dict[str, Any] = {}
         self._learner = assembly.build_learner(
             config,
@@ -123,14 +124,13 @@ class LocalRun:
         # A remembered score was rounded with others than it would be with now.
         scoring = config.reward if self._memory is None else config.changed(NO_CACHE).reward
         self._replica = RewardReplica(UnshardedRank(base.model), [], scoring, name="reward-0")
-        changes_weights = base.model.dtype == torch.float32  # see `SamplingPolicy`
-        own = twin(base, own_weights=changes_weights)
-        make_policy = assembly.model_policy(config, own, task)
-
-        def policy(seed: int) -> SamplingPolicy:
-            self._policy = make_policy(seed)
-            return self._policy
-
+        policy: Callable[[int], RolloutEngine]
+        if config.actors.engine == "vllm":
+            policy = assembly.vllm_policy(config, task)
+        else:
+            changes_weights = base.model.dtype == torch.float32  # see `NativeEngine`
+            own = twin(base, own_weights=changes_weights)
+            policy = assembly.model_policy(config, own, task)
         self._actor = assembly.build_actor(
             config,
             policy=policy,
@@ -141,6 +141,8 @@ class LocalRun:
             scorer=self._replica,
             weights=self._weights,
         )
+        if isinstance(engine := self._actor.policy, NativeEngine):
+            self._policy = engine
         if not self._saved:
             assembly.seed_buffer(
                 config,

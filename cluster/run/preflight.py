@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from actors.engine import check_engine
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.endpoint import configured_port
@@ -61,6 +62,7 @@ def check_before_start(
     check_buffer(config.buffer)
     here = local or address is None
     if here:
+        check_engine(config.actors)
         check_memory_here(config)
     # The cluster's nodes have the GPUs; this machine need not have one.
     weights = check_model_and_data(config if here else config.changed({"lm.device": "cpu"}))

@@ -1,0 +1,162 @@
+"""vLLM under the policy's law: what it draws, and what it says of that, against plain passes.
+
+`make test-vllm` runs them, in an environment of their own.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from actors.config import ActorConfig
+from actors.engine import EngineRefused, vllm_engine
+from actors.protocols import RolloutEngine
+from bench.posterior import CONFIG, RUN, run_condition
+from cluster.__main__ import main
+from lm.actions import ActionSpace
+from lm.adapter import adapter_bytes
+from lm.config import LMConfig, LoRAConfig
+from lm.model import CausalLM, attach_adapter, load_base
+from lm.sampling import Request, Tool
+from tests.sampling_toy import exact_probabilities, worst_disagreement
+from tests.tiny_lm import tiny_config
+
+# Of many libraries, at whose warnings nobody here looks.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytest.importorskip("vllm", reason="the environment of `make test-vllm` has it")
+
+# What vLLM finds out about an architecture by a process of its own.
+os.environ["VLLM_CACHE_ROOT"] = str(Path(sys.prefix) / "vllm-cache")
+ROOT = Path(__file__).resolve().parent.parent
+SEED_LM, TOY = str(ROOT / "seed_lm" / "model"), str(ROOT / "tasks" / "toy" / "model")
+VLLM = "actors.engine=vllm"
+LORA = LoRAConfig(rank=8, alpha=16)
+STOP, CALL, MUTE = 40, 78, 65  # two tokens that the seed LM likes, so that both are called
+LEGAL = tuple(range(30, 90))
+TOLERANCE_NATS = 1e-4
+
+
+class Interjection:
+    """Behind CALL it writes three tokens, one of them no action of the policy's; else nothing."""
+
+    triggers = frozenset({CALL, MUTE})
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        return [7, CALL, 30 + len(completion) % 9] if completion[-1] == CALL else []
+
+
+def law(min_len: int, max_len: int, **narrower: Any) -> ActionSpace:
+    rules = {"legal_tokens": LEGAL} | narrower
+    return ActionSpace(stop_token=STOP, min_len=min_len, max_len=max_len, **rules)
+
+
+LAWS: dict[str, tuple[ActionSpace, Tool | None]] = {
+    "min_len": (law(4, 24), None),
+    "tool": (law(2, 24), Interjection()),
+    "stop after tool": (law(0, 16, stop_after_tool=True), Interjection()),
+    "stop behind": (law(1, 16, stop_behind=frozenset({50, 51, 52})), None),
+    "stop every": (law(2, 17, stop_every=5), Interjection()),
+    "any token": (law(2, 12, legal_tokens=None), None),
+    "forced at once": (law(0, 0), None),
+}
+
+
+def engine_of(
+    lm: LMConfig, actions: ActionSpace, tool: Tool | None = None, *, max_rows: int = 16
+) -> RolloutEngine:
+    config = ActorConfig(engine="vllm", max_rows=max_rows)
+    return vllm_engine(lm, config, actions, tool, lora=LORA, longest_prompt=200, seed=1)
+
+
+def perturb(model: Any, seed: int) -> bytes:
+    """Another adapter into `model`, and its bytes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return adapter_bytes(model)
+
+
+def requests_of(count: int) -> list[Request]:
+    """Few prompts, some longer than a block of vLLM's cache, at several temperatures."""
+    prompts = [tuple(range(100, 100 + length)) for length in (3, 40, 140, 200)]
+    return [
+        Request(prompt=prompts[i * 7 % 4], temperature=(1.0, 0.4, 3.0)[i % 3]) for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_what_it_records_is_what_the_learner_computes(name: str) -> None:
+    actions, tool = LAWS[name]
+    lm = LMConfig(model=SEED_LM)
+    engine, requests = engine_of(lm, actions, tool), requests_of(48)
+    policy: CausalLM = load_base(lm).model
+    drawn = engine.sample(requests)
+    assert worst_disagreement(policy, actions, requests, drawn) < TOLERANCE_NATS
+    policy = attach_adapter(load_base(lm), LORA, seed=0)
+    for version in (1, 2):  # the second with prompts in the cache that the first has read
+        engine.load(perturb(policy, version))
+        drawn = engine.sample(requests)
+        assert worst_disagreement(policy, actions, requests, drawn) < TOLERANCE_NATS
+        for completion in drawn:
+            actions.check(completion.tokens.tolist(), completion.from_tool.tolist())
+    if tool is not None:
+        assert any(completion.from_tool.any() for completion in drawn)
+        assert not all(completion.from_tool.any() for completion in drawn)
+
+
+@pytest.mark.parametrize("min_len", [0, 2])
+def test_samples_follow_the_exact_distribution(min_len: int) -> None:
+    lm = LMConfig(model=TOY)
+    actions = ActionSpace(stop_token=0, legal_tokens=(1, 2, 3, 4), min_len=min_len, max_len=3)
+    engine, model = engine_of(lm, actions, max_rows=256), load_base(lm).model
+    count, prompt = 2000, (5, 2)
+    temperatures = (1.0, 0.5, 2.0)
+    drawn = engine.sample([Request(prompt=prompt, temperature=t) for t in temperatures * count])
+    for number, temperature in enumerate(temperatures):
+        exact = exact_probabilities(model, actions, prompt, temperature)
+        seen = Counter(tuple(c.tokens.tolist()) for c in drawn[number::3])
+        assert seen.keys() <= exact.keys()
+        common = {z: p for z, p in exact.items() if p * count >= 5}
+        chi2 = sum((seen[z] - p * count) ** 2 / (p * count) for z, p in common.items())
+        freedom = len(common) - 1
+        # Wilson-Hilferty: the cube root of chi2 / freedom is nearly normal; 4 sigma.
+        z_score = ((chi2 / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / (2 / (9 * freedom)) ** 0.5
+        assert z_score < 4.0, (temperature, chi2, freedom)
+
+
+@pytest.mark.timeout(1500)
+def test_one_process_ends_at_the_exact_posterior(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", CONFIG, "--run", RUN, "--local", VLLM]) == 0
+    capsys.readouterr()
+    assert main(["posterior", CONFIG, "--run", RUN, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tv"] <= 0.05
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_distributed_job_ends_at_the_exact_posterior(seed: int, tmp_path: Path) -> None:
+    assert run_condition("plain", seed, tmp_path, [VLLM]).tv <= 0.05
+
+
+def test_what_cannot_be_served_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    GPT2LMHeadModel(tiny_config("gpt2")).save_pretrained(tmp_path)
+    for file in Path(TOY).glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    actions = ActionSpace(stop_token=0, legal_tokens=(1, 2), min_len=0, max_len=3)
+    with pytest.raises(EngineRefused, match=r"cannot serve model .* LoRA.*take another base"):
+        engine_of(LMConfig(model=str(tmp_path)), actions)
