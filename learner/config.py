@@ -102,6 +102,11 @@ class LearnerConfig(BaseModel):
     )
 
     publish_every_steps: int = Field(default=1, gt=0, description="Steps between two adapters.")
+    publish_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Of the adapters that actors are sent. bfloat16: half the bytes; actors sample "
+        "from, and are held to, the rounded policy.",
+    )
     checkpoint_every_steps: int = Field(default=100, gt=0, description="Steps between checkpoints.")
     checkpoint_every_s: float = Field(
         default=60.0, gt=0, description="Seconds between them: what a replaced learner repeats."

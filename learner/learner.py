@@ -163,7 +163,7 @@ class Learner:
     def publish(self) -> None:
         """Hand the current adapter to the actors."""
         if self.engine.rank == 0:
-            data = adapter_bytes(self.model)
+            data = adapter_bytes(self.model, getattr(torch, self.config.publish_dtype))
             if self.checkpoints is not None:
                 self.checkpoints.note_published(self.version)
             if self.gate is not None:

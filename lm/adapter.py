@@ -1,8 +1,8 @@
 """The adapter as bytes, and as a folder in PEFT format.
 
-On the wire an adapter is one safetensors blob: float32, the names that peft itself writes into
-adapter_model.safetensors, and one metadata entry with rank and alpha. Beside a saved adapter
-stands the fingerprint of the base it was trained on.
+On the wire an adapter is one safetensors blob: float32, or bfloat16 (`learner.publish_dtype`), the
+names that peft itself writes into adapter_model.safetensors, and one metadata entry with rank and
+alpha. Beside a saved adapter stands the fingerprint of the base it was trained on.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ class AdapterWeights:
     alpha: float
 
 
-def adapter_bytes(model: PeftModel) -> bytes:
-    """The LoRA weights of `model` as safetensors: float32, nothing of the base."""
-    return _encode(dict(_lora_parameters(model)), model.peft_config[ADAPTER_NAME])
+def adapter_bytes(model: PeftModel, dtype: torch.dtype = torch.float32) -> bytes:
+    """The LoRA weights of `model` as safetensors, nothing of the base."""
+    return _encode(dict(_lora_parameters(model)), model.peft_config[ADAPTER_NAME], dtype)
 
 
 def held_adapter(model: PeftModel) -> AdapterWeights:
@@ -64,7 +64,7 @@ def held_adapter(model: PeftModel) -> AdapterWeights:
 def decode_adapter(data: bytes) -> AdapterWeights:
     """Read what adapter_bytes wrote. Raises AdapterMismatch for anything else."""
     try:
-        tensors = load(data)
+        tensors = {name: tensor.float() for name, tensor in load(data).items()}
         shape = json.loads(_metadata(data)["lora"])
         return AdapterWeights(tensors=tensors, rank=int(shape["rank"]), alpha=float(shape["alpha"]))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -238,7 +238,9 @@ def _metadata(data: bytes) -> dict[str, str]:
     return dict(header.get("__metadata__") or {})
 
 
-def _encode(tensors: dict[str, Tensor], lora: LoraConfig) -> bytes:
+def _encode(
+    tensors: dict[str, Tensor], lora: LoraConfig, dtype: torch.dtype = torch.float32
+) -> bytes:
     """One blob whose every layer is scaled by alpha / rank."""
     shape = json.dumps({"alpha": float(lora.lora_alpha), "rank": lora.r}, sort_keys=True)
     plain = {n: t.detach().to("cpu", torch.float32).contiguous() for n, t in tensors.items()}
@@ -250,7 +252,7 @@ def _encode(tensors: dict[str, Tensor], lora: LoraConfig) -> bytes:
             alpha = lora.alpha_pattern.get(key, lora.lora_alpha)
             scale = alpha / (rank**0.5 if lora.use_rslora else rank)
             plain[name] = plain[name] * (scale * lora.r / lora.lora_alpha)
-    return save(plain, metadata={"lora": shape})
+    return save({n: t.to(dtype) for n, t in plain.items()}, metadata={"lora": shape})
 
 
 def _lora_parameters(model: PeftModel) -> dict[str, nn.Parameter]:

@@ -17,6 +17,7 @@ from lm.adapter import (
     AdapterMismatch,
     adapter_bytes,
     checksum,
+    decode_adapter,
     load_adapter,
     load_adapter_bytes,
     read_adapter,
@@ -362,3 +363,17 @@ def test_merging_refuses_an_adapter_of_another_architecture_and_changes_nothing(
     with pytest.raises(AdapterMismatch, match="this base model has not"):
         merged.load(adapter_bytes(trained(base("llama"), 1)))
     assert torch.equal(logits(merged.model), before)
+
+
+def test_an_adapter_may_travel_in_half_the_bytes(base: Callable[[str], LanguageModel]) -> None:
+    model = trained(base("llama"), 1)
+    whole, half = decode_adapter(adapter_bytes(model)), adapter_bytes(model, torch.bfloat16)
+    assert len(half) < 0.7 * len(adapter_bytes(model))
+    for name, tensor in decode_adapter(half).tensors.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, whole.tensors[name].bfloat16().float())
+    load_adapter_bytes(model, half)
+    assert adapter_bytes(model, torch.bfloat16) == half
+    merged = MergedModel(base("llama"))
+    merged.load(half)
+    torch.testing.assert_close(logits(merged.model), logits(model), rtol=0, atol=1e-4)

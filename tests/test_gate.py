@@ -88,6 +88,24 @@ def test_what_was_sampled_at_a_version_agrees_however_many_later_it_is_drawn(
     assert min(outcome.rms_nats for outcome in now) > 0.05
 
 
+def test_samplers_are_held_to_the_weights_that_they_were_sent_rounded_or_not(
+    tmp_path: Path,
+) -> None:
+    model, sampler = make_policy(), ToySampler("actor-0")
+    shake(model, seed=0, scale=1.0)
+    rounded = adapter_bytes(model, torch.bfloat16)
+    sampler.load(rounded)
+    groups = [sampler.group(key, version=3) for key in PROMPTS]
+    gaps = {}
+    for dtype in ("float32", "bfloat16"):
+        config = make_config(publish_dtype=dtype, agreement_tolerance_nats=9.0)
+        gate = make_gate(model, tmp_path, config=config)
+        gate.keep(3, rounded)
+        draw(gate, QueueReplay(*map(as_group, groups)), 3, len(groups))
+        gaps[dtype] = gate.metrics()["agreement/admitted_max_nats"]
+    assert gaps["bfloat16"] < 1e-4 < 1e-3 < gaps["float32"]
+
+
 def test_every_trajectory_of_a_damaged_actor_is_taken_out_and_none_of_the_others(
     tmp_path: Path,
 ) -> None:

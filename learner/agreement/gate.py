@@ -221,9 +221,11 @@ class AgreementGate:
             by_version.setdefault(trajectory.policy_version, []).append(trajectory)
         compared: Compared = {}
         for sampled_at, same in by_version.items():
-            if sampled_at != version and sampled_at not in self.past:
+            # The model's own weights are what was published, unless that was rounded.
+            own = sampled_at == version and self.config.publish_dtype == "float32"
+            if not own and sampled_at not in self.past:
                 continue
-            with nullcontext() if sampled_at == version else self.past.as_of(sampled_at):
+            with nullcontext() if own else self.past.as_of(sampled_at):
                 outcomes = compare(
                     self.model,
                     self.actions,
