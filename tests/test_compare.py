@@ -7,13 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.experiments import findings, members, suite
-from cluster.experiments.comparison import Result, compute_of, figures, summarise
+from cluster.experiments.comparison import (
+    Choice,
+    Result,
+    Trial,
+    compute_of,
+    figures,
+    summarise,
+)
 from cluster.experiments.members import Member, Members, member
 from cluster.experiments.methods import method_config
 from cluster.experiments.suite import check_same_settings
@@ -274,3 +282,22 @@ def test_coverage_is_the_mass_of_the_modes_that_are_not_missed() -> None:
     assert coverage(log_p_N, log_p_N) == pytest.approx(1.0)
     assert coverage(np.log([0.979, 0.02, 0.001]), log_p_N) == pytest.approx(0.6)
     assert coverage(np.log([0.02, 0.9, 0.08]), log_p_N) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"), [(True, "on the validation split"), (False, "toy holds no data out")]
+)
+def test_what_methods_were_chosen_by_is_said(
+    held_out: bool, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = Trial(run="t", values={"learner.learning_rate": 1e-3}, figure=0.1)
+    chosen = {"metric": "tv", "better": "lower", "seed": 1000, "trials": (trial,), "chosen": trial}
+    choice = Choice(method="gflownet", **chosen)
+    measured = Result(method="gflownet", seed=0, run="r", metrics={"tv": 0.1}, compute={"steps": 1})
+    folder = RunDirectory("compared", root=tmp_path)
+    folder.path.mkdir(parents=True)
+    found = findings.Findings(folder, "compare", "toy", [measured], [choice], held_out=held_out)
+    found.leave()
+    found.show("toy", as_json=False, console=Console(width=200))
+    page, markdown = folder.report_file.read_text(), (folder.path / "compare.md").read_text()
+    assert all(said in text for text in (capsys.readouterr().out, page, markdown))

@@ -211,6 +211,7 @@ def as_package(folder: Path) -> None:
 
 ON_RAY = """
 import ray
+from ray._private.worker import global_worker
 from cluster.config.file import load_config
 from cluster.distributed.ray_cluster import connect_ray
 from lm.hub import load_tokenizer
@@ -222,7 +223,9 @@ def prompts(config):
 
 for name in ("last_word:LastWord", "mine.words:LastWord"):  # a file, and a module of a package
     config = load_config("last_word.toml", ["cluster.cpus=1", f"task.name={name}"])
-    connect_ray(config, None, "own")
+    connect_ray(config, None, "amortize-own")
+    (job,) = global_worker.gcs_client.get_all_job_info().values()
+    assert job.config.metadata["inspector"] == "http://127.0.0.1:8000/inspect/own/"
     found = ray.get(ray.remote(prompts).options(num_cpus=0).remote(config), timeout=100)
     assert found == list(config.task.beginnings), found
     ray.shutdown()
