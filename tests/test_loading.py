@@ -113,6 +113,17 @@ def test_files_that_do_not_fit_the_model_are_named_in_one_sentence(folder: Path)
             load(LMConfig(model=str(folder), device="cpu"))
 
 
+def test_weights_in_another_format_are_looked_at_too(folder: Path) -> None:
+    file, config = folder / "model.safetensors", LMConfig(model=str(folder), device="cpu")
+    first = load_base(config).fingerprint
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    assert weight_files(config) == []
+    with parameters_held() as held:
+        assert inspect_base(config).fingerprint == first
+    assert max(held) == 1
+
+
 @pytest.mark.parametrize("load", [load_base, inspect_base])
 def test_a_file_that_is_cut_off_is_named(folder: Path, load: Callable[[LMConfig], Any]) -> None:
     file = folder / "model.safetensors"
