@@ -18,12 +18,16 @@ from cluster.run.assembly import load_task
 from cluster.run.directory import RunDirectory
 from cluster.run.evaluation import evaluation_context
 from lm.model import LanguageModel
+from lm.next_action import NextLogits
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 from reward.terms import RewardTerms, TermScorer, as_score, build_terms
 from reward.verifiers import CheckFailed, CheckPool, Failure, UnusableCheck
 from tasks.evaluation.evaluation import Scores
 from tasks.posterior.assessment import assess
+from tasks.posterior.ceiling import ceiling_of
+from tasks.posterior.enumeration import PrefixTree, exact_posterior
+from tasks.posterior.weights import log_reward_of, log_rewards
 from tasks.task import Task
 from tests.naive_rewards import naive_log_rewards
 
@@ -109,18 +113,39 @@ def test_the_exact_posterior_is_that_of_the_same_sum(
         assert not found.texts  # what the LM writes by itself is no sample of this posterior
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_what_an_enumeration_leaves_out_is_bounded_with_the_terms(
-    toy: tuple[LanguageModel, Task],
+    toy: tuple[LanguageModel, Task], config: RunConfig, temperature: float
 ) -> None:
-    _, task = toy
-    few = load_config("tasks/toy.toml", [*MORE, "posterior.max_nodes=9", "task.max_len=3"])
-    all_of_it = load_config("tasks/toy.toml", MORE)
-    cut, whole = (
-        assess(task, evaluation_context(each, None)).prompts[0] for each in (few, all_of_it)
-    )
-    assert cut.completions < whole.completions and whole.left_out_p == 0
-    # The bound is no smaller than the share that the reached completions really lack.
-    assert 0.01 < cut.left_out_p <= 1
+    base, task = toy
+    prompt, model = task.prompts[0], NextLogits(base.model)
+    heavy = TERMS.partition("=")[2].replace("2.0", "12.0").replace("-0.3", "4.0")
+    terms = build_terms(load_config("tasks/toy.toml", [f"reward.terms={heavy}"]).reward, config.lm)
+    score = log_reward_of(task, base.model, 500, terms)
+
+    def log_weight(completions: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+        return log_rewards(completions, prompt, task.reward_query, score) / temperature
+
+    everything = [tuple(base.tokenizer.encode(text)) for text in all_completions()]
+    for max_nodes in (0, 3, 9):
+        ceiling = ceiling_of(
+            task, prompt, model, vocab_size=8, temperature=temperature, terms=terms
+        )
+        tree = PrefixTree(
+            prompt.prompt,
+            task.actions,
+            task.tool,
+            [model],
+            ceiling,
+            vocab_size=8,
+            max_nodes=max_nodes,
+        )
+        support = exact_posterior(tree, log_weight, tolerance=0.0).support
+        assert np.isfinite(support.log_left_out_reward)
+        left_out = sorted(set(everything) - set(support.completions))
+        assert np.logaddexp.reduce(log_weight(left_out)) <= support.log_left_out_reward + 1e-4
+    hot = ceiling_of(task, prompt, model, vocab_size=8, temperature=1.3, terms=terms)
+    assert hot is None  # T over the weight is above 1
 
 
 @pytest.mark.parametrize("weight", [0.5, -0.5])
