@@ -113,7 +113,7 @@ class VLLMEngine:
         shape = build_without_weights(lm)
         self._vocab_size = vocab_size(shape)
         columns = len(self._text_prefix) + longest_prompt + actions.max_len
-        self._context = min(columns, context_limit(shape))
+        self._context = min(max(columns, 2), context_limit(shape))
         rank = next((rank for rank in _RANKS if rank >= lora.rank), None)
         if rank is None:
             raise EngineRefused(
@@ -260,7 +260,14 @@ class VLLMEngine:
 def _started(arguments: EngineArgs) -> LLMEngine:
     """The engine in this process; raises EngineRefused with what vLLM says against it."""
     try:
-        return LLMEngine.from_engine_args(arguments)
+        engine = LLMEngine.from_engine_args(arguments)
+        # Only a draw finds out whether there are kernels for the shape of the model.
+        start = {"begun": 0, "newest": NO_TOKEN, "after_tool": False, "temperature": 1.0}
+        trial = SamplingParams(max_tokens=1, detokenize=False, extra_args=start)
+        engine.add_request("trial", {"prompt_token_ids": [0]}, trial)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return engine
     except Exception as error:  # architectures, kernels and memory: each of its parts has its own
         raise EngineRefused(
             f'actors.engine = "vllm" cannot serve model {arguments.model!r} with adapters: '

@@ -31,13 +31,13 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make(out: Path, seed: int) -> None:
+def make(out: Path, seed: int, *, heads: int = 2) -> None:
     """Write model and tokenizer; the same for the same seed."""
     model = fresh_llama(
         vocab_size=len(VOCABULARY),
         width=32,
         layers=2,
-        heads=2,
+        heads=heads,
         mlp_width=64,
         max_positions=MAX_POSITIONS,
         end_token=0,
