@@ -85,7 +85,8 @@ def run_condition(condition: str, seed: int, folder: Path, overrides: Sequence[s
     if process.returncode:
         raise RunEndedBadly(f"{condition}, seed {seed}: {log.read_text()[-4000:]}")
     seconds = time.monotonic() - began_s
-    measured = json.loads(ask("posterior", CONFIG, "--run", RUN, "--json", folder=folder))
+    used = f"runs/{RUN}/config.toml"
+    measured = json.loads(ask("posterior", used, "--run", RUN, "--json", folder=folder))
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     return Row(
         condition=condition,

@@ -153,7 +153,7 @@ def test_one_process_ends_at_the_exact_posterior(
     monkeypatch.chdir(tmp_path)
     assert main(["train", CONFIG, "--run", RUN, "--local", VLLM, f"lm.model={toy_model}"]) == 0
     capsys.readouterr()
-    assert main(["posterior", CONFIG, "--run", RUN, "--json"]) == 0
+    assert main(["posterior", f"runs/{RUN}/config.toml", "--run", RUN, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tv"] <= 0.05
 
 
