@@ -246,4 +246,4 @@ def test_verifiers_judge_what_is_written_for_held_out_questions(tmp_path: Path) 
     found = evaluate(config, adapter=None)
     assert found.value("verified 0") == 1.0 and found.value("verified 1") == 0.0
     (example,) = found.examples
-    assert example.truth == "10" and example.right
+    assert (example.answer, example.truth, example.right) == ("score 1", "10", True)

@@ -115,7 +115,7 @@ class Questions(PlainTask):
             Example(
                 question=item.prompt.text,
                 rationale=self.tokenizer.decode(same[0].tokens.tolist()).strip(),
-                answer="",
+                answer="" if scores_V[0] is None else f"score {scores_V[0]:g}",
                 truth=str(item.answer),
                 right=scores_V[0] == 1,
             )
