@@ -33,7 +33,7 @@ SMALL = (
     " learner.replayed_per_group=2 learner.checkpoint_every_steps=2 learner.warmup_steps=0"
     " evaluation.samples=1 evaluation.max_items=2 cluster.actors=1"
 )
-UPLOAD_LIMIT_BYTES = 8_000_000
+UPLOAD_LIMIT_BYTES = 9_000_000
 TIMEOUT_S = 240.0
 
 

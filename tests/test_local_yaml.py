@@ -36,6 +36,9 @@ def test_a_key_that_ray_does_not_know_would_be_noticed() -> None:
 def test_nodes_get_the_token_and_the_pins_and_no_code(file: str) -> None:
     mounts = read(file)["file_mounts"]
     assert mounts.pop("~/.ray/auth_token") == "~/.ray/auth_token"
+    # Where machines are one's own, the token of the hub is there; where they boot, it travels.
+    hub = mounts.pop("~/.cache/huggingface/token", None)
+    assert (hub is not None) == (file == "cluster/gpu.yaml")
     assert mounts == {
         "~/amortize/pyproject.toml": "pyproject.toml",
         "~/amortize/constraints.txt": "constraints.txt",
@@ -48,7 +51,10 @@ def test_every_dependency_is_asked_for_on_a_node(file: str, tmp_path: Path) -> N
     (node / "venv").mkdir(parents=True)
     (node / "venv" / "bin").symlink_to(Path(sys.executable).parent)
     shutil.copy(ROOT / "pyproject.toml", node)
-    (line,) = (one for one in read(file)["setup_commands"] if "tomllib" in one)
+    config = read(file)
+    setup = config["setup_commands"] + config.get("head_setup_commands", [])
+    (line,) = (one for one in setup if "tomllib" in one)
+    line = line.replace("/srv/amortize/", f"{node}/")
     subprocess.run(["bash", "-c", line], env=os.environ | {"HOME": str(tmp_path)}, check=True)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (node / "requirements.txt").read_text().splitlines() == project["dependencies"]
