@@ -32,6 +32,8 @@ from buffer.trajectory import MalformedTrajectory, Trajectory, pack, unpack
 from cluster.config.file import PROJECT_ROOT, load_config
 from cluster.config.validation import ConfigError
 from tasks.arithmetic.data import load_items
+from tasks.config import QuestionsConfig
+from tasks.questions.data import read_questions
 from tasks.records import DataError
 from tasks.sentences.prompt_files import load_continued, load_prompts
 from tasks.sentences.story_files import load_stories
@@ -155,17 +157,29 @@ def targets(folder: Path) -> list[Target]:
     sum_list = ["[", *(json.dumps(one) + "," for one in sums[:-1]), json.dumps(sums[-1]), "]"]
     stories = shipped(f"{data}/infilling/train.jsonl")[:LINES]
     rows = [json.loads(story) for story in stories]
-    csv = [",".join(rows[0]), *(",".join(f'"{text}"' for text in row.values()) for row in rows)]
+    passages = [
+        json.dumps(dict(zip(("beginning", "middle", "ending"), row.values(), strict=False)))
+        for row in rows
+    ]
     prompts = shipped(f"{data}/continuation/train.txt")[:LINES]
     continued = shipped(f"{data}/continuation/demonstrations.jsonl")[:LINES]
     reviews = shipped(f"{data}/subjectivity/train.jsonl")[:LINES]
+    questions = shipped(f"{data}/questions/test.jsonl")[:LINES]
+    asked = QuestionsConfig(name="questions", data="any")
+
+    def load_questions(path: str) -> object:
+        return read_questions(asked, path, lambda question: question)
+
     of_files: list[tuple[str, Callable[[str], object], str, list[str]]] = [
         ("sums", load_items, ".json", sum_list),
         ("stories", load_stories, ".jsonl", stories),
-        ("stories in CSV", load_stories, ".csv", csv),
+        ("stories in CSV", load_stories, ".csv", _as_csv(stories)),
         ("prompts", load_prompts, ".txt", prompts),
         ("continued prompts", load_continued, ".jsonl", continued),
         ("reviews", load_reviews, ".jsonl", reviews),
+        ("passages", load_stories, ".jsonl", passages),
+        ("questions", load_questions, ".jsonl", questions),
+        ("questions in CSV", load_questions, ".csv", _as_csv(questions)),
     ]
     toml = of_lines(shipped("tasks/arithmetic.toml"))
     return [
@@ -176,6 +190,11 @@ def targets(folder: Path) -> list[Target]:
         ),
         Target("configuration", through(load_config, ".toml"), toml, ConfigError),
     ]
+
+
+def _as_csv(lines: Sequence[str]) -> list[str]:
+    rows = [json.loads(line) for line in lines]
+    return [",".join(rows[0]), *(",".join(f'"{text}"' for text in row.values()) for row in rows)]
 
 
 def fuzz(target: Target, count: int, *, seed: int) -> dict[str, object]:
