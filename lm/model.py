@@ -136,7 +136,10 @@ def device_of(config: LMConfig) -> torch.device:
     """Where models are held; raises ModelUnusable where a GPU is named and there is none."""
     seen = torch.cuda.is_available()
     if config.device == "cuda" and not seen:
-        raise ModelUnusable("device 'cuda' asked for, but torch sees no GPU; use 'auto' or 'cpu'")
+        raise ModelUnusable(
+            "device 'cuda' asked for, but torch sees no GPU: claim one for the part "
+            "(cluster.*_placement.gpus), or use 'auto' or 'cpu'"
+        )
     return torch.device("cuda" if seen and config.device != "cpu" else "cpu")
 
 

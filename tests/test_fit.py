@@ -117,8 +117,14 @@ def test_ranks_that_compute_together_have_a_gpu_each_or_are_refused() -> None:
 
 def test_gpus_of_a_cluster_that_nobody_claims_are_told() -> None:
     nodes = [Node(8.0, 0.0), Node(8.0, 4.0)]
-    assert unclaimed_gpus(toy(), nodes).startswith("the cluster has 4 GPUs and no part claims any")
-    assert not unclaimed_gpus(toy("cluster.learner_placement.gpus=1"), nodes)
+    assert unclaimed_gpus(toy(), nodes).endswith(
+        "actor, reward, learner; set cluster.actor_placement.gpus, cluster.reward_placement.gpus, "
+        "cluster.learner_placement.gpus"
+    )
+    one = unclaimed_gpus(toy("cluster.learner_placement.gpus=1"), nodes)
+    assert one.endswith(
+        "CPUs: actor, reward; set cluster.actor_placement.gpus, cluster.reward_placement.gpus"
+    )
     assert not unclaimed_gpus(toy("lm.device=cpu"), nodes)
     assert not unclaimed_gpus(toy(), nodes[:1])
 

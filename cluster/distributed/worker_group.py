@@ -10,6 +10,7 @@ supervisor owns worker groups and calls `poll` often; nothing here waits.
 
 from collections import Counter
 from enum import StrEnum
+from itertools import zip_longest
 from typing import Any
 
 import ray
@@ -63,7 +64,7 @@ class WorkerGroup:
         self.handles: list[ActorHandle] = []
         self._config = config
         self._began = self._progressed = self._looked = awake_s()
-        self._progress: Any = None  # of its start, as last seen
+        self._progress: list[int] = []  # of its start, the most that was seen
         self._progress_refs: list[ray.ObjectRef[Any]] = []
         self._refs: list[ray.ObjectRef[Any]] = [launch.ready]
         self._status_refs: list[ray.ObjectRef[Any]] = []
@@ -138,7 +139,7 @@ class WorkerGroup:
             self.handles = self.launch.create()
             self._refs = [self.leader.rendezvous.remote()]
             self._began = self._progressed = awake_s()
-            self._progress = None
+            self._progress = []
             self.phase = Phase.MEETING
         elif self.phase is Phase.MEETING:
             self._refs = [handle.start.remote(values[0]) for handle in self.handles]
@@ -155,8 +156,10 @@ class WorkerGroup:
         now = awake_s()
         if now - self._looked >= _LOOK_S:
             self._looked = now
-            if (seen := self._look()) is not None and seen != self._progress:
-                self._progress, self._progressed = seen, now
+            # Only a rise counts: a node that comes and goes brings no place nearer.
+            most = [max(pair) for pair in zip_longest(self._look(), self._progress, fillvalue=0)]
+            if most != self._progress:
+                self._progress, self._progressed = most, now
         if now - self._progressed <= self._config.start_timeout_s:
             return
         limit = f"{self._config.start_timeout_s:.0f} s (cluster.start_timeout_s)"
@@ -165,23 +168,24 @@ class WorkerGroup:
         else:
             self._fail(f"{self.phase} made no progress for {limit}")
 
-    def _look(self) -> Any:
-        """What changes as a start goes on: the nodes there are, or what ranks have read and hold.
+    def _look(self) -> list[int]:
+        """What rises as a start goes on: the nodes there are, or what each rank has read and holds.
 
-        None where no rank has anything new to say.
+        Empty where the ranks have nothing new to say.
         """
         if self.phase is Phase.PLACING:
-            return node_ids()
+            return [len(node_ids())]
         if not self._progress_refs:
             self._progress_refs = [handle.progress.remote() for handle in self.handles]
         refs = self._progress_refs
         if ray.wait(refs, num_returns=len(refs), timeout=0)[1]:
-            return None
+            return []
         self._progress_refs = []
         try:
-            return ray.get(refs)
+            progress: list[int] = ray.get(refs)
+            return progress
         except Exception:  # what ended a rank comes with its start
-            return None
+            return []
 
     def _listen(self) -> None:
         """Ask every rank for its status again and again; the group's is that of rank 0."""

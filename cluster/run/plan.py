@@ -122,7 +122,7 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     published_mb = adapter_mb / (2 if config.learner.publish_dtype == "bfloat16" else 1)
     learner_sends = published_mb + 2 * _step_records_mb(config, task)
     parts = (
-        ("rollout actor", cluster.actors, cluster.actor_placement, sampler, published_mb),
+        ("rollout actor", config.rollout_actors, cluster.actor_placement, sampler, published_mb),
         ("reward rank", scorers, cluster.reward_placement, scorer, 0.0),
         ("learner rank", config.learner.ranks, cluster.learner_placement, learner, learner_sends),
         ("evaluator", 1, cluster.actor_placement, sampler, 0.0),

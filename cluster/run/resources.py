@@ -74,18 +74,26 @@ def with_gpu_shares(config: RunConfig, gpus: int) -> RunConfig:
         )
     # As many to a GPU as have to be; the actors' share is the evaluator's too.
     share = math.floor(100 / math.ceil(shared / left)) / 100 if shared else 1.0
+    if not share:
+        raise UserError(
+            f"{shared} processes are too many for {left} GPUs: lower cluster.actors or "
+            "reward.replicas, or set lm.device=cpu"
+        )
     claims = {part: 1.0 if part in {d.key for d in whole} else share for part in _PARTS}
     return config.changed({f"cluster.{part}_placement.gpus": n for part, n in claims.items()})
 
 
 def unclaimed_gpus(config: RunConfig, nodes: Sequence[Node]) -> str:
-    """A sentence for people where the cluster has GPUs and the run uses none; else empty."""
+    """A sentence where the cluster has GPUs and parts of the run claim none; else empty."""
     gpus = sum(node.gpus for node in nodes)
-    if not gpus or config.lm.device == "cpu" or _claims_gpus(config):
+    claims = {d.key: d.claim.gpus for d in demands_of(config) if d.what != _EVALUATOR}
+    without = [part for part in _PARTS if claims.get(part) == 0]
+    if not gpus or config.lm.device == "cpu" or not without:
         return ""
     return (
-        f"the cluster has {gpus:g} GPUs and no part claims any, so all work on CPUs: set "
-        + ", ".join(f"cluster.{part}_placement.gpus" for part in _PARTS)
+        f"the cluster has {gpus:g} GPUs and these parts claim none, so they work on CPUs: "
+        f"{', '.join(without)}; set "
+        + ", ".join(f"cluster.{part}_placement.gpus" for part in without)
     )
 
 
