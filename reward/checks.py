@@ -26,7 +26,11 @@ from typing import Any
 BUILT_IN = ("exact", "numeric", "regex")
 # Written with a colon, and not one of those: a function in a module.
 FUNCTION = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
-_NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII)
+_NUMBER = re.compile(
+    r"(?<![\w.])-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)", re.ASCII
+)
+_GROUPED = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # a comma between thousands
+_LONGEST_EXPONENT = 1000  # of a number that is spelled in full
 _LONGEST_REASON = 300
 
 Check = Callable[..., Any]  # of the text, and of the record where it is a verifier
@@ -35,9 +39,10 @@ Check = Callable[..., Any]  # of the text, and of the record where it is a verif
 def canonical(answer: str) -> str:
     """An answer in the form in which '1,000' and '1000.0' are equal, and 'Yes ' and 'yes'."""
     try:
-        number = Decimal(answer.strip().removeprefix("$").replace(",", ""))
-        if number.is_finite():
-            return f"{number.normalize() + 0:f}"
+        number = Decimal(_GROUPED.sub("", answer.strip().removeprefix("$")))
+        if number.is_finite() and abs(number.adjusted()) < _LONGEST_EXPONENT:
+            plain = f"{number:f}"  # exact: `normalize` rounds to 28 digits
+            return (plain.rstrip("0").rstrip(".") if "." in plain else plain) if number else "0"
     except InvalidOperation:
         pass
     return " ".join(answer.split()).casefold()

@@ -7,6 +7,7 @@ call is made again in another. What fails time and again is a failure, and never
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -68,6 +69,11 @@ class CheckPool:
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="checks")
         self._idle: list[_Process] = []
         weakref.finalize(self, _end, self._idle)
+
+    @property
+    def longest_s(self) -> float:
+        """Within which one call is made as often as it may be, each time by another process."""
+        return _ATTEMPTS * (_START_S + self._deadline_s + 2 * _GRACE_S)
 
     def submit(self, calls: Sequence[Call]) -> "list[Future[list[Any]]]":
         """Start to make the calls; their values or Failures, portion after portion, in order."""
@@ -134,7 +140,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # a Ctrl-C in a terminal is for the run
+            start_new_session=True,  # a Ctrl-C in a terminal is for the run; see _kill
             env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
         )
         self.lives = True
@@ -155,7 +161,7 @@ class _Process:
         """`count` lines, or fewer, the last of which says why the process has ended."""
         assert self._child.stdin is not None and self._child.stdout is not None
         # It ends itself at a call's deadline: this is for one that cannot.
-        timer = Timer(count * each_s + _GRACE_S, self._child.kill)
+        timer = Timer(count * each_s + _GRACE_S, self._kill)
         timer.start()
         with suppress(BrokenPipeError):  # reading tells
             self._child.stdin.write(request)
@@ -176,12 +182,18 @@ class _Process:
     def end(self) -> None:
         """Kill it, and wait until it is gone."""
         self.lives = False
-        self._child.kill()
+        self._kill()
         self._child.wait()
         for pipe in (self._child.stdin, self._child.stdout):
             with suppress(BrokenPipeError):  # what was not written is not wanted
                 assert pipe is not None
                 pipe.close()
+
+    def _kill(self) -> None:
+        """It and what it forked, which would hold the pipe of its answers open."""
+        if self._child.returncode is None:  # else its number may be another's by now
+            with suppress(ProcessLookupError, PermissionError):  # gone already
+                os.killpg(self._child.pid, signal.SIGKILL)
 
 
 def _end(processes: "list[_Process]") -> None:

@@ -19,8 +19,8 @@ from cluster.run.evaluation import evaluate
 from lm.config import LMConfig
 from lm.hub import load_tokenizer
 from lm.spelling import TokenizerUnfit, spell
-from reward.checks import canonical
-from reward.verifiers import UnusableCheck
+from reward.checks import canonical, last_number
+from reward.verifiers import CheckPool, UnusableCheck
 from tasks.arithmetic.calculator import ToolFailed
 from tasks.config import QuestionsConfig
 from tasks.questions.task import Questions, build_questions
@@ -127,7 +127,7 @@ def test_the_tool_speaks_in_demonstrations_as_it_would(tmp_path: Path) -> None:
         build(wrong, tools=("calculator",))
 
 
-def test_a_function_of_ones_own_speaks_too(tmp_path: Path) -> None:
+def test_a_function_of_ones_own_speaks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build_own = partial(build, write(tmp_path, ROWS[1:]), tool_deadline_s=20.0)
     tool = build_own(tools=("tests.verifier_toy:shouts",)).tool
     assert tool is not None
@@ -140,6 +140,9 @@ def test_a_function_of_ones_own_speaks_too(tmp_path: Path) -> None:
         silent.output(spell(tokenizer, " 1 ="))
     with pytest.raises(UnusableCheck, match="no_module:tool"):
         build_own(tools=("no_module:tool",)).check_evaluation()
+    monkeypatch.setattr(CheckPool, "longest_s", 0.0)
+    with pytest.raises(ToolFailed, match="shouts: no answer within 0 s"):
+        tool.output(spell(tokenizer, " so a ="))
 
 
 @pytest.mark.parametrize(
@@ -211,6 +214,14 @@ def test_an_answer_is_read_from_what_the_lm_goes_on_with(
 def test_spellings_of_one_answer_are_equal() -> None:
     assert canonical(" 1,000.0 ") == canonical("$1000") == "1000"
     assert canonical("Not  so ") == "not so" != canonical("so") and canonical("-0") == "0"
+
+
+def test_odd_numbers_are_told_apart_and_end_nothing() -> None:
+    digits = "1234567890123456789012345678901"
+    assert canonical(digits) == canonical(f"{digits}.50").removesuffix(".5") == digits
+    assert canonical("1e9999999") == "1e9999999" and canonical("-1e999999") == "-1e999999"
+    assert canonical("1,2") != canonical("12") and last_number("coords 1,2") == "2"
+    assert last_number("$1,234,567.50, or so") == "1234567.5" and canonical("0.00") == "0"
 
 
 def test_what_is_tested_on_is_not_trained_on(tmp_path: Path) -> None:

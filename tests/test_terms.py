@@ -209,6 +209,14 @@ def test_terms_add_to_nothing_where_no_lm_is_asked() -> None:
         load_config("tasks/random_number.toml", ['reward.terms=[{kind="likelihood"}]'])
 
 
+def test_a_price_of_wrong_labels_is_the_language_models_alone() -> None:
+    changes = ["task.wrong_label_penalty=50", 'reward.terms=[{kind="likelihood"}, {kind="length"}]']
+    load_config("tasks/subjectivity.toml", changes)
+    judged = 'reward.terms=[{kind="likelihood"}, {kind="verifier", check="exact"}]'
+    with pytest.raises(ConfigError, match="wrong_label_penalty compares what the language model"):
+        load_config("tasks/subjectivity.toml", [changes[0], judged])
+
+
 def test_a_verifier_that_is_not_there_is_told_before_a_run_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -261,6 +269,16 @@ def test_what_fails_every_time_is_a_failure_and_never_a_score(
         raise AssertionError(failed.reason)
 
 
+def test_a_verifier_that_forked_is_ended_with_what_it_forked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reward.verifiers._GRACE_S", 0.3)
+    checks = pool("tests.verifier_toy:misbehaves", deadline_s=0.3)
+    record = json.dumps({"marker": str(tmp_path / "seen")})
+    (failed,) = made(checks, [(0, "forks", record)])
+    assert isinstance(failed, Failure) and "no answer within 0.3 s" in failed.reason
+
+
 def test_a_call_that_no_python_can_interrupt_is_ended() -> None:
     checks = pool("regex", deadline_s=0.5, pattern="(a+)+$")
     (failed,) = made(checks, [(0, "a" * 60 + "b", "{}")])
@@ -276,6 +294,8 @@ def test_a_call_that_no_python_can_interrupt_is_ended() -> None:
         ("exact", r"boxed\{(.*?)\}", "1000", 0.0),
         ("numeric", None, "7 and so $1,000.", 1.0),
         ("numeric", None, "1000 and 7", 0.0),
+        ("numeric", None, "it is 1,000 and 2,1000", 1.0),
+        ("numeric", None, "coords 10,00", 0.0),
         ("numeric", "#### (.*)", "#### 1000 apples. 7", 0.0),
         ("numeric", "#### (.*?) ", "#### 1000 apples. 7", 1.0),
         ("regex", "^so", "so", 1.0),

@@ -1,5 +1,6 @@
 """Verifiers of somebody's own, good and bad ones, for the tests of reward terms."""
 
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -25,6 +26,10 @@ def misbehaves(text: str, record: dict[str, Any]) -> Any:
             raise ValueError("no verdict")
         case "hangs":
             time.sleep(60)
+        case "forks":
+            child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+            child.start()
+            child.join()
         case "dies":
             os._exit(3)
         case "leaves":

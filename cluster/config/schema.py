@@ -17,7 +17,7 @@ from cluster.config.validation import Section, set_key, validated
 from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig
 from reward.config import RewardConfig
-from tasks.config import EM_TASKS, SENTENCE_TASKS, QuestionsConfig, TaskConfig
+from tasks.config import EM_TASKS, SENTENCE_TASKS, QuestionsConfig, SubjectivityConfig, TaskConfig
 from tasks.evaluation.config import EvaluationConfig
 from tasks.posterior.config import PosteriorConfig
 
@@ -133,6 +133,12 @@ class RunConfig(Section):
                 '"ppo", or where to "every"'
             )
         judged = any(term.kind == "verifier" for term in terms)
+        task = self.task
+        if judged and isinstance(task, SubjectivityConfig) and task.wrong_label_penalty:
+            yield (
+                "task.wrong_label_penalty compares what the language model alone says of two "
+                "labels, and reward.terms have a verifier: leave one of them out"
+            )
         if isinstance(self.task, QuestionsConfig) and not (self.task.y or judged):
             yield (
                 'task.y is "" and reward.terms have no verifier: nothing tells a good rationale '

@@ -60,7 +60,10 @@ class FunctionTool:
     def output(self, completion: Sequence[int]) -> list[int]:
         """Token ids of the text to insert; raises ToolFailed."""
         (portion,) = self._pool.submit([(0, self._tokenizer.decode(list(completion)))])
-        (said,) = portion.result()
+        try:
+            (said,) = portion.result(self._pool.longest_s)
+        except TimeoutError:
+            said = Failure(f"no answer within {self._pool.longest_s:.0f} s")
         if isinstance(said, Failure):
             raise ToolFailed(f"task.tools: {self._name}: {said.reason}")
         return list(spell(self._tokenizer, said))
