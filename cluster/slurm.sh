@@ -68,6 +68,10 @@ while sum(node["Alive"] for node in ray.nodes()) < nodes:
     time.sleep(1)
 PYTHON
 
+# A run that is in a bucket and not here goes on too.
+fetch='import sys; from cluster.run import directory, mirror'
+fetch+='; mirror.fetch(directory.RunDirectory(sys.argv[1]))'
+[ -z "${AMORTIZE_BUCKET:-}" ] || "$python" -c "$fetch" "$name"
 resume=()
 [ -e "$AMORTIZE_RUNS/$name" ] && resume=(--resume)
 "$python" -m cluster train "$@" --run "$name" --address "$address" "${resume[@]}" &

@@ -1,6 +1,8 @@
 """What of a run must outlive its cluster is in the bucket, whole, and another goes on from it."""
 
+import argparse
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -10,13 +12,16 @@ from typing import Any
 import boto3
 import fsspec
 import pytest
+import yaml
 from moto.server import ThreadedMotoServer
 
 from cluster.__main__ import main
-from cluster.config.project import UserError
+from cluster.config.file import load_config
+from cluster.config.project import PROJECT_ROOT, UserError
+from cluster.experiments import suite
 from cluster.run import mirror
 from cluster.run.directory import BUCKET_VARIABLE, RunDirectory
-from cluster.run.mirror import Bucket, Mirror, MirrorFailed, fetch, mirrored
+from cluster.run.mirror import Bucket, Mirror, MirrorFailed, fetch, mirrored, must_fetch
 
 
 def write(run: RunDirectory, *names: str) -> None:
@@ -168,6 +173,120 @@ def test_a_bucket_that_says_nothing_holds_nobody_up_for_longer_than_its_deadline
     bucket = Bucket(f"file://{tmp_path}/bucket", "first")
     with pytest.raises(MirrorFailed, match=r"not done after 0 s\): it is whole in .*runs/first"):
         Mirror(run, Flaky(bucket, 0, hangs=True), print).close(timeout_s=0.2)
+
+
+def test_only_the_newest_checkpoint_is_copied_and_may_be_removed_meanwhile(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    class Slow(Flaky):
+        def put(self, source: Path, name: str) -> None:
+            shutil.rmtree(run.checkpoints, ignore_errors=True)  # the run is faster
+            super().put(source, name)
+
+    new = "checkpoints/step-00000004"
+    write(run, f"{new}/meta.json", f"{new}/state.safetensors")
+    bucket = Bucket(f"file://{tmp_path}/bucket", "first")
+    Mirror(run, Slow(bucket, 100), print).close()
+    steps = {name for name in bucket.index() if "step-" in name}
+    assert steps == {f"{new}/meta.json", f"{new}/state.safetensors"}
+    assert files(tmp_path / "bucket/first") == {*bucket.index(), "index.json"}
+    assert not (run.path / ".mirror").exists()
+
+
+def test_a_bucket_that_fails_in_many_ways_is_told_once(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "_LOOK_S", 0.01)
+    often = threading.Event()
+
+    class Moody(Flaky):
+        def put(self, source: Path, name: str) -> None:
+            self.good += 1
+            if self.good > 3:
+                often.set()
+            raise ConnectionError(f"failure {self.good}")
+
+    events: list[str] = []
+    copier = Mirror(run, Moody(Bucket(f"file://{tmp_path}/bucket", "first"), 0), events.append)
+    assert often.wait(10.0)
+    with pytest.raises(MirrorFailed):
+        copier.close()
+    assert len(events) == 1 and "failure 1; it goes on" in events[0]
+
+
+@pytest.fixture
+def elsewhere(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    """A run that only the bucket has; commands look for it where it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(BUCKET_VARIABLE, f"file://{tmp_path}/bucket")
+    with mirrored(run, print):
+        pass
+    shutil.rmtree(run.path)
+    return run
+
+
+TRAIN = ["train", "tasks/toy.toml", "--local", "--run", "first"]
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_new_run_leaves_one_of_its_name_in_the_bucket(
+    elsewhere: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    before = files(tmp_path / "bucket")
+    assert main([*TRAIN, "learner.steps=1", *more]) == 1
+    assert "bucket/first (AMORTIZE_BUCKET) has a run 'first': add" in capsys.readouterr().err
+    assert files(tmp_path / "bucket") == before and not elsewhere.path.exists()
+
+
+def test_a_folder_that_is_older_than_its_copy_does_not_go_on(elsewhere: RunDirectory) -> None:
+    assert must_fetch(elsewhere, resume=True)
+    fetch(elsewhere)
+    assert not must_fetch(elsewhere, resume=True)
+    with mirrored(elsewhere, print):
+        write(elsewhere, "checkpoints/step-00000004/meta.json")
+    shutil.rmtree(elsewhere.checkpoints / "step-00000004")
+    write(elsewhere, "checkpoints/step-00000002/meta.json")
+    with pytest.raises(UserError, match=r"has step-00000004, and .* has step-00000002: move the"):
+        must_fetch(elsewhere, resume=True)
+
+
+def test_a_bucket_that_does_not_answer_is_no_empty_one(
+    elsewhere: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Bucket) -> list[str]:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(Bucket, "index", fail)
+    with pytest.raises(UserError, match=r"'first' could not be fetched .*: no route to host"):
+        must_fetch(elsewhere, resume=False)
+
+
+def test_a_dry_run_fetches_nothing_and_says_what_would_be(
+    elsewhere: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TRAIN, "--resume", "--dry-run"]) == 0
+    assert "run 'first' is fetched first" in capsys.readouterr().out
+    assert not elsewhere.path.exists()
+
+
+def test_an_experiment_goes_on_with_runs_that_only_the_bucket_has(
+    elsewhere: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(_: Any, directory: RunDirectory, *, resume: bool, **__: Any) -> None:
+        assert resume and files(directory.path) == KEPT
+        raise UserError("it goes on")
+
+    monkeypatch.setattr(suite, "train", train)
+    words = argparse.Namespace(run="several", resume=False, json=False, address=None, local=True)
+    step = suite.Step("the first", "first", load_config("tasks/toy.toml", []))
+    with pytest.raises(UserError, match="it goes on"):
+        suite.Suite(words, stem="").take([step])
+
+
+def test_the_head_on_aws_asks_for_buckets_in_the_region_of_its_machines() -> None:
+    cluster = yaml.safe_load((PROJECT_ROOT / "cluster/gpu.yaml").read_text())
+    region = re.search(r"\bAWS_REGION=(\S+)", " ".join(cluster["head_start_ray_commands"]))
+    assert region and region[1] == cluster["provider"]["region"]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ STAND_INS = {
         exec sleep 120""",
     "python": """
         [ "$1" = - ] && exit
+        [ "$1" = -c ] && exec "$REAL_PYTHON" "$@"
         run=$AMORTIZE_RUNS/$SLURM_JOB_NAME
         mkdir -p "$run"
         end() { echo "{\\"phase\\": \\"$1\\"}" > "$run/state.json"; exit "$2"; }
@@ -53,6 +55,8 @@ class Allocation:
         self.environment = {
             "PATH": f"{programs}:{os.environ['PATH']}",
             "AMORTIZE_PYTHON": str(programs / "python"),
+            "REAL_PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
             "AMORTIZE_RUNS": str(self.runs),
             "SLURM_SUBMIT_DIR": str(folder),
             "SLURM_JOB_NAME": "first",
@@ -124,6 +128,17 @@ def test_a_run_that_fails_fails_the_job_and_leaves_no_ray(allocation: Allocation
     assert allocation.start(FAILS="yes").wait(WAIT_S) == 3
     assert not allocation.called("scontrol")
     assert not Path(f"/tmp/ray-{allocation.environment['SLURM_JOB_ID']}").exists()
+
+
+def test_a_run_that_only_the_bucket_has_goes_on(allocation: Allocation) -> None:
+    copy = allocation.folder / "bucket/first"
+    copy.mkdir(parents=True)
+    (copy / "index.json").write_text('["config.toml"]')
+    (copy / "config.toml").write_text("seed = 1")
+    bucket = f"file://{allocation.folder}/bucket"
+    assert allocation.start(FAILS="yes", AMORTIZE_BUCKET=bucket).wait(WAIT_S) == 3
+    assert allocation.called("python")[-1].endswith(" --resume")
+    assert (allocation.runs / "first/config.toml").read_text() == "seed = 1"
 
 
 def test_one_node_has_no_others(tmp_path: Path) -> None:

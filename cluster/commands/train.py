@@ -24,7 +24,7 @@ from cluster.run.display import inspector_address
 from cluster.run.driver import Driver
 from cluster.run.identity import keep_identity
 from cluster.run.local import LocalSession
-from cluster.run.mirror import fetch, mirrored
+from cluster.run.mirror import fetch, mirrored, must_fetch
 from cluster.run.own_buffer import buffer_server
 from cluster.run.preflight import check_before_start
 from cluster.run.resources import check_fit, with_gpu_shares
@@ -44,10 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
 def rehearse(config: RunConfig, arguments: argparse.Namespace) -> int:
     """Check what `train` would, and show the plan; 0 where the run fits. Nothing is started."""
     directory = RunDirectory(arguments.run or new_name(config.task_name))
+    elsewhere = must_fetch(directory, resume=arguments.resume)
+    if elsewhere:
+        print(f"run {directory.name!r} is fetched first, and then compared with these settings")
     config, _, address = checked(
         config,
         directory,
-        resume=arguments.resume,
+        resume=arguments.resume and not elsewhere,
         address=arguments.address,
         local=arguments.local,
     )
@@ -100,7 +103,7 @@ def train(
     Raises:
         what `checked` and `Driver.drive` raise.
     """
-    if resume:
+    if must_fetch(directory, resume=resume):
         fetch(directory)
     config, identity, address = checked(
         config, directory, resume=resume, address=address, local=local, console=console

@@ -17,6 +17,7 @@ from cluster.experiments.comparison import Result, result_of
 from cluster.run.directory import RunDirectory, find_run, new_name, write_whole
 from cluster.run.driver import read_scores
 from cluster.run.evaluation import evaluate
+from cluster.run.mirror import fetch
 from tasks.evaluation.evaluation import Evaluation
 
 
@@ -67,6 +68,7 @@ class Suite:
         results = []
         for step in steps:
             directory = RunDirectory(step.run)
+            fetch(directory)  # of an experiment that another cluster began
             scores = read_scores(directory)
             if scores.after is not None:
                 check_same_settings(directory, step.config)

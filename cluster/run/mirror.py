@@ -1,13 +1,14 @@
 """A copy in a bucket of what of a run must outlive its cluster.
 
 The run's folder stays the place of the run. A thread of the driver copies, after each checkpoint
-and at the end, what a later cluster needs to go on and what people want of it; the buffer and logs
-are left out. `index.json`, written last, names the files of one whole copy: one that was cut off is
-as if it had not begun.
+and at the end, what a later cluster needs to go on and what people want of it; the buffer, logs
+and older checkpoints are left out. `index.json`, written last, names the files of one whole copy:
+one that was cut off is as if it had not begun.
 """
 
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,8 +26,11 @@ INDEX = "index.json"
 DEADLINE_S = 600.0  # of the last copy
 _LOOK_S = 2.0
 # Neither the state nor the claim: they are of the driver that has gone.
-_FILES = ("config.toml", "identity.json", "scores.json", "metrics.jsonl", "report.html")
-_FOLDERS = ("checkpoints", "adapter", "model", "plots", "quarantine")
+_FILES = (
+    *("config.toml", "identity.json", "scores.json", "metrics.jsonl", "report.html"),
+    "checkpoints/published",
+)
+_FOLDERS = ("adapter", "model", "plots", "quarantine")  # beside the newest checkpoint
 _OBSTORE = ("s3", "gs", "az")  # what obstore opens; fsspec's own drivers pin what Ray needs
 
 Stamp = tuple[int, int]  # size and time of the last change
@@ -105,7 +109,7 @@ class Mirror:
             )
 
     def _run(self) -> None:
-        told = ""
+        failing = False
         while not self._stopping.wait(_LOOK_S):
             checkpoints = self._directory.checkpoints.glob("step-*")
             newest = max(checkpoints, default=None)
@@ -113,12 +117,12 @@ class Mirror:
                 continue
             self._try_to_copy()
             self._newest = newest
-            if self._failure and self._failure != told:
-                told = self._failure
+            if self._failure and not failing:
                 self._report(
-                    f"could not copy the run to {self._bucket.url}: {told}; it goes on, and "
-                    "tries again"
+                    f"could not copy the run to {self._bucket.url}: {self._failure}; it goes on, "
+                    "and tries again"
                 )
+            failing = bool(self._failure)
         self._try_to_copy()
 
     def _try_to_copy(self) -> None:
@@ -133,11 +137,11 @@ class Mirror:
         if not self._copied:
             self._copied = dict.fromkeys(self._bucket.index())
         found = dict(_stamped(self._directory.path))
-        for name, stamp in found.items():
-            if self._copied.get(name) != stamp:
-                # A checkpoint that goes meanwhile ends this copy; the next has its successor.
-                self._bucket.put(self._directory.path / name, name)
-                self._copied[name] = stamp
+        new = [name for name, stamp in found.items() if self._copied.get(name) != stamp]
+        with _held(self._directory.path, new) as held:
+            for name in new:
+                self._bucket.put(held / name, name)
+                self._copied[name] = found[name]
         self._bucket.write_index(list(found))
         for name in self._copied.keys() - found.keys():
             self._bucket.remove(name)
@@ -146,12 +150,31 @@ class Mirror:
 
 def _stamped(folder: Path) -> Iterator[tuple[str, Stamp]]:
     """Names and stamps of the files to copy; none that is still being written."""
-    inner = (path for name in _FOLDERS for path in (folder / name).rglob("*"))
+    newest = sorted(folder.glob("checkpoints/step-*"))[-1:]
+    folders = (*newest, *(folder / name for name in _FOLDERS))
+    inner = (path for each in folders for path in each.rglob("*"))
     for path in (*(folder / name for name in _FILES), *sorted(inner)):
         name = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             status = path.stat()
             yield name.as_posix(), (status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def _held(folder: Path, names: list[str]) -> Iterator[Path]:
+    """A folder that holds these files, however soon the run removes or replaces its own."""
+    held = folder / ".mirror"
+    shutil.rmtree(held, ignore_errors=True)  # of a driver that was killed
+    try:
+        for name in names:
+            (held / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / name, held / name)
+            except OSError:  # of a file system without links
+                shutil.copyfile(folder / name, held / name)
+        yield held
+    finally:
+        shutil.rmtree(held, ignore_errors=True)
 
 
 @contextmanager
@@ -178,13 +201,47 @@ def fetch(directory: RunDirectory) -> None:
     if not url or directory.path.exists():
         return
     bucket, partial = Bucket(url, directory.name), directory.path.with_name(f".{directory.name}")
-    try:
+    with _reading(bucket, directory):
         for name in (names := bucket.index()):
             bucket.get(name, partial / name)
+    if names:
+        os.replace(partial, directory.path)
+
+
+def must_fetch(directory: RunDirectory, *, resume: bool) -> bool:
+    """A run that goes on is in the bucket and not here.
+
+    Raises UserError where this driver would overwrite what the bucket alone has: a run of the name
+    of a new one, or a newer checkpoint than is here.
+    """
+    if not (url := os.environ.get(BUCKET_VARIABLE)):
+        return False
+    bucket = Bucket(url, directory.name)
+    with _reading(bucket, directory):
+        names = bucket.index()
+    if names and not resume:
+        raise UserError(
+            f"{bucket.url} ({BUCKET_VARIABLE}) has a run {directory.name!r}: add --resume to go on "
+            "with it, or choose another --run"
+        )
+    steps = (name.split("/")[1] for name in names if name.startswith("checkpoints/step-"))
+    there = max(steps, default="")
+    here = max((path.name for path in directory.checkpoints.glob("step-*")), default="")
+    if directory.path.exists() and there > here:
+        raise UserError(
+            f"{bucket.url} ({BUCKET_VARIABLE}) has {there}, and {directory.path} has "
+            f"{here or 'no checkpoint'}: move the folder away, and --resume fetches the newer, or "
+            f"unset {BUCKET_VARIABLE} to go on from the older"
+        )
+    return bool(names) and not directory.path.exists()
+
+
+@contextmanager
+def _reading(bucket: Bucket, directory: RunDirectory) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # of many classes, from the network
         raise UserError(
             f"run {directory.name!r} could not be fetched from {bucket.url} ({BUCKET_VARIABLE}): "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    if names:
-        os.replace(partial, directory.path)
