@@ -257,7 +257,7 @@ def test_a_bucket_that_does_not_answer_is_no_empty_one(
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(Bucket, "index", fail)
-    with pytest.raises(UserError, match=r"'first' could not be fetched .*: no route to host"):
+    with pytest.raises(UserError, match=r"'first' could not be looked up .*: no route to host"):
         must_fetch(elsewhere, resume=False)
 
 

@@ -242,6 +242,6 @@ def _reading(bucket: Bucket, directory: RunDirectory) -> Iterator[None]:
         yield
     except Exception as error:  # of many classes, from the network
         raise UserError(
-            f"run {directory.name!r} could not be fetched from {bucket.url} ({BUCKET_VARIABLE}): "
+            f"run {directory.name!r} could not be looked up in {bucket.url} ({BUCKET_VARIABLE}): "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
