@@ -92,6 +92,14 @@ def test_a_csv_file_is_read_too_and_only_so_many_of_its_rows(tmp_path: Path) -> 
     assert len(build(data, max_questions=1).prompts) == 1
 
 
+def test_a_row_of_a_csv_file_may_leave_its_rationale_out(tmp_path: Path) -> None:
+    rows = ["question,answer,rationale", "1 + 1,2,", "1 + 2,3,1 + 2 = 3"]
+    task = build(write(tmp_path, rows, "rows.csv"))
+    assert len(task.prompts) == 2 and len(task.demonstrations) == 1
+    with pytest.raises(DataError, match="column 'rationale' is 7: give it a text"):
+        build(write(tmp_path, [ROWS[0] | {"rationale": 7}]))
+
+
 def test_parquet_is_read_too_and_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(Table.from_pylist([{"question": "1 + 1", "answer": 2}]), path)
@@ -209,6 +217,13 @@ def test_an_answer_is_read_from_what_the_lm_goes_on_with(
     tmp_path: Path, said: str, answer: str | None
 ) -> None:
     assert build(write(tmp_path, ROWS), y=": {answer}.\n").parse_answer(said) == answer
+
+
+def test_an_answer_may_stand_in_braces(tmp_path: Path) -> None:
+    task = build(write(tmp_path, ROWS), y=' {{"answer": {answer}}}')
+    assert tokenizer.decode(list(task.prompts[0].answer)) == ' {"answer": 7}'
+    assert tokenizer.decode(list(task.lead)) == ' {"answer":' and task.end == "}"
+    assert task.parse_answer(" 7}\n") == "7"
 
 
 def test_spellings_of_one_answer_are_equal() -> None:

@@ -82,3 +82,15 @@ def test_test_prompts_tell_how_near_the_policy_is_whatever_they_are_measured_at(
     assert measured == pytest.approx(elbo, abs=5 * error)
     assert elbo + 10 * error < by_hand.log_z  # the gap, KL(q || p), is far more than noise
     assert 1 / 300 < ess_share < 1
+
+
+def test_what_is_measured_is_the_reward_that_was_trained_on(tmp_path: Path) -> None:
+    config = sentence_config("continuation", tmp_path, "evaluation.samples=20")
+    tested = config.task.model_copy(update={"tests": (str(tmp_path / "prompts.txt"),)})
+    plain = config.model_copy(update={"task": tested})
+    always = {"kind": "verifier", "check": "regex", "pattern": "", "weight": 5.0}
+    judged = plain.changed({"reward.terms": ({"kind": "likelihood"}, always)})
+    (name,) = (name for name in evaluate(plain, adapter=None).metrics if name.startswith("elbo"))
+    before, after = (evaluate(each, adapter=None).value(name) for each in (plain, judged))
+    assert before is not None and after is not None
+    assert after - before == pytest.approx(5.0 / float(name.partition("_T")[2]), abs=1e-3)

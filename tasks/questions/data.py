@@ -58,10 +58,12 @@ def _question(config: QuestionsConfig, row: Any) -> Question:
             raise ValueError(f"column {name!r} is {row[name]!r:.40}: give it a text or a number")
         columns[key] = columns[name]
     rationale = row.get(config.rationale)
-    if rationale is not None and not (isinstance(rationale, str) and rationale.strip()):
+    if rationale is not None and not isinstance(rationale, str):
         raise ValueError(
             f"column {config.rationale!r} is {rationale!r:.40}: give it a text, or leave it out"
         )
+    if rationale is not None and not rationale.strip():  # a CSV row has every column
+        rationale = None
     keys = {key: columns[key] for key in ("question", "answer")}
     record = json.dumps(row | keys, default=str, ensure_ascii=False)
     return Question(columns, columns["answer"], rationale, record)

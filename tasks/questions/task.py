@@ -13,7 +13,6 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from string import Formatter
 
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
@@ -42,6 +41,7 @@ from tasks.stop_rule import end_of_text, narrowed
 from tasks.task import TestQuestion, Tokenizer
 
 _LONGER = 8  # tokens by which an answer may be longer than any that is known
+_MARK = "\0"  # stands for the answer in Y
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +173,8 @@ class _Spelling:
     def __init__(self, config: QuestionsConfig, tokenizer: Tokenizer) -> None:
         self._config = config
         self._tokenizer = tokenizer
-        texts = [text for text, *_ in Formatter().parse(config.y)]  # in front of a column each
-        lead, self.end = "".join(texts[:1]).rstrip(), "".join(texts[1:])
+        in_front, _, self.end = config.y.format_map({"answer": _MARK}).partition(_MARK)
+        lead = in_front.rstrip()
         self.lead = spell_after(tokenizer, ANY_WORD, lead) if lead else ()
         if config.chat:
             chat_text(tokenizer, ANY_WORD)  # or raises, once for all rows

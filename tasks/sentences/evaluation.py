@@ -77,7 +77,7 @@ def write_sentences(
     Args:
         temperature: at which they are drawn; None: that of the settings.
 
-    Raises TooFewDemonstrations, FileNotFoundError, AdapterMismatch.
+    Raises TooFewDemonstrations, FileNotFoundError, AdapterMismatch, CheckFailed.
     """
     settings, shared = context.settings, context.language_model
     shots = worked_examples(task, shared.tokenizer, count=context.shots, seed=context.seed)
@@ -92,7 +92,7 @@ def write_sentences(
         [draft.tokens for group in groups for draft in group],
         [prompt for prompt, group in zip(prompts, groups, strict=True) for _ in group],
         task.reward_query,
-        log_reward_of(task, shared.base.model, context.token_budget),
+        log_reward_of(task, shared.base.model, context.token_budget, context.terms),
     )
     scored = iter(log_r.tolist())
 
