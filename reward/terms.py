@@ -13,7 +13,7 @@ at the other stop states its value is left out, and R is not known there.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Protocol
@@ -147,11 +147,21 @@ class Verdicts:
     where: list[tuple[int, int, int, int]]
     portions: "list[Future[list[Any]]]"
 
-    def wait(self, timeout_s: float, *, strict: bool) -> None:
+    def wait(self, timeout_s: float, *, strict: bool, since_s: float | None = None) -> None:
         """Raise TimeoutError where they are not all made in time, and CheckFailed where all of
-        them failed; if `strict`, where one did."""
-        deadline = monotonic() + timeout_s
-        found = [one for part in self.portions for one in part.result(deadline - monotonic())]
+        them failed; if `strict`, where one did.
+
+        Args:
+            since_s: from when on `timeout_s` counts, by the monotonic clock; None: from now.
+        """
+        deadline = timeout_s + (monotonic() if since_s is None else since_s)
+        late = wait(self.portions, max(deadline - monotonic(), 0.0)).not_done
+        if late:
+            raise TimeoutError(
+                f"verifiers: judging a batch took longer than {timeout_s:g} s: raise "
+                "reward.verifier_processes, or lower reward.verifier_deadline_s"
+            )
+        found = [one for part in self.portions for one in part.result()]
         failures = [one for one in found if isinstance(one, Failure)]
         if failures and (strict or len(failures) == len(found)):
             raise CheckFailed(
@@ -190,9 +200,9 @@ class _Sums:
 
     def result(self, timeout_s: float, /) -> LogRewards:
         """As RewardTerms.add; raises what the other scorer raises, and what Verdicts.wait does."""
-        deadline = monotonic() + timeout_s
+        started_s = monotonic()
         log_p = self.log_p.result(timeout_s)
-        self.verdicts.wait(max(deadline - monotonic(), 0.0), strict=self.scorer.strict)
+        self.verdicts.wait(timeout_s, strict=self.scorer.strict, since_s=started_s)
         return self.scorer.terms.add(self.items, log_p, self.verdicts)
 
 

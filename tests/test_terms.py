@@ -3,7 +3,9 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from lm.model import LanguageModel
 from lm.next_action import NextLogits
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
-from reward.terms import RewardTerms, TermScorer, as_score, build_terms
+from reward.terms import RewardTerms, TermScorer, Verdicts, as_score, build_terms
 from reward.verifiers import CheckFailed, CheckPool, Failure, UnusableCheck
 from tasks.evaluation.evaluation import Scores
 from tasks.posterior.assessment import assess
@@ -277,6 +279,12 @@ def test_a_verifier_that_forked_is_ended_with_what_it_forked(
     record = json.dumps({"marker": str(tmp_path / "seen")})
     (failed,) = made(checks, [(0, "forks", record)])
     assert isinstance(failed, Failure) and "no answer within 0.3 s" in failed.reason
+
+
+def test_a_wait_for_verifiers_that_ends_says_whose_and_how_long() -> None:
+    verdicts = Verdicts([], [Future()])
+    with pytest.raises(TimeoutError, match=r"verifiers: .* longer than 600 s: raise reward\.veri"):
+        verdicts.wait(600.0, strict=False, since_s=monotonic() - 600.0)
 
 
 def test_a_call_that_no_python_can_interrupt_is_ended() -> None:
