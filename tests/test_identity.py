@@ -7,8 +7,9 @@ import pytest
 
 from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
+from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, first_state
-from cluster.run.identity import identity_of_run, keep_identity
+from cluster.run.identity import check_same_run, identity_of_run, keep_identity
 from cluster.run.preflight import check_model_and_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,19 @@ def test_other_data_base_or_adapter_is_another_run(tmp_path: Path, refusal: Refu
     questions = json.loads(data.read_text())
     data.write_text(json.dumps(questions[1:]))
     assert "task.questions = digest sha256:" in refusal.of(directory, SUMS, *same)
+
+
+def test_a_run_from_before_a_key_goes_on_while_the_key_adds_nothing(tmp_path: Path) -> None:
+    labels = str(ROOT / "tasks/subjectivity.toml")
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir(parents=True)
+    now = identity_of_run(load_config(labels, ["task.hinted_draws=4"]), {})
+    priced = identity_of_run(load_config(labels, ["task.wrong_label_penalty=50"]), {})
+    keep_identity(directory, now | {"task.wrong_label_penalty": 0.0, "task.hinted_draws": 0})
+    check_same_run(directory, now, {})
+    assert not {"task.hinted_draws", "task.wrong_label_penalty"} & set(now)
+    with pytest.raises(UserError, match=r"task\.wrong_label_penalty = 0.0, and 50\.0 is asked"):
+        check_same_run(directory, priced, {})
 
 
 def test_what_decides_no_reward_may_change_and_data_may_move(tmp_path: Path) -> None:

@@ -21,13 +21,18 @@ from tasks.custom_config import CustomTaskConfig
 # Which prompts come how often, what is measured, where and how fast models run. Base weights and
 # adapter are compared as such, wherever they lie.
 _HARMLESS: Mapping[str, frozenset[str]] = {
-    "task": frozenset({"tests", "embedder", "demonstration_weight", "question_weight"}),
+    "task": frozenset(
+        {"tests", "embedder", "demonstration_weight", "question_weight"}
+        | {"hinted_draws", "tool_deadline_s"}
+    ),
     "lm": frozenset({"model", "device", "trust_remote_code"}),
     "reward": frozenset(
         {"replicas", "ranks", "token_budget", "deadline_s", "cache_items"}
         | {"verifier_processes", "verifier_deadline_s"}
     ),
 }
+# Runs that began before there were these keys had none of what they add.
+_ADDED = frozenset({"reward.terms", "task.wrong_label_penalty"})
 
 
 def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
@@ -36,11 +41,11 @@ def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, 
     `weights`: what a checkpoint is known by, see `cluster.run.assembly.identity_of`.
     """
     identity: dict[str, Any] = dict(weights)
-    for section, harmless in _HARMLESS.items():
-        settings = getattr(config, section).model_dump(mode="json", exclude=set(harmless))
-        for key, value in settings.items():
-            if key != "terms" or value:  # runs without any are those of before there were any
-                identity[f"{section}.{key}"] = _content(value)
+    for section in _HARMLESS:
+        settings = getattr(config, section).model_dump(mode="json")
+        for name, value in settings.items():
+            if _counts(key := f"{section}.{name}", value):
+                identity[key] = _content(value)
     if isinstance(config.task, CustomTaskConfig):
         source = sys.modules[type(config.task).__module__].__file__
         identity["task.name (its source)"] = _content(source)
@@ -57,7 +62,7 @@ def check_same_run(
         kept = identity_of_run(load_config(str(directory.config_file)), weights)
     for key in dict.fromkeys([*kept, *identity]):
         before, now = kept.get(key), identity.get(key)
-        if before != now:
+        if before != now and (_counts(key, before) or _counts(key, now)):
             content = "digest " if "sha256:" in f"{before}{now}" else ""
             raise UserError(
                 f"run {directory.name!r} was begun with {key} = {content}{before}, and {content}"
@@ -71,6 +76,11 @@ def keep_identity(directory: RunDirectory, identity: Mapping[str, Any]) -> None:
     """Write down what the run is, once; runs that go on are compared with it."""
     if not directory.identity_file.exists():
         write_whole(directory.identity_file, json.dumps(identity, indent=1))
+
+
+def _counts(key: str, value: Any) -> bool:
+    section, _, name = key.partition(".")
+    return name not in _HARMLESS.get(section, ()) and bool(value or key not in _ADDED)
 
 
 def _content(value: Any) -> Any:
