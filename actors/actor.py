@@ -101,10 +101,11 @@ class RolloutActor:
 
     def save(self) -> bytes:
         """All that sampling on needs, but for the policy; waits for the scores in flight."""
-        in_flight = [
-            pack_group([pack_group([pack(t) for t in group]) for group in finish()])
-            for finish in self._in_flight
-        ]
+        in_flight = []
+        for place, finish in enumerate(self._in_flight):
+            groups = finish()
+            self._in_flight[place] = partial(list, groups)  # or `unscored` were counted again
+            in_flight.append(pack_group([pack_group([pack(t) for t in g]) for g in groups]))
         random = [self.rng.bit_generator.state, self.prompts.rng.bit_generator.state]
         return msgpack.packb([json.dumps(random), asdict(self.stats), in_flight])
 

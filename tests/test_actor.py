@@ -312,7 +312,12 @@ def test_groups_with_a_completion_that_no_verifier_judged_are_dropped_and_counte
 
     actor, parts = make_actor(scorer=Unjudged())
     actor.step()
+    saved = actor.save()
     actor.flush()
+    later, _ = make_actor(scorer=Unjudged())
+    later.restore(saved)
+    later.flush()
+    assert later.stats.unscored == 3 and later.stats.groups == 1
     (kept,) = parts["buffer"].groups
     assert len(kept) == actor.stats.unscored == 3
     assert [t.log_reward.tolist() for t in kept] == [[-7.0 - 1, -7.0 - 2]] * 3

@@ -187,6 +187,8 @@ def test_without_a_y_the_policy_is_rewarded_for_what_it_writes_alone(tmp_path: P
     task = build(write(tmp_path, ROWS), y="")
     item = task.reward_query.item(task.prompts[0], [5], np.array([1], dtype=np.int32))
     assert item.answer.tolist() == [tokenizer.eos_token_id] and not task.prompts[0].answer
+    rows = [ROWS[0] | {"answer": answer} for answer in (7, "seven", 7)]
+    assert len(build(write(tmp_path, rows), y="").prompts) == 2  # as for a verifier they are
 
 
 def test_a_chat_begins_where_the_template_leaves_off(tmp_path: Path) -> None:

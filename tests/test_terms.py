@@ -308,6 +308,7 @@ def test_a_call_that_no_python_can_interrupt_is_ended() -> None:
         ("numeric", "#### (.*?) ", "#### 1000 apples. 7", 1.0),
         ("regex", "^so", "so", 1.0),
         ("regex", "^so", "not so", 0.0),
+        ("regex", "(no)|so", "so", 1.0),
     ],
 )
 def test_built_in_checks(check: str, pattern: str | None, text: str, score: float) -> None:

@@ -132,7 +132,7 @@ def seed_buffer(
     config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer, policy: RolloutEngine
 ) -> int:
     """Put the task's demonstrations into replay, and what the base LM, as which `policy` begins,
-    writes behind its hints; how many. Harmless to repeat."""
+    writes behind its hints; how many. Again, it adds only what is written otherwise then."""
     hinted = []
     if isinstance(task, HintedTask) and task.hinted_draws:
         hinted = hinted_demonstrations(task.hints, policy, draws=task.hinted_draws)

@@ -196,7 +196,7 @@ class _Spelling:
                 "put a space or a sign in front of {answer} in task.y"
             )
         prompt = Prompt(
-            key=hashlib.blake2b(f"{x}\0{y}".encode(), digest_size=16).hexdigest(),
+            key=hashlib.blake2b(f"{x}\0{y or row.answer}".encode(), digest_size=16).hexdigest(),
             text=x,
             prompt=spell(self._tokenizer, read),
             answer=answer,
