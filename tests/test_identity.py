@@ -97,6 +97,30 @@ def test_a_run_from_before_a_key_goes_on_while_the_key_adds_nothing(tmp_path: Pa
         check_same_run(directory, priced, {})
 
 
+def test_a_verifier_that_was_edited_makes_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "my_checks.py"
+    verifier = '{kind="verifier", check="my_checks:good"}'
+    config = load_config(
+        str(ROOT / "tasks/toy.toml"), [f'reward.terms=[{{kind="likelihood"}}, {verifier}]']
+    )
+    module.write_text("good = lambda text, record: 1.0\n")
+    directory, older = (RunDirectory(name, root=tmp_path) for name in ("r", "older"))
+    for each in (directory, older):
+        each.path.mkdir(parents=True)
+    begun_with = identity_of_run(config, {})
+    keep_identity(directory, begun_with)
+    keep_identity(older, {k: v for k, v in begun_with.items() if "my_checks" not in k})
+    check_same_run(directory, identity_of_run(config, {}), {})
+    module.write_text("good = lambda text, record: 0.0\n")
+    edited = identity_of_run(config, {})
+    check_same_run(older, edited, {})  # which kept none
+    with pytest.raises(UserError, match=r"my_checks:good \(its source\) = digest sha256"):
+        check_same_run(directory, edited, {})
+
+
 def test_what_decides_no_reward_may_change_and_data_may_move(tmp_path: Path) -> None:
     data = tmp_path / "moved.json"
     data.write_bytes((ROOT / "tasks/data/arithmetic/questions.json").read_bytes())

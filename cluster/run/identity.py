@@ -16,6 +16,8 @@ from cluster.config.file import load_config
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory, write_whole
+from reward.checks import FUNCTION
+from tasks.config import QuestionsConfig
 from tasks.custom_config import CustomTaskConfig
 
 # Which prompts come how often, what is measured, where and how fast models run. Base weights and
@@ -33,6 +35,7 @@ _HARMLESS: Mapping[str, frozenset[str]] = {
 }
 # Runs that began before there were these keys had none of what they add.
 _ADDED = frozenset({"reward.terms", "task.wrong_label_penalty"})
+_SOURCE = "(its source)"
 
 
 def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, Any]:
@@ -48,8 +51,8 @@ def identity_of_run(config: RunConfig, weights: Mapping[str, str]) -> dict[str, 
                 identity[key] = _content(value)
     if isinstance(config.task, CustomTaskConfig):
         source = sys.modules[type(config.task).__module__].__file__
-        identity["task.name (its source)"] = _content(source)
-    return identity
+        identity[f"task.name {_SOURCE}"] = _content(source)
+    return identity | _sources_of_checks(config)
 
 
 def check_same_run(
@@ -62,7 +65,8 @@ def check_same_run(
         kept = identity_of_run(load_config(str(directory.config_file)), weights)
     for key in dict.fromkeys([*kept, *identity]):
         before, now = kept.get(key), identity.get(key)
-        if before != now and (_counts(key, before) or _counts(key, now)):
+        known = key in kept or not key.endswith(_SOURCE)  # older runs kept none of a check's
+        if before != now and known and (_counts(key, before) or _counts(key, now)):
             content = "digest " if "sha256:" in f"{before}{now}" else ""
             raise UserError(
                 f"run {directory.name!r} was begun with {key} = {content}{before}, and {content}"
@@ -76,6 +80,20 @@ def keep_identity(directory: RunDirectory, identity: Mapping[str, Any]) -> None:
     """Write down what the run is, once; runs that go on are compared with it."""
     if not directory.identity_file.exists():
         write_whole(directory.identity_file, json.dumps(identity, indent=1))
+
+
+def _sources_of_checks(config: RunConfig) -> dict[str, str]:
+    """Digests of the modules of verifiers and tools, found as their processes do; none imported."""
+    named = [term.check or "" for term in config.reward.terms]
+    named += config.task.tools if isinstance(config.task, QuestionsConfig) else ()
+    found = {}
+    for name, function in ((name, FUNCTION.fullmatch(name)) for name in named):
+        file = f"{function[1].replace('.', '/')}.py" if function else ""
+        for place in (*filter(None, sys.path), os.getcwd()) if file else ():
+            if os.path.isfile(source := os.path.abspath(os.path.join(place, file))):
+                found[f"{name} {_SOURCE}"] = _content(source)
+                break
+    return found
 
 
 def _counts(key: str, value: Any) -> bool:
