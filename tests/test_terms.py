@@ -338,6 +338,7 @@ def test_one_item_that_cannot_be_judged_has_no_reward_and_the_others_theirs(
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 @pytest.mark.timeout(1200)
 def test_training_ends_at_the_posterior_of_likelihood_and_verifier() -> None:
     verifier = '{kind="verifier", check="regex", pattern="ab|d$", weight=2.0}'
