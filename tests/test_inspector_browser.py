@@ -10,12 +10,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Error, Page, expect, sync_playwright
 
 from buffer.endpoint import free_port
 from buffer.replay import ReplayBuffer
@@ -299,14 +300,15 @@ def test_the_dashboard_lists_the_inspector_in_its_serve_tab(
 
 
 def test_nothing_sticks_out_of_the_window(page: Page, inspected: Inspected, tmp_path: Path) -> None:
-    # The pictures are kept for whoever wants to look.
+    # The pictures are for whoever wants to look; a busy machine's browser cannot always take one.
     detail = f"/trajectory/{sums(300)[30].id}"
     for place, name in (("/", "table"), (detail, "trajectory"), ("/curves", "curves"), HELD_OUT):
         for width in (1360, 700, 360):
             page.set_viewport_size({"width": width, "height": 900})
             page.goto(inspected.base + place)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-            page.screenshot(path=tmp_path / f"{name}-{width}.png")
+            with suppress(Error):
+                page.screenshot(path=tmp_path / f"{name}-{width}.png")
 
 
 def test_ctrl_c_ends_it_with_its_ray(inspected: Inspected) -> None:
