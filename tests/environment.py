@@ -41,6 +41,8 @@ class OwnEnvironment:
             "HF_HUB_OFFLINE": "1",
             "HYPOTHESIS_STORAGE_DIRECTORY": str(Path(__file__).parents[1] / ".hypothesis"),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray is nice by 15: its workers would starve beside tests that are not.
+            "RAY_worker_niceness": "0",
         }
 
     def remove(self) -> None:
