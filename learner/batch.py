@@ -53,8 +53,10 @@ def merge_prompts(groups: Sequence[Group]) -> list[Group]:
 
 
 def check_actions(groups: Sequence[Group], actions: ActionSpace) -> None:
-    """Raise IllegalCompletion for a trajectory that was sampled under other rules. Its stop states
-    would enter the loss with a log-probability that means nothing."""
+    """Raise IllegalCompletion for a trajectory that was sampled under other rules.
+
+    Its stop states would enter the loss with a log-probability that means nothing.
+    """
     for trajectory in members(groups):
         actions.check(trajectory.completion.tolist(), trajectory.from_tool.tolist())
         expected = actions.stop_positions(trajectory.completion, trajectory.from_tool)
@@ -136,8 +138,10 @@ def content(trajectory: Trajectory) -> tuple[bytes, ...]:
 
 
 def split_rows(batch: Batch, token_budget: int) -> list[slice]:
-    """The rows of `distinct` in as few even parts as hold `token_budget` columns each. A part of
-    one row may be larger."""
+    """The rows of `distinct` in as few even parts as hold `token_budget` columns each.
+
+    A part of one row may be larger.
+    """
     rows = len(batch.distinct)
     num_parts = min(rows, -(-prod(_packed_shape(batch.distinct)) // token_budget))
     while True:

@@ -95,8 +95,10 @@ class Checkpoints:
         return final
 
     def note_published(self, version: int) -> None:
-        """Remember, before anybody sees it, that `version` is used up. After a loss of power,
-        though not of this process, the last few may be forgotten."""
+        """Remember, before anybody sees it, that `version` is used up.
+
+        After a loss of power, though not of this process, the last few may be forgotten.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".{PUBLISHED_FILE}-{os.getpid()}"
         try:
@@ -119,8 +121,10 @@ class Checkpoints:
     def read(self) -> bytes:
         """The newest checkpoint, verified, in one piece that Snapshot.decode understands.
 
-        Raises FileNotFoundError (there is none), CheckpointDamaged (a file is missing, cut or
-        changed), CheckpointMismatch (it was written under another identity).
+        Raises:
+            FileNotFoundError: there is none.
+            CheckpointDamaged: a file is missing, cut or changed.
+            CheckpointMismatch: it was written under another identity.
         """
         path = self.latest()
         if path is None:
@@ -148,8 +152,10 @@ class Checkpoints:
         return len(meta).to_bytes(8, "little") + meta + state
 
     def read_companion(self) -> bytes | None:
-        """What was saved with the newest checkpoint; None if nothing was. Raises
-        CheckpointDamaged."""
+        """What was saved with the newest checkpoint; None if nothing was.
+
+        Raises CheckpointDamaged.
+        """
         path = self.latest()
         expected = path and json.loads((path / META_FILE).read_bytes()).get("companion")
         if path is None or expected is None:

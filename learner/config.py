@@ -132,8 +132,10 @@ class LearnerConfig(BaseModel):
         return TRAITS[self.objective]
 
     def trained_temperature(self, step: int | None = None) -> float:
-        """T of the last of `step` updates, which such a policy was trained for. None or 0: of the
-        last that is configured, for what is compared with that policy."""
+        """T of the last of `step` updates, which such a policy was trained for.
+
+        None or 0: of the last that is configured, for what is compared with that policy.
+        """
         return self.reward_temperature.at((step or self.steps) - 1)
 
     def learning_rate_at(self, step: int) -> float:

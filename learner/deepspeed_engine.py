@@ -29,8 +29,10 @@ from lm.process_group import Rendezvous, join_ranks, waiting_for_ranks
 
 
 class _Trainable(nn.Module):
-    """What DeepSpeed gets to see: the trainable parameters, and a forward that builds a loss. The
-    frozen base stays outside: DeepSpeed would demand it in float32 and walk over all of it."""
+    """What DeepSpeed gets to see: the trainable parameters, and a forward that builds a loss.
+
+    The frozen base stays outside: DeepSpeed would demand it in float32 and walk over all of it.
+    """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         super().__init__()
@@ -45,7 +47,8 @@ class DeepSpeedEngine:
 
     One per process and lifetime of the process: DeepSpeed keeps its groups in globals.
 
-    Raises RankLost: the ranks did not meet in time; from every method, that one went missing.
+    Raises:
+        RankLost: the ranks did not meet in time; from every method, that one went missing.
     """
 
     def __init__(self, model: nn.Module, config: LearnerConfig, rendezvous: Rendezvous) -> None:

@@ -21,8 +21,10 @@ class StateMismatch(ValueError):
 
 
 class Engine(Protocol):
-    """One optimizer over the trainable parameters of a model, held by `num_ranks` processes. Every
-    method is collective: all ranks call it in the same order."""
+    """One optimizer over the trainable parameters of a model, held by `num_ranks` processes.
+
+    Every method is collective: all ranks call it in the same order.
+    """
 
     @property
     def rank(self) -> int: ...

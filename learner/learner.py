@@ -100,8 +100,10 @@ class Learner:
         stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[dict[str, float]], None] = lambda metrics: None,
     ) -> None:
-        """Publish, then step until `steps` are completed or `stop()` holds on rank 0. Ends with a
-        checkpoint; an error ends it without one."""
+        """Publish, then step until `steps` are completed or `stop()` holds on rank 0.
+
+        Ends with a checkpoint; an error ends it without one.
+        """
         self.publish()
         while self._rank_zero_decides(lambda: self.completed_steps < steps and not stop()):
             try:
@@ -196,7 +198,9 @@ class Learner:
 
     def take_up(self) -> None:
         """Go on from the newest checkpoint; without one begin anew, under versions of its own.
-        Raises what Checkpoints.read raises."""
+
+        Raises what Checkpoints.read raises.
+        """
         store = self.checkpoints
         if self._rank_zero_decides(lambda: store is not None and store.latest() is not None):
             self.restore()
@@ -247,8 +251,10 @@ class Learner:
         return groups
 
     def _split(self, groups: Sequence[Group]) -> list[_MicroBatch]:
-        """This rank's micro-batches. Every rank knows the whole batch, hence its normaliser. Ranks
-        take equally many backward passes: a trajectory of factor 0 fills in for missing ones."""
+        """This rank's micro-batches. Every rank knows the whole batch, hence its normaliser.
+
+        Ranks take equally many backward passes: a trajectory of factor 0 fills in for missing ones.
+        """
         num_ranks, rank, budget = self.engine.num_ranks, self.engine.rank, self.config.token_budget
         parts = plan_micro_batches(groups, token_budget=budget, num_ranks=num_ranks)
         batches = [collate(part, self._device) for part in parts]

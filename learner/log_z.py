@@ -39,16 +39,20 @@ class LogZ(nn.Module):
         return slow_B + (SPEED - 1) * slow_B.detach()
 
     def start(self, engine: Engine, log_z: float) -> None:
-        """Let the head answer `log_z` for every prompt, on all ranks. Collective. From 0, a policy
-        would first lower the probability of everything it is shown."""
+        """Let the head answer `log_z` for every prompt, on all ranks. Collective.
+
+        From 0, a policy would first lower the probability of everything it is shown.
+        """
         state = engine.state()
         state[f"parameter/{NAME}.bias"] = torch.tensor([log_z / SPEED])
         engine.load_state(state)
 
 
 def attach_log_z(model: nn.Module) -> LogZ:
-    """Make a head part of the trained module, before an engine is built around that. Engines train
-    and save whatever in it wants a gradient; adapter bytes hold only what is LoRA's."""
+    """Make a head part of the trained module, before an engine is built around that.
+
+    Engines train and save whatever in it wants a gradient; adapter bytes hold only what is LoRA's.
+    """
     head = LogZ(prompt_state_size(model)).to(next(model.parameters()).device)
     model.add_module(NAME, head)
     return head

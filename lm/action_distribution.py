@@ -24,8 +24,10 @@ class Choice(NamedTuple):
 
 
 class ActionDistribution:
-    """log q of legal tokens and ⊤, on the columns of these alone. `id_C` has their token ids,
-    ascending; column `stop_column` is ⊤."""
+    """log q of legal tokens and ⊤, on the columns of these alone.
+
+    `id_C` has their token ids, ascending; column `stop_column` is ⊤.
+    """
 
     def __init__(self, actions: ActionSpace, vocab_size: int, device: torch.device) -> None:
         ids = actions.columns(vocab_size)
@@ -58,7 +60,9 @@ class ActionDistribution:
         generator: torch.Generator,
     ) -> Choice:
         """Draw from the nucleus of softmax(log q / temperature), ⊤ only where it may; report log q.
-        Raises PolicyDiverged when log q of a draw is not finite."""
+
+        Raises PolicyDiverged when log q of a draw is not finite.
+        """
         device = logits_NV.device
         log_q_NC = self.log_q(logits_NV, np.array(may_stop, dtype=np.bool_))
         temperature_N = torch.tensor(temperatures, device=device)
@@ -85,7 +89,9 @@ class ActionDistribution:
 
 def nucleus(p_NC: Tensor, mass_N: Tensor) -> Tensor:
     """[N, C] `p_NC` with 0 outside the fewest likeliest actions that hold `mass_N` of each row.
-    Nucleus sampling (Holtzman et al. 2020); not normalised anew."""
+
+    Nucleus sampling (Holtzman et al. 2020); not normalised anew.
+    """
     sorted_NC, column_NC = p_NC.sort(dim=-1, descending=True)
     before_NC = sorted_NC.cumsum(dim=-1) - sorted_NC
     outside_NC = (before_NC >= mass_N[:, None]) & (mass_N[:, None] < 1)

@@ -33,8 +33,10 @@ class IllegalCompletion(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActionSpace:
-    """The actions open to the policy, and the lengths between which it stops. Raises ValueError for
-    negative or crossed lengths and for an empty set of actions."""
+    """The actions open to the policy, and the lengths between which it stops.
+
+    Raises ValueError for negative or crossed lengths and for an empty set of actions.
+    """
 
     stop_token: int  # token id that spells ⊤; never a token of Z chosen by the policy
     legal_tokens: tuple[int, ...] | None  # token ids the policy may choose; None: the vocabulary
@@ -56,8 +58,10 @@ class ActionSpace:
             raise ValueError("legal_tokens holds no token but the stop token: Z cannot grow")
 
     def columns(self, vocab_size: int) -> NDArray[np.int64]:
-        """Token ids of legal tokens and ⊤, ascending, distinct: the support of the softmax. Raises
-        ValueError when one of them is not in the vocabulary."""
+        """Token ids of legal tokens and ⊤, ascending, distinct: the support of the softmax.
+
+        Raises ValueError when one of them is not in the vocabulary.
+        """
         if self.legal_tokens is None:
             ids = np.arange(vocab_size, dtype=np.int64)
         else:
@@ -92,8 +96,10 @@ class ActionSpace:
         return length >= self.max_len
 
     def stop_states(self, completion: _Tokens, from_tool: _Marks) -> NDArray[np.bool_]:
-        """[L + 1] True at every prefix where the policy may or must stop. Never where the next
-        token is inserted by a tool."""
+        """[L + 1] True at every prefix where the policy may or must stop.
+
+        Never where the next token is inserted by a tool.
+        """
         inserted_L = np.asarray(from_tool, dtype=np.bool_)
         newest_S = np.append(NO_TOKEN, np.asarray(completion, dtype=np.int64))
         may_S = self.may_stop(np.arange(len(newest_S)), newest_S, np.append(False, inserted_L))

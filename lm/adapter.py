@@ -72,8 +72,10 @@ def decode_adapter(data: bytes) -> AdapterWeights:
 
 
 def load_adapter_bytes(model: PeftModel, data: bytes) -> None:
-    """Copy the adapter in `data` into `model`, in place; all or nothing. Raises AdapterMismatch
-    when names, shapes, rank or alpha differ, naming both sides."""
+    """Copy the adapter in `data` into `model`, in place; all or nothing.
+
+    Raises AdapterMismatch when names, shapes, rank or alpha differ, naming both sides.
+    """
     adapter = decode_adapter(data)
     _require_scale(adapter, model.peft_config[ADAPTER_NAME], "adapter has", "the model expects")
     _copy(adapter.tensors, _lora_parameters(model))
@@ -94,8 +96,10 @@ def checksum(data: bytes) -> str:
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes what its base does; its parameters are left as they are. peft's own
-    switch also turns `requires_grad` off and on, which an engine may watch."""
+    """Inside, `model` computes what its base does; its parameters are left as they are.
+
+    peft's own switch also turns `requires_grad` off and on, which an engine may watch.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     own = [dict(layer.scaling) for layer in layers]
     try:
@@ -108,8 +112,10 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(model: PeftModel, folder: Path, base_fingerprint: str) -> None:
-    """Write `folder` so that plain `PeftModel.from_pretrained(base, folder)` reads it. The weights
-    are renamed into place last: a reader sees an old adapter, a whole one, or none."""
+    """Write `folder` so that plain `PeftModel.from_pretrained(base, folder)` reads it.
+
+    The weights are renamed into place last: a reader sees an old adapter, a whole one, or none.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_config[ADAPTER_NAME].save_pretrained(str(folder))
     (folder / FINGERPRINT_FILE).write_text(base_fingerprint + "\n")
@@ -156,9 +162,10 @@ def load_adapter(language_model: LanguageModel, folder: Path) -> PeftModel:
 
     An adapter that plain peft wrote has no fingerprint: then only names and shapes are compared.
 
-    Raises FileNotFoundError (`folder` holds no adapter) and AdapterMismatch (it was trained on
-    another base, its weights do not fit, or it is more than low-rank matrices beside linear
-    layers).
+    Raises:
+        FileNotFoundError: `folder` holds no adapter.
+        AdapterMismatch: it was trained on another base, its weights do not fit, or it is more than
+            low-rank matrices beside linear layers.
     """
     lora = _folder_config(folder, language_model.fingerprint)
     lora.inference_mode = False

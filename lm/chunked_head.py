@@ -35,7 +35,9 @@ CHUNK_ENTRIES = 2**24
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputHead:
     """From the last hidden states of a causal LM to its logits: cap(scale * module(hidden)).
-    `cap(x) = softcap * tanh(x / softcap)` where the architecture has one (Gemma 2)."""
+
+    `cap(x) = softcap * tanh(x / softcap)` where the architecture has one (Gemma 2).
+    """
 
     module: Any  # a linear layer, maybe with an adapter: [.., D] -> [.., V]
     scale: float = 1.0

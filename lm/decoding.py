@@ -55,7 +55,8 @@ class BeamSearch:
         penalty: nats, see above; without effect on one group.
         max_rows: hypotheses under way at once, but that the beams of a prompt are never parted.
 
-    Raises ValueError: beams that make no equal groups, or a penalty below 0.
+    Raises:
+        ValueError: beams that make no equal groups, or a penalty below 0.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class BeamSearch:
 
         One for each beam, fewer where fewer completions exist; two groups may find the same.
 
-        Raises ValueError (an empty prompt, or a text that outgrows the model) and PolicyDiverged
-        (log q is NaN).
+        Raises:
+            ValueError: an empty prompt, or a text that outgrows the model.
+            PolicyDiverged: log q is NaN.
         """
         if not all(prompts):
             raise ValueError("empty prompt: a search needs at least one token to start from")

@@ -56,7 +56,9 @@ def export_policy(
         dtype: of the weights that are written; None: as they are.
         card: the model card, in Markdown.
 
-    Raises ExportRefused (the folder holds something), and what load_base and read_adapter raise.
+    Raises:
+        ExportRefused: the folder holds something.
+        what load_base and read_adapter raise.
     """
     tokenizer = load_tokenizer(config)
     with whole_folder(folder) as partial:
@@ -105,8 +107,10 @@ def check_target(folder: Path) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes its place and its name when everything is written. Raises
-    ExportRefused where something is there already; leaves nothing behind where it fails."""
+    """A folder to write into, which takes its place and its name when everything is written.
+
+    Raises ExportRefused where something is there already; leaves nothing behind where it fails.
+    """
     check_target(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir(parents=True)
@@ -129,7 +133,9 @@ def check_push(repository: str) -> None:
 
 def push(folder: Path, repository: str) -> str:
     """Upload an exported folder into a repository, which is made, private, if it is missing.
-    Returns its address. Raises ExportRefused with what the hub said."""
+
+    Returns its address. Raises ExportRefused with what the hub said.
+    """
     check_push(repository)
     hub = HfApi()
     try:

@@ -28,16 +28,20 @@ class ModelUnusable(ValueError):
 
 
 def load_tokenizer(config: LMConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of `config.model`, without its weights. Raises ModelNotFound for no such folder
-    or hub id, ModelUnusable where it has no tokenizer."""
+    """The tokenizer of `config.model`, without its weights.
+
+    Raises ModelNotFound for no such folder or hub id, ModelUnusable where it has no tokenizer.
+    """
     require_folder_or_hub_id(config.model)
     with explained(config.model, "the tokenizer"):
         return AutoTokenizer.from_pretrained(config.model, **hub_arguments(config))
 
 
 def load_model_config(config: LMConfig) -> PretrainedConfig:
-    """The architecture of `config.model`, without its weights. Raises as load_tokenizer, and
-    ModelUnusable where it is quantised, or no decoder alone."""
+    """The architecture of `config.model`, without its weights.
+
+    Raises as load_tokenizer, and ModelUnusable where it is quantised, or no decoder alone.
+    """
     require_folder_or_hub_id(config.model)
     with explained(config.model, "config.json"):
         declared = AutoConfig.from_pretrained(config.model, **hub_arguments(config))

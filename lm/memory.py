@@ -44,8 +44,10 @@ def draw_bytes(model: PreTrainedModel, *, rows: int) -> int:
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within the block, while they are alive. Tensors
-    on the meta device have no numbers: where the code reads some, it finds ones."""
+    """Counts the bytes of the tensors that are made within the block, while they are alive.
+
+    Tensors on the meta device have no numbers: where the code reads some, it finds ones.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,8 +43,10 @@ class MergedModel:
 
     @torch.no_grad()
     def load(self, data: bytes) -> None:
-        """Take up the adapter in `data` (from adapter_bytes); all or nothing. Raises
-        AdapterMismatch when a layer is not in this model or a shape differs."""
+        """Take up the adapter in `data` (from adapter_bytes); all or nothing.
+
+        Raises AdapterMismatch when a layer is not in this model or a shape differs.
+        """
         adapter = decode_adapter(data)
         factors = self._factors(adapter)
         for layer in factors.keys() - self._pristine.keys():
@@ -70,8 +72,10 @@ class MergedModel:
             self._layers[layer].weight.copy_(pristine)
 
     def _untie(self, layer: str) -> None:
-        """Give a layer that shares its weight a copy of its own. An adapter on an output head that
-        is tied to the embedding changes the head alone."""
+        """Give a layer that shares its weight a copy of its own.
+
+        An adapter on an output head that is tied to the embedding changes the head alone.
+        """
         module = self._layers[layer]
         if self._uses[id(module.weight)] > 1:
             self._uses[id(module.weight)] -= 1

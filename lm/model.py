@@ -53,8 +53,9 @@ class LanguageModel:
 def load_base(config: LMConfig) -> LanguageModel:
     """Load `config.model`, freeze it, and switch every dropout off.
 
-    Raises ModelNotFound (no such folder, and no such model on the hub) and ModelUnusable (no causal
-    LM, weights or tokenizer missing or not matching the config).
+    Raises:
+        ModelNotFound: no such folder, and no such model on the hub.
+        ModelUnusable: no causal LM, weights or tokenizer missing or not matching the config.
     """
     device = device_of(config)
     declared = load_model_config(config)
@@ -70,8 +71,10 @@ def load_base(config: LMConfig) -> LanguageModel:
 
 
 def inspect_base(config: LMConfig) -> LanguageModel:
-    """The same base on the meta device, where it has no weights; raises as load_base. Its files are
-    read for names, shapes and fingerprint, a tensor at a time, and none is kept."""
+    """The same base on the meta device, where it has no weights; raises as load_base.
+
+    Its files are read for names, shapes and fingerprint, a tensor at a time, and none is kept.
+    """
     empty = build_without_weights(config)
     tokenizer = _fitting_tokenizer(config, empty.config)
     forgetting = Forgetting()
@@ -100,8 +103,12 @@ def load_shard(config: LMConfig, files: Sequence[str], replace: Replace) -> PreT
 
 
 def build_without_weights(config: LMConfig) -> PreTrainedModel:
-    """The frozen base model that `config` names, on the meta device. Raises ModelNotFound (no such
-    folder, and no such model on the hub) and ModelUnusable (no causal LM)."""
+    """The frozen base model that `config` names, on the meta device.
+
+    Raises:
+        ModelNotFound: no such folder, and no such model on the hub.
+        ModelUnusable: no causal LM.
+    """
     declared = load_model_config(config)
     with explained(config.model, "the architecture"), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -153,8 +160,10 @@ def return_freed_memory() -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Put `model` in eval mode, without gradients and with every dropout rate at zero. At zero,
-    since an engine that calls train() must not change the policy's probabilities."""
+    """Put `model` in eval mode, without gradients and with every dropout rate at zero.
+
+    At zero, since an engine that calls train() must not change the policy's probabilities.
+    """
     model.eval().requires_grad_(False)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -186,8 +195,10 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int) -> PeftModel:
-    """Wrap the base, in place, with a trainable LoRA adapter that starts as the identity (B = 0). A
-    is drawn from `seed` alone. Raises ModelUnusable as `adapted_layers`."""
+    """Wrap the base, in place, with a trainable LoRA adapter that starts as the identity (B = 0).
+
+    A is drawn from `seed` alone. Raises ModelUnusable as `adapted_layers`.
+    """
     base = language_model.model
     lora = LoraConfig(
         r=config.rank,
@@ -208,7 +219,9 @@ def attach_adapter(language_model: LanguageModel, config: LoRAConfig, seed: int)
 
 def adapted_layers(base: PreTrainedModel, config: LoRAConfig) -> str | list[str]:
     """What `config.targets` is of this architecture, as peft takes it: layer names or their ends.
-    Raises ModelUnusable where a target names no linear layer, or nothing is called attention."""
+
+    Raises ModelUnusable where a target names no linear layer, or nothing is called attention.
+    """
     linear = [n for n, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     within = _language_part(base)
     if config.targets == "auto":

@@ -48,8 +48,10 @@ class NextLogits:
 
 @torch.no_grad()
 def next_logits(model: nn.Module, prefixes: Sequence[Prefix]) -> Tensor:
-    """[N, V] float32 logits after each prefix; what they begin with in common is read once. Raises
-    ValueError for no prefix, an empty one, or one longer than the model's context."""
+    """[N, V] float32 logits after each prefix; what they begin with in common is read once.
+
+    Raises ValueError for no prefix, an empty one, or one longer than the model's context.
+    """
     if not prefixes or not all(prefixes):
         raise ValueError("next_logits needs at least one prefix, and none of them empty")
     require_context(model, max(len(prefix) for prefix in prefixes))

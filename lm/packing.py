@@ -120,8 +120,10 @@ class Packing:
 def pack(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, shared_width: int
 ) -> Packing:
-    """Lay B completions out after their prompts, none of these empty; neither is cut. A row takes
-    further completions of its prompt up to `shared_width` tokens in all."""
+    """Lay B completions out after their prompts, none of these empty; neither is cut.
+
+    A row takes further completions of its prompt up to `shared_width` tokens in all.
+    """
     trees: list[TokenTree] = []
     open_row: dict[tuple[int, ...], int] = {}  # prompt -> the row that is being filled
     row_B = np.zeros(len(prompts), dtype=np.int64)

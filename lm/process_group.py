@@ -32,7 +32,9 @@ class Rendezvous:
 
 def join_ranks(rendezvous: Rendezvous, device: torch.device) -> None:
     """Meet the other ranks, over NCCL on CUDA and gloo on CPU, in a process that DeepSpeed joins.
-    Call it, and everything that waits for other ranks, inside `waiting_for_ranks`."""
+
+    Call it, and everything that waits for other ranks, inside `waiting_for_ranks`.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed insists on this variable. A rank sees its own GPU only, which is its number 0.
     os.environ["LOCAL_RANK"] = "0"

@@ -43,8 +43,9 @@ def completion_log_probs(
         completions: B token-id sequences, stop token excluded; may be empty.
         from_tool: B mark sequences, True where a tool inserted the token.
 
-    Raises IllegalCompletion (the policy gives a completion probability zero) and ValueError (an
-    empty prompt, an action outside the vocabulary, or too long a row).
+    Raises:
+        IllegalCompletion: the policy gives a completion probability zero.
+        ValueError: an empty prompt, an action outside the vocabulary, or too long a row.
     """
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("empty prompt: the first token's probability needs a token before it")
@@ -97,8 +98,10 @@ def _spread(
 
 
 def _run(model: nn.Module, packing: Packing, device: torch.device) -> None:
-    """Pass the rows through the model. Where each row is one text, causal attention needs no mask,
-    not even for padding at the right."""
+    """Pass the rows through the model.
+
+    Where each row is one text, causal attention needs no mask, not even for padding at the right.
+    """
     ids_RW = torch.from_numpy(packing.ids_RW).to(device)
     how: dict[str, Any] = {"attention_mask": torch.ones_like(ids_RW)}
     if packing.shared:

@@ -16,8 +16,10 @@ from lm.model import CausalLM, LanguageModel, load_base
 
 
 class SharedModel:
-    """The LM of a configuration; its weights are loaded when they are first asked for. One user at
-    a time: whoever holds an adapter on it changes it for everybody."""
+    """The LM of a configuration; its weights are loaded when they are first asked for.
+
+    One user at a time: whoever holds an adapter on it changes it for everybody.
+    """
 
     def __init__(
         self,
@@ -69,7 +71,9 @@ class SharedModel:
     @contextmanager
     def beside(self, folder: Path) -> Iterator[CausalLM]:
         """Inside, the adapter's layers stand beside the base's own: `adapter_off` turns them off.
-        Raises as with_adapter."""
+
+        Raises as with_adapter.
+        """
         wrapped = load_adapter(self.base, folder)
         try:
             yield self.base.model

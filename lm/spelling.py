@@ -22,8 +22,10 @@ class TokenizerUnfit(ValueError):
 
 
 def text_prefix(config: LMConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Token ids that stand in front of every text that the model reads, by `lm.bos`. Raises
-    ModelUnusable where a start token is wanted that the tokenizer has not."""
+    """Token ids that stand in front of every text that the model reads, by `lm.bos`.
+
+    Raises ModelUnusable where a start token is wanted that the tokenizer has not.
+    """
     if config.bos is False:
         return ()
     if config.bos is True:
@@ -50,8 +52,10 @@ def spell(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 
 def spell_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> tuple[int, ...]:
-    """Token ids of `text` as it stands behind `before`. Raises TokenizerUnfit where the two are not
-    spelled one after the other."""
+    """Token ids of `text` as it stands behind `before`.
+
+    Raises TokenizerUnfit where the two are not spelled one after the other.
+    """
     head, whole = spell(tokenizer, before), spell(tokenizer, before + text)
     if whole[: len(head)] != head:
         raise TokenizerUnfit(

@@ -161,8 +161,10 @@ def _checked(
 
 @contextmanager
 def _replacing(replace: Replace) -> Iterator[None]:
-    """Within the block a parameter with numbers that a module is given is replaced, once. Tensors
-    are read when the model is given them, not ahead by threads."""
+    """Within the block a parameter with numbers that a module is given is replaced, once.
+
+    Tensors are read when the model is given them, not ahead by threads.
+    """
     replaced: set[nn.Parameter] = set()
 
     def registering(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:

@@ -25,12 +25,16 @@ from tasks.task import QuestionTask, Task, Tokenizer
 
 class CustomTask(CustomTaskConfig):
     """The `[task]` section of a run on a user's own task; a subclass adds fields as keys.
-    `reward_kind`, a class variable, is the kind of the task's RewardQuery: "suffix" if not set."""
+
+    `reward_kind`, a class variable, is the kind of the task's RewardQuery: "suffix" if not set.
+    """
 
     @abstractmethod
     def build(self, tokenizer: Tokenizer) -> Task:
-        """The task in the tokens of `tokenizer`; each process of a run builds it anew. It may raise
-        DataError and TokenizerUnfit, which are shown without a traceback."""
+        """The task in the tokens of `tokenizer`; each process of a run builds it anew.
+
+        It may raise DataError and TokenizerUnfit, which are shown without a traceback.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +86,11 @@ _MEMBERS = (
 
 
 def build_own(config: CustomTask, tokenizer: Tokenizer) -> Task:
-    """The task, once it has passed for one. Raises UnfitTask: it lacks something, or contradicts
-    its settings."""
+    """The task, once it has passed for one.
+
+    Raises:
+        UnfitTask: it lacks something, or contradicts its settings.
+    """
     task = config.build(tokenizer)
     if fault := _fault(config, task):
         raise UnfitTask(f"task {config.name}: {fault}")

@@ -44,8 +44,10 @@ def names_own_task(name: object) -> bool:
 
 
 def resolve_own_task(value: Any, _: Callable[[Any], CustomTaskConfig]) -> CustomTaskConfig:
-    """The `[task]` table as an object of the class that it names. Raises ValidationError, which has
-    the place of every mistake in the table."""
+    """The `[task]` table as an object of the class that it names.
+
+    Raises ValidationError, which has the place of every mistake in the table.
+    """
     if isinstance(value, CustomTaskConfig):
         return value
     try:

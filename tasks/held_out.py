@@ -82,8 +82,10 @@ def read_splits(
 
 
 def check_split(task: str, held_out: Mapping[Split, Sequence[object]], split: Split) -> None:
-    """Raise NothingToMeasure for the validation split where only test data are held out. Where no
-    test data are, a policy is measured by its distance to the posterior."""
+    """Raise NothingToMeasure for the validation split where only test data are held out.
+
+    Where no test data are, a policy is measured by its distance to the posterior.
+    """
     if split == "validation" and held_out.get("test") and not held_out.get(split):
         raise NothingToMeasure(
             f"task {task!r}: nothing is held out to make choices on, and test data are not for "

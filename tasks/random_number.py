@@ -51,8 +51,10 @@ class RandomNumber(PlainTask):
 def log_reward(
     item: ScoreItem, *, numbers: Container[tuple[int, ...]], penalty_nats: float
 ) -> NDArray[np.float32]:
-    """[S] nats: 0 for a valid integer, else -penalty for each token (and one for none). The price
-    grows with the length because the number of texts does, by a factor for each token."""
+    """[S] nats: 0 for a valid integer, else -penalty for each token (and one for none).
+
+    The price grows with the length because the number of texts does, by a factor for each token.
+    """
     prefixes = (tuple(item.completion[:stop].tolist()) for stop in item.stops)
     log_r_S = [0.0 if z in numbers else -penalty_nats * max(len(z), 1) for z in prefixes]
     return np.array(log_r_S, dtype=np.float32)

@@ -52,8 +52,10 @@ def mistake(detail: Mapping[str, Any]) -> str:
 
 
 def missing_files(settings: BaseModel) -> Iterator[tuple[str, str]]:
-    """Key and name of each data file of a task's settings that is not there. Datasets of a hub, of
-    tasks that read them, are not looked for."""
+    """Key and name of each data file of a task's settings that is not there.
+
+    Datasets of a hub, of tasks that read them, are not looked for.
+    """
     hub = "revision" in type(settings).model_fields
     for key, field in type(settings).model_fields.items():
         named = getattr(settings, key) if field.json_schema_extra == FILES else None
@@ -97,8 +99,10 @@ def read_records(
 def made_of(
     source: str, values: Iterable[tuple[str, Any]], make: Callable[[Any], Record]
 ) -> tuple[Record, ...]:
-    """What each value becomes, at least one; each comes with its place in `source`. Raises
-    DataError, which lists the values for which `make` raises a ValueError."""
+    """What each value becomes, at least one; each comes with its place in `source`.
+
+    Raises DataError, which lists the values for which `make` raises a ValueError.
+    """
     records: list[Record] = []
     faults = []
     for place, value in values:

@@ -39,8 +39,10 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer, *, seed: int) -> Task:
     Args:
         seed: the run's, of what is drawn of the data.
 
-    Raises DataError (a data file is missing or malformed), TokenizerUnfit (this tokenizer cannot
-    spell what the task needs), UnfitTask (a user's task that no run could work on).
+    Raises:
+        DataError: a data file is missing or malformed.
+        TokenizerUnfit: this tokenizer cannot spell what the task needs.
+        UnfitTask: a user's task that no run could work on.
     """
     if isinstance(config, CustomTask):
         return build_own(config, tokenizer)

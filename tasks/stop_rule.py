@@ -26,7 +26,9 @@ def legal_actions(
     stop_after_tool: bool = False,
 ) -> ActionSpace:
     """Every token whose text is `legal`; ⊤ is `stop_text` as it is spelled behind such a text.
-    Raises TokenizerUnfit where `stop_text` is no token of its own."""
+
+    Raises TokenizerUnfit where `stop_text` is no token of its own.
+    """
     stop = spell_after(tokenizer, behind, stop_text)
     if len(stop) != 1:
         raise TokenizerUnfit(f"this tokenizer spells {stop_text!r} as {len(stop)} tokens, not one")
@@ -42,8 +44,10 @@ def legal_actions(
 
 
 def narrowed(actions: ActionSpace, config: Lengths, tokenizer: Tokenizer) -> ActionSpace:
-    """`actions` with fewer stop states, where `config` asks for that. Raises TokenizerUnfit where
-    no token that the policy may choose ends with one of the texts."""
+    """`actions` with fewer stop states, where `config` asks for that.
+
+    Raises TokenizerUnfit where no token that the policy may choose ends with one of the texts.
+    """
     behind = None
     if config.stop_behind:
         behind = frozenset().union(

@@ -53,7 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -> RunConfig:
     """With what the run learned by: its objective and its T say what its adapter is measured as,
-    and its seed which data its task drew. Raises UserError: an override says otherwise."""
+    and its seed which data its task drew.
+
+    Raises:
+        UserError: an override says otherwise.
+    """
     if other := [word for word in overrides if re.match(r"\s*learner\s*[.=]", word)]:
         raise UserError(
             f"{' and '.join(other)}: how run {run.name!r} learned is read from {run.config_file}; "

@@ -46,8 +46,10 @@ def scale(
 ) -> str:
     """Ask the run's driver, and wait until as many parts run as were asked for; what became of it.
 
-    Raises UserError: nothing was asked for, or the run does not go on; another process waits for
-    its driver's answer; or the driver refused, gave none, gave a part up, ended, or took too long.
+    Raises:
+        UserError: nothing was asked for, or the run does not go on; another process waits for its
+            driver's answer; or the driver refused, gave none, gave a part up, ended, or took too
+            long.
     """
     if not request.numbers:
         raise UserError("nothing to change: give --actors, --reward-replicas or both")

@@ -39,7 +39,8 @@ def stop(directory: RunDirectory, *, timeout_s: float) -> str:
     this machine is sent SIGINT as well, once its process is known to be the one that wrote the
     state, for a pid may have been given to another program since.
 
-    Raises UserError: it still goes on after `timeout_s`; says who and what.
+    Raises:
+        UserError: it still goes on after `timeout_s`; says who and what.
     """
     state = known_state(directory)
     if state.ended:

@@ -100,7 +100,8 @@ def train(
         before: the base LM as it was measured for another run of the same settings; None: measure.
         console: where progress is shown.
 
-    Raises and what `checked` and `Driver.drive` raise.
+    Raises:
+        what `checked` and `Driver.drive` raise.
     """
     if must_fetch(directory, resume=resume):
         fetch(directory)
@@ -147,7 +148,9 @@ def checked(
     console: Console | None = None,
 ) -> tuple[RunConfig, dict[str, Any], str | None]:
     """What a run starts with, once all is checked: settings, identity, the Ray cluster to join.
-    Raises what `check_trackers`, `check_before_start`, `join_cluster` and `check_fit` raise."""
+
+    Raises what `check_trackers`, `check_before_start`, `join_cluster` and `check_fit` raise.
+    """
     address = None if local else config.cluster.ray_address(address)
     if address is None and not local:
         config = with_gpu_shares(config, torch.cuda.device_count())

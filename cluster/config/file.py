@@ -96,7 +96,9 @@ def resolved_toml(config: RunConfig) -> str:
 
 def _absolute(key: str, value: Any) -> Any:
     """A value of the dotted `key`: a path that exists as an absolute one, all else as it is.
-    Processes on other nodes, and a run that goes on later, have other working directories."""
+
+    Processes on other nodes, and a run that goes on later, have other working directories.
+    """
     if isinstance(value, list | tuple):
         return [_absolute(key, item) for item in value]
     if isinstance(value, dict):

@@ -86,8 +86,10 @@ class ClusterConfig(Section):
     )
 
     def ray_address(self, given: str | None = None) -> str | None:
-        """The Ray cluster to join: the one given, else the configured one, else RAY_ADDRESS. None:
-        there is none yet. Raises UserError where it can be no cluster's address."""
+        """The Ray cluster to join: the one given, else the configured one, else RAY_ADDRESS.
+
+        None: there is none yet. Raises UserError where it can be no cluster's address.
+        """
         address = given or self.address or os.environ.get("RAY_ADDRESS") or None
         if address is not None and "://" in address and not address.startswith("ray://"):
             raise UserError(

@@ -17,7 +17,9 @@ PACKAGES = ("actors", "buffer", "cluster", "learner", "lm", "reward", "seed_lm",
 
 class UserError(Exception):
     """Something that the user asked for cannot be done; the text says what, where and the remedy.
-    Rooms that may not import `cluster` have error classes of their own."""
+
+    Rooms that may not import `cluster` have error classes of their own.
+    """
 
 
 def told(error: BaseException) -> str | None:

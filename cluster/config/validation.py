@@ -55,8 +55,10 @@ def keys(model: type[BaseModel], section: str = "", kind: str = "") -> Iterator[
 
 
 def set_key(table: dict[str, Any], key: str, value: Any) -> None:
-    """Set the dotted `key` of a table of tables or sections, which are copied on the way. Raises
-    ConfigError where a part of the key before the last is no section."""
+    """Set the dotted `key` of a table of tables or sections, which are copied on the way.
+
+    Raises ConfigError where a part of the key before the last is no section.
+    """
     *sections, last = key.split(".")
     for position, section in enumerate(sections):
         inner = table.get(section, {})

@@ -153,8 +153,9 @@ class RemoteScores:
     def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
         """Log-rewards [S] in nats for each item.
 
-        Raises PeerTimeout, PeerDied, ScoreFailed (no replica answered in `timeout_s`) and BadItem
-        (an item cannot be scored; another replica would say the same).
+        Raises:
+            PeerTimeout, PeerDied, ScoreFailed: no replica answered in `timeout_s`.
+            BadItem: an item cannot be scored; another replica would say the same.
         """
         scorer, deadline = self._scorer, time.monotonic() + timeout_s
         while True:

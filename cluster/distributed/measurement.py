@@ -16,8 +16,10 @@ _POLL_S = 0.2
 
 @dataclass
 class RemoteMeasurement:
-    """An evaluation whose process is replaced should it die or fall silent. Where there is no place
-    for it beside the parts of the run, it waits until they have ended."""
+    """An evaluation whose process is replaced should it die or fall silent.
+
+    Where there is no place for it beside the parts of the run, it waits until they have ended.
+    """
 
     name: str
     launch: Callable[[int], GroupLaunch]  # takes the number of processes before

@@ -41,8 +41,10 @@ def namespace_of(run: str) -> str:
 
 
 def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
-    """Join the cluster at `address`, or start Ray on this machine, on loopback only. A process that
-    has joined already stays where it is. Raises UserError."""
+    """Join the cluster at `address`, or start Ray on this machine, on loopback only.
+
+    A process that has joined already stays where it is. Raises UserError.
+    """
     if ray.is_initialized():
         return
     # Notices that Ray has for its own users, of tokens and of folders that it does not pack.
@@ -90,7 +92,9 @@ def leave_cluster() -> None:
 
 def check_reachable(address: str, *, timeout_s: float = _ANSWER_TIMEOUT_S) -> None:
     """Raise UserError unless a Ray cluster answers in time; Ray would try for minutes, silently.
-    What is no host and port, such as "auto", is left to Ray."""
+
+    What is no host and port, such as "auto", is left to Ray.
+    """
     host, _, port = address.rpartition(":")
     if address in ("auto", "local") or address.startswith("ray://"):
         return

@@ -72,8 +72,10 @@ class RewardWorker(Worker):
         return self._shard.forward(share)
 
     def run(self) -> dict[str, Any]:
-        """Serve until stopped and no call is held or comes any more. Raises RuntimeError where the
-        ranks are out of step: the replica must be built anew."""
+        """Serve until stopped and no call is held or comes any more.
+
+        Raises RuntimeError where the ranks are out of step: the replica must be built anew.
+        """
         while not self._stopping.wait(timeout=_HEALTH_POLL_S):
             self._check_health()
         stopping_since = time.monotonic()

@@ -48,7 +48,9 @@ class RolloutWorker(Worker):
 
     def run(self) -> dict[str, Any]:
         """Roll out until stopped; the final counters. The first actor seeds the buffer before.
-        Rollouts that no replica scores any more are dropped: they were never acknowledged."""
+
+        Rollouts that no replica scores any more are dropped: they were never acknowledged.
+        """
         try:
             if self._member.index == 0:
                 assembly.seed_buffer(

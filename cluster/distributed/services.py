@@ -97,8 +97,10 @@ class ServiceWatch:
         return ""
 
     def _hear(self, ping: "ray.ObjectRef[Any]") -> str:
-        """Take the answer or the error of a ping; tell a death once, which is Ray's to see to. A
-        call that comes while no process is there waits for the next one, and shows nothing."""
+        """Take the answer or the error of a ping; tell a death once, which is Ray's to see to.
+
+        A call that comes while no process is there waits for the next one, and shows nothing.
+        """
         known, was_starting = self._process, self._starts
         try:
             self._process, self._starts = ray.get(ping), False

@@ -89,8 +89,10 @@ class RaySession:
     def evaluate(
         self, adapter: Path | None, report: Callable[[str], None], *, step: int
     ) -> RemoteMeasurement:
-        """Measure in a process of its own, which ends with the answer. It begins at once, or, where
-        there is no place beside the run's parts, when they have ended."""
+        """Measure in a process of its own, which ends with the answer.
+
+        It begins at once, or, where there is no place beside the run's parts, when they have ended.
+        """
         self._evaluations += 1
         name = f"evaluator-{self._evaluations}"
 

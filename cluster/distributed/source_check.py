@@ -17,7 +17,9 @@ class SourceMixture(RuntimeError):
 @functools.cache
 def source_fingerprint(root: Path = PROJECT_ROOT) -> str:
     """Hexadecimal digits that change with any code, script or configuration file of the project.
-    Each process looks once: what it imported does not change with the files."""
+
+    Each process looks once: what it imported does not change with the files.
+    """
     digest = hashlib.sha256()
     for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*")):
         if path.suffix in _SUFFIXES and path.is_file():

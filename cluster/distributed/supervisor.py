@@ -91,9 +91,10 @@ class Supervisor:
     def tick(self) -> None:
         """Look at every group once, replace the dead, pass on what changed; then rest a little.
 
-        Raises StartFailed (a part that never ran could not start), RunFailed (a part died more than
-        `cluster.max_restarts` times), Unrecoverable (a part failed in a way that its replacement
-        would only repeat).
+        Raises:
+            StartFailed: a part that never ran could not start.
+            RunFailed: a part died more than `cluster.max_restarts` times.
+            Unrecoverable: a part failed in a way that its replacement would only repeat.
         """
         for name, group in list(self.groups.items()):
             before = group.phase
@@ -260,7 +261,9 @@ class Supervisor:
 
     def _dismiss(self, group: WorkerGroup) -> None:
         """Have a group leave: an actor stores what is being scored, a replica answers its calls.
-        One that does not run yet holds nothing and is ended at once."""
+
+        One that does not run yet holds nothing and is ended at once.
+        """
         if group.phase is Phase.RUNNING:
             group.ask_to_stop()
             self._leaving.append((group, time.monotonic() + self.config.cluster.stop_timeout_s))

@@ -17,8 +17,12 @@ class PeerDied(RuntimeError):
 
 
 def wait_for(ref: "ray.ObjectRef[Any]", *, peer: str, phase: str, timeout_s: float) -> Any:
-    """The value behind `ref`. Raises PeerTimeout, PeerDied (naming peer, phase and seconds) and
-    Exception (whatever the peer itself raised, as its own class)."""
+    """The value behind `ref`.
+
+    Raises:
+        PeerTimeout, PeerDied: naming peer, phase and seconds.
+        Exception: whatever the peer itself raised, as its own class.
+    """
     try:
         return ray.get(ref, timeout=timeout_s)
     except GetTimeoutError as error:

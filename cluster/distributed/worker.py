@@ -71,8 +71,10 @@ class Member:
 
 
 class Worker:
-    """The part of a process's life that is the same for all; `WorkerGroup` drives it. `run` and
-    `status` are each kind's own, and `status` and `stop` come from another thread."""
+    """The part of a process's life that is the same for all; `WorkerGroup` drives it.
+
+    `run` and `status` are each kind's own, and `status` and `stop` come from another thread.
+    """
 
     concurrency: ClassVar[int] = 4  # calls at a time
 
@@ -160,7 +162,9 @@ def with_patience(config: RunConfig) -> RunConfig:
 
 def cap_memory(share: float) -> None:
     """Let this process allocate no more than its share of its GPU, so that it fails and no other.
-    What CUDA keeps for itself is not torch's to limit, so it is taken off. No share, no cap."""
+
+    What CUDA keeps for itself is not torch's to limit, so it is taken off. No share, no cap.
+    """
     if 0 < share < 1 and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         taken = CUDA_MB * 2**20 / total

@@ -170,7 +170,9 @@ class WorkerGroup:
 
     def _look(self) -> list[int]:
         """What rises as a start goes on: the nodes there are, or what each rank has read and holds.
-        Empty where the ranks have nothing new to say."""
+
+        Empty where the ranks have nothing new to say.
+        """
         if self.phase is Phase.PLACING:
             return [len(node_ids())]
         if not self._progress_refs:

@@ -76,8 +76,10 @@ class Members:
 
 
 def _measured_alike(config: RunConfig) -> str:
-    """Equal for runs whose base LM is measured as the same: all that this depends on. The run's own
-    seed chooses worked examples, and draws where there are no test files."""
+    """Equal for runs whose base LM is measured as the same: all that this depends on.
+
+    The run's own seed chooses worked examples, and draws where there are no test files.
+    """
     sections = config.model_dump(include={"lm", "task", "evaluation", "posterior"}, mode="json")
     seeded = not config.task.tests or config.evaluation.shots
     seed = config.seed if seeded else None

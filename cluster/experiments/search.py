@@ -23,8 +23,9 @@ def search(shared: RunConfig, methods: Sequence[str], members: Members, name: st
     Args:
         name: of the comparison.
 
-    Raises UserError (a method has no trial that could be measured), and whatever `Members.result`
-    raises.
+    Raises:
+        UserError: a method has no trial that could be measured.
+        whatever `Members.result` raises.
     """
     settings = shared.compare.search
     if not settings.learning_rates:

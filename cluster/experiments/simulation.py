@@ -43,7 +43,9 @@ def load_simulated_task(config: RunConfig) -> Task:
 
 class SimulatedPolicy:
     """Waits as long as decoding takes, and returns random legal completions of `max_len` tokens.
-    One decode step a token, for all rows of the cache at once. The tool is never called."""
+
+    One decode step a token, for all rows of the cache at once. The tool is never called.
+    """
 
     def __init__(self, config: RunConfig, task: Task, seed: int) -> None:
         triggers = () if task.tool is None else task.tool.triggers

@@ -60,8 +60,10 @@ class Suite:
         Args:
             before: the LM before the first step, where it was measured already.
 
-        Raises UserError (stopped on request, with steps left; or a step that is done has other
-        settings), and whatever `cluster.commands.train.train` raises.
+        Raises:
+            UserError: stopped on request, with steps left; or a step that is done has other
+                settings.
+            whatever `cluster.commands.train.train` raises.
         """
         results = []
         for step in steps:

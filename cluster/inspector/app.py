@@ -41,8 +41,9 @@ class Target:
 def build_app(target: Target) -> FastAPI:
     """The application. Its handlers read files and Redis, so they run in threads.
 
-    Raises BufferUnreachable, WrongPassword, NotOurRedis (about the run's Redis) and ModelNotFound,
-    ModelUnusable (about its tokenizer).
+    Raises:
+        BufferUnreachable, WrongPassword, NotOurRedis: about the run's Redis.
+        ModelNotFound, ModelUnusable: about its tokenizer.
     """
     app = FastAPI(title="amortize inspector", docs_url=None, redoc_url=None, openapi_url=None)
     directory = RunDirectory(target.run, root=target.root)

@@ -117,8 +117,10 @@ class Catalogue:
             self._entries[summary.prompt_key][summary.id] = entry
 
     def _search(self, entries: Sequence[Entry], folded: str) -> tuple[list[Entry], int]:
-        """Those that mention the text, and how many there was no time to read. What has been read
-        is remembered for the next request, which goes on from there."""
+        """Those that mention the text, and how many there was no time to read.
+
+        What has been read is remembered for the next request, which goes on from there.
+        """
         with self._searching:
             mentions = self._mentions.pop(folded, {})
             self._mentions[folded] = mentions  # the latest stands last

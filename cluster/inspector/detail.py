@@ -102,8 +102,10 @@ def path_log_probs(trajectory: Trajectory) -> NDArray[np.float64]:
 
 
 def potentials(trajectory: Trajectory, *, temperature: float) -> NDArray[np.float64]:
-    """phi_t = log q(z_1:t) + log q(stop | z_1:t) - log R(z_1:t stop) / T of each stop state. [S]
-    nats; at the optimum all of a prompt equal -log Z."""
+    """phi_t = log q(z_1:t) + log q(stop | z_1:t) - log R(z_1:t stop) / T of each stop state.
+
+    [S] nats; at the optimum all of a prompt equal -log Z.
+    """
     log_q_S = path_log_probs(trajectory) + trajectory.behaviour_log_stop
     return log_q_S - trajectory.log_reward.astype(np.float64) / temperature
 

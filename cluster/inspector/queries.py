@@ -94,8 +94,10 @@ def parse_query(parameters: Mapping[str, str]) -> Query:
 
 
 def select(entries: Sequence[Entry], query: Query, *, version: int) -> list[Entry]:
-    """Filter and sort, but for the search; `version` is the learner's, from which ages count. Ties
-    go by id, so that pages never overlap."""
+    """Filter and sort, but for the search; `version` is the learner's, from which ages count.
+
+    Ties go by id, so that pages never overlap.
+    """
     found = [entry for entry in entries if matches(entry, query, version=version)]
     found.sort(key=lambda entry: entry.id)
     found.sort(key=SORT_KEYS[query.sort], reverse=query.order == "desc")

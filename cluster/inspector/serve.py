@@ -157,8 +157,10 @@ def _leave(application: str) -> None:
 
 
 def answers(place: Place, *, within_s: float) -> bool:
-    """Whether the inspector asks for its token at its place; waits for it. Another program on the
-    same port must not pass for it, and be told the token."""
+    """Whether the inspector asks for its token at its place; waits for it.
+
+    Another program on the same port must not pass for it, and be told the token.
+    """
     deadline = time.monotonic() + within_s
     while True:
         connection = http.client.HTTPConnection(HOST, place.port, timeout=_REPLY_TIMEOUT_S)
@@ -174,7 +176,9 @@ def answers(place: Place, *, within_s: float) -> bool:
 @contextmanager
 def served_here(target: Target, *, port: int | None) -> Iterator[Place]:
     """Run in this process, without Ray, on DEFAULT_PORT, any free one, or `port` alone if given.
-    Raises UserError."""
+
+    Raises UserError.
+    """
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     outer.mount(prefix(target.run), build_app(target))
     with _listening(port) as listener:

@@ -49,7 +49,9 @@ def draw_posterior(
 
 def _of_interest(picture: Picture) -> NDArray[np.intp]:
     """Valid completions that reach _BAR, in order; none where they are too many or say too little.
-    Integers stand in the order of the number line, anything else in that of the posterior."""
+
+    Integers stand in the order of the number line, anything else in that of the posterior.
+    """
     p_N = np.exp(picture.posterior.log_p_N)
     highest_N = np.maximum(p_N, np.exp(picture.posterior.support.log_q_KN).max(axis=0))
     chosen = np.flatnonzero(picture.valid_N & (highest_N >= _BAR))

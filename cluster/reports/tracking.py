@@ -102,8 +102,10 @@ class Tracking:
 
 
 class Worker(Generic[Resource]):
-    """Opens something and does one job after the other with it, in a thread of its own. Whatever
-    fails is counted; the first failure is told, and the number of all at the end."""
+    """Opens something and does one job after the other with it, in a thread of its own.
+
+    Whatever fails is counted; the first failure is told, and the number of all at the end.
+    """
 
     def __init__(
         self, name: str, open: Callable[[], Resource], report: Callable[[str], None]

@@ -25,8 +25,10 @@ Compared = dict[Trajectory, Comparison]
 
 @dataclass(slots=True)
 class _Counts:
-    """What became of the sampled trajectories of one step; demonstrations are none. checked +
-    vouched + unchecked = all of them."""
+    """What became of the sampled trajectories of one step; demonstrations are none.
+
+    checked + vouched + unchecked = all of them.
+    """
 
     checked: int = 0  # compared
     vouched: int = 0  # not, but another of the same actor and version agreed
@@ -93,8 +95,9 @@ class AgreementGate:
 
         A group of which nothing fresh is left is replaced by another.
 
-        Raises BufferStarved (too few groups, or too few that agree, in `timeout_s`) and
-        SamplersDisagree (too much of the last draws is wrong).
+        Raises:
+            BufferStarved: too few groups, or too few that agree, in `timeout_s`.
+            SamplersDisagree: too much of the last draws is wrong.
         """
         deadline_s = monotonic() + request.timeout_s
         self._counts = _Counts()
@@ -122,8 +125,10 @@ class AgreementGate:
         self.replay.discard(trajectories)
 
     def save(self) -> bytes:
-        """Adapters, who agreed or was wrong at which version, and what rounding was seen. Not the
-        share of what was wrong lately: that is counted anew."""
+        """Adapters, who agreed or was wrong at which version, and what rounding was seen.
+
+        Not the share of what was wrong lately: that is counted anew.
+        """
         known = [sorted(self._agreed), sorted(self._wrong)]
         data: bytes = msgpack.packb([self.past.save(), known, self.tolerance.save()])
         return data

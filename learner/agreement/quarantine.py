@@ -20,8 +20,10 @@ _PATTERN = "[0-9][0-9][0-9][0-9]*.records"
 
 
 class Quarantine:
-    """Keeps what it is given, in files of bounded size; of too many the oldest goes. The first
-    stays: what went wrong at the beginning says most."""
+    """Keeps what it is given, in files of bounded size; of too many the oldest goes.
+
+    The first stays: what went wrong at the beginning says most.
+    """
 
     def __init__(
         self, folder: Path, *, max_file_bytes: int = 64 << 20, max_files: int = 16
@@ -54,8 +56,11 @@ class Quarantine:
 
 
 def read_quarantine(folder: Path) -> Iterator[Comparison]:
-    """Everything kept in a folder, oldest first. What a crash cut off at the end of a file is
-    passed over. Raises MalformedTrajectory for a record whose trajectory is none."""
+    """Everything kept in a folder, oldest first.
+
+    What a crash cut off at the end of a file is passed over. Raises MalformedTrajectory for a
+    record whose trajectory is none.
+    """
     for path in sorted(folder.glob(_PATTERN)):
         with path.open("rb") as file:
             yield from map(_decode, msgpack.Unpacker(file))

@@ -16,8 +16,10 @@ Normalisation = Literal["batch", "trajectory"]
 
 @dataclass(frozen=True, eq=False)
 class ObjectiveInput:
-    """Trajectories under the current policy. B rows, T tokens, S = T + 1 states; all in nats. All
-    rows of a group stand in one input: quantities of a prompt are estimated from them."""
+    """Trajectories under the current policy. B rows, T tokens, S = T + 1 states; all in nats.
+
+    All rows of a group stand in one input: quantities of a prompt are estimated from them.
+    """
 
     log_pf_BT: Tensor  # log q of token t+1 after t tokens, 0 at tool tokens, any value as padding
     log_stop_BS: Tensor  # log q(stop) after t tokens, any value where stop_BS is False
@@ -48,8 +50,11 @@ class Objective(Protocol):
     def traits(self) -> Traits: ...
 
     def weight(self, stop_BS: Tensor) -> Tensor:
-        """Normaliser of these rows, scalar float64. From shapes alone, so that it is known before
-        the first backward pass and gradients may be accumulated exactly."""
+        """Normaliser of these rows, scalar float64.
+
+        From shapes alone, so that it is known before the first backward pass and gradients may be
+        accumulated exactly.
+        """
 
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue: ...
 

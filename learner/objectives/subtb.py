@@ -46,8 +46,10 @@ def pair_weights(count_B: Tensor, decay: float) -> Tensor:
 
 
 def pair_sums(phi_BN: Tensor, real_BN: Tensor, decay: float) -> Tensor:
-    """sum_{i<j} decay^(j-i-1) (phi_j - phi_i)^2 over the real states of each row: [B]. Real states
-    must come first in their row. Time and memory are linear in N."""
+    """sum_{i<j} decay^(j-i-1) (phi_j - phi_i)^2 over the real states of each row: [B].
+
+    Real states must come first in their row. Time and memory are linear in N.
+    """
     count_B1 = real_BN.sum(1, keepdim=True)
     phi_BN = torch.where(real_BN, phi_BN, 0.0)
     # The sum does not change under a common shift; centring keeps |phi| ~ 100 from cancelling.

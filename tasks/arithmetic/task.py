@@ -130,8 +130,10 @@ def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:
 def demonstrate(
     prompt: Prompt, steps: Sequence[str], tokenizer: Tokenizer, tool: Calculator
 ) -> Demonstration:
-    """The rationale as the policy would sample it: the calculator speaks behind every '='. Raises
-    TokenizerUnfit where the pieces do not split as the whole text does."""
+    """The rationale as the policy would sample it: the calculator speaks behind every '='.
+
+    Raises TokenizerUnfit where the pieces do not split as the whole text does.
+    """
     tokens: list[int] = []
     from_tool: list[bool] = []
     for number, step in enumerate(steps):

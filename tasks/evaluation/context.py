@@ -58,8 +58,10 @@ class EvaluationContext:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> list[list[Completion]]:
-        """`count` completions of the policy behind each text; see `drawing`. Raises
-        FileNotFoundError, AdapterMismatch: no adapter there, or one of another base."""
+        """`count` completions of the policy behind each text; see `drawing`.
+
+        Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
+        """
         requests = [
             Request(prompt=text, temperature=temperature, top_p=top_p)
             for text in texts

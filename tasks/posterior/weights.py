@@ -41,7 +41,9 @@ def log_reward_of(
     task: Task, model: CausalLM, token_budget: int, terms: RewardTerms | None = None
 ) -> LogReward:
     """The task's own function where it has one, else the frozen LM `model`, with `terms` if any.
-    Raises CheckFailed where a verifier does."""
+
+    Raises CheckFailed where a verifier does.
+    """
     function = task.log_reward
     if function is not None:
         return lambda items: [function(item) for item in items]
@@ -66,7 +68,9 @@ def log_weights(
     log_weight: LogWeight,
 ) -> Floats:
     """log w of given completions, such as samples of the posterior, under the policy `model`: [M].
-    Raises IllegalCompletion for one that the policy cannot produce."""
+
+    Raises IllegalCompletion for one that the policy cannot produce.
+    """
     log_q_M = log_probs(model, actions, prompt, completions)
     return log_weight([completion.tokens for completion in completions]) - log_q_M
 

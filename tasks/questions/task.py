@@ -206,8 +206,10 @@ class _Spelling:
         return _Asked(prompt, row.answer, shown)
 
     def _shown(self, prompt: Prompt, read: str, rationale: str) -> Demonstration:
-        """The rationale as the policy would write it, with the marks of what the tool says. Raises
-        IllegalCompletion, TokenizerUnfit, and ValueError where the tool says otherwise."""
+        """The rationale as the policy would write it, with the marks of what the tool says.
+
+        Raises IllegalCompletion, TokenizerUnfit, and ValueError where the tool says otherwise.
+        """
         apart = "" if self._config.chat or read[-1:].isspace() else " "
         tokens = spell_after(self._tokenizer, read, apart + rationale.strip())
         from_tool: list[bool] = []

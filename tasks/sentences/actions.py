@@ -17,7 +17,9 @@ def sentence_actions(
     tokenizer: Tokenizer, config: Lengths, *, stop_text: str = STOP_TEXT
 ) -> ActionSpace:
     """Every token that can stand inside a sentence, or inside a part of one; `stop_text` is ⊤.
-    Raises TokenizerUnfit where the full stop, or what stands for it, is no token of its own."""
+
+    Raises TokenizerUnfit where the full stop, or what stands for it, is no token of its own.
+    """
     possible = (_IMPOSSIBLE | set(stop_text)).isdisjoint
     return legal_actions(tokenizer, config, possible, behind=ANY_WORD, stop_text=stop_text)
 

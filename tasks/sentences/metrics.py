@@ -29,7 +29,9 @@ def bleu4(written: str, true: str) -> float:
 
 def self_bleu4(sentences: Sequence[str]) -> float | None:
     """How much sentences repeat one another: mean BLEU-4 of each against all others, in [0, 1].
-    None for fewer than two. Zhu et al. 2018 (Texygen, arXiv 1802.01886); smoothed as `bleu4`."""
+
+    None for fewer than two. Zhu et al. 2018 (Texygen, arXiv 1802.01886); smoothed as `bleu4`.
+    """
     if len(sentences) < 2:
         return None
     smoothing = SmoothingFunction().method1

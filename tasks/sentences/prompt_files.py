@@ -13,8 +13,10 @@ LONGEST = 2000  # characters of a prompt
 
 
 def load_prompts(path: str) -> tuple[str, ...]:
-    """All prompts of a file, blanks at their ends taken off; raises DataError with the bad lines. A
-    line is bad when it is empty, longer than LONGEST characters, or holds a control character."""
+    """All prompts of a file, blanks at their ends taken off; raises DataError with the bad lines.
+
+    A line is bad when it is empty, longer than LONGEST characters, or holds a control character.
+    """
     prompts, wrong = [], []
     for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), start=1):
         prompt = line.strip()

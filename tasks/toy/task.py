@@ -24,8 +24,10 @@ QUESTIONS = (("a?", "-b"), ("b?", "-ca"), ("ab?", "-d"), ("da?", "-cb"))
 
 
 class LetterSum:
-    """Writes the sum of the letters so far behind '=', a = 0 to d = 3, modulo 4. Keeps silent where
-    no letter precedes. Args are token ids."""
+    """Writes the sum of the letters so far behind '=', a = 0 to d = 3, modulo 4.
+
+    Keeps silent where no letter precedes. Args are token ids.
+    """
 
     def __init__(self, letters: Sequence[int], *, trigger: int) -> None:
         self._letters = list(letters)
