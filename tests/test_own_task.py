@@ -58,6 +58,7 @@ def test_the_page_needs_fewer_lines_than_it_promises() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.beside
 def test_the_page_runs_as_it_stands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = commands(PAGE)
     assert [line.split()[1] for line in lines] == [
