@@ -3,7 +3,15 @@
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    field_validator,
+    model_validator,
+)
 
 RAY_PORT = 6379
 LOOPBACK = "127.0.0.1"
@@ -14,47 +22,34 @@ _WHERE_TO = f"set {PASSWORD_VARIABLE}, or name a file of yours in buffer.passwor
 class BufferConfig(BaseModel):
     """The `[buffer]` section of a run; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
-    kind: Literal["redis", "memory"] = Field(
-        "redis",
-        description="Where it is: in a Redis, or in the process of a --local run, which then goes"
-        " on after a kill exactly as if it had not been killed; saved with each checkpoint.",
-    )
-    url: str | None = Field(
-        None,
-        description="A Redis to use (redis://host:port/db, unix:///path); None: the run's own.",
-    )
-    password_file: str | None = Field(
-        None,
-        description="File that holds the password of the Redis at url; of a managed one too, whose"
-        " password is made up otherwise. AMORTIZE_REDIS_PASSWORD in the environment comes before"
-        " it. Passwords are refused in TOML, in overrides and in url.",
-    )
-    transport: Literal["tcp", "unix"] = Field(
-        "tcp", description="How a managed server listens; unix serves processes of one host only."
-    )
-    bind: str = Field(
-        "auto",
-        description="Address a managed server listens on: one that every host of the run reaches."
-        " auto: that under which the Ray cluster knows this host, loopback without a cluster.",
-    )
+    kind: Literal["redis", "memory"] = "redis"
+    """Where it is: in a Redis, or in the process of a --local run, which then goes on after a kill
+    exactly as if it had not been killed; saved with each checkpoint."""
+    url: str | None = None
+    """A Redis to use (redis://host:port/db, unix:///path); None: the run's own."""
+    password_file: str | None = None
+    """File that holds the password of the Redis at url; of a managed one too, whose password is
+    made up otherwise. AMORTIZE_REDIS_PASSWORD in the environment comes before it. Passwords are
+    refused in TOML, in overrides and in url."""
+    transport: Literal["tcp", "unix"] = "tcp"
+    """How a managed server listens; unix serves processes of one host only."""
+    bind: str = "auto"
+    """Address a managed server listens on: one that every host of the run reaches. auto: that under
+    which the Ray cluster knows this host, loopback without a cluster."""
     port: int = Field(0, ge=0, le=65535, description="Of a managed server; 0 takes a free one.")
-    timeout_s: float = Field(
-        20.0, gt=0, description="Longest wait for one reply, and for a lost server to come back."
-    )
+    timeout_s: PositiveFloat = 20.0
+    """Longest wait for one reply, and for a lost server to come back."""
     capacity: int = Field(20_000, ge=1, description="Trajectories in replay, all prompts together.")
     quota_per_prompt: int = Field(50, ge=1, description="Trajectories in replay for one prompt.")
-    near_duplicate_tolerance: float = Field(
-        0.25,
-        ge=0,
-        lt=1,
-        description="Of one prompt, two completions of a and b tokens are near-duplicates when"
-        " their edit distance is below this times (a + b); 0 switches the rule off.",
-    )
-    inverse_temperature: float = Field(
-        1.0, ge=0, description="Replay draws by softmax of this times log-reward; 0 is uniform."
-    )
+    near_duplicate_tolerance: float = Field(0.25, ge=0, lt=1)
+    """Of one prompt, two completions of a and b tokens are near-duplicates when their edit distance
+    is below this times (a + b); 0 switches the rule off."""
+    inverse_temperature: NonNegativeFloat = 1.0
+    """Replay draws by softmax of this times log-reward; 0 is uniform."""
     fresh_capacity: int = Field(512, ge=1, description="Groups that wait for the learner.")
     max_draws: int = Field(1, ge=1, description="Times the learner may draw one fresh group.")
     max_age: int = Field(16, ge=0, description="Policy versions after which a group expires.")

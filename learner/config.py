@@ -2,20 +2,18 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from learner.objectives.traits import TRAITS, ObjectiveName, Traits
-from lm.config import LARGE
+from lm.config import LARGE, Section
 
 
-class RewardTemperatureConfig(BaseModel):
+class RewardTemperatureConfig(Section):
     """Linear from `start` to `end` over `steps` optimizer steps, then flat (paper, appendix)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start: float = Field(default=1.0, gt=0, description="T of the first step; R enters as R^(1/T).")
-    end: float = Field(default=1.0, gt=0, description="T once the schedule has run.")
-    steps: int = Field(default=0, ge=0, description="Optimizer steps from start to end.")
+    start: float = Field(1.0, gt=0, description="T of the first step; R enters as R^(1/T).")
+    end: float = Field(1.0, gt=0, description="T once the schedule has run.")
+    steps: int = Field(0, ge=0, description="Optimizer steps from start to end.")
 
     def at(self, step: int) -> float:
         """T of the update after `step` finished ones."""
@@ -24,102 +22,64 @@ class RewardTemperatureConfig(BaseModel):
         return self.start + (self.end - self.start) * step / self.steps
 
 
-class LearnerConfig(BaseModel):
+class LearnerConfig(Section):
     """What a batch is, how a step is taken, and what is kept of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
     groups_per_step: int = Field(gt=0, description="Prompts per step, each with its fresh group.")
-    replayed_per_group: int = Field(
-        default=0, ge=0, description="Replayed trajectories per prompt."
-    )
-    token_budget: int = Field(
-        default=4096,
-        gt=0,
-        description="Columns of one pass, which bounds the memory; a larger group takes several, "
-        "and one more without gradients.",
-    )
-    checkpointing: bool | Literal["auto"] = Field(
-        default="auto",
-        description="Recompute activations instead of keeping them; auto: above 50M parameters.",
-    )
+    replayed_per_group: int = Field(0, ge=0, description="Replayed trajectories per prompt.")
+    token_budget: PositiveInt = 4096
+    """Columns of one pass, which bounds the memory; a larger group takes several, and one more
+    without gradients."""
+    checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations instead of keeping them; auto: above 50M parameters."""
     learning_rate: float = Field(gt=0, description="Peak of the schedule.")
-    warmup_steps: int = Field(default=0, ge=0, description="Steps of the linear rise to the peak.")
-    decay: Literal["constant", "linear"] = Field(
-        default="constant", description="Learning rate after warm-up: flat, or linear towards 0."
-    )
-    clip_norm: float = Field(default=1.0, gt=0, description="Largest gradient norm.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Of AdamW, per unit learning rate.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of the linear rise to the peak.")
+    decay: Literal["constant", "linear"] = "constant"
+    """Learning rate after warm-up: flat, or linear towards 0."""
+    clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
+    weight_decay: float = Field(0.0, ge=0, description="Of AdamW, per unit learning rate.")
 
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
-    objective: ObjectiveName = Field(
-        default="subtb",
-        description="subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); "
-        "db: neighbouring stop states (lambda -> 0); raptb: every prefix against the root. To "
-        "compare with: ppo: reward maximisation with a KL penalty, on policy; sft: maximum "
-        "likelihood of the task's demonstrations. joint: maximum likelihood of rationales and "
-        "answers, the M-step of EM.",
-    )
-    subtb_lambda: float = Field(
-        default=1.0, gt=0, le=2, description="Of subtb: pairs n stops apart weigh lambda^(n-1)."
-    )
-    normalisation: Literal["batch", "trajectory"] = Field(
-        default="batch",
-        description="Divide residuals by their weight in the whole batch, or in each trajectory.",
-    )
-    log_z: Literal["group", "learned"] = Field(
-        default="group",
-        description="Log Z(X): mean of the prompt's group, or a linear head on the state behind X.",
-    )
-    ppo_clip: float = Field(
-        default=0.2,
-        gt=0,
-        description="Of ppo: largest change of an action's probability, as a share, that teaches.",
-    )
-    ppo_kl: float = Field(
-        default=0.2, ge=0, description="Of ppo: nats of log R / T for one of KL(policy || base)."
-    )
-    agreement_tolerance_nats: float | None = Field(
-        default=None,
-        gt=0,
-        description="Largest root mean square of log q recomputed - recorded, over the tokens and "
-        "stop states of a trajectory that is learned from. None: learned from the first draws, at "
-        "most 1e-3 in float32 and 0.25 in bfloat16 or TF32, which round more.",
-    )
-    agreement_check_share: float = Field(
-        default=0.05,
-        ge=0,
-        le=1,
-        description="Share of what is drawn that is compared with the learner's log q; at least "
-        "one trajectory of each actor and version, and everything in the first three draws.",
-    )
-    agreement_max_share: float = Field(
-        default=0.25,
-        ge=0,
-        le=1,
-        description="Share of what was drawn lately that may disagree before the run ends; 1: all.",
-    )
+    objective: ObjectiveName = "subtb"
+    """subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); db:
+    neighbouring stop states (lambda -> 0); raptb: every prefix against the root. To compare with:
+    ppo: reward maximisation with a KL penalty, on policy; sft: maximum likelihood of the task's
+    demonstrations. joint: maximum likelihood of rationales and answers, the M-step of EM."""
+    subtb_lambda: float = Field(1.0, gt=0, le=2)
+    """Of subtb: pairs n stops apart weigh lambda^(n-1)."""
+    normalisation: Literal["batch", "trajectory"] = "batch"
+    """Divide residuals by their weight in the whole batch, or in each trajectory."""
+    log_z: Literal["group", "learned"] = "group"
+    """Log Z(X): mean of the prompt's group, or a linear head on the state behind X."""
+    ppo_clip: PositiveFloat = 0.2
+    """Of ppo: largest change of an action's probability, as a share, that teaches."""
+    ppo_kl: NonNegativeFloat = 0.2
+    """Of ppo: nats of log R / T for one of KL(policy || base)."""
+    agreement_tolerance_nats: PositiveFloat | None = None
+    """Largest root mean square of log q recomputed - recorded, over the tokens and stop states of a
+    trajectory that is learned from. None: learned from the first draws, at most 1e-3 in float32 and
+    0.25 in bfloat16 or TF32, which round more."""
+    agreement_check_share: float = Field(0.05, ge=0, le=1)
+    """Share of what is drawn that is compared with the learner's log q; at least one trajectory of
+    each actor and version, and everything in the first three draws."""
+    agreement_max_share: float = Field(0.25, ge=0, le=1)
+    """Share of what was drawn lately that may disagree before the run ends; 1: all."""
 
-    publish_every_steps: int = Field(default=1, gt=0, description="Steps between two adapters.")
-    publish_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Of the adapters that actors are sent. bfloat16: half the bytes; actors sample "
-        "from, and are held to, the rounded policy.",
-    )
-    checkpoint_every_steps: int = Field(default=100, gt=0, description="Steps between checkpoints.")
-    checkpoint_every_s: float = Field(
-        default=60.0, gt=0, description="Seconds between them: what a replaced learner repeats."
-    )
-    checkpoints_kept: int = Field(default=2, gt=0, description="Older ones are removed.")
+    publish_every_steps: int = Field(1, gt=0, description="Steps between two adapters.")
+    publish_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the adapters that actors are sent. bfloat16: half the bytes; actors sample from, and are
+    held to, the rounded policy."""
+    checkpoint_every_steps: int = Field(100, gt=0, description="Steps between checkpoints.")
+    checkpoint_every_s: PositiveFloat = 60.0
+    """Seconds between them: what a replaced learner repeats."""
+    checkpoints_kept: int = Field(2, gt=0, description="Older ones are removed.")
 
-    ranks: int = Field(default=1, gt=0, description="Processes that share one step.")
-    starvation_timeout_s: float = Field(
-        default=300.0, gt=0, description="Longest wait for groups before the step fails."
-    )
-    collective_timeout_s: float = Field(
-        default=600.0, gt=0, description="Longest wait of one rank for the others."
-    )
+    ranks: int = Field(1, gt=0, description="Processes that share one step.")
+    starvation_timeout_s: PositiveFloat = 300.0
+    """Longest wait for groups before the step fails."""
+    collective_timeout_s: PositiveFloat = 600.0
+    """Longest wait of one rank for the others."""
 
     def recomputes(self, num_parameters: int) -> bool:
         """Whether activations of a model of this size are recomputed."""

@@ -3,44 +3,26 @@
 import re
 from typing import Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from lm.config import Section
 from reward.checks import BUILT_IN, FUNCTION
 
 
-class RewardTerm(BaseModel):
+class RewardTerm(Section):
     """One of `[[reward.terms]]`, which add up: log R is the sum of weight times value."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["likelihood", "verifier", "length"] = Field(
-        description="What the frozen LM says of Z and Y, nats; a score of Z's text in [0, 1]; or "
-        "the tokens of Z."
-    )
-    weight: float = Field(
-        default=1.0, allow_inf_nan=False, description="By which the value is multiplied."
-    )
-    check: str | None = Field(
-        default=None,
-        description='Of a verifier: "exact", "numeric", "regex", or "module:function" of your own.',
-    )
-    pattern: str | None = Field(
-        default=None,
-        description="Regular expression: what regex looks for; its first group is what exact and "
-        "numeric look at instead of the whole text.",
-    )
-    where: Literal["every", "end"] = Field(
-        default="every",
-        description="A verifier judges every stop state, or whole completions alone.",
-    )
+    kind: Literal["likelihood", "verifier", "length"]
+    """What the frozen LM says of Z and Y, nats; a score of Z's text in [0, 1]; or the tokens of
+    Z."""
+    weight: float = Field(1.0, allow_inf_nan=False, description="By which the value is multiplied.")
+    check: str | None = None
+    """Of a verifier: "exact", "numeric", "regex", or "module:function" of your own."""
+    pattern: str | None = None
+    """Regular expression: what regex looks for; its first group is what exact and numeric look at
+    instead of the whole text."""
+    where: Literal["every", "end"] = "every"
+    """A verifier judges every stop state, or whole completions alone."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -66,38 +48,25 @@ class RewardTerm(BaseModel):
         return self
 
 
-class RewardConfig(BaseModel):
+class RewardConfig(Section):
     """How the frozen LM that scores rationales is run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    replicas: PositiveInt = Field(
-        default=1, description="Independent copies of the frozen LM; callers spread over them."
-    )
-    ranks: PositiveInt = Field(
-        default=1, description="Processes over which one replica shards its weights (ZeRO-3)."
-    )
-    token_budget: PositiveInt = Field(
-        default=2048, description="Tokens of one padded micro-batch on one rank."
-    )
-    deadline_s: PositiveFloat = Field(
-        default=60.0,
-        description="Seconds within which a request is answered, from its arrival on; also how "
-        "long a rank waits for the other ranks of its replica.",
-    )
-    verifier_processes: PositiveInt = Field(
-        default=1, description="In which an actor's verifiers run."
-    )
-    verifier_deadline_s: PositiveFloat = Field(
-        default=5.0, description="Longest call of a verifier; one that takes longer is ended."
-    )
-    cache_items: NonNegativeInt = Field(
-        default=20_000, description="Scores remembered by content, oldest use forgotten; 0: none."
-    )
-    terms: tuple[RewardTerm, ...] = Field(
-        default=(),
-        description="What log R is the sum of; none: what the task says (docs/questions.md).",
-    )
+    replicas: PositiveInt = 1
+    """Independent copies of the frozen LM; callers spread over them."""
+    ranks: PositiveInt = 1
+    """Processes over which one replica shards its weights (ZeRO-3)."""
+    token_budget: PositiveInt = 2048
+    """Tokens of one padded micro-batch on one rank."""
+    deadline_s: PositiveFloat = 60.0
+    """Seconds within which a request is answered, from its arrival on; also how long a rank waits
+    for the other ranks of its replica."""
+    verifier_processes: PositiveInt = Field(1, description="In which an actor's verifiers run.")
+    verifier_deadline_s: PositiveFloat = 5.0
+    """Longest call of a verifier; one that takes longer is ended."""
+    cache_items: NonNegativeInt = 20_000
+    """Scores remembered by content, oldest use forgotten; 0: none."""
+    terms: tuple[RewardTerm, ...] = ()
+    """What log R is the sum of; none: what the task says (docs/questions.md)."""
 
     @model_validator(mode="after")
     def _check_terms(self) -> Self:

@@ -5,10 +5,11 @@ from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
     SerializeAsAny,
     Tag,
     WrapValidator,
@@ -17,6 +18,7 @@ from pydantic import (
 )
 
 from actors.reward_query import RewardKind
+from lm.config import Section
 from reward.checks import FUNCTION
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 from tasks.held_out import HeldOutConfig
@@ -25,23 +27,16 @@ from tasks.records import FILES
 _COLUMN = re.compile(r"[^.\[\]!:{}]+")
 
 
-class Lengths(BaseModel):
+class Lengths(Section):
     """Where a completion may stop."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    min_len: int = Field(default=1, ge=0, description="Tokens of a completion before it may stop.")
-    max_len: int = Field(default=24, ge=1, description="Tokens at which it must stop.")
-    stop_every: int = Field(
-        default=1,
-        ge=1,
-        description="Between them it may stop after every so many tokens only, min_len the first.",
-    )
-    stop_behind: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        default=(),
-        description='... and only after a token that ends with one of these texts, such as "\\n"; '
-        "none: after any.",
-    )
+    min_len: int = Field(1, ge=0, description="Tokens of a completion before it may stop.")
+    max_len: int = Field(24, ge=1, description="Tokens at which it must stop.")
+    stop_every: int = Field(1, ge=1)
+    """Between them it may stop after every so many tokens only, min_len the first."""
+    stop_behind: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """... and only after a token that ends with one of these texts, such as "\\n"; none: after
+    any."""
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
@@ -56,44 +51,35 @@ class ArithmeticConfig(HeldOutConfig, Lengths):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["arithmetic"]
-    demonstrations: str = Field(
-        min_length=1, description="JSON file: questions with rationales.", json_schema_extra=FILES
-    )
-    questions: str = Field(
-        min_length=1, description="JSON file: questions with answers only.", json_schema_extra=FILES
-    )
-    demonstration_weight: float = Field(
-        default=1.0, ge=0, description="Share of draws of one question with a rationale ..."
-    )
-    question_weight: float = Field(default=0.2, ge=0, description="... and of one without.")
-    reward_demonstrations: int = Field(
-        default=0, ge=0, description="Worked questions that the reward's context starts with."
-    )
-    stop_after_tool: bool = Field(
-        default=True,
-        description="A rationale may stop only behind a result of the calculator; false: anywhere.",
-    )
-    max_len: int = Field(default=48, ge=1, description="Tokens at which it must stop.")
+    demonstrations: str = Field(min_length=1, json_schema_extra=FILES)
+    """JSON file: questions with rationales."""
+    questions: str = Field(min_length=1, json_schema_extra=FILES)
+    """JSON file: questions with answers only."""
+    demonstration_weight: NonNegativeFloat = 1.0
+    """Share of draws of one question with a rationale ..."""
+    question_weight: float = Field(0.2, ge=0, description="... and of one without.")
+    reward_demonstrations: NonNegativeInt = 0
+    """Worked questions that the reward's context starts with."""
+    stop_after_tool: bool = True
+    """A rationale may stop only behind a result of the calculator; false: anywhere."""
+    max_len: int = Field(48, ge=1, description="Tokens at which it must stop.")
 
 
-class RandomNumberConfig(BaseModel):
+class RandomNumberConfig(Section):
     """The `[task]` section of a run on uniformly random integers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     tests: ClassVar[tuple[str, ...]] = ()
     reward_kind: ClassVar[RewardKind] = "function"
 
     name: Literal["random_number"]
     question: str = Field(
-        default="The following is a random integer drawn uniformly between 0 and 100:",
-        min_length=1,
-        description="X, which the integer follows.",
+        "The following is a random integer drawn uniformly between 0 and 100:", min_length=1
     )
-    low: int = Field(default=0, ge=0, description="Smallest valid integer.")
-    high: int = Field(default=100, description="Largest valid integer.")
-    penalty_nats: float = Field(
-        default=8.0, gt=0, description="By which each token of an invalid Z lowers log R."
-    )
+    """X, which the integer follows."""
+    low: int = Field(0, ge=0, description="Smallest valid integer.")
+    high: int = Field(100, description="Largest valid integer.")
+    penalty_nats: PositiveFloat = 8.0
+    """By which each token of an invalid Z lowers log R."""
 
     @model_validator(mode="after")
     def _check_range(self) -> "RandomNumberConfig":
@@ -105,11 +91,9 @@ class RandomNumberConfig(BaseModel):
 class _SentenceConfig(HeldOutConfig, Lengths):
     """Keys that tasks of one sentence share."""
 
-    embedder: str | None = Field(
-        default=None,
-        description="Sentence encoder, folder or hub id, for how alike sentences are, such as "
-        "sentence-transformers/all-mpnet-base-v2; None: by words.",
-    )
+    embedder: str | None = None
+    """Sentence encoder, folder or hub id, for how alike sentences are, such as
+    sentence-transformers/all-mpnet-base-v2; None: by words."""
 
 
 class InfillingConfig(_SentenceConfig):
@@ -118,12 +102,10 @@ class InfillingConfig(_SentenceConfig):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["infilling"]
-    stories: str = Field(
-        min_length=1, description="JSON Lines or CSV: stories to train on.", json_schema_extra=FILES
-    )
-    demonstrations: int = Field(
-        default=0, ge=0, description="Stories whose true middle seeds the replay buffer."
-    )
+    stories: str = Field(min_length=1, json_schema_extra=FILES)
+    """JSON Lines or CSV: stories to train on."""
+    demonstrations: NonNegativeInt = 0
+    """Stories whose true middle seeds the replay buffer."""
 
 
 class ContinuationConfig(_SentenceConfig):
@@ -132,17 +114,11 @@ class ContinuationConfig(_SentenceConfig):
     reward_kind: ClassVar[RewardKind] = "stop"
 
     name: Literal["continuation"]
-    data: str = Field(
-        min_length=1,
-        description="Text file: a prompt in each line, to train on.",
-        json_schema_extra=FILES,
-    )
-    demonstrations: str | None = Field(
-        default=None,
-        description="JSON Lines: prompts with the next sentence, which seed the replay buffer and "
-        "which supervised fine-tuning imitates; None: none.",
-        json_schema_extra=FILES,
-    )
+    data: str = Field(min_length=1, json_schema_extra=FILES)
+    """Text file: a prompt in each line, to train on."""
+    demonstrations: str | None = Field(None, json_schema_extra=FILES)
+    """JSON Lines: prompts with the next sentence, which seed the replay buffer and which supervised
+    fine-tuning imitates; None: none."""
 
 
 class SubjectivityConfig(HeldOutConfig, Lengths):
@@ -151,89 +127,52 @@ class SubjectivityConfig(HeldOutConfig, Lengths):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["subjectivity"]
-    reviews: str = Field(
-        min_length=1,
-        description="JSON Lines: labelled reviews to train on.",
-        json_schema_extra=FILES,
-    )
-    labels: int | None = Field(
-        default=None,
-        ge=1,
-        description="Only so many of them, drawn by the run's seed, of either label alike; "
-        "None: all.",
-    )
-    max_len: int = Field(default=8, ge=1, description="Tokens of a reason at which it must stop.")
-    hinted_draws: int = Field(
-        default=0,
-        ge=0,
-        description="Reasons of each review that seed the replay buffer: drawn of the base LM, "
-        "behind a prompt that gives the label away.",
-    )
-    wrong_label_penalty: float = Field(
-        default=0.0,
-        ge=0,
-        description="Nats by which log R is less behind a reason where the base LM finds the wrong "
-        "label likelier.",
-    )
+    reviews: str = Field(min_length=1, json_schema_extra=FILES)
+    """JSON Lines: labelled reviews to train on."""
+    labels: int | None = Field(None, ge=1)
+    """Only so many of them, drawn by the run's seed, of either label alike; None: all."""
+    max_len: int = Field(8, ge=1, description="Tokens of a reason at which it must stop.")
+    hinted_draws: NonNegativeInt = 0
+    """Reasons of each review that seed the replay buffer: drawn of the base LM, behind a prompt
+    that gives the label away."""
+    wrong_label_penalty: NonNegativeFloat = 0.0
+    """Nats by which log R is less behind a reason where the base LM finds the wrong label
+    likelier."""
 
 
 class QuestionsConfig(HeldOutConfig, Lengths):
     """The `[task]` section of a run on somebody's questions (docs/questions.md)."""
 
     name: Literal["questions"]
-    data: str = Field(
-        min_length=1,
-        description="JSON Lines, JSON, CSV or Parquet to train on, or a dataset of Hugging Face's "
-        "hub as OWNER/NAME:SPLIT (train if none is named).",
-        json_schema_extra=FILES,
-    )
-    subset: str | None = Field(default=None, description="Of such a dataset, as the hub names it.")
-    revision: str | None = Field(
-        default=None,
-        pattern="^[0-9a-f]{40}$",
-        description="Commit of such a dataset, which it needs: 40 hexadecimal digits.",
-    )
-    max_questions: int | None = Field(
-        default=None, ge=1, description="Of each file or dataset, the first so many; None: all."
-    )
-    question: str = Field(default="question", description="Column with the question.")
-    answer: str = Field(default="answer", description="Column with the true answer.")
-    rationale: str = Field(
-        default="rationale",
-        description="Column with a known rationale, where a row has one: a demonstration.",
-    )
-    x: str = Field(
-        default="Question: {question}\nReasoning:",
-        description="X: {question}, or any other column but the answer's, in a text.",
-    )
-    y: str = Field(
-        default="\nAnswer: {answer}",
-        description='Y, which follows the rationale: {answer} in a text. "": none, and R is '
-        "p_LM(Z ⊤ | X), for a verifier to judge (reward.terms).",
-    )
-    chat: bool = Field(
-        default=False,
-        description="X is a user's message in the tokenizer's chat template, and Z begins where "
-        "the assistant's turn does.",
-    )
-    legal: str | None = Field(
-        default=None, min_length=1, description="Characters that Z may hold; None: any text."
-    )
-    stop: str | None = Field(
-        default=None,
-        min_length=1,
-        description="The token that ends Z, as text; None: the one that Y begins with, or the "
-        "end-of-text token where Y begins with the answer.",
-    )
-    tools: tuple[str, ...] = Field(
-        default=(),
-        max_length=1,
-        description='Speaks into Z behind "=": "calculator", or "module:function" of your own.',
-    )
-    tool_deadline_s: float = Field(
-        default=5.0, gt=0, description="Longest call of a function of your own."
-    )
-    max_len: int = Field(default=64, ge=1, description="Tokens at which it must stop.")
+    data: str = Field(min_length=1, json_schema_extra=FILES)
+    """JSON Lines, JSON, CSV or Parquet to train on, or a dataset of Hugging Face's hub as
+    OWNER/NAME:SPLIT (train if none is named)."""
+    subset: str | None = Field(None, description="Of such a dataset, as the hub names it.")
+    revision: str | None = Field(None, pattern="^[0-9a-f]{40}$")
+    """Commit of such a dataset, which it needs: 40 hexadecimal digits."""
+    max_questions: int | None = Field(None, ge=1)
+    """Of each file or dataset, the first so many; None: all."""
+    question: str = Field("question", description="Column with the question.")
+    answer: str = Field("answer", description="Column with the true answer.")
+    rationale: str = "rationale"
+    """Column with a known rationale, where a row has one: a demonstration."""
+    x: str = "Question: {question}\nReasoning:"
+    """X: {question}, or any other column but the answer's, in a text."""
+    y: str = "\nAnswer: {answer}"
+    """Y, which follows the rationale: {answer} in a text. "": none, and R is p_LM(Z ⊤ | X), for a
+    verifier to judge (reward.terms)."""
+    chat: bool = False
+    """X is a user's message in the tokenizer's chat template, and Z begins where the assistant's
+    turn does."""
+    legal: str | None = Field(None, min_length=1)
+    """Characters that Z may hold; None: any text."""
+    stop: str | None = Field(None, min_length=1)
+    """The token that ends Z, as text; None: the one that Y begins with, or the end-of-text token
+    where Y begins with the answer."""
+    tools: tuple[str, ...] = Field((), max_length=1)
+    """Speaks into Z behind "=": "calculator", or "module:function" of your own."""
+    tool_deadline_s: float = Field(5.0, gt=0, description="Longest call of a function of your own.")
+    max_len: int = Field(64, ge=1, description="Tokens at which it must stop.")
 
     @field_validator("tools")
     @classmethod
@@ -287,9 +226,9 @@ class ToyConfig(Lengths):
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: Literal["toy"]
-    min_len: int = Field(default=0, ge=0, description="Letters of a completion before it may stop.")
-    max_len: int = Field(default=5, ge=1, description="Letters at which it must stop.")
-    tool: bool = Field(default=False, description="'=' asks a tool to add the letters up.")
+    min_len: int = Field(0, ge=0, description="Letters of a completion before it may stop.")
+    max_len: int = Field(5, ge=1, description="Letters at which it must stop.")
+    tool: bool = Field(False, description="'=' asks a tool to add the letters up.")
 
 
 # Tasks whose completions are whole sentences, measured by what is written.

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from actors.reward_query import RewardKind
@@ -28,7 +28,6 @@ _NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 class CustomTaskConfig(HeldOutConfig):
     """The keys of every such task; its class adds its own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     reward_kind: ClassVar[RewardKind] = "suffix"
 
     name: str = Field(description="Module and class of the task (docs/own_task.md).")

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from lm.config import Section
 from tasks.records import FILES, DataError
 
 Split = Literal["validation", "test"]
@@ -19,26 +20,16 @@ Item = TypeVar("Item")
 _SHOWN = 3  # records that an error quotes
 
 
-class HeldOutConfig(BaseModel):
+class HeldOutConfig(Section):
     """Keys of a task that is measured on files."""
 
-    tests: tuple[str, ...] = Field(
-        default=(),
-        description="Files to evaluate on; none: by the distance to the posterior.",
-        json_schema_extra=FILES,
-    )
-    validation: tuple[str, ...] = Field(
-        default=(),
-        description="Files to make choices on, in the form of those.",
-        json_schema_extra=FILES,
-    )
-    validation_share: float = Field(
-        default=0.0,
-        ge=0,
-        le=0.5,
-        description="Where there are none: share of the training data, chosen by a hash of its "
-        "text, that is validated on and not trained on.",
-    )
+    tests: tuple[str, ...] = Field((), json_schema_extra=FILES)
+    """Files to evaluate on; none: by the distance to the posterior."""
+    validation: tuple[str, ...] = Field((), json_schema_extra=FILES)
+    """Files to make choices on, in the form of those."""
+    validation_share: float = Field(0.0, ge=0, le=0.5)
+    """Where there are none: share of the training data, chosen by a hash of its text, that is
+    validated on and not trained on."""
 
 
 class NothingToMeasure(ValueError):

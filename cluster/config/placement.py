@@ -3,10 +3,10 @@
 import os
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from cluster.config.project import UserError
-from cluster.config.validation import Section
+from lm.config import Section
 
 # A node with this label is kept for the parts that it names: actor, reward, learner or evaluator.
 PART_LABEL = "amortize-part"
@@ -17,9 +17,8 @@ class Placement(Section):
     """What one process claims of its node."""
 
     cpus: float = Field(0.25, ge=0, description="Ray CPUs; how many fit on a node.")
-    gpus: float = Field(
-        0.0, ge=0, description="Ray GPUs; a fraction shares one and caps memory; 0 sees none."
-    )
+    gpus: NonNegativeFloat = 0.0
+    """Ray GPUs; a fraction shares one and caps memory; 0 sees none."""
     threads: int = Field(1, ge=1, description="Threads of its matrix products.")
     labels: dict[str, _Wanted] = Field(
         {},
@@ -39,51 +38,36 @@ class Placement(Section):
 class GroupPlacement(Placement):
     """What one rank claims, and how the ranks of one worker group lie among the nodes."""
 
-    strategy: Literal["PACK", "STRICT_PACK", "SPREAD"] = Field(
-        "PACK",
-        description="Ranks of one worker group: on as few nodes as there is room on, on one node "
-        "or not at all, or on as many as there are.",
-    )
+    strategy: Literal["PACK", "STRICT_PACK", "SPREAD"] = "PACK"
+    """Ranks of one worker group: on as few nodes as there is room on, on one node or not at all, or
+    on as many as there are."""
 
 
 class ClusterConfig(Section):
     """The `[cluster]` section: how many processes, where, and how long they may be silent."""
 
-    address: str | None = Field(
-        None,
-        description="A running Ray cluster (host:port, ray://..., auto); None starts one here.",
-    )
-    cpus: int | None = Field(
-        None, ge=1, description="CPUs that a Ray started here offers; None: its cores."
-    )
+    address: str | None = None
+    """A running Ray cluster (host:port, ray://..., auto); None starts one here."""
+    cpus: int | None = Field(None, ge=1)
+    """CPUs that a Ray started here offers; None: its cores."""
     dashboard: bool = Field(False, description="Start Ray's dashboard, on loopback.")
     actors: int = Field(2, ge=1, description="Rollout actors.")
     actor_placement: Placement = Placement()
     reward_placement: GroupPlacement = GroupPlacement()
     learner_placement: GroupPlacement = GroupPlacement()
-    time_limit_s: float | None = Field(
-        None, gt=0, description="Training ends after this time even if steps are left."
-    )
+    time_limit_s: PositiveFloat | None = None
+    """Training ends after this time even if steps are left."""
     max_restarts: int = Field(5, ge=0, description="Times that one part may die and be replaced.")
-    start_timeout_s: float = Field(
-        300.0,
-        gt=0,
-        description="Longest wait of one part for a place while no node joins the cluster, and "
-        "then for its start to come further (what it reads and holds). Who needs it waits longer "
-        "by both.",
-    )
-    silence_timeout_s: float = Field(
-        120.0, gt=0, description="Longest that a running part may leave a call unanswered."
-    )
-    answer_timeout_s: float = Field(
-        30.0, gt=0, description="Longest wait for the weight store or replica registry."
-    )
-    stop_timeout_s: float = Field(
-        60.0,
-        gt=0,
-        description="Longest orderly stop, of the run or of a part that is scaled away; what "
-        "still runs then is killed.",
-    )
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait of one part for a place while no node joins the cluster, and then for its start
+    to come further (what it reads and holds). Who needs it waits longer by both."""
+    silence_timeout_s: PositiveFloat = 120.0
+    """Longest that a running part may leave a call unanswered."""
+    answer_timeout_s: PositiveFloat = 30.0
+    """Longest wait for the weight store or replica registry."""
+    stop_timeout_s: PositiveFloat = 60.0
+    """Longest orderly stop, of the run or of a part that is scaled away; what still runs then is
+    killed."""
 
     def ray_address(self, given: str | None = None) -> str | None:
         """The Ray cluster to join: the one given, else the configured one, else RAY_ADDRESS.

@@ -13,9 +13,9 @@ from buffer.config import BufferConfig
 from cluster.config.experiments import CompareConfig, EMConfig, ThroughputConfig
 from cluster.config.placement import ClusterConfig
 from cluster.config.tracking import TrackingConfig
-from cluster.config.validation import Section, set_key, validated
+from cluster.config.validation import set_key, validated
 from learner.config import LearnerConfig
-from lm.config import LMConfig, LoRAConfig
+from lm.config import LMConfig, LoRAConfig, Section
 from reward.config import RewardConfig
 from tasks.config import EM_TASKS, SENTENCE_TASKS, QuestionsConfig, SubjectivityConfig, TaskConfig
 from tasks.evaluation.config import EvaluationConfig

@@ -6,9 +6,9 @@ WANDB_MODE or MLFLOW_TRACKING_URI.
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from cluster.config.validation import Section
+from lm.config import Section
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -16,20 +16,14 @@ TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 class TrackingConfig(Section):
     """The `[tracking]` section; a list in its place, as in tracking = ["wandb"], is `trackers`."""
 
-    trackers: tuple[TrackerName, ...] = Field(
-        (),
-        description="Who is told the figures of metrics.jsonl, the table before/after and some "
-        "rationales: tensorboard, wandb, mlflow, trackio, each of which is installed apart. None: "
-        'nobody. tracking = ["wandb"] says this key alone.',
-    )
-    project: str = Field(
-        "amortize",
-        min_length=1,
-        description="Project, or experiment, that wandb, mlflow and trackio list the run under.",
-    )
-    samples_every_steps: int = Field(
-        50, gt=0, description="Optimizer steps between two samples of rationales."
-    )
+    trackers: tuple[TrackerName, ...] = ()
+    """Who is told the figures of metrics.jsonl, the table before/after and some rationales:
+    tensorboard, wandb, mlflow, trackio, each of which is installed apart. None: nobody. tracking =
+    ["wandb"] says this key alone."""
+    project: str = Field("amortize", min_length=1)
+    """Project, or experiment, that wandb, mlflow and trackio list the run under."""
+    samples_every_steps: PositiveInt = 50
+    """Optimizer steps between two samples of rationales."""
 
     @model_validator(mode="before")
     @classmethod

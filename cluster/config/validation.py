@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.config.project import UserError
@@ -15,12 +15,6 @@ from tasks.records import mistake
 Schema = TypeVar("Schema", bound=BaseModel)
 Place = Callable[[str], str]  # dotted key -> where it stands, for messages; "" where nowhere
 _ALTERNATIVES = ("task",)  # sections of several kinds
-
-
-class Section(BaseModel):
-    """A part of the configuration, or all of it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ConfigError(UserError, ValueError):

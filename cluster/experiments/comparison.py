@@ -26,7 +26,7 @@ class Result(BaseModel):
     run: str = Field(description="Its name in runs/.")
     metrics: dict[str, float] = Field(description="What was measured afterwards.")
     compute: dict[str, float] = Field(description="Steps, trajectories, tokens, seconds.")
-    note: str = Field(default="", description="Of the measurement: what its reader must know.")
+    note: str = Field("", description="Of the measurement: what its reader must know.")
 
 
 class Summary(BaseModel):

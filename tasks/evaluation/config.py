@@ -2,54 +2,35 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
+from lm.config import Section
 from tasks.held_out import Split
 
 
-class EvaluationConfig(BaseModel):
+class EvaluationConfig(Section):
     """The `[evaluation]` section: how answers are drawn before training and after it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    split: Split = Field(
-        default="test", description="Held-out data to measure on: choices are made on validation."
-    )
-    samples: int = Field(default=10, ge=1, description="Answers per item; the commonest counts.")
-    temperature: float = Field(default=0.1, gt=0, description="At which answers are drawn.")
-    max_rows: int = Field(default=256, ge=1, description="Completions sampled at once.")
-    max_items: int | None = Field(
-        default=None, ge=1, description="Items of each test file that are asked; None: all."
-    )
-    shots: int = Field(
-        default=0,
-        ge=0,
-        description="Worked questions in front of each, when the base LM is asked without an "
-        "adapter.",
-    )
-    diversity_items: int = Field(
-        default=50,
-        ge=0,
-        description="Items of each test file for which samples at temperature 1 are drawn too, to "
-        "see how much they differ; 0: none.",
-    )
-    decoding: Literal["sample", "beam", "diverse_beam"] = Field(
-        default="sample",
-        description="How sentences are written (tasks infilling and continuation): drawn, or the "
-        "ends of a beam search of as many beams, in one group or in groups of one.",
-    )
-    top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Mass of the nucleus that they are drawn from."
-    )
-    diversity_penalty: float = Field(
-        default=1.0,
-        ge=0,
-        description="Nats that a token costs a beam for each earlier group that just took it.",
-    )
-    candidates: int = Field(
-        default=1,
-        ge=1,
-        description="Times `samples` sentences are written; the likeliest different ones count.",
-    )
-    examples: int = Field(default=6, ge=0, description="Rationales that the report shows.")
-    seed: int = Field(default=0, ge=0, description="Of the draws: before and after share it.")
+    split: Split = "test"
+    """Held-out data to measure on: choices are made on validation."""
+    samples: int = Field(10, ge=1, description="Answers per item; the commonest counts.")
+    temperature: float = Field(0.1, gt=0, description="At which answers are drawn.")
+    max_rows: int = Field(256, ge=1, description="Completions sampled at once.")
+    max_items: int | None = Field(None, ge=1)
+    """Items of each test file that are asked; None: all."""
+    shots: NonNegativeInt = 0
+    """Worked questions in front of each, when the base LM is asked without an adapter."""
+    diversity_items: NonNegativeInt = 50
+    """Items of each test file for which samples at temperature 1 are drawn too, to see how much
+    they differ; 0: none."""
+    decoding: Literal["sample", "beam", "diverse_beam"] = "sample"
+    """How sentences are written (tasks infilling and continuation): drawn, or the ends of a beam
+    search of as many beams, in one group or in groups of one."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Mass of the nucleus that they are drawn from."""
+    diversity_penalty: NonNegativeFloat = 1.0
+    """Nats that a token costs a beam for each earlier group that just took it."""
+    candidates: int = Field(1, ge=1)
+    """Times `samples` sentences are written; the likeliest different ones count."""
+    examples: int = Field(6, ge=0, description="Rationales that the report shows.")
+    seed: int = Field(0, ge=0, description="Of the draws: before and after share it.")

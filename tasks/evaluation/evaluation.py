@@ -19,18 +19,18 @@ class Metric(BaseModel):
 
     label: str = Field(description="For people, with its unit.")
     value: float | None = Field(description="None: none of these items could be measured.")
-    format: str = Field(default=".3f", description="Python's format specification of the value.")
+    format: str = Field(".3f", description="Python's format specification of the value.")
     better: Literal["higher", "lower"] | None = Field(
         description="None: it says nothing of how good the policy is, and is not compared."
     )
     items: int = Field(description="Questions, prompts, ... that the value is the mean over.")
-    samples: int | None = Field(default=None, description="Completions drawn for each of them.")
+    samples: int | None = Field(None, description="Completions drawn for each of them.")
     looked_at: int | None = Field(
-        default=None, description="Items, where not each of them could be measured."
+        None, description="Items, where not each of them could be measured."
     )
-    group: str = Field(default="", description="Of the items, such as a number of operands.")
+    group: str = Field("", description="Of the items, such as a number of operands.")
     shown: Literal["chart", "table", "comparison"] = Field(
-        default="table", description="In chart and table of a run, its table, or comparisons alone."
+        "table", description="In chart and table of a run, its table, or comparisons alone."
     )
 
     @classmethod
@@ -72,12 +72,12 @@ class Evaluation(BaseModel):
     task: str
     temperature: float = Field(description="T of the posterior that the policy is held against.")
     step: int | None = Field(
-        default=None, description="Optimizer steps of the policy; 0: the base LM; None: unknown."
+        None, description="Optimizer steps of the policy; 0: the base LM; None: unknown."
     )
-    seconds: float | None = Field(default=None, description="That measuring took.")
-    groups: str = Field(default="", description="What groups are numbers of, such as 'operands'.")
+    seconds: float | None = Field(None, description="That measuring took.")
+    groups: str = Field("", description="What groups are numbers of, such as 'operands'.")
     metrics: dict[str, Metric] = Field(description="By a short name that scripts can use.")
-    note: str = Field(default="", description="What must be known beside the figures.")
+    note: str = Field("", description="What must be known beside the figures.")
     examples: tuple[Example, ...] = ()
 
     def value(self, name: str) -> float | None:

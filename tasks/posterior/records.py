@@ -33,12 +33,10 @@ class PolicyReport(BaseModel):
     kl_q_p: float | None = None
     kl_p_q: float | None = None
     jsd: float | None = None
-    log_z_error: float | None = Field(
-        default=None, description="Of `log_z_estimate`, absolute, nats."
-    )
-    valid: float | None = Field(default=None, description="Mass on completions the task means.")
+    log_z_error: float | None = Field(None, description="Of `log_z_estimate`, absolute, nats.")
+    valid: float | None = Field(None, description="Mass on completions the task means.")
     coverage: float | None = Field(
-        default=None, description="Posterior mass that the policy covers: see tasks.posterior."
+        None, description="Posterior mass that the policy covers: see tasks.posterior."
     )
     left_out_q: float = Field(description="Mass that was not enumerated.")
     log_z_estimate: float = Field(description="Log of the mean weight of the policy's samples.")
