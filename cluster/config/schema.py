@@ -18,8 +18,7 @@ from learner.config import LearnerConfig
 from lm.config import LMConfig, LoRAConfig, Section
 from reward.config import RewardConfig
 from tasks.config import EM_TASKS, SENTENCE_TASKS, QuestionsConfig, SubjectivityConfig, TaskConfig
-from tasks.evaluation.config import EvaluationConfig
-from tasks.posterior.config import PosteriorConfig
+from tasks.evaluation.config import EvaluationConfig, PosteriorConfig
 
 
 class RunConfig(Section):

@@ -1,8 +1,8 @@
-"""Settings of measuring a policy on test data. Imports no torch."""
+"""Settings of measuring a policy, on test data and against the posterior. Imports no torch."""
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from lm.config import Section
 from tasks.held_out import Split
@@ -34,3 +34,22 @@ class EvaluationConfig(Section):
     """Times `samples` sentences are written; the likeliest different ones count."""
     examples: int = Field(6, ge=0, description="Rationales that the report shows.")
     seed: int = Field(0, ge=0, description="Of the draws: before and after share it.")
+
+
+class PosteriorConfig(Section):
+    """The `[posterior]` section: how a policy is compared with the exact posterior."""
+
+    prompts: int = Field(4, ge=1)
+    """Prompts compared: the first distinct ones of the task."""
+    tolerance: float = Field(1e-3, ge=0, lt=1)
+    """Mass of policy and posterior that may stay out of an enumeration; 0: none."""
+    max_nodes: NonNegativeInt = 50_000
+    """Prefixes visited for one prompt. One that needs more counts as not enumerable, and only
+    bounds are given; 0: bounds alone."""
+    samples: int = Field(1000, ge=10)
+    """Completions of the policy, for its log Z and the bounds."""
+    iwae_sizes: tuple[PositiveInt, ...] = (8, 64)
+    """K of the IWAE bounds of log Z."""
+    draws: NonNegativeInt = 1000
+    """Texts that the base LM writes freely, in which samples of the posterior are looked for (at
+    temperature 1)."""

@@ -13,9 +13,8 @@ from lm.model import CausalLM
 from lm.sampling import Completion, Request, Sampler, Tool
 from lm.shared import SharedModel
 from reward.terms import RewardTerms
-from tasks.evaluation.config import EvaluationConfig
+from tasks.evaluation.config import EvaluationConfig, PosteriorConfig
 from tasks.held_out import Split
-from tasks.posterior.config import PosteriorConfig
 
 Draw = Callable[[Sequence[Request]], list[Completion]]  # one for each request, in order
 Item = TypeVar("Item")
