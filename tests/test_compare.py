@@ -153,23 +153,32 @@ def test_a_comparison_that_there_is_not_is_not_begun_by_resuming_it(
 
 
 @pytest.mark.parametrize(
-    ("task", "methods", "told"),
+    ("task", "methods", "told", "alone"),
     [
         # Without test files each seed has draws of its own.
-        ("toy", ["ppo", "gflownet"], [None, 0, None, 2]),
-        ("continuation", ["ppo", "gflownet"], [None, 0, 0, 0]),
+        ("toy", ["ppo", "gflownet"], [None, 0, None, 2], 0),
+        ("continuation", ["ppo", "gflownet"], [None, 0, 0, 0], 0),
         # How far it is from the posterior depends on T.
-        ("continuation", ["gflownet", "gflownet_T0.7"], [None, None, 0, 1]),
+        ("continuation", ["gflownet", "gflownet_T0.7"], [None, None, 0, 1], 0),
+        # Of the method that is the base each seed has draws of its own, the first those of runs.
+        ("continuation", ["base", "ppo"], [-1, -1], 2),
+        ("continuation", ["ppo", "base"], [None, 0], 1),
     ],
 )
 def test_the_base_is_measured_once_for_all_runs_that_would_find_the_same(
     task: str,
     methods: list[str],
     told: list[int | None],
+    alone: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given: list[float | None] = []
+    seeds: list[int] = []
+
+    def evaluate(config: RunConfig, **_: object) -> Evaluation:
+        seeds.append(config.evaluation.seed)
+        return measured(tv=-len(seeds))
 
     def train(
         config: RunConfig, directory: RunDirectory, *, before: Evaluation | None, **_: object
@@ -183,11 +192,12 @@ def test_the_base_is_measured_once_for_all_runs_that_would_find_the_same(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(suite, "train", train)
+    monkeypatch.setattr(suite, "evaluate", evaluate)
     monkeypatch.setattr(findings.Findings, "leave", lambda *_: None)
     words = [str(ROOT / f"tasks/{task}.toml"), "compare.search.learning_rates=[]"]
     words += ["--run", "c", "--seeds", "2", "--local"]
     assert main(["compare", *words, "--methods", *methods]) == 0
-    assert given == told
+    assert given == told and len(seeds) == alone
 
 
 def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(

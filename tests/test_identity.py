@@ -121,6 +121,28 @@ def test_a_verifier_that_was_edited_makes_another_run(
         check_same_run(directory, edited, {})
 
 
+def test_whatever_of_a_package_was_edited_makes_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "checks_of_mine"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("from checks_of_mine.inner import good\n")
+    (package / "inner.py").write_text("good = lambda text, record: 1.0\n")
+    for name in ("checks_of_mine:good", "checks_of_mine.inner:good"):
+        terms = f'[{{kind="likelihood"}}, {{kind="verifier", check="{name}"}}]'
+        config = load_config(str(ROOT / "tasks/toy.toml"), [f"reward.terms={terms}"])
+        directory = RunDirectory(name.replace(":", "-"), root=tmp_path)
+        directory.path.mkdir(parents=True)
+        keep_identity(directory, identity_of_run(config, {}))
+        (package / "__pycache__").mkdir(exist_ok=True)
+        (package / "__pycache__/inner.pyc").write_bytes(name.encode())
+        check_same_run(directory, identity_of_run(config, {}), {})
+        (package / "inner.py").write_text(f"good = lambda text, record: 0.0  # {name}\n")
+        with pytest.raises(UserError, match=r"checks_of_mine.* \(its source\) = digest sha256"):
+            check_same_run(directory, identity_of_run(config, {}), {})
+
+
 def test_what_decides_no_reward_may_change_and_data_may_move(tmp_path: Path) -> None:
     data = tmp_path / "moved.json"
     data.write_bytes((ROOT / "tasks/data/arithmetic/questions.json").read_bytes())

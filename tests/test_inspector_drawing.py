@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.inspector import curves
 from cluster.inspector.charts import Chart, Series, number, outermost, ticks
-from cluster.inspector.curves import draw_curves, rows_by_step, thin
+from cluster.inspector.curves import RowsByStep, draw_curves, thin
 from cluster.inspector.rows import Piece, split_pieces, split_text, tool_spans
+from cluster.run.metrics_log import rows_in
 from tests.inspector_toy import HOSTILE, TOKENIZER, encode
 
 
@@ -121,18 +123,39 @@ def test_numbers_are_short() -> None:
 
 def test_the_metrics_are_read_on_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert rows_by_step(path) == []
+    recorded = RowsByStep(path)
+    assert recorded.rows() == []
     with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 1, "a": 1.0}\n{"step": 2, "a"')
         file.flush()
-        assert [row["step"] for row in rows_by_step(path)] == [1]
+        assert [row["step"] for row in recorded.rows()] == [1]
         file.write(': 2.0}\nnot json\n[1]\n{"step": 3, "a": "<b>", "c": NaN}\n{"a": 4.0}\n')
         file.flush()
-        assert rows_by_step(path) == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 3}]
+        assert recorded.rows() == [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 3}]
         # The run was resumed from a checkpoint at step 1.
         file.write('{"step": 2, "a": 20.0}\n')
         file.flush()
-        assert [row.get("a") for row in rows_by_step(path)] == [1.0, 20.0, None]
+        assert [row.get("a") for row in recorded.rows()] == [1.0, 20.0, None]
+
+
+def test_metrics_that_were_read_are_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    recorded, read = RowsByStep(path), list[int]()
+
+    def counting(lines: bytes) -> list[dict[str, float]]:
+        read.append(len(lines.splitlines()))
+        return list(rows_in(lines))
+
+    monkeypatch.setattr(curves, "rows_in", counting)
+    lines = [f'{{"step": {step}}}\n' for step in range(1, 6)]
+    for length in (3, 3, 5):
+        path.write_text("".join(lines[:length]))
+        assert [row["step"] for row in recorded.rows()] == [*range(1, length + 1)]
+    assert read == [3, 0, 2]
+    path.write_text(lines[4])  # shorter: not what was read
+    assert [row["step"] for row in recorded.rows()] == [5]
 
 
 def test_every_metric_has_a_curve_and_the_known_ones_come_first() -> None:
@@ -140,14 +163,14 @@ def test_every_metric_has_a_curve_and_the_known_ones_come_first() -> None:
         {"step": float(step), "loss/value": 100.0 / step, "z/other": 1.0, "a/other": 2.0}
         for step in range(1, 1001)
     ]
-    curves = draw_curves(rows)
-    assert [curve.key for curve in curves] == ["loss/value", "a/other", "z/other"]
-    assert [curve.is_headline for curve in curves] == [True, False, False]
+    drawn = draw_curves(rows)
+    assert [curve.key for curve in drawn] == ["loss/value", "a/other", "z/other"]
+    assert [curve.is_headline for curve in drawn] == [True, False, False]
     # 100 / step, averaged over the last forty of the thousand steps
-    assert curves[0].last == f"{sum(100.0 / step for step in range(961, 1001)) / 40:.3g}"
-    assert len(curves[0].chart) < 30_000, "long runs are thinned"
+    assert drawn[0].last == f"{sum(100.0 / step for step in range(961, 1001)) / 40:.3g}"
+    assert len(drawn[0].chart) < 30_000, "long runs are thinned"
     assert draw_curves([]) == []
-    json.dumps([str(curve.chart) for curve in curves])
+    json.dumps([str(curve.chart) for curve in drawn])
 
 
 def test_thinning_keeps_the_mean_and_the_ends_in_sight() -> None:

@@ -15,7 +15,8 @@ import pytest
 from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.validation import ConfigError
-from cluster.distributed.ray_cluster import own_sources, source_for_workers
+from cluster.distributed.ray_cluster import source_for_workers
+from cluster.run.identity import own_sources
 from cluster.experiments.comparison import figures
 from cluster.reports.score_table import rows
 from cluster.run.evaluation import evaluate

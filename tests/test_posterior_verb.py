@@ -242,6 +242,25 @@ def test_a_run_is_measured_on_the_data_that_its_seed_drew(words: list[str], seed
     assert as_learned(config, words, run).seed == seed
 
 
+@pytest.mark.parametrize(
+    ("words", "model", "dtype"),
+    [
+        ([], "org/its-base", "bfloat16"),
+        (["lm.model=org/moved"], "org/moved", "bfloat16"),
+        (["lm.dtype=float32"], "org/its-base", "float32"),
+        (["lm={model='org/moved'}"], "org/moved", "float32"),
+    ],
+)
+def test_a_run_is_measured_on_its_own_base(words: list[str], model: str, dtype: str) -> None:
+    run = RunDirectory("mine")
+    run.path.mkdir(parents=True)
+    own = load_config(TOY, ["lm.model=org/its-base", "lm.dtype=bfloat16"])
+    run.config_file.write_text(resolved_toml(own))
+    config = load_config(TOY, words)
+    for found in (of_task(run, config, words), as_learned(config, words, run)):
+        assert (found.lm.model, found.lm.dtype) == (model, dtype)
+
+
 def test_a_run_of_another_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     make_run("mine")
     assert main(["posterior", "tasks/random_number.toml", "--run", "mine"]) == 1

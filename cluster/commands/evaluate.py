@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,12 +26,12 @@ def run(arguments: argparse.Namespace) -> int:
     step: int | None = 0
     if arguments.run:
         run = find_run(arguments.run)
+        config = as_learned(config, arguments.overrides, run)
         if run.model.is_dir():  # an M-step's own
             config = config.changed({"lm.model": str(run.model)})
         else:
             adapter = run.adapter
             check_adapter(adapter)
-        config = as_learned(config, arguments.overrides, run)
         state = run.state()
         step = None if state is None else state.step
     elif arguments.adapter:
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -> RunConfig:
     """With what the run learned by: its objective and its T say what its adapter is measured as,
-    and its seed which data its task drew.
+    its base what the adapter belongs to, and its seed which data its task drew.
 
     Raises:
         UserError: an override says otherwise.
@@ -64,13 +65,17 @@ def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -
             "leave it out"
         )
     own = load_config(str(run.config_file))
-    return config.changed({"learner": own.learner, **seed_of(own, overrides)})
+    return config.changed({"learner": own.learner, **of_run(own, config, overrides)})
 
 
-def seed_of(own: RunConfig, overrides: Sequence[str]) -> dict[str, int]:
-    """The change that gives a run's seed, unless the command line has another."""
-    given = any(word.partition("=")[0].strip() == "seed" for word in overrides)
-    return {} if given else {"seed": own.seed}
+def of_run(own: RunConfig, config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The changes that give a run's seed and base, but for what the command line says of them."""
+    said = {word.partition("=")[0].strip() for word in overrides}
+    changes: dict[str, Any] = {} if "seed" in said else {"seed": own.seed}
+    if "lm" not in said:
+        kept = [key for key in said if key.startswith("lm.")]
+        changes |= {"lm": own.lm} | {key: getattr(config.lm, key[len("lm.") :]) for key in kept}
+    return changes
 
 
 def on_files(config: RunConfig, paths: Sequence[str]) -> RunConfig:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from cluster.commands.evaluate import seed_of
+from cluster.commands.evaluate import of_run
 from cluster.config.file import load_config
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
@@ -59,11 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def of_task(directory: RunDirectory, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """With the seed by which the run drew its data; raises UserError for a run of another task."""
+    """With the run's base, and the seed by which it drew its data; raises UserError for a run of another task."""
     own = load_config(str(directory.config_file))
     if own.task_name != config.task_name:
         raise UserError(
             f"run {directory.name!r} is of task {own.task_name!r}, the configuration of "
             f"{config.task_name!r}: give that of the run, {directory.config_file}"
         )
-    return config.changed(seed_of(own, overrides))
+    return config.changed(of_run(own, config, overrides))

@@ -6,9 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import threading
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from cluster.config.project import PACKAGES, PROJECT_ROOT, UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RAY_PACKAGE
 from cluster.run.display import first_line, inspector_address
+from cluster.run.identity import own_sources
 from cluster.run.resources import Node, describe
 
 # Ray labels a node with its type where a launcher or an operator (`ray up`, KubeRay) started it.
@@ -64,7 +63,7 @@ def connect_ray(config: RunConfig, address: str | None, namespace: str) -> None:
     if not (address or "").startswith("ray://"):  # Ray's client takes no job's configuration
         # Whoever lists the jobs of a cluster finds the run, and where `amortize inspect` shows it.
         run = namespace.removeprefix(namespace_of(""))
-        metadata = {"amortize_run": run, "inspector": inspector_address(run)}
+        metadata = {"job_name": run, "inspector": inspector_address(run)}
         settings["job_config"] = JobConfig(metadata=metadata)
     # Ray's handler would end this process at a SIGTERM that is a request to stop in order.
     handler = signal.getsignal(signal.SIGTERM)
@@ -133,27 +132,6 @@ def source_for_workers(config: RunConfig) -> dict[str, Any]:
     for folder in filter(Path.is_dir, own):  # Ray applies the patterns to them too
         excludes += [f"!/{path.name}" for path in folder.iterdir() if path.name != "__pycache__"]
     return environment | ({"py_modules": [str(path) for path in own]} if own else {})
-
-
-def own_sources(config: RunConfig) -> list[Path]:
-    """Files of the modules, or folders of the packages, that a user's own task, verifiers and tools
-    are from.
-
-    None of what ships, and of what is installed, which every node has to have installed.
-    """
-    names = [str(term.check) for term in config.reward.terms]
-    names += [config.task.name, *getattr(config.task, "tools", ())]
-    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
-    found: dict[Path, None] = {}
-    for package in (name.partition(":")[0].partition(".")[0] for name in names if ":" in name):
-        spec = PathFinder.find_spec(package, [*sys.path, os.getcwd()])
-        if spec is None or package in PACKAGES:
-            continue
-        places = spec.submodule_search_locations or [str(spec.origin)]
-        path = Path(next(iter(places))).resolve()
-        if not installed & set(path.parents):
-            found[path] = None
-    return list(found)
 
 
 def living_nodes() -> list[Node]:

@@ -64,13 +64,13 @@ class Members:
         first = member.steps[0]
         self._suite.console.print(f"── {place}: {member.title}", soft_wrap=True)
         with _named(member.title):
-            if not method(member.method).trained:
-                results = [self._suite.measure(first)]
-            else:
-                same = _measured_alike(first.config)
-                before = self._before.get(same)
+            same = _measured_alike(first.config)
+            before = self._before.get(same)
+            if method(member.method).trained:
                 results = self._suite.take(member.steps, before)
-                self._before[same] = read_scores(RunDirectory(first.run)).before or before
+            else:
+                results = [self._suite.measure(first, before)]
+            self._before[same] = read_scores(RunDirectory(first.run)).before or before
         compute = {key: sum(r.compute[key] for r in results) for key in results[-1].compute}
         return results[-1].model_copy(update={"method": member.method, "compute": compute})
 
@@ -80,7 +80,9 @@ def _measured_alike(config: RunConfig) -> str:
 
     The run's own seed chooses worked examples, and draws where there are no test files.
     """
-    sections = config.model_dump(include={"lm", "task", "evaluation", "posterior"}, mode="json")
+    sections = config.model_dump(
+        include={"lm", "task", "reward", "evaluation", "posterior"}, mode="json"
+    )
     seeded = not config.task.tests or config.evaluation.shots
     seed = config.seed if seeded else None
     return json.dumps([sections, config.learner.trained_temperature(), seed])

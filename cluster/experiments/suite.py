@@ -94,8 +94,12 @@ class Suite:
             results.append(result_of(step.run, scores.after, step.config, method=step.title))
         return results
 
-    def measure(self, step: Step) -> Result:
-        """Measure the LM without an adapter, in this process, unless that is done."""
+    def measure(self, step: Step, before: Evaluation | None = None) -> Result:
+        """Measure the LM without an adapter, in this process, unless that is done.
+
+        Args:
+            before: what that would find, where it was measured already.
+        """
         directory = RunDirectory(step.run)
         scores = read_scores(directory)
         measured = scores.before
@@ -105,7 +109,7 @@ class Suite:
             directory.begin(resume=directory.config_file.exists())
             try:
                 write_whole(directory.config_file, resolved_toml(step.config))
-                measured = evaluate(step.config, adapter=None, step=0)
+                measured = before or evaluate(step.config, adapter=None, step=0)
                 scores = scores.model_copy(update={"before": measured})
                 write_whole(directory.scores_file, scores.model_dump_json(indent=2))
             finally:

@@ -14,7 +14,7 @@ from buffer.connection import BufferUnreachable, NotOurRedis, WrongPassword, con
 from cluster.config.schema import RunConfig
 from cluster.inspector.access import Gate
 from cluster.inspector.catalogue import Catalogue
-from cluster.inspector.curves import draw_curves, rows_by_step
+from cluster.inspector.curves import RowsByStep, draw_curves
 from cluster.inspector.detail import Gone, read_detail
 from cluster.inspector.pages import POLICY, environment_of, facts, held_out_of
 from cluster.inspector.queries import BadQuery, parse_query
@@ -52,6 +52,7 @@ def build_app(target: Target) -> FastAPI:
     client = connect(target.buffer_url, password=password, timeout_s=timeout_s)
     browser = ReplayBrowser(client, run=target.run)
     catalogue = Catalogue(browser, decode)
+    recorded = RowsByStep(directory.metrics_file)
     environment = environment_of(target.run)
 
     def page(
@@ -89,7 +90,7 @@ def build_app(target: Target) -> FastAPI:
 
     @app.get("/curves")
     def curves(request: Request) -> HTMLResponse:
-        return page(request, "curves", curves=draw_curves(rows_by_step(directory.metrics_file)))
+        return page(request, "curves", curves=draw_curves(recorded.rows()))
 
     _explain_errors(app, page)
     app.add_middleware(Gate, token=target.token, policy=POLICY)

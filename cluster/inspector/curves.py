@@ -1,6 +1,8 @@
 """Curves of a run from its metrics file."""
 
 import math
+import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 from cluster.inspector.charts import Chart, Series, number
 from cluster.reports.plots import smooth
 from cluster.run.display import FIGURES, Figure
-from cluster.run.metrics_log import read_metrics
+from cluster.run.metrics_log import rows_in
 
 _POINTS = 400
 _STEP = "step"
@@ -29,17 +31,43 @@ class Curve:
     is_headline: bool
 
 
-def rows_by_step(path: Path) -> list[Mapping[str, float]]:
+class RowsByStep:
     """The finite numbers of each whole row of a metrics file, in the order of their steps.
 
-    A run that was resumed writes the steps after its checkpoint again: the later row counts.
+    A run that was resumed writes the steps after its checkpoint again: the later row counts. What
+    has been read is kept, and the next look reads on behind it; another file, or one that has
+    become shorter, is read from its beginning.
     """
-    rows = {}
-    for row in read_metrics(path):
-        known = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
-        if _STEP in known:
-            rows[known[_STEP]] = known
-    return [rows[step] for step in sorted(rows)]
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._read: tuple[int, int] = (0, 0)  # number of the file, bytes of it
+        self._rows: dict[float, Mapping[str, float]] = {}
+
+    def rows(self) -> list[Mapping[str, float]]:
+        """All that there are now."""
+        with self._lock:
+            self._read_on()
+            return [self._rows[step] for step in sorted(self._rows)]
+
+    def _read_on(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            number, done = self._read
+            if status.st_ino != number or status.st_size < done:
+                self._rows, done = {}, 0
+            file.seek(done)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._read = status.st_ino, done + len(whole + end)
+        for row in rows_in(whole):
+            known = {
+                k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)
+            }
+            if _STEP in known:
+                self._rows[known[_STEP]] = known
 
 
 def draw_curves(rows: Sequence[Mapping[str, float]]) -> list[Curve]:

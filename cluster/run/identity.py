@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+import sysconfig
+from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from cluster.config.file import load_config
-from cluster.config.project import UserError
+from cluster.config.project import PACKAGES, UserError
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory, write_whole
 from reward.checks import FUNCTION
@@ -83,7 +85,10 @@ def keep_identity(directory: RunDirectory, identity: Mapping[str, Any]) -> None:
 
 
 def _sources_of_checks(config: RunConfig) -> dict[str, str]:
-    """Digests of the modules of verifiers and tools, found as their processes do; none imported."""
+    """Digests of the modules of verifiers and tools, found as their processes do; none imported.
+
+    Of a module in a package of one's own, beside it those of the whole package, which it may use.
+    """
     named = [term.check or "" for term in config.reward.terms]
     named += config.task.tools if isinstance(config.task, QuestionsConfig) else ()
     found = {}
@@ -93,7 +98,30 @@ def _sources_of_checks(config: RunConfig) -> dict[str, str]:
             if os.path.isfile(source := os.path.abspath(os.path.join(place, file))):
                 found[f"{name} {_SOURCE}"] = _content(source)
                 break
+    for folder in filter(Path.is_dir, own_sources(config)):
+        found[f"{folder.name} {_SOURCE}"] = _digest(folder, sorted(folder.rglob("*.py")))
     return found
+
+
+def own_sources(config: RunConfig) -> list[Path]:
+    """Files of the modules, or folders of the packages, that a user's own task, verifiers and tools
+    are from.
+
+    None of what ships, and of what is installed, which every node has to have installed.
+    """
+    names = [str(term.check) for term in config.reward.terms]
+    names += [config.task.name, *getattr(config.task, "tools", ())]
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    found: dict[Path, None] = {}
+    for package in (name.partition(":")[0].partition(".")[0] for name in names if ":" in name):
+        spec = PathFinder.find_spec(package, [*sys.path, os.getcwd()])
+        if spec is None or package in PACKAGES:
+            continue
+        places = spec.submodule_search_locations or [str(spec.origin)]
+        path = Path(next(iter(places))).resolve()
+        if not installed & set(path.parents):
+            found[path] = None
+    return list(found)
 
 
 def _counts(key: str, value: Any) -> bool:
@@ -110,9 +138,13 @@ def _content(value: Any) -> Any:
     if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value):
         return value
     path = Path(value)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return _digest(path, sorted(path.rglob("*")) if path.is_dir() else [path])
+
+
+def _digest(place: Path, files: Sequence[Path]) -> str:
+    """Of names, as seen from `place`, and contents of the files."""
     digest = hashlib.sha256()
     for file in (file for file in files if file.is_file()):
-        digest.update(f"{file.relative_to(path)}\n".encode())
+        digest.update(f"{file.relative_to(place)}\n".encode())
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -40,14 +40,15 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """All whole rows, in order; a torn line is passed over. No file: no rows."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    return list(rows_in(path.read_bytes())) if path.exists() else []
+
+
+def rows_in(lines: bytes) -> Iterator[dict[str, float]]:
+    """The whole rows among the lines, in order."""
+    for line in lines.decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict):
-            rows.append(row)
-    return rows
+            yield row
