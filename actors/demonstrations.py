@@ -17,7 +17,8 @@ from lm.actions import ActionSpace
 from lm.sampling import Completion, Request
 from reward.request import ScoreItem
 
-_ORIGIN = {"actor": "data", "policy_version": 0, "behaviour": "demonstration", "temperature": 1.0}
+DEMONSTRATION = "demonstration"  # behaviour of the records
+_ORIGIN = {"actor": "data", "policy_version": 0, "behaviour": DEMONSTRATION, "temperature": 1.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

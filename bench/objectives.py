@@ -45,6 +45,7 @@ from cluster.run.local import LocalRun
 from cluster.run.session import BufferAddress
 from lm.model import vocab_size
 from lm.next_action import NextLogits
+from reward.terms import build_terms
 from tasks.posterior.divergence import total_variation
 from tasks.posterior.enumeration import PrefixTree, Support
 from tasks.posterior.weights import log_reward_of, log_rewards
@@ -124,7 +125,8 @@ class Distance:
 
     def __init__(self, config: RunConfig) -> None:
         self._base, self._task = roles.load_task(config)
-        score = log_reward_of(self._task, self._base.model, config.reward.token_budget)
+        terms = build_terms(config.reward, config.lm)
+        score = log_reward_of(self._task, self._base.model, config.reward.token_budget, terms)
         temperature = config.learner.reward_temperature.end
         self._log_p: list[NDArray[np.float64]] = []
         for prompt, support in self._enumerate(self._base.model):

@@ -151,11 +151,16 @@ class ReplayBuffer:
         if not (prompts := self.store.prompts()):
             return ()
         chosen = prompts[np.random.default_rng().integers(len(prompts))]
+        return sorted(self.held([chosen]), key=lambda each: each.created_s, reverse=True)
+
+    def held(self, prompts: Sequence[str]) -> list[Trajectory]:
+        """What replay holds of these prompts, to look at; what cannot be read is left out."""
         stored = []
-        for payload in self.store.peek([id for id, _ in self.store.rank([chosen])[0]]):
+        ids = [id for ranked in self.store.rank(prompts) for id, _ in ranked]
+        for payload in self.store.peek(ids):
             with suppress(MalformedTrajectory):
                 stored.append(unpack(payload or b""))
-        return sorted(stored, key=lambda trajectory: trajectory.created_s, reverse=True)
+        return stored
 
     def depth(self) -> int:
         """Fresh groups that the learner has not drawn yet: what actors pace on."""

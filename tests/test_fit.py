@@ -117,16 +117,23 @@ def test_ranks_that_compute_together_have_a_gpu_each_or_are_refused() -> None:
 
 def test_gpus_of_a_cluster_that_nobody_claims_are_told() -> None:
     nodes = [Node(8.0, 0.0), Node(8.0, 4.0)]
-    assert unclaimed_gpus(toy(), nodes).endswith(
-        "actor, reward, learner; set cluster.actor_placement.gpus, cluster.reward_placement.gpus, "
+    assert unclaimed_gpus(toy(), nodes, grows=False).endswith(
+        "actor, reward, learner; where that is meant, set lm.device=cpu, else "
+        "cluster.actor_placement.gpus, cluster.reward_placement.gpus, "
         "cluster.learner_placement.gpus"
     )
-    one = unclaimed_gpus(toy("cluster.learner_placement.gpus=1"), nodes)
-    assert one.endswith(
-        "CPUs: actor, reward; set cluster.actor_placement.gpus, cluster.reward_placement.gpus"
-    )
-    assert not unclaimed_gpus(toy("lm.device=cpu"), nodes)
-    assert not unclaimed_gpus(toy(), nodes[:1])
+    one = unclaimed_gpus(toy("cluster.learner_placement.gpus=1"), nodes, grows=False)
+    assert one.startswith("the nodes that are up have 4 GPUs: these parts claim none")
+    assert "CPUs: actor, reward; where" in one
+    assert not unclaimed_gpus(toy("lm.device=cpu"), nodes, grows=True)
+    assert not unclaimed_gpus(toy(), nodes[:1], grows=False)
+
+
+def test_of_nodes_that_may_come_it_is_told_that_nobody_asks_for_gpus() -> None:
+    said = unclaimed_gpus(toy(), [Node(8.0, 0.0)], grows=True)
+    assert said.startswith("no node that is up has a GPU, and the autoscaler starts none for who")
+    claims = [f"cluster.{part}_placement.gpus=1" for part in ("actor", "reward", "learner")]
+    assert not unclaimed_gpus(toy(*claims), [], grows=True)
 
 
 def test_a_process_that_claims_no_gpu_sees_none() -> None:

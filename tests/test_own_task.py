@@ -16,10 +16,10 @@ from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.validation import ConfigError
 from cluster.distributed.ray_cluster import source_for_workers
-from cluster.run.identity import own_sources
 from cluster.experiments.comparison import figures
 from cluster.reports.score_table import rows
 from cluster.run.evaluation import evaluate
+from cluster.run.identity import own_sources
 from lm.hub import load_tokenizer
 from tasks.config import ArithmeticConfig
 from tasks.custom import PlainTask, UnfitTask

@@ -322,6 +322,13 @@ def test_reasons_that_a_told_base_writes_seed_the_buffer_behind_the_untold_promp
             assert tuple(kept.prompt.tolist()) == prompt.prompt
             right = (z == two) == (prompt.answer == answers[1])
             assert float(kept.log_reward[-1]) == (-1.0 if right else -52.0)
+    asked, three = len(policy.asked), tuple(tokenizer.encode(" about a dog"))
+    policy.written = [three]
+    assert seed_buffer(config, task=task, scorer=scorer, buffer=buffer, policy=policy) == 0
+    assert len(policy.asked) == asked and len(replay_of(buffer)) == 4, "drawn again"
+    buffer.discard([found[task.prompts[0].key, z] for z in (one, two)])
+    assert seed_buffer(config, task=task, scorer=scorer, buffer=buffer, policy=policy) == 1
+    assert len(policy.asked) == asked + 4
     assert (
         seed_buffer(config, task=build(tokenizer), scorer=scorer, buffer=buffer, policy=policy) == 0
     )

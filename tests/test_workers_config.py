@@ -73,3 +73,10 @@ def test_workers_get_what_the_run_folder_says(
     assert told[0].cluster.learner_placement.gpus == (0.5 if address is None else 0.0)
     assert told[0].buffer.bind == ("auto" if address is None else "10.0.0.7")
     assert told[0].learner.starvation_timeout_s == 7.0
+
+
+def test_less_patience_with_parts_than_ray_has_with_nodes_is_told() -> None:
+    assert ray_cluster.hasty(load_config("tasks/toy.toml")) == ""
+    said = ray_cluster.hasty(load_config("tasks/toy.toml", ["cluster.silence_timeout_s=65"]))
+    assert said.startswith("cluster.silence_timeout_s (65) is no longer than Ray needs")
+    assert "(65 s)" in said and "RAY_health_check_period_ms" in said

@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def of_task(directory: RunDirectory, config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """With the run's base, and the seed by which it drew its data; raises UserError for a run of another task."""
+    """With the run's base and the seed by which it drew its data.
+
+    Raises UserError for a run of another task.
+    """
     own = load_config(str(directory.config_file))
     if own.task_name != config.task_name:
         raise UserError(

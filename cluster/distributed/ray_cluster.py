@@ -1,7 +1,6 @@
 """The Ray cluster of a run: joining it, and what its nodes have."""
 
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import _raylet
 from ray._private import worker as ray_worker
 from ray.job_config import JobConfig
 
@@ -138,6 +138,21 @@ def living_nodes() -> list[Node]:
     """CPUs and GPUs that each living node has in all."""
     totals = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return [Node(total.get("CPU", 0.0), total.get("GPU", 0.0)) for total in totals]
+
+
+def hasty(config: RunConfig) -> str:
+    """A sentence where parts are given up before Ray gives up a node that hangs; else empty."""
+    checks = _raylet.Config
+    each_ms = checks.health_check_period_ms() + checks.health_check_timeout_ms()
+    node_s = each_ms * checks.health_check_failure_threshold() / 1000
+    if (silence_s := config.cluster.silence_timeout_s) > node_s:
+        return ""
+    return (
+        f"cluster.silence_timeout_s ({silence_s:g}) is no longer than Ray needs to notice a node "
+        f"that hangs ({node_s:g} s): parts of such a node may be placed on it again, and wait for "
+        "it; set more, or lower RAY_health_check_period_ms, _timeout_ms and _failure_threshold of "
+        "the whole cluster and of this driver"
+    )
 
 
 def node_ids() -> frozenset[str]:

@@ -10,7 +10,13 @@ from cluster.config.schema import RunConfig
 from cluster.distributed.launcher import GroupLaunch, Launcher
 from cluster.distributed.measurement import RemoteMeasurement
 from cluster.distributed.parts import Parts
-from cluster.distributed.ray_cluster import connect_ray, living_nodes, may_grow, namespace_of
+from cluster.distributed.ray_cluster import (
+    connect_ray,
+    hasty,
+    living_nodes,
+    may_grow,
+    namespace_of,
+)
 from cluster.distributed.services import ReplicaRegistry, WeightStoreService
 from cluster.distributed.source_check import SourceMixture, source_fingerprint
 from cluster.distributed.supervisor import Supervisor
@@ -81,8 +87,13 @@ class RaySession:
     def start(
         self, report: Callable[[str], None], stop: Callable[[], bool] = lambda: False
     ) -> Supervisor:
-        if sentence := unclaimed_gpus(self.config, living_nodes()):
-            report(sentence)
+        nodes, grows = living_nodes(), may_grow()
+        for sentence in (
+            unclaimed_gpus(self.config, nodes, grows=grows),
+            hasty(self.config) if grows or len(nodes) > 1 else "",
+        ):
+            if sentence:
+                report(sentence)
         self._run = Supervisor(self.config, self._launcher, self._context, report)
         return self._run
 

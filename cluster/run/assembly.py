@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from actors.actor import RolloutActor
-from actors.demonstrations import hinted_demonstrations, seed_demonstrations
+from actors.demonstrations import DEMONSTRATION, hinted_demonstrations, seed_demonstrations
 from actors.engine import NativeEngine, vllm_engine
 from actors.prompts import PromptStream
 from actors.protocols import RolloutEngine, Scorer, TrajectorySink
@@ -132,10 +132,23 @@ def seed_buffer(
     config: RunConfig, *, task: Task, scorer: Scorer, buffer: ReplayBuffer, policy: RolloutEngine
 ) -> int:
     """Put the task's demonstrations into replay, and what the base LM, as which `policy` begins,
-    writes behind its hints; how many. Again, it adds only what is written otherwise then."""
+    writes behind its hints; how many.
+
+    Again, by an actor that was replaced or a run that goes on, it adds what is not there: nothing
+    is drawn for prompts of which replay holds what was drawn behind a hint before.
+    """
     hinted = []
     if isinstance(task, HintedTask) and task.hinted_draws:
-        hinted = hinted_demonstrations(task.hints, policy, draws=task.hinted_draws)
+        given = {(each.prompt.key, each.completion) for each in task.demonstrations}
+        held = buffer.held(list({hint.prompt.key for hint in task.hints}))
+        drawn = {
+            each.prompt_key
+            for each in held
+            if each.behaviour == DEMONSTRATION
+            and (each.prompt_key, tuple(each.completion.tolist())) not in given
+        }
+        hints = [hint for hint in task.hints if hint.prompt.key not in drawn]
+        hinted = hinted_demonstrations(hints, policy, draws=task.hinted_draws) if hints else []
     return seed_demonstrations(
         [*task.demonstrations, *hinted],
         task=task.name,

@@ -83,16 +83,24 @@ def with_gpu_shares(config: RunConfig, gpus: int) -> RunConfig:
     return config.changed({f"cluster.{part}_placement.gpus": n for part, n in claims.items()})
 
 
-def unclaimed_gpus(config: RunConfig, nodes: Sequence[Node]) -> str:
-    """A sentence where the cluster has GPUs and parts of the run claim none; else empty."""
+def unclaimed_gpus(config: RunConfig, nodes: Sequence[Node], *, grows: bool) -> str:
+    """A sentence where the cluster has GPUs, or may get some, and parts of the run claim none.
+
+    Args:
+        nodes: that are up.
+        grows: whether an autoscaler keeps the cluster; what it might start, only its file tells.
+    """
     gpus = sum(node.gpus for node in nodes)
     claims = {d.key: d.claim.gpus for d in demands_of(config) if d.what != _EVALUATOR}
     without = [part for part in _PARTS if claims.get(part) == 0]
-    if not gpus or config.lm.device == "cpu" or not without:
+    if not (gpus or grows) or config.lm.device == "cpu" or not without:
         return ""
+    has = f"the nodes that are up have {gpus:g} GPUs"
+    if not gpus:
+        has = "no node that is up has a GPU, and the autoscaler starts none for who claims none"
     return (
-        f"the cluster has {gpus:g} GPUs and these parts claim none, so they work on CPUs: "
-        f"{', '.join(without)}; set "
+        f"{has}: these parts claim none, so they work on CPUs: {', '.join(without)}; where that is "
+        "meant, set lm.device=cpu, else "
         + ", ".join(f"cluster.{part}_placement.gpus" for part in without)
     )
 
