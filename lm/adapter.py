@@ -187,7 +187,8 @@ def _folder_config(folder: Path, base_fingerprint: str) -> LoraConfig:
                 f"{folder} holds no adapter: {name} is missing; give a folder written by a run"
             )
     written = folder / FINGERPRINT_FILE
-    if written.is_file() and (trained_on := written.read_text().strip()) != base_fingerprint:
+    trained_on = written.read_text().strip() if written.is_file() else ""
+    if trained_on and base_fingerprint and trained_on != base_fingerprint:
         raise AdapterMismatch(
             f"adapter {folder} was trained on base {trained_on}, but the loaded "
             f"base is {base_fingerprint}; load the base model the adapter belongs to"

@@ -4,9 +4,11 @@ no weights, which are its tokenizer and its configuration.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from lm.config import LMConfig
 
 LFS_POINTER = b"version https://git-lfs"
 LONGEST_REASON = 300  # characters of a library's own words in an error of ours
+_ANSWER_TIMEOUT_S = 4.0
 
 
 class ModelNotFound(FileNotFoundError):
@@ -83,6 +86,7 @@ def require_folder_or_hub_id(model: str) -> None:
                 f"model {model!r}: no such folder; give a folder that holds config.json, "
                 "*.safetensors and tokenizer.json, or a hub id"
             )
+        ask_hub()
         return
     if not (path / "config.json").is_file():
         raise ModelUnusable(
@@ -104,6 +108,24 @@ def require_folder_or_hub_id(model: str) -> None:
                 )
 
 
+def ask_hub() -> None:
+    """Where the hub is silent, let this process look into the cache alone from now on.
+
+    The libraries would ask half a minute for each file, of what lies in the cache too.
+    """
+    if not constants.is_offline_mode() and not _answers(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+
+
+@cache
+def _answers(endpoint: str) -> bool:
+    try:
+        get_session().head(endpoint, timeout=_ANSWER_TIMEOUT_S)
+    except Exception:  # of whichever library speaks to it
+        return False
+    return True
+
+
 @contextmanager
 def explained(model: str, part: str) -> Iterator[None]:
     """Turn whatever the library raises while reading `part` of `model` into a sentence."""
@@ -114,8 +136,9 @@ def explained(model: str, part: str) -> Iterator[None]:
     except Exception as error:  # libraries of quantisation, files and architectures raise anything
         if isinstance(error.__cause__, LocalEntryNotFoundError):
             raise ModelNotFound(
-                f"model {model!r}: there is no such folder, and the hub cannot be reached for "
-                f"{part}, which is not in the cache either: check the name, or the network"
+                f"model {model!r}: there is no such folder, {part} is not in the cache "
+                f"({constants.HF_HUB_CACHE}), and the hub ({constants.ENDPOINT}) is not reached: "
+                "check the name, or the network and HF_HUB_OFFLINE, or fetch the model there before"
             ) from error
         kind = ModelUnusable if Path(model).exists() else ModelNotFound
         said = " ".join(str(error).split()) or type(error).__name__

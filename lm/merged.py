@@ -112,8 +112,10 @@ def check_adaptable(language_model: LanguageModel, lora: LoRAConfig) -> None:
     compared alone.
     """
     merged = MergedModel(language_model)
-    wrapped = attach_adapter(language_model, lora, seed=0)
     try:
+        wrapped = attach_adapter(language_model, lora, seed=0)
+        if experts := getattr(wrapped.peft_config["default"], "target_parameters", None):
+            raise ValueError(f"peft takes some of them for the fused experts' {sorted(experts)}")
         if wrapped.device.type == "meta":
             merged.check(held_adapter(wrapped))
         else:
@@ -123,10 +125,12 @@ def check_adaptable(language_model: LanguageModel, lora: LoRAConfig) -> None:
                 save_adapter(wrapped, Path(folder), language_model.fingerprint)
                 data = read_adapter(Path(folder), language_model.fingerprint)
                 merged.check(decode_adapter(data))
+    except ModelUnusable:
+        raise
     except Exception as error:  # whatever peft makes of layers that it does not foresee
         raise ModelUnusable(
             f"lora.targets = {lora.targets!r} on a {type(language_model.model).__name__} makes an "
-            f"adapter that cannot be used ({error}): name linear layers, or take 'attention'"
+            f"adapter that cannot be used ({error}): take 'attention', or name layers of it"
         ) from error
     wrapped.unload()
 

@@ -1,6 +1,7 @@
 """A base causal language model with its tokenizer, and the adapter put on it."""
 
 import ctypes
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -70,18 +71,25 @@ def load_base(config: LMConfig) -> LanguageModel:
     return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=fingerprint(model))
 
 
-def inspect_base(config: LMConfig) -> LanguageModel:
+def inspect_base(config: LMConfig, *, fetch: bool = True) -> LanguageModel:
     """The same base on the meta device, where it has no weights; raises as load_base.
 
     Its files are read for names, shapes and fingerprint, a tensor at a time, and none is kept.
+
+    Args:
+        fetch: whether to download files of weights for that; else, where they are not here, the
+            fingerprint is empty, and whoever loads them finds what is wrong with them.
     """
-    empty = build_without_weights(config)
-    tokenizer = _fitting_tokenizer(config, empty.config)
-    forgetting = Forgetting()
-    model = read_in_pieces(config, empty, weight_files(config), forgetting)
-    freeze(model)
+    model = build_without_weights(config)
+    tokenizer = _fitting_tokenizer(config, model.config)
+    found = ""
+    files = weight_files(config, fetch=fetch)
+    if files or fetch or os.path.isdir(config.model):
+        forgetting = Forgetting()
+        model = read_in_pieces(config, model, files, forgetting)
+        freeze(model)
+        found = fingerprint(model, forgetting.samples)
     set_text_prefix(model, text_prefix(config, tokenizer))
-    found = fingerprint(model, forgetting.samples)
     return LanguageModel(model=model, tokenizer=tokenizer, fingerprint=found)
 
 

@@ -69,15 +69,20 @@ def read_in_pieces(
     return _checked(config, *loaded)
 
 
-def weight_files(config: LMConfig) -> list[str]:
-    """The safetensors files of the model, fetched if they are not here; none of another format."""
+def weight_files(config: LMConfig, *, fetch: bool = True) -> list[str]:
+    """The safetensors files of the model, fetched if they are not here; none of another format.
+
+    Without `fetch`: none where one of them is not here.
+    """
 
     def fetched(name: str) -> str | None:
         path: str | None = cached_file(
             config.model,
             name,
             revision=config.revision,
+            local_files_only=not fetch,
             _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=fetch,
         )
         return path
 
@@ -87,7 +92,8 @@ def weight_files(config: LMConfig) -> list[str]:
             return [] if whole is None else [whole]
         with open(index, encoding="utf-8") as file:
             names = sorted(set(json.load(file)["weight_map"].values()))
-        return [path for name in names if (path := fetched(name)) is not None]
+        found = [path for name in names if (path := fetched(name)) is not None]
+        return found if fetch or len(found) == len(names) else []
 
 
 class Forgetting:
@@ -110,12 +116,21 @@ def fingerprint(model: PreTrainedModel, samples: Mapping[nn.Parameter, bytes] | 
     Args:
         samples: of the weights of a model that has none, as `Forgetting` has kept them.
     """
-    stable = {k: v for k, v in model.config.to_diff_dict().items() if k not in VOLATILE_CONFIG}
+    stable = _stable(model.config.to_diff_dict())
     digest = hashlib.blake2b(repr(sorted(stable.items())).encode(), digest_size=16)
     for name, weight in sorted(dict(model.named_parameters()).items()):
         digest.update(f"{name}{tuple(weight.shape)}".encode())
         digest.update(_sample(weight) if samples is None else samples[weight])
     return digest.hexdigest()
+
+
+def _stable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what is volatile, in the settings of a part, such as `text_config`, too."""
+    return {
+        name: _stable(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name not in VOLATILE_CONFIG
+    }
 
 
 def _sample(weight: nn.Parameter) -> bytes:

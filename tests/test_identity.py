@@ -92,6 +92,7 @@ def test_a_run_from_before_a_key_goes_on_while_the_key_adds_nothing(tmp_path: Pa
     priced = identity_of_run(load_config(labels, ["task.wrong_label_penalty=50"]), {})
     keep_identity(directory, now | {"task.wrong_label_penalty": 0.0, "task.hinted_draws": 0})
     check_same_run(directory, now, {})
+    check_same_run(directory, now | {"base": "of a driver that has its weights"}, {})
     assert not {"task.hinted_draws", "task.wrong_label_penalty"} & set(now)
     with pytest.raises(UserError, match=r"task\.wrong_label_penalty = 0.0, and 50\.0 is asked"):
         check_same_run(directory, priced, {})

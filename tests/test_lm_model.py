@@ -135,6 +135,19 @@ def test_an_unknown_hub_id_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None
         load_base(LMConfig(model="nobody/nothing-of-that-name"))
 
 
+def test_a_hub_that_is_silent_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    slept = list[float]()
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", slept.append)
+    for load in (load_model_config, load_tokenizer):
+        with pytest.raises(
+            ModelNotFound, match=r"the hub \(http://127\.0\.0\.1:9\) is not reached"
+        ):
+            load(LMConfig(model="nobody/nothing-of-that-name"))
+    assert slept == [], "the library waits before it asks again"
+
+
 def test_a_folder_that_is_no_model_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelUnusable, match=r"holds no config\.json"):
@@ -203,8 +216,14 @@ def test_an_adapter_leaves_fused_experts_alone_and_can_be_merged(family: str) ->
 
 def test_an_adapter_that_nothing_could_read_back_is_refused_before_it_is_trained() -> None:
     base = LanguageModel(model=tiny_model("deepseek_v2"), tokenizer=None, fingerprint="f")
-    with pytest.raises(ModelUnusable, match=r"lora\.targets = 'auto' on a DeepseekV2.*'attention'"):
+    said = (
+        r"lora\.targets = .* on a DeepseekV2ForCausalLM .*\(.*fused.*\): take 'attention', or name"
+    )
+    with pytest.raises(ModelUnusable, match=said):
         check_adaptable(base, LoRAConfig(rank=2))
+    base = LanguageModel(model=tiny_model("deepseek_v2"), tokenizer=None, fingerprint="f")
+    with pytest.raises(ModelUnusable, match=said):
+        check_adaptable(base, LoRAConfig(rank=2, targets=("up_proj",)))
     base = LanguageModel(model=tiny_model("deepseek_v2"), tokenizer=None, fingerprint="f")
     names = [name for name, _ in base.model.named_modules()]
     check_adaptable(base, LoRAConfig(rank=2, targets="attention"))

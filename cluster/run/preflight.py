@@ -65,7 +65,8 @@ def check_before_start(
         check_engine(config.actors)
         check_memory_here(config)
     # The cluster's nodes have the GPUs; this machine need not have one.
-    weights = check_model_and_data(config if here else config.changed({"lm.device": "cpu"}))
+    elsewhere = config if here else config.changed({"lm.device": "cpu"})
+    weights = check_model_and_data(elsewhere, fetch=here)
     identity = identity_of_run(config, weights)
     if resume:
         check_same_run(directory, identity, weights)
@@ -95,16 +96,19 @@ def check_buffer(config: BufferConfig) -> None:
         configured_port(config)
 
 
-def check_model_and_data(config: RunConfig) -> dict[str, str]:
+def check_model_and_data(config: RunConfig, *, fetch: bool = True) -> dict[str, str]:
     """Raise unless the model's files are whole and every file of the task is such as it can use.
 
     No weights are held: what only they tell is checked where they are loaded, `load_task`.
+
+    Args:
+        fetch: whether to download weights that are not here, which only workers need.
 
     Returns what a checkpoint of the run is known by.
     """
     if (terms := build_terms(config.reward, config.lm)) is not None:
         terms.check()
-    base = inspect_base(config.lm)
+    base = inspect_base(config.lm, fetch=fetch)
     check_adaptable(base, config.lora)
     task = build_task(config.task, base.tokenizer, seed=config.seed)
     check_log_z(config.learner, task.actions)

@@ -14,6 +14,7 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
+from lm.hub import ask_hub
 from tasks.config import QuestionsConfig
 from tasks.records import DataError, dataset_name, made_of, read_values
 
@@ -95,6 +96,7 @@ def _dataset_rows(
             "Files, History), so that a run trains on the same data tomorrow; if a file is meant, "
             "it is not there"
         )
+    ask_hub()
     library = _library("datasets", source)
     try:
         rows = library.load_dataset(
