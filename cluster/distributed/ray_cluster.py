@@ -142,7 +142,7 @@ def living_nodes() -> list[Node]:
 
 def hasty(config: RunConfig) -> str:
     """A sentence where parts are given up before Ray gives up a node that hangs; else empty."""
-    checks = _raylet.Config
+    checks: Any = _raylet.Config  # type: ignore[attr-defined]
     each_ms = checks.health_check_period_ms() + checks.health_check_timeout_ms()
     node_s = each_ms * checks.health_check_failure_threshold() / 1000
     if (silence_s := config.cluster.silence_timeout_s) > node_s:
