@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel
+from torch import Tensor
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from actors.config import ActorConfig
 from actors.engine import EngineRefused, vllm_engine
@@ -22,8 +23,9 @@ from actors.protocols import RolloutEngine
 from bench.posterior import CONFIG, RUN, run_condition
 from cluster.__main__ import main
 from lm.actions import ActionSpace
-from lm.adapter import adapter_bytes
+from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig, LoRAConfig
+from lm.export import export_policy
 from lm.model import CausalLM, attach_adapter, load_base
 from lm.sampling import Request, Tool
 from seed_lm import toy
@@ -32,7 +34,9 @@ from tests.tiny_lm import tiny_config
 
 # Of many libraries, at whose warnings nobody here looks.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-pytest.importorskip("vllm", reason="the environment of `make test-vllm` has it")
+vllm = pytest.importorskip("vllm", reason="the environment of `make test-vllm` has it")
+
+LoRARequest = pytest.importorskip("vllm.lora.request").LoRARequest
 
 # What vLLM finds out about an architecture by a process of its own.
 os.environ["VLLM_CACHE_ROOT"] = str(Path(sys.prefix) / "vllm-cache")
@@ -163,6 +167,52 @@ def test_the_distributed_job_ends_at_the_exact_posterior(
     seed: int, toy_model: Path, tmp_path: Path
 ) -> None:
     assert run_condition("plain", seed, tmp_path, [VLLM, f"lm.model={toy_model}"]).tv <= 0.05
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_plain_vllm_computes_of_an_export_what_the_learner_does(
+    merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # seconds rather than minutes
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    lm, ids = LMConfig(model=SEED_LM), list(range(40, 140))
+    base = load_base(lm)
+    policy = attach_adapter(base, LORA, seed=0)
+    perturb(policy, 1)
+    adapter, folder = tmp_path / "adapter", tmp_path / "exported"
+    save_adapter(policy, adapter, base.fingerprint)
+    actions = law(2, 24)
+    export_policy(lm, adapter, folder, actions=actions, merge=merge, dtype=None, card="")
+    plain = vllm.LLM(
+        model=str(folder) if merge else SEED_LM,
+        tokenizer=str(folder),
+        generation_config=str(folder),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=len(ids) + actions.max_len,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=2**26,
+        enable_lora=not merge,
+        max_lora_rank=LORA.rank,
+    )
+    request = None if merge else LoRARequest("exported", 1, str(folder))
+    asked = vllm.SamplingParams(max_tokens=1, prompt_logprobs=0)
+    (found,) = plain.generate({"prompt_token_ids": ids}, asked, lora_request=request)
+    seen = zip(ids[1:], found.prompt_logprobs[1:], strict=True)
+    told_T = torch.tensor([tokens[i].logprob for i, tokens in seen])
+
+    def log_p(model: Any) -> Tensor:
+        with torch.no_grad():
+            log_p_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return log_p_TV[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    assert (told_T - log_p(policy)).abs().max() < TOLERANCE_NATS
+    assert (told_T - log_p(load_base(lm).model)).abs().max() > 100 * TOLERANCE_NATS
+    # As a server takes them from the folder's generation configuration.
+    own = plain.get_default_sampling_params()
+    assert (own.temperature, own.top_k, own.top_p, own.max_tokens) == (1.0, 0, 1.0, 24)
+    text = "1 + 2 ="
+    assert plain.get_tokenizer().encode(text) == AutoTokenizer.from_pretrained(SEED_LM).encode(text)
 
 
 def test_what_cannot_be_served_is_refused_in_a_sentence(tmp_path: Path) -> None:
