@@ -80,6 +80,14 @@ def _actor_counts(text: str) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def _engines(text: str) -> tuple[str, ...]:
+    """Rollout engines, each once."""
+    engines = tuple(dict.fromkeys(text.split(",")))
+    if not set(engines) <= {"native", "vllm"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: give native, vllm or both, with a comma")
+    return engines
+
+
 def _argument(name: str, help: str, **settings: Any) -> argparse.ArgumentParser:
     """One argument of a verb; an option is written with its value, `--run NAME`."""
     return _one_of((name, help, settings))
@@ -206,6 +214,11 @@ _VERBS = {
             "numbers of rollout actors to measure, 1 among them (default: 1,2,4,8)",
             type=_actor_counts,
             default="1,2,4,8",
+        ),
+        _argument(
+            "--engine E,E",
+            "rollout engines to compare, native and vllm (default: actors.engine)",
+            type=_engines,
         ),
         _argument("--reward-replicas R", "replicas (default: reward.replicas)", **_COUNT),
         _argument(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from cluster.experiments.throughput_records import (
     window_rates,
 )
 from cluster.experiments.throughput_report import draw_throughput
+from cluster.run.directory import RunDirectory
 from cluster.run.resources import Node
 from lm.sampling import Request
 from reward.packing import MicroBatch
@@ -121,6 +123,7 @@ def test_overhead_is_what_a_batch_takes_beyond_its_compute() -> None:
 
 def test_a_row_is_drawn_and_becomes_json(tmp_path: Path) -> None:
     row = Row(
+        engine="native",
         actors=4,
         reward_replicas=1,
         rate=rate_of([19.0, 20.0, 21.0]),
@@ -250,6 +253,53 @@ def test_measurements_become_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2.4 s to sample a batch, 60 ms to score one, 50 ms for a step" in said
     assert "153.60" in said and "100 ms, 4.2%" in said
     assert "asynchronous over synchronous: 3.00" in said
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_engines_are_compared_in_one_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
+
+    def slower_with_vllm(config: RunConfig, _: RunDirectory, **how: Any) -> Trial:
+        used.append(config.actors.engine)
+        trial = scripted(config, **how)
+        slow = 2.0 if config.actors.engine == "vllm" else 1.0
+        return Trial(
+            rows=[
+                {k: v * slow if k.startswith("time/") else v for k, v in row.items()}
+                for row in trial.rows
+            ],
+            counts=trial.counts,
+        )
+
+    monkeypatch.setattr(throughput, "measure_run", slower_with_vllm)
+    checked: list[str] = []
+    monkeypatch.setattr(
+        throughput,
+        "check_before_start",
+        lambda config, *_, **__: checked.append(config.actors.engine),
+    )
+    both = ["throughput", CONFIG, "--engine", "vllm,native", "--actors", "1,2"]
+    assert main([*both, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["engine"], row["actors"]) for row in rows] == [
+        *(("vllm", 1), ("vllm", 2), ("native", 1), ("native", 2)),
+    ]
+    assert checked == ["vllm", "native"]
+    assert used == ["vllm"] * 2 + ["native"] * 2 + ["vllm"] * 2
+    assert [row["trajectories_per_s"] for row in rows] == pytest.approx(
+        [24 / 2.5, 48 / 2.5, 48 / 2.5, 96 / 2.5]
+    )
+    assert [row["efficiency"] for row in rows] == pytest.approx([1.0] * 4)  # of its own engine
+    assert main(both) == 0
+    said = capsys.readouterr().out
+    assert said.count("vllm") == said.count("native") == 4  # two rows in either table
+    assert main([*both, "--simulate"]) == 1
+    assert "--simulate takes the place of any engine" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["throughput", CONFIG, "--engine", "vllm,other"])
+    assert "give native, vllm or both" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("without_ray")

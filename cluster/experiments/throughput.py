@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Console(stderr=True)
     rows, comparison = Experiment(
         config,
+        engines=arguments.engine or (config.actors.engine,),
         actors=arguments.actors,
         replicas=arguments.reward_replicas,
         simulated=arguments.simulate,
@@ -90,6 +91,7 @@ class Experiment:
     """Measurements of one configuration with real or simulated models.
 
     Args:
+        engines: of the rollout actors, each measured with every number of them.
         replicas: of the reward model; None: as configured.
         address: of a Ray cluster; None: one on this machine, for the experiment.
     """
@@ -98,6 +100,7 @@ class Experiment:
         self,
         config: RunConfig,
         *,
+        engines: Sequence[str],
         actors: Sequence[int],
         replicas: int | None,
         simulated: bool,
@@ -109,14 +112,16 @@ class Experiment:
                 f'learner.objective "{config.learner.objective}" starts no rollout actors: there '
                 f"is nothing to measure; choose another objective"
             )
-        self._counts = actors
+        if simulated and len(engines) > 1:
+            raise UserError("--simulate takes the place of any engine: compare them without it")
+        self._engines, self._counts = engines, actors
         self._simulated = simulated
         self._report = report
         self._root = RUNS / new_name(f"throughput-{config.task_name}")
         self._config = self._prepared(config, replicas, address)
 
     def run(self) -> tuple[list[Row], Comparison]:
-        """Every number of actors, then both modes.
+        """Every engine with every number of actors, then both modes with the first.
 
         Raises:
             UserError: the cluster cannot hold the largest number.
@@ -127,7 +132,9 @@ class Experiment:
         if self._simulated:
             load_simulated_task(largest)
         else:
-            check_before_start(largest, directory, resume=False, address=address, local=False)
+            for engine in self._engines:
+                used = largest.changed({"actors.engine": engine})
+                check_before_start(used, directory, resume=False, address=address, local=False)
         namespace = namespace_of(directory.name)
         if address is None:
             connect_ray(self._config, None, namespace)
@@ -137,8 +144,12 @@ class Experiment:
             if not may_grow():
                 check_fit(largest, living_nodes())
             rows: list[Row] = []
-            for actors in self._counts:
-                rows.append(self._row(actors, rows[0].rate.median if rows else None))
+            for engine in self._engines:
+                of_engine: list[Row] = []
+                for actors in self._counts:
+                    rate_of_one = of_engine[0].rate.median if of_engine else None
+                    of_engine.append(self._row(engine, actors, rate_of_one))
+                rows += of_engine
             return rows, self._comparison()
         finally:
             leave_cluster()
@@ -199,15 +210,15 @@ class Experiment:
             report=self._report,
         )
 
-    def _row(self, actors: int, rate_of_one: float | None) -> Row:
+    def _row(self, engine: str, actors: int, rate_of_one: float | None) -> Row:
         settings, replicas = self._config.throughput, self._config.reward_replicas
-        config = self._config.changed({"cluster.actors": actors})
+        config = self._config.changed({"cluster.actors": actors, "actors.engine": engine})
         # Steps of the learner in which every actor delivers one batch.
         turn = math.ceil(actors * config.actors.groups_per_batch / config.learner.groups_per_step)
-        self._report(f"measuring {actors} actor{'s' if actors > 1 else ''}")
+        self._report(f"measuring {actors} actor{'s' if actors > 1 else ''} ({engine})")
         trial = self._measure(
             config,
-            f"actors-{actors}",
+            f"{engine}-{actors}",
             warm_up=turn * settings.warm_up_batches,
             steps=turn * settings.batches * settings.repeats,
         )
@@ -223,6 +234,7 @@ class Experiment:
                 compute_s=decode_steps(config) * settings.simulation.decode_step_ms / 1e3,
             )
         return Row(
+            engine=engine,
             actors=actors,
             reward_replicas=replicas,
             rate=rate,
@@ -238,6 +250,7 @@ class Experiment:
         config = self._config.changed(
             {
                 "cluster.actors": 1,
+                "actors.engine": self._engines[0],
                 "actors.groups_per_batch": self._config.learner.groups_per_step,
                 "actors.lag_versions": 0,
                 "learner.publish_every_steps": 1,

@@ -73,13 +73,14 @@ class Overhead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One number of actors."""
+    """One number of actors with one engine."""
 
+    engine: str
     actors: int
     reward_replicas: int
     rate: Rate  # trajectories per second that were sampled, scored, stored, and learned from
     tokens_per_s: float
-    efficiency: float  # against `actors` times the rate of one
+    efficiency: float  # against `actors` times the rate of one with this engine
     stages: tuple[Stage, ...]
     bottleneck: str
     overhead: Overhead | None  # None with real models, and where actors wait for others

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,7 @@ from cluster.reports.plots import new_figure
 
 _SIZE_INCHES = (8.0, 3.4)
 _MEASURED, _IDEAL = "#1f5a96", "#b8bcc2"
+_STYLES = ("-", ":")  # of the lines of an engine
 # Stages in the order in which a trajectory passes them.
 _COLOURS = {
     "sampling": "#1f5a96",
@@ -57,10 +59,17 @@ def show(
 
 
 def _rates(rows: Sequence[Row]) -> Table:
-    header = ["actors", "replicas", "trajectories/s", f"interval ({rows[0].rate.coverage:.0%})"]
+    header = [
+        "engine",
+        "actors",
+        "replicas",
+        "trajectories/s",
+        f"interval ({rows[0].rate.coverage:.0%})",
+    ]
     header += ["tokens/s", "efficiency", "bottleneck", "overhead a batch"]
     cells = [
         [
+            row.engine,
             str(row.actors),
             str(row.reward_replicas),
             f"{row.rate.median:.2f}",
@@ -84,18 +93,34 @@ def _stages(rows: Sequence[Row]) -> Table:
             s.name: f"{s.trajectories_per_s:.0f}, {s.tokens_per_s:.0f} ({s.busy:.0%})"
             for s in row.stages
         }
-        cells.append([str(row.actors), *(told.get(name, "with sampling") for name in _COLOURS)])
+        cells.append(
+            [row.engine, str(row.actors), *(told.get(name, "with sampling") for name in _COLOURS)]
+        )
     title = "what each stage alone could do: trajectories/s, tokens/s (share of time at work)"
-    return text_table(["actors", *_COLOURS], cells, title)
+    return text_table(["engine", "actors", *_COLOURS], cells, title)
 
 
 def draw_throughput(rows: Sequence[Row], path: Path) -> None:
     """Write the PNG: the rate against that of n single actors, and how busy each stage is."""
     figure, [rates, stages] = new_figure(*_SIZE_INCHES, panels=2, columns=2)
-    actors = [row.actors for row in rows]
+    for engine, style in zip(dict.fromkeys(row.engine for row in rows), _STYLES, strict=False):
+        _draw_engine(rates, stages, [row for row in rows if row.engine == engine], style)
+    rates.set_ylabel("trajectories/s")
+    rates.set_ylim(bottom=0)
+    stages.set_ylabel("time at work, %")
+    stages.set_ylim(0, 105)
+    for axes in (rates, stages):
+        axes.set_xlabel("rollout actors")
+        axes.set_xticks(sorted({row.actors for row in rows}))
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def _draw_engine(rates: Any, stages: Any, rows: Sequence[Row], style: str) -> None:
+    engine, actors = rows[0].engine, [row.actors for row in rows]
     measured = [row.rate for row in rows]
     ideal = [measured[0].median * number for number in actors]
-    rates.plot(actors, ideal, color=_IDEAL, linestyle="--", label="n times one actor")
+    rates.plot(actors, ideal, color=_IDEAL, linestyle="--", label=f"n times one actor, {engine}")
     rates.errorbar(
         actors,
         [rate.median for rate in measured],
@@ -104,19 +129,12 @@ def draw_throughput(rows: Sequence[Row], path: Path) -> None:
             [rate.high - rate.median for rate in measured],
         ],
         color=_MEASURED,
+        linestyle=style,
         marker="o",
         capsize=3,
-        label="measured",
+        label=f"measured, {engine}",
     )
-    rates.set_ylabel("trajectories/s")
-    rates.set_ylim(bottom=0)
     for name in dict.fromkeys(stage.name for row in rows for stage in row.stages):
         busy = [100 * next(s.busy for s in row.stages if s.name == name) for row in rows]
-        stages.plot(actors, busy, marker="o", color=_COLOURS[name], label=name)
-    stages.set_ylabel("time at work, %")
-    stages.set_ylim(0, 105)
-    for axes in (rates, stages):
-        axes.set_xlabel("rollout actors")
-        axes.set_xticks(actors)
-        axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+        label = f"{name}, {engine}"
+        stages.plot(actors, busy, marker="o", linestyle=style, color=_COLOURS[name], label=label)
