@@ -1,13 +1,15 @@
-"""Where actors take weights from; late, or in turns, to measure what staleness does."""
+"""Where actors take weights from: fetched ahead; or late or in turns, to measure staleness."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from threading import Condition, Thread
 from typing import Generic, Protocol, TypeVar
 
 _POLL_S = 0.005
-
+_LOOK_EVERY_S = 1.0
+_FETCHING_SHARE = 0.2  # of the time, at most
 
 Data = TypeVar("Data")
 
@@ -29,6 +31,58 @@ class WeightSource(Protocol):
 
     def newer_than(self, version: int) -> PublishedWeights | None:
         """The newest weights if they are newer than `version`, else None; never waits for any."""
+
+
+class FetchedAhead:
+    """Fetches new weights in a thread, so that who asks for them finds them there.
+
+    Asking has the thread look at once, and waits `patience_s` for that: small weights are as new
+    as they can be, and large ones come at a later call, fetched meanwhile.
+    """
+
+    def __init__(self, source: WeightSource, *, patience_s: float = 0.1) -> None:
+        self._source, self._patience_s = source, patience_s
+        self._changed = Condition()
+        self._asked = False
+        self._seen = -1  # newest version that was fetched, or that the caller has
+        self._fresh: PublishedWeights | None = None  # fetched, and not handed out yet
+        self._error: Exception | None = None  # of the last look
+        Thread(target=self._run, name="weights", daemon=True).start()
+
+    def newer_than(self, version: int) -> PublishedWeights | None:
+        """The newest that are here, if newer than `version`; raises what the source raised."""
+        with self._changed:
+            if self._fresh is None:
+                self._seen = version
+            self._asked = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._asked, timeout=self._patience_s)
+            error, self._error = self._error, None
+            if error is not None:
+                raise error
+            fresh, self._fresh = self._fresh, None
+        return fresh if fresh is not None and fresh.version > version else None
+
+    def _run(self) -> None:
+        rest_s = _LOOK_EVERY_S
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._asked, timeout=rest_s)
+                seen = self._seen
+            began = time.monotonic()
+            fresh: PublishedWeights | None = None
+            error: Exception | None = None
+            try:
+                fresh = self._source.newer_than(seen)
+            except Exception as raised:  # the caller's to handle, who is in another thread
+                error = raised
+            rest_s = max(_LOOK_EVERY_S, (time.monotonic() - began) * (1 / _FETCHING_SHARE - 1))
+            with self._changed:
+                if fresh is not None:
+                    self._fresh, self._seen = fresh, fresh.version
+                self._error, self._asked = error, False
+                self._changed.notify_all()
+            fresh = None  # or it would be held here beside the next one
 
 
 class LaggingWeights:

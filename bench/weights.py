@@ -1,18 +1,23 @@
-"""Weights from the learner to the actors: by reference, beside what it was, by value.
+"""Weights from the learner to the actors: in the background, beside what was, waited for.
 
-A store process takes a version of an adapter, and all readers, a process each, fetch it at once;
-while they do, the next version is published.
+A store process takes a version of an adapter, and all readers, a process each, ask for it at once;
+while they fetch it, the next version is published.
 
-    publish_s          one publication, nobody reading
+    by value        the store answers each reader with the bytes
+    by reference    with a reference: one transfer for a node
+    in background   the same, published and fetched by threads; a reader asks again and again, as
+                    an actor does before each batch
+
+    publish_s          one publication, nobody reading, until the store has it
     fetch_s            from the first request until the last reader has the bytes
-    blocked_learner_s  the publication that comes while all read
+    blocked_learner_s  how long the publication that comes while all read holds the learner up
     copies             of the adapter in Ray's object store once that is taken: no peak
-    blocked_actor_s    a reader's wait, their mean
+    blocked_actor_s    a reader's longest wait for one answer, their mean
 
-Rows that would hold more than `--memory-gb` in readers are left out and said so. Times are of one
-machine, medians of `--repeats`.
+Rows that would hold more than `--memory-gb` in readers and store are left out and said so. Times
+are of one machine, medians of `--repeats`.
 
-    python bench/weights.py [--json] [--memory-gb 6] [--repeats 3]
+    python bench/weights.py [--json] [--memory-gb 6] [--repeats 3] [--adapter-mb 4 250 1000]
 """
 
 import argparse
@@ -26,14 +31,17 @@ import numpy as np
 import ray
 from ray._private.internal_api import memory_summary
 
-from actors.weight_sources import PublishedWeights
+from actors.weight_sources import FetchedAhead, PublishedWeights, WeightSource
 from cluster.distributed.clients import RemoteWeightStore
+from cluster.distributed.learner_worker import BackgroundPublisher
 from cluster.distributed.services import Service, WeightStoreService
 from cluster.run.weight_store import WeightStore
+from learner.learner import WeightSink
 
 SIZES_MB = (4, 250, 1000)
 READERS = (1, 8, 16)
 TIMEOUT_S = 300.0
+BATCH_S = 0.05  # between two questions of a reader
 
 
 class ByValueService(Service, WeightStore[bytes]):
@@ -53,24 +61,30 @@ class ByValueClient(RemoteWeightStore):
 PATHS = {
     "by value": (ByValueService, ByValueClient),
     "by reference": (WeightStoreService, RemoteWeightStore),
+    "in background": (WeightStoreService, RemoteWeightStore),
 }
 
 
 class Reader:
     """An actor of a run, as far as weights go."""
 
-    def __init__(self, client: type[RemoteWeightStore], handle: Any) -> None:
-        self._weights = client(handle, timeout_s=TIMEOUT_S)
+    def __init__(self, path: str, handle: Any) -> None:
+        weights: WeightSource = PATHS[path][1](handle, timeout_s=TIMEOUT_S)
+        self._weights = FetchedAhead(weights) if path == "in background" else weights
 
     def ready(self) -> None:
         """Answer once this process stands."""
 
     def fetch(self, version: int) -> tuple[float, int]:
-        """Seconds, and bytes that came."""
-        began = time.monotonic()
-        fresh = self._weights.newer_than(version)
-        assert fresh is not None
-        return time.monotonic() - began, len(fresh.data)
+        """Seconds that the longest question took, and bytes that came."""
+        longest_s = 0.0
+        while True:
+            began = time.monotonic()
+            fresh = self._weights.newer_than(version)
+            longest_s = max(longest_s, time.monotonic() - began)
+            if fresh is not None:
+                return longest_s, len(fresh.data)
+            time.sleep(BATCH_S)
 
 
 def stored_mb() -> float:
@@ -85,8 +99,9 @@ def measure(path: str, size_mb: int, readers: int, repeats: int) -> dict[str, ob
     service, client = PATHS[path]
     handle = ray.remote(service).options(num_cpus=0).remote()
     store = client(handle, timeout_s=TIMEOUT_S)
+    learner = BackgroundPublisher(store) if path == "in background" else store
     start = ray.remote(Reader).options(num_cpus=0).remote
-    actors = [start(client, handle) for _ in range(readers)]
+    actors = [start(path, handle) for _ in range(readers)]
     ray.get([actor.ready.remote() for actor in actors], timeout=TIMEOUT_S)
     data, empty_mb = np.random.default_rng(0).bytes(size_mb * 2**20), stored_mb()
     times: dict[str, list[float]] = {}
@@ -95,16 +110,18 @@ def measure(path: str, size_mb: int, readers: int, repeats: int) -> dict[str, ob
         for name, value in seconds.items():
             times.setdefault(name, []).append(value)
 
-    def publish(version: int) -> float:
+    def publish(version: int, sink: WeightSink = store) -> float:
         began = time.monotonic()
-        store.publish(data, version=version, checksum=str(version))
+        sink.publish(data, version=version, checksum=str(version))
         return time.monotonic() - began
 
     for version in range(0, 2 * repeats, 2):
         note(publish_s=publish(version))
         began = time.monotonic()
         asked = [actor.fetch.remote(version - 1) for actor in actors]
-        note(blocked_learner_s=publish(version + 1))
+        note(blocked_learner_s=publish(version + 1, learner))
+        if isinstance(learner, BackgroundPublisher):
+            learner.finish()
         note(copies=(stored_mb() - empty_mb) / size_mb)
         waited = ray.get(asked, timeout=TIMEOUT_S)
         assert all(size == len(data) for _, size in waited)
@@ -122,15 +139,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--memory-gb", type=float, default=6.0, help="that readers may hold")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--adapter-mb", type=int, nargs="+", default=SIZES_MB)
     arguments = parser.parse_args()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     rows, left_out = [], []
-    for size_mb in SIZES_MB:
+    for size_mb in arguments.adapter_mb:
         for readers in READERS:
-            if size_mb * readers > arguments.memory_gb * 1024:
-                left_out.append({"adapter_mb": size_mb, "readers": readers})
-                continue
             for path in PATHS:
+                copies = readers * (2 if path == "by value" else 1) + 4
+                if size_mb * copies > arguments.memory_gb * 1024:
+                    left_out.append({"path": path, "adapter_mb": size_mb, "readers": readers})
+                    continue
                 rows.append(measure(path, size_mb, readers, arguments.repeats))
                 if not arguments.json:
                     print(rows[-1], flush=True)

@@ -2,15 +2,18 @@
 
 import logging
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch import nn
 
+from actors.weight_sources import Published, PublishedWeights
 from cluster.distributed.worker import Meeting, Worker
 from cluster.run import assembly
 from cluster.run.directory import check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
+from learner.learner import WeightSink
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +34,39 @@ class Outbox(deque[Any]):
         return list(self)
 
 
+class BackgroundPublisher:
+    """A `WeightSink` that publishes in a thread, one version at a time.
+
+    While one is under way the newest of the others waits; older ones are passed over. An error
+    is raised by a later `publish`, or by `finish`.
+    """
+
+    def __init__(self, sink: WeightSink) -> None:
+        self._sink = sink
+        self._thread = ThreadPoolExecutor(1, "publisher")
+        self._newest: deque[PublishedWeights] = deque(maxlen=1)
+        self._sent: deque[Future[None]] = deque()
+
+    def publish(self, data: bytes, *, version: int, checksum: str) -> None:
+        """Returns at once."""
+        while self._sent and self._sent[0].done():
+            self._sent.popleft().result()
+        self._newest.append(Published(version, data, checksum))
+        self._sent.append(self._thread.submit(self._send))
+
+    def finish(self) -> None:
+        """Wait until the newest version is published."""
+        while self._sent:
+            self._sent.popleft().result()
+
+    def _send(self) -> None:
+        try:
+            newest = self._newest.popleft()
+        except IndexError:  # it went in place of an older one
+            return
+        self._sink.publish(newest.data, version=newest.version, checksum=newest.checksum)
+
+
 class LearnerWorker(Worker):
     """One rank of the learner; rank 0 draws, publishes, checkpoints and reports."""
 
@@ -47,6 +83,7 @@ class LearnerWorker(Worker):
             return context.parts.engine(config, model, settings, rendezvous)
 
         self._buffer = self._connect_buffer()
+        self._publisher = BackgroundPublisher(self._weight_store())
         self._learner = assembly.build_learner(
             config,
             base=self._base,
@@ -54,7 +91,7 @@ class LearnerWorker(Worker):
             directory=context.directory,
             make_engine=make_engine,
             buffer=self._buffer,
-            weights=self._weight_store(),
+            weights=self._publisher,
             warn=self._warn,
             gated=context.parts.gated,
         )
@@ -65,6 +102,7 @@ class LearnerWorker(Worker):
         if self._member.rank == 0:
             adapter = self._context.directory.adapter
             assembly.save_result(self._config, self._learner, self._base, adapter)
+        self._publisher.finish()
         return self.status()
 
     def status(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from actors.protocols import TrajectorySink
-from actors.weight_sources import TakingTurns
+from actors.weight_sources import FetchedAhead, TakingTurns, WeightSource
 from cluster.distributed.clients import NobodyScores, RemoteRegistry, RemoteScorer
 from cluster.distributed.rollout_log import LoggedSink
 from cluster.distributed.worker import Meeting, Worker
@@ -34,7 +34,11 @@ class RolloutWorker(Worker):
             stop=self._stopping.is_set,
             turn=self._member.index,
         )
-        store = self._weight_store()
+        weights: WeightSource = self._weight_store()
+        if context.synchronous:
+            weights = TakingTurns(weights, self._stopping.is_set)
+        else:
+            weights = FetchedAhead(weights)
         self._actor = assembly.build_actor(
             self._config,
             policy=parts.policy,
@@ -43,7 +47,7 @@ class RolloutWorker(Worker):
             seed=(self._config.seed, self._member.index, self._member.incarnation),
             buffer=sink,
             scorer=self._scorer,
-            weights=TakingTurns(store, self._stopping.is_set) if context.synchronous else store,
+            weights=weights,
         )
 
     def run(self) -> dict[str, Any]:
