@@ -58,8 +58,8 @@ class RewardConfig(Section):
     token_budget: PositiveInt = 2048
     """Tokens of one padded micro-batch on one rank."""
     deadline_s: PositiveFloat = 60.0
-    """Seconds within which a request is answered, from its arrival on; also how long a rank waits
-    for the other ranks of its replica."""
+    """Seconds that a request waits while its replica scores nothing at all; also how long a rank
+    waits for another of its replica, from that one's last sign of progress on."""
     verifier_processes: PositiveInt = Field(1, description="In which an actor's verifiers run.")
     verifier_deadline_s: PositiveFloat = 5.0
     """Longest call of a verifier; one that takes longer is ended."""

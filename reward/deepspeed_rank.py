@@ -3,7 +3,7 @@
 It chooses its accelerator at import: DS_ACCELERATOR=cpu in the environment keeps it off a GPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import deepspeed
 import numpy as np
@@ -14,11 +14,13 @@ from torch import nn
 
 from lm.config import LMConfig
 from lm.model import device_of, load_shard
-from lm.process_group import Rendezvous, join_ranks, waiting_for_ranks
+from lm.process_group import Gathering, Rendezvous, join_ranks, waiting_for_ranks
 from lm.weight_files import weight_files
 from reward.packed import edge_log_probs, score_limits
 from reward.packing import MicroBatch
 from reward.request import ScoreLimits
+
+_MOST_AHEAD = 50_000_000  # elements, DeepSpeed's own choice: many layers of a small model
 
 
 class RewardRank:
@@ -34,20 +36,22 @@ class RewardRank:
         Raises as load_base.
 
         Args:
-            meet: says where, once the files are on this machine.
+            meet: says where; rank 0 then listens there at once.
         """
-        files, device, dtype = weight_files(config), device_of(config), getattr(torch, config.dtype)
-        self._rendezvous = meet()
-        settings = _zero3_config(dtype)
-        with waiting_for_ranks(self._rendezvous, part="reward", phase="rendezvous"):
-            join_ranks(self._rendezvous, device)
+        device, dtype = device_of(config), getattr(torch, config.dtype)
+        self._rendezvous = place = meet()
+        gathering = Gathering(place, part="reward")
+        with gathering.phase("fetching"):
+            files = weight_files(config)
+        with waiting_for_ranks(place, part="reward", phase="rendezvous"):
+            join_ranks(place, device, gathering.store)
             # Else DeepSpeed compiles this at start: a minute, and no start without a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed(
                 dist_init_required=False, auto_mpi_discovery=False, verbose=False
             )
-        with waiting_for_ranks(self._rendezvous, part="reward", phase="loading"):
-            partitioned = deepspeed.zero.Init(config_dict_or_path=settings)
+        with gathering.phase("loading"):
+            partitioned = deepspeed.zero.Init(config_dict_or_path=_zero3_config(dtype))
 
             def shard(parameter: nn.Parameter) -> nn.Parameter:
                 parameter.requires_grad_(False).data = parameter.data.to(device, dtype)
@@ -55,18 +59,24 @@ class RewardRank:
                 return parameter
 
             self.model = load_shard(config, files, shard).to(device)
+        with waiting_for_ranks(place, part="reward", phase="loading"):
             # One gather for a whole layer instead of one for each of its matrices.
-            set_z3_leaf_modules(self.model, list(self.model._no_split_modules))
+            layers = set_z3_leaf_modules(self.model, list(self.model._no_split_modules))
+            sizes = [sum(p.ds_numel for p in layer.parameters()) for layer in layers]
+            settings = _zero3_config(dtype, ahead=min(_MOST_AHEAD, max(sizes)))
             deepspeed.initialize(model=self.model, config=settings, dist_init_required=False)
         self.limits: ScoreLimits = score_limits(self.model)
 
-    def forward(self, share: Sequence[MicroBatch]) -> list[NDArray[np.float32]]:
+    def forward(self, share: Sequence[MicroBatch]) -> Iterator[NDArray[np.float32]]:
         """Log p of all edges of each micro-batch; raises RankLost for a dead or stalled peer."""
-        with waiting_for_ranks(self._rendezvous, part="reward", phase="forward"):
-            return [edge_log_probs(self.model, batch) for batch in share]
+        for batch in share:
+            with waiting_for_ranks(self._rendezvous, part="reward", phase="forward"):
+                edges = edge_log_probs(self.model, batch)
+            yield edges
 
 
-def _zero3_config(dtype: torch.dtype) -> dict[str, object]:
+def _zero3_config(dtype: torch.dtype, ahead: int = _MOST_AHEAD) -> dict[str, object]:
+    """`ahead`: elements to gather before they are needed."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -77,6 +87,8 @@ def _zero3_config(dtype: torch.dtype) -> dict[str, object]:
             "stage3_param_persistence_threshold": 0,
             # Release every layer after its use instead of keeping it for the next pass.
             "stage3_max_reuse_distance": 0,
+            # Gathered in one buffer, from which they are copied; it is held while any is in use.
+            "stage3_prefetch_bucket_size": ahead,
         },
         "steps_per_print": 2**31,
     }

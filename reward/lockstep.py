@@ -1,6 +1,6 @@
 """Micro-batches over the ranks of one replica: every rank makes the same number of passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import Protocol
@@ -35,7 +35,8 @@ class Rank(Protocol):
     @property
     def limits(self) -> ScoreLimits: ...
 
-    def forward(self, share: Sequence[MicroBatch]) -> Edges: ...
+    def forward(self, share: Sequence[MicroBatch]) -> Iterable[NDArray[np.float32]]:
+        """Log p of all edges of each micro-batch, as soon as it is scored."""
 
 
 class UnshardedRank:
@@ -45,8 +46,8 @@ class UnshardedRank:
         self.limits: ScoreLimits = score_limits(model)
         self._model = model.eval().requires_grad_(False)
 
-    def forward(self, share: Sequence[MicroBatch]) -> Edges:
-        return [edge_log_probs(self._model, batch) for batch in share]
+    def forward(self, share: Sequence[MicroBatch]) -> Iterator[NDArray[np.float32]]:
+        return (edge_log_probs(self._model, batch) for batch in share)
 
 
 # Stands where a rank has no micro-batch left: every pass is a collective of all ranks.
@@ -54,13 +55,20 @@ _FILLER = lay_out([ScoreItem.of([0], [], stops=[0], answer=[0])], token_budget=1
 
 
 def forward_in_step(
-    rank: Rank, peers: Sequence[Peer], batches: Sequence[MicroBatch], *, deadline_s: float
+    rank: Rank,
+    peers: Sequence[Peer],
+    batches: Sequence[MicroBatch],
+    *,
+    deadline_s: float,
+    scored: Callable[[], None] = lambda: None,
 ) -> Edges:
     """Edges of the micro-batches in the order given; raises what a rank raises.
 
-    Waits for the peers at most for the deadline, inside a pass for the process group's timeout.
+    Waits for the peers at most for the deadline once this rank is done, inside a pass for the
+    process group's timeout. Calls `scored` behind each of this rank's micro-batches, which are in
+    step with those of the others.
     """
-    num_ranks, deadline = 1 + len(peers), monotonic() + deadline_s
+    num_ranks = 1 + len(peers)
     # In order of size, so that those which meet in one pass cost their ranks about the same.
     order = sorted(
         range(len(batches)),
@@ -68,14 +76,18 @@ def forward_in_step(
     )
     shares = deal([batches[number] for number in order], num_ranks)
     pending = [peer.forward(share) for peer, share in zip(peers, shares[1:], strict=True)]
-    results = [rank.forward(shares[0])]
+    mine: Edges = []
+    for edges in rank.forward(shares[0]):
+        mine.append(edges)
+        scored()
+    results, deadline = [mine], monotonic() + deadline_s
     for number, handle in enumerate(pending, start=1):
         try:
             results.append(handle.result(max(0.0, deadline - monotonic())))
         except TimeoutError as error:
             raise TimeoutError(
                 f"rank {number} of {num_ranks} did not finish its share of "
-                f"{len(shares[number])} micro-batches within {deadline_s:.1f} s"
+                f"{len(shares[number])} micro-batches within {deadline_s:.1f} s of ours"
             ) from error
     found = {n: results[at % num_ranks][at // num_ranks] for at, n in enumerate(order)}
     return [found[number] for number in range(len(batches))]

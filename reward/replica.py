@@ -38,6 +38,7 @@ class ReplicaStats:
     computed_tokens: int = 0  # of padded passes
     expired_requests: int = 0  # spent their deadline in the queue
     failed_requests: int = 0
+    unmoved_s: float = 0.0  # since passes began, or a micro-batch was scored
     waiting_s: float = 0.0  # without requests
     computing_s: float = 0.0
     tokens_per_s: float = 0.0  # while computing
@@ -49,19 +50,34 @@ class PendingScores:
 
     items: Sequence[ScoreItem]
     replica: str
-    deadline: float  # of the monotonic clock
+    deadline_s: float
     phase: str = "queue"
     scores: Future[Scores] = field(default_factory=Future)
+    arrived: float = field(default_factory=monotonic)
+    moved: float = 0.0  # when the replica scored a micro-batch before this one was too late
+
+    @property
+    def late(self) -> bool:
+        """Whether it has seen the replica come no further for the deadline."""
+        return monotonic() - max(self.arrived, self.moved) > self.deadline_s
 
     def result(self, timeout_s: float) -> Scores:
-        """Log-rewards [S] in nats for each item, else BadItem; ScoreFailed after `timeout_s`."""
-        try:
-            return self.scores.result(timeout_s)
-        except TimeoutError:
-            raise ScoreFailed(
-                f"reward replica {self.replica}: no scores for {len(self.items)} items after "
-                f"{timeout_s:.1f} s, request is in phase {self.phase}"
-            ) from None
+        """Log-rewards [S] in nats for each item, else BadItem.
+
+        ScoreFailed after `timeout_s` in which the replica came no further.
+        """
+        since = monotonic()
+        while True:
+            try:
+                return self.scores.result(max(0.0, since + timeout_s - monotonic()))
+            except TimeoutError:
+                if self.moved > since:
+                    since = self.moved
+                    continue
+                raise ScoreFailed(
+                    f"reward replica {self.replica}: no scores for {len(self.items)} items after "
+                    f"{timeout_s:.1f} s, request is in phase {self.phase}"
+                ) from None
 
 
 class RewardReplica:
@@ -87,7 +103,8 @@ class RewardReplica:
         self._queue: deque[PendingScores] = deque()
         self._changed = Condition()
         self._refusal: str | None = None  # why nothing is scored any more
-        self._pass_deadline: float | None = None
+        self._in_pass: Sequence[PendingScores] = ()
+        self._moved = monotonic()  # when passes began, or a micro-batch was scored
         self._worker = Thread(target=self._serve, name=f"reward-{name}", daemon=True)
         self._worker.start()
 
@@ -98,7 +115,7 @@ class RewardReplica:
                 check_item(item, self._limits)
             except BadItem as error:
                 raise BadItem(f"item {number} of {len(items)}: {error}") from None
-        request = PendingScores(items, self._name, monotonic() + self._config.deadline_s)
+        request = PendingScores(items, self._name, self._config.deadline_s)
         with self._changed:
             if self._refusal is not None:
                 raise ScoreFailed(self._refusal)
@@ -107,18 +124,19 @@ class RewardReplica:
         return request
 
     def score(self, items: Sequence[ScoreItem]) -> Scores:
-        """Submit and wait, at most for the replica's deadline; errors as there."""
+        """Submit and wait, for the replica's deadline from its last progress; errors as there."""
         return self.submit(items).result(self._config.deadline_s)
 
     def healthy(self) -> bool:
-        """False once broken or closed, or while a pass has outlasted the deadline."""
-        deadline = self._pass_deadline
-        return self._refusal is None and (deadline is None or monotonic() < deadline)
+        """False once broken or closed, or while a micro-batch has outlasted the deadline."""
+        stuck = self._in_pass and monotonic() - self._moved > self._config.deadline_s
+        return self._refusal is None and not stuck
 
     def stats(self) -> ReplicaStats:
         with self._changed:
             waiting = [len(request.items) for request in self._queue]
-        return replace(self._stats, queued_requests=len(waiting), queued_items=sum(waiting))
+        now = {"queued_requests": len(waiting), "queued_items": sum(waiting)}
+        return replace(self._stats, **now, unmoved_s=monotonic() - self._moved)
 
     def close(self, timeout_s: float) -> None:
         """Fail what is queued and end the worker; ScoreFailed if a pass outlasts the wait."""
@@ -131,8 +149,8 @@ class RewardReplica:
 
     def _serve(self) -> None:
         while round_of_requests := self._next_round():
-            start = monotonic()
-            self._pass_deadline = start + self._config.deadline_s
+            self._moved = start = monotonic()
+            self._in_pass = round_of_requests
             try:
                 self._answer(round_of_requests)
             except Exception as error:  # the loop's rim: whatever it was, the ranks are out of step
@@ -144,7 +162,7 @@ class RewardReplica:
                 self._refuse(refusal)
                 self._fail(round_of_requests, refusal)
             finally:
-                self._pass_deadline = None
+                self._in_pass = ()
                 self._stats.computing_s += monotonic() - start
                 self._stats.tokens_per_s = self._stats.computed_tokens / self._stats.computing_s
 
@@ -163,9 +181,8 @@ class RewardReplica:
         chosen: list[PendingScores] = []
         while self._queue and room > 0:
             request = self._queue.popleft()
-            left_s = request.deadline - monotonic()
-            self._stats.queued_s += self._config.deadline_s - left_s
-            if left_s < 0:
+            self._stats.queued_s += monotonic() - request.arrived
+            if request.late:
                 self._stats.expired_requests += 1
                 error = ScoreFailed(
                     f"reward replica {self._name}: {len(request.items)} items spent the deadline "
@@ -178,6 +195,14 @@ class RewardReplica:
             chosen.append(request)
         return chosen
 
+    def _move(self) -> None:
+        """Have scored one more micro-batch: who waits may wait on."""
+        self._moved = monotonic()
+        with self._changed:
+            for request in (*self._queue, *self._in_pass):
+                if not request.late:
+                    request.moved = self._moved
+
     def _answer(self, requests: Sequence[PendingScores]) -> None:
         """Score what the requests ask for and is not cached, each distinct item once."""
         wanted = {item.key: item for request in requests for item in request.items}
@@ -187,7 +212,11 @@ class RewardReplica:
             items = list(fresh.values())
             layout = lay_out(items, self._config.token_budget, self._num_ranks)
             edges = forward_in_step(
-                self._rank, self._peers, layout.batches, deadline_s=self._config.deadline_s
+                self._rank,
+                self._peers,
+                layout.batches,
+                deadline_s=self._config.deadline_s,
+                scored=self._move,
             )
             known.update(zip(fresh, gather_scores(items, layout, edges), strict=True))
             self._stats.computed_items += len(items)

@@ -54,7 +54,7 @@ def serve_rank_one(pipe: Connection, architecture: str, timeout_s: float) -> Non
     pipe.send("up")
     rank = join(architecture, pipe.recv(), 1, 2, timeout_s)
     while True:
-        pipe.send(rank.forward(pipe.recv()))
+        pipe.send(list(rank.forward(pipe.recv())))
 
 
 def agree_on_port(pipe: Connection) -> int:

@@ -1,7 +1,7 @@
 """The reward replica with one rank, in one process."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Event
@@ -10,10 +10,11 @@ from time import sleep
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from lm.process_group import RankLost
-from reward.lockstep import Edges, UnshardedRank, deal
+from reward.lockstep import UnshardedRank, deal
 from reward.packed import suffix_log_rewards
 from reward.packing import MicroBatch, lay_out
 from reward.replica import RewardReplica, ScoreFailed
@@ -32,13 +33,22 @@ class GatedRank:
         self.num_forwards = 0
         self._rank = UnshardedRank(model)
 
-    def forward(self, share: Sequence[MicroBatch]) -> Edges:
+    def forward(self, share: Sequence[MicroBatch]) -> Iterable[NDArray[np.float32]]:
         self.num_forwards += 1
         self.entered.set()
         assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
         return self._rank.forward(share)
+
+
+class SlowRank(UnshardedRank):
+    """A rank that takes a while for each micro-batch."""
+
+    def forward(self, share: Sequence[MicroBatch]) -> Iterator[NDArray[np.float32]]:
+        for edges in super().forward(share):
+            sleep(0.5)
+            yield edges
 
 
 def test_many_callers_each_get_their_own_scores() -> None:
@@ -140,6 +150,18 @@ def test_a_late_answer_is_a_named_timeout_and_the_replica_recovers() -> None:
         queued.result(10.0)
     assert len(replica.score(make_items(1, seed=2))) == 1
     assert replica.healthy() and replica.stats().expired_requests == 1
+    replica.close(5.0)
+
+
+def test_a_replica_that_scores_on_is_not_late() -> None:
+    config = replace_config(deadline_s=2.0, token_budget=60)
+    items = make_items(9)
+    assert len(lay_out(items, 60).batches) > 5  # two are as many as the deadline has time for
+    replica = RewardReplica(SlowRank(make_model("gpt2")), [], config, name="r0")
+    slow, queued = replica.submit(items), replica.submit(make_items(1, seed=1))
+    assert len(slow.result(2.0)) == 9 and len(queued.result(2.0)) == 1
+    assert replica.healthy() and replica.stats().expired_requests == 0
+    assert replica.stats().unmoved_s < 2.0
     replica.close(5.0)
 
 

@@ -265,6 +265,35 @@ def test_a_scoring_waits_for_a_replica_that_comes_up_and_not_for_ever(
         scorer_of(ReplicaRegistry(), 1200).submit([])
 
 
+def test_a_replica_is_late_only_where_it_comes_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    registry: Any = ReplicaRegistry()
+    registry.announce(("reward-0.0",))
+    clock, scores_until_s, asked_s = Clock(lambda now_s: None), 1000.0, []
+
+    def wait(ref: str, *, timeout_s: float, **_: object) -> dict[str, float]:
+        if ref == "status":
+            asked_s.append(clock.now_s)
+            return {"unmoved_s": max(5.0, clock.now_s - scores_until_s)}
+        clock.sleep(timeout_s)
+        raise PeerTimeout("no answer")
+
+    handle = SimpleNamespace(
+        score=SimpleNamespace(remote=lambda items: "scores"),
+        status=SimpleNamespace(remote=lambda: "status"),
+    )
+    monkeypatch.setattr("ray.get_actor", lambda name, namespace: handle)
+    monkeypatch.setattr(clients, "time", clock)
+    monkeypatch.setattr(clients, "wait_for", wait)
+    scorer = scorer_of(registry, 30)
+    with pytest.raises(PeerTimeout, match="no answer"):
+        scorer.submit([]).result(100)
+    # It scored for long beyond the deadline of 100 s, which then ran from its last sign.
+    assert 1090 <= clock.now_s <= 1110 and asked_s[0] == 60
+    assert scorer.retries == 1  # after the 60 s that one replica has to come further
+
+
 def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up_or_be_silent() -> None:
     config = load_config("tasks/toy.toml", ["cluster.start_timeout_s=900", "learner.ranks=2"])
     patient = Worker(context(config, None), Member(name="actor-0"))._config

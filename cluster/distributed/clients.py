@@ -19,6 +19,7 @@ from reward.request import ScoreItem
 
 _POLL_S = 0.5
 _REMIND_S = 2.0
+_STATUS_S = 10.0
 
 
 class NobodyScores(RuntimeError):
@@ -132,6 +133,13 @@ class RemoteScorer:
                 )
             time.sleep(_POLL_S)
 
+    def unmoved_s(self, name: str) -> float:
+        """For how long a replica has scored nothing; raises where it does not say so soon."""
+        status = self._handle(name).status.remote()
+        peer = f"reward replica {name}"
+        stats = wait_for(status, peer=peer, phase="status", timeout_s=_STATUS_S)
+        return float(stats["unmoved_s"])
+
     def forget(self, name: str) -> None:
         """Look the replica's name up again next time: it may have been replaced."""
         self._handles.pop(name, None)
@@ -154,21 +162,18 @@ class RemoteScores:
         """Log-rewards [S] in nats for each item.
 
         Raises:
-            PeerTimeout, PeerDied, ScoreFailed: no replica answered in `timeout_s`.
+            PeerTimeout, PeerDied, ScoreFailed: no replica answered, or came any further, in
+                `timeout_s`.
             BadItem: an item cannot be scored; another replica would say the same.
         """
-        scorer, deadline = self._scorer, time.monotonic() + timeout_s
+        scorer, self._moved = self._scorer, time.monotonic()
         while True:
-            left_s = max(deadline - time.monotonic(), 0.0)
+            left_s = max(self._moved + timeout_s - time.monotonic(), 0.0)
             try:
-                return wait_for(
-                    self._ref,
-                    peer=f"reward replica {self._replica}",
-                    phase=f"scoring {len(self._items)} items",
-                    timeout_s=min(scorer.attempt_s, left_s),
-                )
+                return self._answer(min(scorer.attempt_s, left_s))
             except (PeerTimeout, PeerDied, ScoreFailed):
                 scorer.forget(self._replica)
+                deadline = self._moved + timeout_s
                 if time.monotonic() + _POLL_S > deadline:
                     raise
                 time.sleep(_POLL_S)
@@ -177,6 +182,24 @@ class RemoteScores:
                 self._replica, self._ref = scorer.start(
                     self._items, avoid=self._replica, timeout_s=left_s
                 )
+
+    def _answer(self, patience_s: float) -> list[NDArray[np.float32]]:
+        """Of the replica at hand; PeerTimeout once that comes no further for `patience_s`."""
+        wait_s = patience_s
+        while True:
+            try:
+                return wait_for(
+                    self._ref,
+                    peer=f"reward replica {self._replica}",
+                    phase=f"scoring {len(self._items)} items",
+                    timeout_s=wait_s,
+                )
+            except PeerTimeout:
+                unmoved_s = self._scorer.unmoved_s(self._replica)
+                wait_s = patience_s - unmoved_s
+                if wait_s <= 0:
+                    raise
+                self._moved = time.monotonic() - unmoved_s
 
 
 class RemotePeer:

@@ -69,7 +69,7 @@ class RewardWorker(Worker):
 
     def forward(self, share: Sequence[Any]) -> list[Any]:
         """This rank's part of one scoring (ranks above 0)."""
-        return self._shard.forward(share)
+        return list(self._shard.forward(share))
 
     def run(self) -> dict[str, Any]:
         """Serve until stopped and no call is held or comes any more.

@@ -21,7 +21,7 @@ from cluster.run.assembly import build_buffer
 from cluster.run.directory import RunDirectory
 from cluster.run.plan import CUDA_MB
 from cluster.run.session import BufferAddress
-from lm.process_group import Rendezvous
+from lm.process_group import Rendezvous, bytes_moved
 
 HUB_TOKEN = "HF_TOKEN"
 _PROGRESS_BYTES = 64 * 2**20
@@ -108,10 +108,7 @@ class Worker:
 
     def progress(self) -> int:
         """Rises while this process loads: by one for each 64 MB read, written or taken."""
-        process = psutil.Process()
-        read = process.io_counters() if hasattr(process, "io_counters") else None  # not on macOS
-        size = process.memory_info().rss + (read.read_chars + read.write_chars if read else 0)
-        return int(size // _PROGRESS_BYTES)
+        return bytes_moved() // _PROGRESS_BYTES
 
     def stop(self) -> None:
         """Ask `run` to end; it finishes what it holds first."""

@@ -30,7 +30,7 @@ class Phase(StrEnum):
     """Where a worker group is in its life."""
 
     PLACING = "placing"  # waits for room on the cluster
-    MEETING = "meeting"  # rank 0 says where the ranks meet
+    MEETING = "meeting"  # all ranks are up, and rank 0 says where they meet
     STARTING = "starting"  # every rank builds what it holds
     RUNNING = "running"
     FINISHED = "finished"  # `run` returned on every rank
@@ -137,7 +137,8 @@ class WorkerGroup:
     def _advance(self, values: list[Any]) -> None:
         if self.phase is Phase.PLACING:
             self.handles = self.launch.create()
-            self._refs = [self.leader.rendezvous.remote()]
+            others = [handle.progress.remote() for handle in self.handles[1:]]  # once they are up
+            self._refs = [self.leader.rendezvous.remote(), *others]
             self._began = self._progressed = awake_s()
             self._progress = []
             self.phase = Phase.MEETING
