@@ -66,13 +66,13 @@ class PendingScores:
 
         ScoreFailed after `timeout_s` in which the replica came no further.
         """
-        since = monotonic()
+        asked = monotonic()
         while True:
             try:
-                return self.scores.result(max(0.0, since + timeout_s - monotonic()))
+                left_s = max(asked, self.moved) + timeout_s - monotonic()
+                return self.scores.result(max(0.0, left_s))
             except TimeoutError:
-                if self.moved > since:
-                    since = self.moved
+                if monotonic() < max(asked, self.moved) + timeout_s:
                     continue
                 raise ScoreFailed(
                     f"reward replica {self.replica}: no scores for {len(self.items)} items after "

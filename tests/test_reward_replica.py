@@ -43,11 +43,13 @@ class GatedRank:
 
 
 class SlowRank(UnshardedRank):
-    """A rank that takes a while for each micro-batch."""
+    """A rank that takes 1.5 s for each micro-batch, of a clock that nothing else moves."""
+
+    now_s = 0.0
 
     def forward(self, share: Sequence[MicroBatch]) -> Iterator[NDArray[np.float32]]:
         for edges in super().forward(share):
-            sleep(0.5)
+            self.now_s += 1.5
             yield edges
 
 
@@ -153,15 +155,16 @@ def test_a_late_answer_is_a_named_timeout_and_the_replica_recovers() -> None:
     replica.close(5.0)
 
 
-def test_a_replica_that_scores_on_is_not_late() -> None:
-    config = replace_config(deadline_s=2.0, token_budget=60)
-    items = make_items(9)
-    assert len(lay_out(items, 60).batches) > 5  # two are as many as the deadline has time for
-    replica = RewardReplica(SlowRank(make_model("gpt2")), [], config, name="r0")
-    slow, queued = replica.submit(items), replica.submit(make_items(1, seed=1))
+def test_a_replica_that_scores_on_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, rank = replace_config(deadline_s=2.0, token_budget=60), SlowRank(make_model("gpt2"))
+    monkeypatch.setattr("reward.replica.monotonic", lambda: rank.now_s)
+    replica = RewardReplica(rank, [], config, name="r0")
+    slow, queued = replica.submit(make_items(9)), replica.submit(make_items(1, seed=1))
     assert len(slow.result(2.0)) == 9 and len(queued.result(2.0)) == 1
+    assert rank.now_s > 8.0
     assert replica.healthy() and replica.stats().expired_requests == 0
-    assert replica.stats().unmoved_s < 2.0
+    rank.now_s += 3.0
+    assert replica.healthy() and replica.stats().unmoved_s == 3.0  # nothing was asked of it
     replica.close(5.0)
 
 
