@@ -8,7 +8,6 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import msgpack
@@ -18,8 +17,7 @@ from numpy.typing import NDArray
 FORMAT = 1
 INTEGERS = ("prompt", "answer", "completion", "stops")
 LOGS = ("log_reward", "behaviour_log_prob", "behaviour_log_stop")
-ORIGIN = ("policy_version", "behaviour", "temperature", "actor", "created_s", "correct")
-integers_of, logs_of, origin_of = (attrgetter(*names) for names in (INTEGERS, LOGS, ORIGIN))
+INT32, FLOAT32 = np.dtype("<i4"), np.dtype("<f4")  # on the wire
 BEHAVIOURS = ("on_policy", "tempered", "demonstration")
 MAX_BYTES = 1 << 22
 MAX_TEXT = 1024
@@ -124,9 +122,9 @@ def check_tokens(trajectory: Trajectory) -> None:
 
 
 def check_logs(trajectory: Trajectory) -> None:
-    num_stops, length = trajectory.stops.size, trajectory.completion.size
-    logs = rows(trajectory, LOGS, np.float32)
-    sizes = tuple(map(len, logs_of(trajectory)))
+    t, num_stops, length = trajectory, trajectory.stops.size, trajectory.completion.size
+    logs = rows(t, LOGS, np.float32)
+    sizes = (t.log_reward.size, t.behaviour_log_prob.size, t.behaviour_log_stop.size)
     if sizes != (num_stops, length, num_stops):
         raise MalformedTrajectory(
             f"{LOGS} have {sizes} entries for {num_stops} stop states and {length} tokens"
@@ -152,16 +150,18 @@ def rows(
 
 def pack(trajectory: Trajectory) -> bytes:
     """At most MAX_BYTES: all integers in one little-endian block, all logs in another."""
-    integers = integers_of(trajectory)
+    t = trajectory
+    integers = (t.prompt, t.answer, t.completion, t.stops)
+    logs = (t.log_reward, t.behaviour_log_prob, t.behaviour_log_stop)
     record = (
         FORMAT,
-        trajectory.task,
-        trajectory.prompt_key,
-        [len(array) for array in integers],
-        np.concatenate(integers).astype("<i4", copy=False).tobytes(),
-        trajectory.from_tool.tobytes(),
-        np.concatenate(logs_of(trajectory)).astype("<f4", copy=False).tobytes(),
-        *origin_of(trajectory),
+        t.task,
+        t.prompt_key,
+        [*map(len, integers)],
+        np.concatenate(integers).astype(INT32, copy=False).tobytes(),
+        t.from_tool.tobytes(),
+        np.concatenate(logs).astype(FLOAT32, copy=False).tobytes(),
+        *(t.policy_version, t.behaviour, t.temperature, t.actor, t.created_s, t.correct),
     )
     data: bytes = msgpack.packb(record)
     if len(data) > MAX_BYTES:
@@ -186,8 +186,8 @@ def unpack(data: bytes) -> Trajectory:
         raise MalformedTrajectory("array blocks do not have the sizes they announce")
     if from_tool.translate(None, b"\x00\x01"):
         raise MalformedTrajectory("from_tool holds a byte other than 0 and 1")
-    tokens = np.frombuffer(integers, "<i4")
-    floats = np.frombuffer(logs, "<f4")
+    tokens = np.frombuffer(integers, INT32)
+    floats = np.frombuffer(logs, FLOAT32)
     answer_at, completion_at = num_prompt, num_prompt + num_answer
     return Trajectory(
         task=task,
