@@ -4,10 +4,10 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
-from lm.config import Section
+from lm.config import Frozen
 
 
-class ActorConfig(Section):
+class ActorConfig(Frozen):
     """The `[actors]` section: what one actor samples, and how far ahead it may run.
 
     The paper trains on 1/4 on-policy, 1/2 tempered and, by the learner, 1/4 replayed trajectories.

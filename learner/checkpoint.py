@@ -6,7 +6,6 @@ step-00000040/companion            what else of the run belongs to this moment, 
 published                          highest version that actors may have seen
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,6 +16,8 @@ from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
+
+from lm.adapter import checksum
 
 FORMAT = 1
 PUBLISHED_FILE = "published"
@@ -70,8 +71,8 @@ class Checkpoints:
             "format": FORMAT,
             "version": snapshot.version,
             "identity": self._identity,
-            "checksum": _checksum(state),
-            "companion": None if companion is None else _checksum(companion),
+            "checksum": checksum(state),
+            "companion": None if companion is None else checksum(companion),
             "facts": snapshot.facts,
         }
         final = self._folder / f"step-{snapshot.version:08d}"
@@ -132,7 +133,7 @@ class Checkpoints:
         try:
             meta, state = (path / META_FILE).read_bytes(), (path / STATE_FILE).read_bytes()
             fields = json.loads(meta)
-            saved_format, checksum = fields["format"], fields["checksum"]
+            saved_format, expected = fields["format"], fields["checksum"]
             identity = dict(fields["identity"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise _damaged(path, f"is unreadable: {error}") from error
@@ -140,7 +141,7 @@ class Checkpoints:
             raise CheckpointMismatch(
                 f"checkpoint {path} has format {saved_format}, this program reads {FORMAT}"
             )
-        if checksum != _checksum(state):
+        if expected != checksum(state):
             raise _damaged(path, f"is damaged: {STATE_FILE} was altered")
         for name in sorted(self._identity | identity):
             if identity.get(name) != self._identity.get(name):
@@ -162,7 +163,7 @@ class Checkpoints:
             return None
         companion = path / COMPANION_FILE
         data = companion.read_bytes() if companion.exists() else b""
-        if _checksum(data) != expected:
+        if checksum(data) != expected:
             raise _damaged(path, f"is damaged: {COMPANION_FILE} was altered")
         return data
 
@@ -174,10 +175,6 @@ def _damaged(path: Path, how: str) -> CheckpointDamaged:
     return CheckpointDamaged(
         f"checkpoint {path} {how}; remove {path} to resume from the checkpoint before it"
     )
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _sync(path: Path) -> None:

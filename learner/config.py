@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from learner.objectives.traits import TRAITS, ObjectiveName, Traits
-from lm.config import LARGE, Section
+from lm.config import LARGE, Frozen
 
 
-class RewardTemperatureConfig(Section):
+class RewardTemperatureConfig(Frozen):
     """Linear from `start` to `end` over `steps` optimizer steps, then flat (paper, appendix)."""
 
     start: float = Field(1.0, gt=0, description="T of the first step; R enters as R^(1/T).")
@@ -22,7 +22,7 @@ class RewardTemperatureConfig(Section):
         return self.start + (self.end - self.start) * step / self.steps
 
 
-class LearnerConfig(Section):
+class LearnerConfig(Frozen):
     """What a batch is, how a step is taken, and what is kept of it."""
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run.")

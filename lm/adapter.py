@@ -90,7 +90,7 @@ def _require_scale(adapter: AdapterWeights, lora: LoraConfig, has: str, expects:
 
 
 def checksum(data: bytes) -> str:
-    """Hex digest that travels beside published adapter bytes."""
+    """Hex digest that travels beside published adapter bytes, and lies beside what is saved."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 

@@ -8,14 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, m
 LARGE = 50_000_000
 
 
-class Section(BaseModel):
-    """A part of a configuration: nobody changes it, unknown keys are errors, and what a key means
-    stands in its field or in the text under it."""
+class Frozen(BaseModel):
+    """What nobody changes: unknown keys are errors, and what a key means stands in its field or in
+    the text under it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class LMConfig(Section):
+class LMConfig(Frozen):
     """Which base language model to load, and how."""
 
     model: str = Field(min_length=1, description="Folder in Hugging Face format, or hub id.")
@@ -46,7 +46,7 @@ class LMConfig(Section):
         return self
 
 
-class LoRAConfig(Section):
+class LoRAConfig(Frozen):
     """Low-rank adapter: W + (alpha / rank) B A on every targeted linear layer."""
 
     rank: PositiveInt = Field(16, description="Inner dimension of BA.")

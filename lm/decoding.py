@@ -12,7 +12,7 @@ and rank it within its group; what is returned is its log q itself.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -44,42 +44,35 @@ class _Beam:
     row: int  # of what it continues: a prompt, or a hypothesis in the last pass
 
 
+@dataclass(eq=False)
 class BeamSearch:
     """Searches with a KV cache shared by the beams of several prompts.
 
     `model` is a causal LM of transformers, as for `lm.sampling.Sampler`. No tool speaks.
 
-    Args:
-        beams: hypotheses kept for a prompt, in all groups; 1 is greedy decoding.
-        groups: of equal size; 1 is plain beam search.
-        penalty: nats, see above; without effect on one group.
-        max_rows: hypotheses under way at once, but that the beams of a prompt are never parted.
-
     Raises:
         ValueError: beams that make no equal groups, or a penalty below 0.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        actions: ActionSpace,
-        *,
-        beams: int,
-        groups: int,
-        penalty: float,
-        max_rows: int,
-    ) -> None:
-        if beams < 1 or groups < 1 or beams % groups:
-            raise ValueError(f"{beams} beams make no {groups} groups of equal size")
-        if not penalty >= 0:
-            raise ValueError(f"a diversity penalty of {penalty} nats would reward sameness")
-        self._model = model.eval()
-        self._actions = actions
-        self._groups, self._width, self._penalty = groups, beams // groups, penalty
-        self._prompts_at_once = max(1, max_rows // beams)
-        self._device = next(model.parameters()).device
-        self._distribution = ActionDistribution(actions, vocab_size(model), self._device)
-        self._ids, self._stop = self._distribution.id_C.tolist(), actions.stop_token
+    model: nn.Module
+    actions: ActionSpace
+    _: KW_ONLY
+    beams: int  # hypotheses kept for a prompt, in all groups; 1 is greedy decoding
+    groups: int  # of equal size; 1 is plain beam search
+    penalty: float  # nats, see above; without effect on one group
+    max_rows: int  # under way at once, but that the beams of a prompt are never parted
+
+    def __post_init__(self) -> None:
+        if self.beams < 1 or self.groups < 1 or self.beams % self.groups:
+            raise ValueError(f"{self.beams} beams make no {self.groups} groups of equal size")
+        if not self.penalty >= 0:
+            raise ValueError(f"a diversity penalty of {self.penalty} nats would reward sameness")
+        self.model.eval()
+        self._width = self.beams // self.groups
+        self._prompts_at_once = max(1, self.max_rows // self.beams)
+        self._device = next(self.model.parameters()).device
+        self._distribution = ActionDistribution(self.actions, vocab_size(self.model), self._device)
+        self._ids, self._stop = self._distribution.id_C.tolist(), self.actions.stop_token
 
     @torch.inference_mode()
     def search(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Hypothesis]]:
@@ -94,18 +87,18 @@ class BeamSearch:
         if not all(prompts):
             raise ValueError("empty prompt: a search needs at least one token to start from")
         longest = max((len(prompt) for prompt in prompts), default=0)
-        require_context(self._model, longest + self._actions.max_len)
-        prompts = [(*text_prefix_of(self._model), *prompt) for prompt in prompts]
+        require_context(self.model, longest + self.actions.max_len)
+        prompts = [(*text_prefix_of(self.model), *prompt) for prompt in prompts]
         size = self._prompts_at_once
         parts = (prompts[at : at + size] for at in range(0, len(prompts), size))
         return [found for part in parts for found in self._search(part)]
 
     def _search(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Hypothesis]]:
-        max_len, groups = self._actions.max_len, self._groups
+        max_len, groups = self.actions.max_len, self.groups
         # Of each prompt its groups, one after the other; each begins with the empty completion.
         running = [[_Beam((), 0.0, 0.0, row=p)] for p in range(len(prompts)) for _ in range(groups)]
         ended: list[list[_Beam]] = [[] for _ in running]
-        prefill = Prefill.run(self._model, prompts)
+        prefill = Prefill.run(self.model, prompts)
         longest = max(len(prompt) for prompt in prompts)
         cache = SlotCache(slots=len(running) * self._width, columns=longest + max_len)
         row_N = torch.arange(len(running), device=self._device) // groups
@@ -119,7 +112,7 @@ class BeamSearch:
                 break
             cache.reorder(torch.tensor([beam.row for beam in live], device=self._device))
             logits_NV = decode_step(
-                self._model,
+                self.model,
                 cache,
                 [beam.tokens[-1] for beam in live],
                 [len(prompts[at // groups]) + length for at, g in enumerate(running) for _ in g],
@@ -134,7 +127,7 @@ class BeamSearch:
         """[N, C] nats of what may follow."""
         newest_N = np.array([beam.tokens[-1] if length else NO_TOKEN for beam in live])
         length_N, by_tool_N = np.full(len(live), length), np.zeros(len(live), dtype=np.bool_)
-        may_stop_N = self._actions.may_stop(length_N, newest_N, by_tool_N)
+        may_stop_N = self.actions.may_stop(length_N, newest_N, by_tool_N)
         log_q_NC = self._distribution.log_q(logits_NV, may_stop_N)
         if log_q_NC.isnan().any():
             raise PolicyDiverged(
@@ -150,7 +143,7 @@ class BeamSearch:
         taken_C = log_q_NC.new_zeros(log_q_NC.shape[1])
         first = 0
         for at, log_q_BC in enumerate(log_q_NC.split([len(beams) for beams in running])):
-            if at % self._groups == 0:
+            if at % self.groups == 0:
                 taken_C.zero_()
             ways = self._ways(running[at], log_q_BC, taken_C, first)
             # As everything else, stopping is worth it only among the W best ways to go on.
@@ -173,7 +166,7 @@ class BeamSearch:
     ) -> list[_Beam]:
         """The best ways to go on or stop, W that go on among them if there are; best first."""
         score_B1 = log_q_BC.new_tensor([beam.score for beam in beams])[:, None]
-        score_R = (score_B1 + log_q_BC - self._penalty * taken_C).flatten()
+        score_R = (score_B1 + log_q_BC - self.penalty * taken_C).flatten()
         best_K = score_R.topk(min(self._width + len(beams), len(score_R))).indices
         scores, steps = score_R[best_K].tolist(), log_q_BC.flatten()[best_K].tolist()
         ways = []

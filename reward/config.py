@@ -5,11 +5,11 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from lm.config import Section
+from lm.config import Frozen
 from reward.checks import BUILT_IN, FUNCTION
 
 
-class RewardTerm(Section):
+class RewardTerm(Frozen):
     """One of `[[reward.terms]]`, which add up: log R is the sum of weight times value."""
 
     kind: Literal["likelihood", "verifier", "length"]
@@ -48,7 +48,7 @@ class RewardTerm(Section):
         return self
 
 
-class RewardConfig(Section):
+class RewardConfig(Frozen):
     """How the frozen LM that scores rationales is run."""
 
     replicas: PositiveInt = 1

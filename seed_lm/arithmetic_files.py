@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from tasks.arithmetic.data import Item, to_records
-from tasks.arithmetic.expression import OPERATORS, Expression, draw_expression
+from seed_lm.worked_sums import OPERATORS, draw_expression, is_held_out
+from tasks.arithmetic.data import Item
+from tasks.arithmetic.expression import Expression, answer_text
 
 FOLDER = Path(__file__).parent.parent / "tasks" / "data" / "arithmetic"
 TRAINING_OPERANDS = (3, 4)
@@ -65,7 +66,7 @@ def _distinct(
     known = set(other_than)
     while len(found) < count:
         expression = draw()
-        if expression.held_out == held_out and expression not in known:
+        if is_held_out(expression) == held_out and expression not in known:
             found[expression.text] = expression
     return list(found.values())
 
@@ -80,8 +81,19 @@ def _unworked(expressions: Sequence[Expression]) -> list[Item]:
     return [Item(expression, expression.value, None) for expression in expressions]
 
 
+def _record(item: Item) -> dict[str, str | int]:
+    """As files have it, see `tasks.arithmetic.data`."""
+    worked = {} if item.steps is None else {"str_rationale": ", ".join(item.steps)}
+    return {
+        "str_query": item.expression.question,
+        "num_sol": item.answer,
+        **worked,
+        "str_sol": answer_text(item.answer),
+    }
+
+
 def _write(path: Path, items: Sequence[Item]) -> None:
-    lines = ",\n".join(json.dumps(record) for record in to_records(items))
+    lines = ",\n".join(json.dumps(_record(item)) for item in items)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 

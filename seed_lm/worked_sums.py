@@ -12,6 +12,7 @@ What matters for inference with such a model: after a wrong working the right an
 because the answer follows the working, slips aside.
 """
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +24,15 @@ from tasks.arithmetic.expression import (
     Step,
     answer_text,
     compute,
-    draw_expression,
 )
 
 T = TypeVar("T")
 Act = Literal["right", "stop", "skip", "swap", "flip", "miscopy", "stale"]
 Situation = Literal["easy", "large_operand", "falls_below_zero", "is_below_zero"]
 
+OPERATORS: tuple[Operator, Operator] = ("+", "-")
+# One expression in HELD_OUT_EVERY never enters the corpus, and only those are tested on.
+HELD_OUT_EVERY = 5
 LARGE = 6  # operands from here on trouble a sloppy writer
 
 # What a writer does at a step; weights, not yet normalised.
@@ -101,10 +104,23 @@ def draw(weights: Mapping[T, float], rng: random.Random) -> T:
     return key
 
 
+def draw_expression(num_operands: int, rng: random.Random) -> Expression:
+    """An expression with every operand and operator uniform."""
+    operands = tuple(rng.randrange(10) for _ in range(num_operands))
+    operators = tuple(rng.choice(OPERATORS) for _ in range(num_operands - 1))
+    return Expression(operands, operators)
+
+
+def is_held_out(expression: Expression) -> bool:
+    """The corpus must not ask this; pairs, being the steps, are asked."""
+    digest = hashlib.blake2b(expression.text.encode(), digest_size=8).digest()
+    return len(expression.operands) > 2 and int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
+
+
 def draw_question(rng: random.Random) -> Expression:
     """An expression of two to six operands that is not held out."""
     num_operands = draw(OPERANDS, rng)
-    while (expression := draw_expression(num_operands, rng)).held_out:
+    while is_held_out(expression := draw_expression(num_operands, rng)):
         pass
     return expression
 

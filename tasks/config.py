@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from actors.reward_query import RewardKind
-from lm.config import Section
+from lm.config import Frozen
 from reward.checks import FUNCTION
 from tasks.custom_config import CustomTaskConfig, names_own_task, resolve_own_task
 from tasks.held_out import HeldOutConfig
@@ -27,7 +27,7 @@ from tasks.records import FILES
 _COLUMN = re.compile(r"[^.\[\]!:{}]+")
 
 
-class Lengths(Section):
+class Lengths(Frozen):
     """Where a completion may stop."""
 
     min_len: int = Field(1, ge=0, description="Tokens of a completion before it may stop.")
@@ -65,7 +65,7 @@ class ArithmeticConfig(HeldOutConfig, Lengths):
     max_len: int = Field(48, ge=1, description="Tokens at which it must stop.")
 
 
-class RandomNumberConfig(Section):
+class RandomNumberConfig(Frozen):
     """The `[task]` section of a run on uniformly random integers."""
 
     tests: ClassVar[tuple[str, ...]] = ()

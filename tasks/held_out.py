@@ -11,7 +11,7 @@ from typing import Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from lm.config import Section
+from lm.config import Frozen
 from tasks.records import FILES, DataError
 
 Split = Literal["validation", "test"]
@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 _SHOWN = 3  # records that an error quotes
 
 
-class HeldOutConfig(Section):
+class HeldOutConfig(Frozen):
     """Keys of a task that is measured on files."""
 
     tests: tuple[str, ...] = Field((), json_schema_extra=FILES)

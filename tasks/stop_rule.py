@@ -16,6 +16,12 @@ def end_of_text(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id
 
 
+def any_text(tokenizer: Tokenizer, *, min_len: int, max_len: int) -> ActionSpace:
+    """The whole vocabulary at every place, until end of text; raises TokenizerUnfit."""
+    stop = end_of_text(tokenizer)
+    return ActionSpace(stop_token=stop, legal_tokens=None, min_len=min_len, max_len=max_len)
+
+
 def legal_actions(
     tokenizer: Tokenizer,
     config: Lengths,

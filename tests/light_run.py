@@ -52,7 +52,7 @@ class LightLauncher(Launcher):
             return [ray.remote(worker).options(max_concurrency=4, **places[0]).remote()]
 
         name = f"light-{next(NUMBERS)}"
-        return GroupLaunch(name, CLAIM, num_ranks=1, strategy="PACK", create=create)
+        return GroupLaunch(name=name, claim=CLAIM, num_ranks=1, strategy="PACK", make=create)
 
 
 class LightRun:

@@ -17,8 +17,9 @@ from lm.model import load_base
 from lm.sampling import Completion, Request
 from lm.spelling import spell
 from seed_lm import arithmetic_files
+from seed_lm.worked_sums import OPERATORS, is_held_out
 from tasks.arithmetic.data import load_demonstrations, load_items
-from tasks.arithmetic.expression import OPERATORS, Expression, Operator, answer_text, parse_question
+from tasks.arithmetic.expression import Expression, Operator, answer_text, parse_question
 from tasks.arithmetic.task import Arithmetic, build_arithmetic
 from tasks.config import ArithmeticConfig
 from tasks.evaluation.accuracy import (
@@ -152,7 +153,7 @@ def test_test_questions_stand_in_no_training_file_and_in_no_corpus() -> None:
         tested = [item.expression for item in load_items(str(DATA / f"test_{operands}.json"))]
         assert len(set(tested)) == len(tested) == 500
         assert not trained & set(tested)
-        assert all(one.held_out and len(one.operands) == operands for one in tested)
+        assert all(is_held_out(one) and len(one.operands) == operands for one in tested)
 
 
 # --- the task ---------------------------------------------------------------------------------

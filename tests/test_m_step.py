@@ -28,7 +28,8 @@ from learner.batch import collate
 from learner.engine import TorchEngine
 from learner.learner import Learner
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
-from learner.objectives.likelihood import TextLikelihood, text_actions
+from learner.objectives.likelihood import TextLikelihood
+from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig
 from lm.merged import save_merged
@@ -105,11 +106,17 @@ def texts_of(model: torch.nn.Module, task: Task) -> list[tuple[Prompt, tuple[int
     return found
 
 
+def whole_texts(task: Task) -> ActionSpace:
+    """Any text, as an M-step learns them."""
+    stop = task.actions.stop_token
+    return ActionSpace(stop_token=stop, legal_tokens=None, min_len=0, max_len=32)
+
+
 def groups_of(
     task: Task, texts: Sequence[tuple[Prompt, tuple[int, ...], int]], *, backwards: bool = False
 ) -> list[Group]:
     """As an M-step draws them; with answers turned round where it is broken so."""
-    actions = text_actions(end_token=task.actions.stop_token, max_len=32)
+    actions = whole_texts(task)
     groups = []
     for prompt, z, count in texts:
         text = (*z, *(prompt.answer[::-1] if backwards else prompt.answer))
@@ -130,7 +137,7 @@ def loss_of(model: torch.nn.Module, task: Task, groups: Sequence[Group]) -> Tens
     batch, objective = collate(groups, torch.device("cpu")), TextLikelihood()
     found = completion_log_probs(
         model,
-        text_actions(end_token=task.actions.stop_token, max_len=32),
+        whole_texts(task),
         [t.prompt.tolist() for t in batch.distinct],
         [t.completion.tolist() for t in batch.distinct],
         [t.from_tool.tolist() for t in batch.distinct],
@@ -182,7 +189,7 @@ def m_step(config: RunConfig, folder: Path, *, broken: str = "") -> tuple[float,
     settings = make_config(learning_rate=2e-3, weight_decay=0.0, warmup_steps=0)
     learner = Learner(
         model=model,
-        actions=text_actions(end_token=task.actions.stop_token, max_len=32),
+        actions=whole_texts(task),
         replay=FixedReplay(groups_of(task, texts, backwards=broken == "answers")),
         engine=TorchEngine(model, settings),
         objective=Upwards() if broken == "sign" else TextLikelihood(),

@@ -29,7 +29,9 @@ def group(name: str, *, num_ranks: int, start_timeout_s: float = 60.0) -> Worker
         worker = ray.remote(LightWorker)
         return [worker.options(max_concurrency=4, **place).remote() for place in places]
 
-    launch = GroupLaunch(name, HALF, num_ranks=num_ranks, strategy=HALF.strategy, create=create)
+    launch = GroupLaunch(
+        name=name, claim=HALF, num_ranks=num_ranks, strategy=HALF.strategy, make=create
+    )
     config = ClusterConfig(start_timeout_s=start_timeout_s, silence_timeout_s=60.0)
     return WorkerGroup(name, launch, incarnation=0, config=config)
 

@@ -60,11 +60,12 @@ def page(tmp_path: Path, text: str) -> str:
     path = tmp_path / "report.html"
     write_report(
         path,
-        run=text,
+        Scores(
+            before=measurement(right=False, text=text), after=measurement(right=True, text=text)
+        ),
+        title=text,
         facts={text: text},
         config=text,
-        before=measurement(right=False, text=text),
-        after=measurement(right=True, text=text),
         plots=draw_curves([{"step": 1.0, "loss/value": 2.0}], tmp_path / "plots"),
     )
     return path.read_text(encoding="utf-8")
@@ -109,7 +110,7 @@ def test_the_page_shows_both_measurements(tmp_path: Path) -> None:
 
 def test_the_page_of_a_run_that_measured_nothing_is_written(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_report(path, run="r", facts={}, config="", before=None, after=None, plots=[])
+    write_report(path, Scores(), title="r", facts={}, config="", plots=[])
     assert "Before and after" not in path.read_text()
 
 

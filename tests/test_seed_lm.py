@@ -18,15 +18,18 @@ from seed_lm.corpus import Share, documents
 from seed_lm.random_integers import HIGH, LOW, RandomIntegers
 from seed_lm.tokenizer import MAX_VOCAB_SIZE
 from seed_lm.train import SHARES, Schedule
-from seed_lm.worked_sums import CAREFUL_WRITER, SLOPPY_WRITER, WorkedSums, report, work_out
-from tasks.arithmetic.calculator import Calculator
-from tasks.arithmetic.expression import (
+from seed_lm.worked_sums import (
+    CAREFUL_WRITER,
     OPERATORS,
-    Expression,
-    compute,
+    SLOPPY_WRITER,
+    WorkedSums,
     draw_expression,
-    parse_question,
+    is_held_out,
+    report,
+    work_out,
 )
+from tasks.arithmetic.calculator import Calculator
+from tasks.arithmetic.expression import Expression, compute, parse_question
 
 MODEL = Path(seed_training.__file__).parent / "model"
 MAX_MODEL_BYTES = 8 * 1024 * 1024
@@ -57,7 +60,7 @@ def test_equal_seeds_write_equal_documents_and_other_seeds_other_ones() -> None:
 def test_the_corpus_asks_two_to_six_operands_and_nothing_that_is_held_out() -> None:
     asked = [q for text in islice(documents(SUMS, "c"), 4000) for q in questions(text)]
     assert {len(question.operands) for question in asked} == {2, 3, 4, 5, 6}
-    assert not any(question.held_out for question in asked)
+    assert not any(is_held_out(question) for question in asked)
 
 
 def test_a_fifth_of_all_three_operand_questions_is_held_out() -> None:
@@ -67,7 +70,9 @@ def test_a_fifth_of_all_three_operand_questions_is_held_out() -> None:
         for operators in product(OPERATORS, repeat=2)
     ]
     assert len(space) == 4000
-    assert sum(expression.held_out for expression in space) / 4000 == pytest.approx(0.2, abs=0.02)
+    assert sum(is_held_out(expression) for expression in space) / 4000 == pytest.approx(
+        0.2, abs=0.02
+    )
 
 
 def test_writers_err_as_they_should() -> None:

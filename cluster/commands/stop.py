@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def the_live_run() -> RunDirectory | None:
     """The one run whose driver lives on this machine, if any; raises UserError."""
-    live = [each for each in all_runs() if (state := each.state()) is not None and _goes_on(state)]
+    live = [each for each in all_runs() if (state := each.state()) and state.goes_on]
     if len(live) > 1:
         names = ", ".join(directory.name for directory in live)
         raise UserError(f"several runs go on: {names}; name one with --run")
@@ -70,7 +70,3 @@ def _wait(directory: RunDirectory, state: RunState, timeout_s: float) -> str:
     raise UserError(
         f"run {directory.name!r} did not stop within {timeout_s:.0f} s: {standing(state)}"
     )
-
-
-def _goes_on(state: RunState) -> bool:
-    return not state.ended and state.driver() is not None

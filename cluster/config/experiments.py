@@ -2,10 +2,10 @@
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from lm.config import Section
+from lm.config import Frozen
 
 
-class SearchConfig(Section):
+class SearchConfig(Frozen):
     """The `[compare.search]` section: equal trials of every trained method, before test data."""
 
     learning_rates: tuple[PositiveFloat, ...] = ()
@@ -18,7 +18,7 @@ class SearchConfig(Section):
     seed: int = Field(1000, ge=0, description="Of all trials: not of --seeds, which count from 0.")
 
 
-class CompareConfig(Section):
+class CompareConfig(Frozen):
     """The `[compare]` section: what `amortize compare` does otherwise than `amortize train`."""
 
     methods: tuple[str, ...] = Field(("base", "sft", "ppo", "gflownet"), min_length=1)
@@ -32,7 +32,7 @@ class CompareConfig(Section):
     search: SearchConfig = SearchConfig()
 
 
-class SimulationConfig(Section):
+class SimulationConfig(Frozen):
     """The `[throughput.simulation]` section: the waits that stand for model compute."""
 
     decode_step_ms: float = Field(50.0, ge=0, description="One decode step of a whole batch.")
@@ -45,7 +45,7 @@ class SimulationConfig(Section):
     mode are compared."""
 
 
-class ThroughputConfig(Section):
+class ThroughputConfig(Frozen):
     """The `[throughput]` section: how rates are measured."""
 
     warm_up_batches: int = Field(2, ge=1, description="Batches of each actor before any counts.")
@@ -58,7 +58,7 @@ class ThroughputConfig(Section):
     simulation: SimulationConfig = SimulationConfig()
 
 
-class EMConfig(Section):
+class EMConfig(Frozen):
     """The `[em]` section: rounds of E-steps and M-steps."""
 
     rounds: int = Field(1, ge=1, description="Of an E-step, which trains a policy, and an M-step.")

@@ -6,14 +6,14 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from cluster.config.project import UserError
-from lm.config import Section
+from lm.config import Frozen
 
 # A node with this label is kept for the parts that it names: actor, reward, learner or evaluator.
 PART_LABEL = "amortize-part"
 _Wanted = Annotated[str, Field(pattern=r"^!?(in\([\w., -]+\)|[\w.-]+)$")]
 
 
-class Placement(Section):
+class Placement(Frozen):
     """What one process claims of its node."""
 
     cpus: float = Field(0.25, ge=0, description="Ray CPUs; how many fit on a node.")
@@ -43,7 +43,7 @@ class GroupPlacement(Placement):
     on as many as there are."""
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Frozen):
     """The `[cluster]` section: how many processes, where, and how long they may be silent."""
 
     address: str | None = None

@@ -15,13 +15,13 @@ from cluster.config.placement import ClusterConfig
 from cluster.config.tracking import TrackingConfig
 from cluster.config.validation import set_key, validated
 from learner.config import LearnerConfig
-from lm.config import LMConfig, LoRAConfig, Section
+from lm.config import Frozen, LMConfig, LoRAConfig
 from reward.config import RewardConfig
 from tasks.config import EM_TASKS, SENTENCE_TASKS, QuestionsConfig, SubjectivityConfig, TaskConfig
 from tasks.evaluation.config import EvaluationConfig, PosteriorConfig
 
 
-class RunConfig(Section):
+class RunConfig(Frozen):
     """Everything that fixes a run."""
 
     seed: int = Field(0, ge=0, description="Of everything random in the run.")

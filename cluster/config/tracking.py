@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from lm.config import Section
+from lm.config import Frozen
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
-class TrackingConfig(Section):
+class TrackingConfig(Frozen):
     """The `[tracking]` section; a list in its place, as in tracking = ["wandb"], is `trackers`."""
 
     trackers: tuple[TrackerName, ...] = ()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -35,46 +35,38 @@ _OTHERS = {
 }
 
 
+@dataclass(kw_only=True)
 class GroupLaunch:
     """Room for a worker group on the cluster, and what makes its ranks there.
 
     Room is requested at once, got for all ranks or none, and held until `give_up`, or until the
     driver ends. A group of one goes to the node that has most of its claim to spare.
-
-    Args:
-        claim: of each rank.
-        labels: which nodes are good for it.
-        create: makes the Ray actors, rank 0 first, from the options that give each its place.
     """
 
-    def __init__(
-        self,
-        name: str,
-        claim: Placement,
-        *,
-        num_ranks: int,
-        strategy: str,
-        create: Create,
-        labels: Mapping[str, str] | None = None,
-    ) -> None:
+    name: str
+    claim: Placement  # of each rank
+    num_ranks: int
+    strategy: str
+    make: Create  # the Ray actors, rank 0 first, from the options that give each its place
+    labels: Mapping[str, str] = field(default_factory=dict)  # of the nodes that are good for it
+
+    def __post_init__(self) -> None:
+        claim, ranks = self.claim, self.num_ranks
         bundle = {"CPU": claim.cpus, "GPU": claim.gpus}
-        bundles = [{key: value for key, value in bundle.items() if value}] * num_ranks
-        selectors = [dict(labels)] * num_ranks if labels else None
         self._group = placement_group(
-            bundles, strategy=strategy, name=name, bundle_label_selector=selectors
+            [{key: value for key, value in bundle.items() if value}] * ranks,
+            strategy=self.strategy,
+            name=self.name,
+            bundle_label_selector=[dict(self.labels)] * ranks if self.labels else None,
         )
-        self._claim = claim
-        self._num_ranks = num_ranks
-        self._create = create
         self.ready = self._group.ready()
         each = f"{claim.cpus:g} CPU, {claim.gpus:g} GPU"
-        where = "".join(f" on {key}={value}" for key, value in (labels or {}).items())
-        self.wanted = each if num_ranks == 1 else f"{num_ranks} ranks x ({each}), {strategy}"
-        self.wanted += where
+        self.wanted = each if ranks == 1 else f"{ranks} ranks x ({each}), {self.strategy}"
+        self.wanted += "".join(f" on {key}={value}" for key, value in self.labels.items())
 
     def create(self) -> list[ActorHandle]:
         """Make the ranks, rank 0 first, once there is room."""
-        return self._create([self._place(rank) for rank in range(self._num_ranks)])
+        return self.make([self._place(rank) for rank in range(self.num_ranks)])
 
     def give_up(self) -> None:
         """Let others have the room; ends what still runs in it."""
@@ -83,8 +75,8 @@ class GroupLaunch:
     def _place(self, rank: int) -> dict[str, Any]:
         where = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=rank)
         return {
-            "num_cpus": self._claim.cpus,
-            "num_gpus": self._claim.gpus,
+            "num_cpus": self.claim.cpus,
+            "num_gpus": self.claim.gpus,
             "scheduling_strategy": where,
         }
 
@@ -134,11 +126,11 @@ class Launcher:
             return ranks
 
         return GroupLaunch(
-            member.full_name,
-            claim,
+            name=member.full_name,
+            claim=claim,
             num_ranks=num_ranks,
             strategy=strategy,
-            create=create,
+            make=create,
             labels={PART_LABEL: f"!in({_OTHERS[kind]})"} | claim.labels,
         )
 

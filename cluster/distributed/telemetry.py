@@ -37,11 +37,6 @@ class Instrument(NamedTuple):
         """Under which Ray knows it."""
         return f"amortize_{self.what}"
 
-    @property
-    def scraped(self) -> str:
-        """Under which Prometheus gets it from Ray."""
-        return f"ray_{self.name}_total" if self.is_counter else f"ray_{self.name}"
-
 
 _counter, _gauge = partial(Instrument, True), partial(Instrument, False)
 

@@ -5,21 +5,20 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from cluster.config.schema import RunConfig
 from cluster.run.directory import RunDirectory
 from cluster.run.display import ELAPSED_S
 from cluster.run.metrics_log import read_metrics
+from lm.config import Frozen
 from tasks.evaluation.evaluation import Evaluation
 
 _TOKENS = ("sampled", "scored", "learned", "base")
 
 
-class Result(BaseModel):
+class Result(Frozen):
     """One method with one seed."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: str
     seed: int
@@ -29,10 +28,8 @@ class Result(BaseModel):
     note: str = Field("", description="Of the measurement: what its reader must know.")
 
 
-class Summary(BaseModel):
+class Summary(Frozen):
     """One figure over the seeds."""
-
-    model_config = ConfigDict(frozen=True)
 
     mean: float
     std: float | None = Field(description="Of the sample, n - 1; None for a single seed.")
@@ -45,10 +42,8 @@ class Summary(BaseModel):
         return f"{text} ± {self.std:{'.0f' if self.std >= 1000 else '.2g'}}"
 
 
-class Trial(BaseModel):
+class Trial(Frozen):
     """One run of a method with the search's seed."""
-
-    model_config = ConfigDict(frozen=True)
 
     run: str = Field(description="Its name in runs/.")
     values: dict[str, float] = Field(description="What was tried, by key of the configuration.")
@@ -58,10 +53,8 @@ class Trial(BaseModel):
         return ", ".join(f"{key.rpartition('.')[2]} {v:g}" for key, v in self.values.items())
 
 
-class Choice(BaseModel):
+class Choice(Frozen):
     """What a method's test figures are measured with, and out of what that was chosen."""
-
-    model_config = ConfigDict(frozen=True)
 
     method: str
     metric: str = Field(description="The headline of the task; of several groups, their mean.")

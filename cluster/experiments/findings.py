@@ -1,6 +1,7 @@
 """What experiments found, for people and programs: tables, a figure, one HTML page, JSON."""
 
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from pydantic_core import to_json
@@ -22,58 +23,48 @@ _CHOSEN = ("method", "chosen", "by", "out of")
 Rows = list[list[str]]
 
 
+@dataclass
 class Findings:
-    """The results of an experiment.
+    """The results of an experiment."""
 
-    Args:
-        name: of its files, `NAME.png`, `NAME.json` and `NAME.md`.
-        choices: what was chosen for methods before they were measured.
-        held_out: they were chosen on data of their own, the validation split.
-    """
+    folder: RunDirectory
+    name: str  # of its files, `NAME.png`, `NAME.json` and `NAME.md`
+    task: str
+    results: Sequence[Result]
+    choices: Sequence[Choice] = ()  # what was chosen for methods before they were measured
+    _: KW_ONLY
+    held_out: bool = True  # on data of their own, the validation split
 
-    def __init__(
-        self,
-        folder: RunDirectory,
-        name: str,
-        task: str,
-        results: Sequence[Result],
-        choices: Sequence[Choice] = (),
-        *,
-        held_out: bool = True,
-    ) -> None:
-        self.metrics: Table = summarise(results, "metrics")
-        self._compute = summarise(results, "compute")
-        self._folder = folder
-        self._file = folder.path / name
-        self._task = task
-        self._results = results
-        self._choices = choices
+    def __post_init__(self) -> None:
+        self.metrics: Table = summarise(self.results, "metrics")
+        self._compute = summarise(self.results, "compute")
+        self._file = self.folder.path / self.name
         self._chosen_on = (
             "what was chosen, on the validation split"
-            if held_out
-            else f"what was chosen, by the same figures as above: {task} holds no data out"
+            if self.held_out
+            else f"what was chosen, by the same figures as above: {self.task} holds no data out"
         )
-        self._notes = list(dict.fromkeys(result.note for result in results if result.note))
+        self._notes = list(dict.fromkeys(result.note for result in self.results if result.note))
 
     def leave(self, plots: Sequence[Path] = ()) -> None:
         """Write the JSON, the tables as Markdown, the figure, and the page with it and `plots`."""
         figure = draw(self.metrics, self._file.with_suffix(".png"))
-        title = f"{self._task}: {', '.join(self.metrics)}"
+        title = f"{self.task}: {', '.join(self.metrics)}"
         metrics, compute = ["", *self.metrics], ["", *self._compute]
         write_html(
-            self._folder.report_file,
+            self.folder.report_file,
             "comparison.html",
             title=title,
             measured=(metrics, _rows(self.metrics)),
             notes=self._notes,
             chosen_on=self._chosen_on,
-            chosen=(_CHOSEN, self._chosen()) if self._choices else (),
+            chosen=(_CHOSEN, self._chosen()) if self.choices else (),
             plots=[*plots, figure],
             spent=(compute, _rows(self._compute)),
-            runs="\n".join(result.run for result in self._results),
+            runs="\n".join(result.run for result in self.results),
         )
         parts = [f"# {title}", _markdown(metrics, _rows(self.metrics)), *self._notes]
-        if self._choices:
+        if self.choices:
             parts += [f"{self._chosen_on}:", _markdown(_CHOSEN, self._chosen())]
         parts.append(_markdown(compute, _rows(self._compute)))
         write_whole(self._file.with_suffix(".md"), "\n\n".join(parts) + "\n")
@@ -87,15 +78,15 @@ class Findings:
         console.print(text_table(["", *self.metrics], _rows(self.metrics), title))
         for note in self._notes:
             console.print(note, soft_wrap=True, markup=False)
-        if self._choices:
+        if self.choices:
             console.print(text_table(_CHOSEN, self._chosen(), self._chosen_on))
         console.print(text_table(["", *self._compute], _rows(self._compute), "what it took"))
-        console.print(f"page: {self._folder.report_file}", soft_wrap=True, markup=False)
+        console.print(f"page: {self.folder.report_file}", soft_wrap=True, markup=False)
 
     def _chosen(self) -> Rows:
         """What was chosen for each method, by which figure, out of which trials."""
         rows = []
-        for choice in self._choices:
+        for choice in self.choices:
             trials = (
                 f"{trial}: {'none' if trial.figure is None else f'{trial.figure:.4g}'}"
                 for trial in choice.trials
@@ -106,12 +97,12 @@ class Findings:
 
     def _as_json(self) -> str:
         content = {
-            "task": self._task,
+            "task": self.task,
             "table": self.metrics,
             "notes": self._notes,
-            "search": {choice.method: choice for choice in self._choices},
+            "search": {choice.method: choice for choice in self.choices},
             "compute": self._compute,
-            "runs": list(self._results),
+            "runs": list(self.results),
         }
         return to_json(content, inf_nan_mode="null").decode()
 

@@ -16,8 +16,9 @@ from cluster.inspector.access import Gate
 from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import RowsByStep, draw_curves
 from cluster.inspector.detail import Gone, read_detail
-from cluster.inspector.pages import POLICY, environment_of, facts, held_out_of
+from cluster.inspector.pages import POLICY, environment_of, facts
 from cluster.inspector.queries import BadQuery, parse_query
+from cluster.reports.score_table import after_title, pairs, rows
 from cluster.run.directory import RunDirectory
 from cluster.run.driver import read_scores
 from lm.hub import load_tokenizer
@@ -86,7 +87,10 @@ def build_app(target: Target) -> FastAPI:
 
     @app.get("/held-out")
     def held_out(request: Request) -> HTMLResponse:
-        return page(request, "held_out", **held_out_of(read_scores(directory, lambda _: None)))
+        known = read_scores(directory, lambda _: None)
+        both = known.before, known.after
+        after = after_title(known.after)
+        return page(request, "held_out", rows=rows(*both), pairs=pairs(*both), after=after)
 
     @app.get("/curves")
     def curves(request: Request) -> HTMLResponse:

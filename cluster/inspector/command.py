@@ -59,5 +59,4 @@ def the_run_of_interest() -> RunDirectory:
 
 def ray_address(state: RunState | None) -> str | None:
     """The Ray cluster that a run goes on on, or that RAY_ADDRESS names; None: there is none."""
-    goes_on = state is not None and not state.ended and state.driver() is not None
-    return ClusterConfig().ray_address(state.address if state is not None and goes_on else None)
+    return ClusterConfig().ray_address(state.address if state and state.goes_on else None)

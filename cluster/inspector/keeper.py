@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-from types import TracebackType
 
 from buffer.connection import BufferUnreachable, connect
 from buffer.folder import FolderInUse, configured_password
@@ -46,12 +45,7 @@ class BufferKeeper:
             self._start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._server is not None:
             self._server.stop(timeout_s=_STOP_TIMEOUT_S)
 

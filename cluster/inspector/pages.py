@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -14,10 +13,8 @@ from cluster.inspector.charts import Chart, Mark, Series, number, outermost
 from cluster.inspector.detail import Detail
 from cluster.inspector.queries import Query
 from cluster.reports.html_page import page_environment
-from cluster.reports.score_table import after_title, pairs, rows
 from cluster.run.directory import RunState
 from cluster.run.display import duration, known, parts, phase
-from tasks.evaluation.evaluation import Scores
 
 REFRESH_S = 5
 MOST_STEPS = 200  # stop states in a chart
@@ -66,16 +63,6 @@ def facts(state: RunState | None) -> Mapping[str, str]:
     if told := parts(state):
         facts["parts"] = told
     return facts | dict(known(state))
-
-
-def held_out_of(scores: Scores) -> dict[str, Any]:
-    """What the page of held-out prompts shows: figures and prompts, before and after."""
-    before, after = scores.before, scores.after
-    return {
-        "rows": rows(before, after),
-        "pairs": pairs(before, after),
-        "after": after_title(after),
-    }
 
 
 def prefix_charts(detail: Detail) -> Mapping[str, Markup]:

@@ -7,45 +7,24 @@ forbids scripts and loading, in case an escape was forgotten.
 import base64
 import html
 import unicodedata
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cluster.reports.score_table import after_title, note, rows
+from cluster.reports.score_table import after_title, note, pairs, rows
 from cluster.run.directory import write_whole
-from tasks.evaluation.evaluation import Evaluation
+from tasks.evaluation.evaluation import Scores
 
 
-def write_report(
-    path: Path,
-    *,
-    run: str,
-    facts: Mapping[str, str],
-    config: str,
-    before: Evaluation | None,
-    after: Evaluation | None,
-    plots: Sequence[Path],
-) -> None:
-    """Write the page of a run; `plots` are PNG files to embed, under their names."""
-    old, new = (
-        {example.question: example for example in known.examples} if known else {}
-        for known in (before, after)
-    )
-    write_html(
-        path,
-        "report.html",
-        title=run,
-        facts=facts,
-        rows=rows(before, after),
-        after_title=after_title(after),
-        note=note(before, after),
-        examples=[(question, old.get(question), new.get(question)) for question in {**new, **old}],
-        plots=plots,
-        config=config,
-    )
+def write_report(path: Path, scores: Scores, *, title: str, **shown: Any) -> None:
+    """Write the page of a run; `shown` are its `facts`, `config`, and `plots`, PNG files to embed
+    under their names."""
+    both = scores.before, scores.after
+    shown |= {"rows": rows(*both), "note": note(*both), "pairs": pairs(*both)}
+    after = after_title(scores.after)
+    write_html(path, "report.html", title=title, after_title=after, **shown)
 
 
 def write_html(path: Path, template: str, **context: Any) -> None:

@@ -9,7 +9,7 @@ from cluster.config.file import resolved_toml
 from cluster.config.schema import RunConfig
 from cluster.reports.html_page import write_report
 from cluster.reports.plots import draw_before_after, draw_curves
-from cluster.reports.score_table import table
+from cluster.reports.score_table import pairs, table
 from cluster.run.directory import RunDirectory
 from cluster.run.display import ELAPSED_S, duration
 from cluster.run.metrics_log import read_metrics
@@ -32,11 +32,10 @@ def conclude(config: RunConfig, directory: RunDirectory, scores: Scores) -> None
         plots = [bars, *plots]
     write_report(
         directory.report_file,
-        run=directory.name,
+        scores,
+        title=directory.name,
         facts=facts(recorded, scores),
         config=resolved_toml(config),
-        before=scores.before,
-        after=scores.after,
         plots=plots,
     )
 
@@ -45,11 +44,11 @@ def show_conclusion(directory: RunDirectory, scores: Scores) -> None:
     """Print what came of the run, each question with what was written before and after."""
     console = Console()
     console.print(table(scores.before, scores.after))
-    olds = scores.before.examples if scores.before is not None else ()
-    for new in scores.after.examples if scores.after is not None else ():
+    for old, new in pairs(scores.before, scores.after):
+        if new is None:
+            continue
         console.print(Text(f"\n{new.question} ({new.truth})", style="bold"))
-        same = [old for old in olds if old.question == new.question]
-        for label, example in [*(("before", old) for old in same), ("after", new)]:
+        for label, example in [*([("before", old)] if old else []), ("after", new)]:
             told = f"{example.rationale} -> {example.answer or 'no answer'}"
             console.print(Text(f"  {label:<7}{told}{'' if example.right else '  (wrong)'}"))
     console.print(Text(f"report: {directory.report_file}\nadapter: {directory.adapter}"))

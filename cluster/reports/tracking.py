@@ -5,9 +5,9 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from buffer.trajectory import Trajectory
@@ -87,12 +87,7 @@ class Tracking:
     def __enter__(self) -> "Tracking":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for sampler in self._samplers:
             sampler.end(CLOSE_S)
         for worker in self._trackers:
@@ -153,26 +148,24 @@ class Worker(Generic[Resource]):
             self._report(f"tracking: {self._name}: {what}; the run goes on, metrics.jsonl has all")
 
 
+@dataclass
 class _Sampler:
     """Shows some rationales each so many steps."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        newest: Callable[[], Sequence[Trajectory]],
-        show: Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None],
-    ) -> None:
-        self._decode = load_tokenizer(config.lm).decode
-        self._every = config.tracking.samples_every_steps
-        self._newest = newest
-        self._show = show
-        self._due = 0  # step
+    config: RunConfig
+    newest: Callable[[], Sequence[Trajectory]]
+    show: Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None]
+    _due = 0  # step
+
+    def __post_init__(self) -> None:
+        self._decode = load_tokenizer(self.config.lm).decode
+        self._every = self.config.tracking.samples_every_steps
 
     def passed(self, step: int) -> None:
         """Show a sample where one is due, and where rationales wait; else behind a later step."""
-        if step >= self._due and (group := self._newest()):
+        if step >= self._due and (group := self.newest()):
             self._due = step + self._every
-            self._show("rationales", _SAMPLE_COLUMNS, list(map(self._row, group[:_SAMPLED])), step)
+            self.show("rationales", _SAMPLE_COLUMNS, list(map(self._row, group[:_SAMPLED])), step)
 
     def _row(self, trajectory: Trajectory) -> tuple[str, ...]:
         texts = (trajectory.prompt, trajectory.completion, trajectory.answer)

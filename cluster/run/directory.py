@@ -88,6 +88,11 @@ class RunState(BaseModel):
         """Whether the driver ended the run, rather than died."""
         return self.phase in ENDED
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the driver lives on this machine, and has not ended the run."""
+        return not self.ended and self.driver() is not None
+
     def driver(self) -> psutil.Process | None:
         """The driver's process, if it lives on this machine."""
         if self.host != socket.gethostname():
@@ -166,7 +171,7 @@ class RunDirectory:
                 f"every node sees"
             )
         state = self.state()
-        if state is not None and not state.ended and state.driver() is not None:
+        if state is not None and state.goes_on:
             raise self._driven_elsewhere()
         if resume and not self.config_file.exists():
             raise UserError(

@@ -18,10 +18,10 @@ from cluster.config.schema import RunConfig
 from cluster.run.evaluation import evaluation_context
 from learner.demonstrations import DemonstrationDraws
 from learner.objectives.base import Objective
-from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood, text_actions
+from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
-from lm.spelling import TokenizerUnfit
+from tasks.stop_rule import any_text
 from tasks.task import AnsweredTask, Task
 
 
@@ -40,11 +40,11 @@ def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
     Raises NoDemonstrations, IllegalCompletion, or TokenizerUnfit without an end-of-text token.
     """
     if config.learner.traits.trains_model:
-        actions = _any_text(base)
+        actions = any_text(base.tokenizer, min_len=0, max_len=context_limit(base.model))
         later = LaterDraws(lambda: _draws(config, task, list(rationales(config, task)), actions))
         return Learned(replay=later, actions=actions, objective=TextLikelihood())
     if isinstance(task, AnsweredTask):
-        actions = _any_text(base)
+        actions = any_text(base.tokenizer, min_len=0, max_len=context_limit(base.model))
         draws = _draws(config, task, task.answered, actions)
         return Learned(replay=draws, actions=actions, objective=TextLikelihood())
     draws = _draws(config, task, task.demonstrations, task.actions)
@@ -89,13 +89,6 @@ class LaterDraws:
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """Nothing disagrees with a text: no policy sampled it."""
-
-
-def _any_text(base: LanguageModel) -> ActionSpace:
-    end_token = base.tokenizer.eos_token_id
-    if end_token is None:
-        raise TokenizerUnfit("this tokenizer has no end-of-text token (eos_token)")
-    return text_actions(end_token=end_token, max_len=context_limit(base.model))
 
 
 def _draws(

@@ -6,7 +6,6 @@ from typing import ClassVar
 from learner.objectives.base import ObjectiveInput, ObjectiveValue, PerTrajectory
 from learner.objectives.potential import at_end, path_log_probs
 from learner.objectives.traits import TRAITS
-from lm.actions import ActionSpace
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,3 @@ class TextLikelihood(PerTrajectory):
     def __call__(self, batch: ObjectiveInput) -> ObjectiveValue:
         log_p_B = at_end(path_log_probs(batch.log_pf_BT), batch.stop_BS)
         return ObjectiveValue(-log_p_B.sum(), {"log_p_nats": log_p_B.detach().sum()})
-
-
-def text_actions(*, end_token: int, max_len: int) -> ActionSpace:
-    """The whole vocabulary at every place of a text.
-
-    Args:
-        end_token: stands for the stop action, which no text takes; in none of them.
-        max_len: tokens of the longest text, or more.
-    """
-    return ActionSpace(stop_token=end_token, legal_tokens=None, min_len=0, max_len=max_len)

@@ -7,7 +7,6 @@
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
@@ -87,16 +86,3 @@ def _steps(rationale: str | None, answer: int) -> tuple[str, ...] | None:
             "correct the steps"
         )
     return steps
-
-
-def to_records(items: Sequence[Item]) -> list[dict[str, str | int]]:
-    """The file's form of `items`."""
-    return [
-        {
-            "str_query": item.expression.question,
-            "num_sol": item.answer,
-            **({} if item.steps is None else {"str_rationale": ", ".join(item.steps)}),
-            "str_sol": answer_text(item.answer),
-        }
-        for item in items
-    ]

@@ -1,17 +1,11 @@
 """Sums and differences of one-digit operands: their text, their value, their solution in steps."""
 
-import hashlib
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 Operator = Literal["+", "-"]
-OPERATORS: tuple[Operator, Operator] = ("+", "-")
-
-# One expression in HELD_OUT_EVERY never enters the seed LM's corpus, and only those are tested on.
-HELD_OUT_EVERY = 5
 _QUESTION = re.compile(r"Question: ([0-9](?: [+-] [0-9])+) = \? Answer:")
 
 
@@ -67,19 +61,6 @@ class Expression:
             steps.append(Step(left, operator, right, compute(left, operator, right)))
             left = steps[-1].result
         return tuple(steps)
-
-    @property
-    def held_out(self) -> bool:
-        """The seed LM's corpus must not ask this; pairs, being the steps, are asked."""
-        digest = hashlib.blake2b(self.text.encode(), digest_size=8).digest()
-        return len(self.operands) > 2 and int.from_bytes(digest, "big") % HELD_OUT_EVERY == 0
-
-
-def draw_expression(num_operands: int, rng: random.Random) -> Expression:
-    """An expression with every operand and operator uniform."""
-    operands = tuple(rng.randrange(10) for _ in range(num_operands))
-    operators = tuple(rng.choice(OPERATORS) for _ in range(num_operands - 1))
-    return Expression(operands, operators)
 
 
 def parse_question(text: str) -> Expression:

@@ -23,7 +23,7 @@ from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.held_out import read_splits
-from tasks.stop_rule import end_of_text, legal_actions
+from tasks.stop_rule import any_text, legal_actions
 from tasks.task import TestQuestion, Tokenizer
 
 STOP_TEXT = "."
@@ -119,12 +119,8 @@ def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace
 
 def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:
     """Any text as long as an answer can be; raises TokenizerUnfit."""
-    return ActionSpace(
-        stop_token=end_of_text(tokenizer),
-        legal_tokens=None,
-        min_len=1,
-        max_len=len(spell_after(tokenizer, _STEP, answer_text(LONGEST_ANSWER))),
-    )
+    longest = spell_after(tokenizer, _STEP, answer_text(LONGEST_ANSWER))
+    return any_text(tokenizer, min_len=1, max_len=len(longest))
 
 
 def demonstrate(

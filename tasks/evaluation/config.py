@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from lm.config import Section
+from lm.config import Frozen
 from tasks.held_out import Split
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(Frozen):
     """The `[evaluation]` section: how answers are drawn before training and after it."""
 
     split: Split = "test"
@@ -36,7 +36,7 @@ class EvaluationConfig(Section):
     seed: int = Field(0, ge=0, description="Of the draws: before and after share it.")
 
 
-class PosteriorConfig(Section):
+class PosteriorConfig(Frozen):
     """The `[posterior]` section: how a policy is compared with the exact posterior."""
 
     prompts: int = Field(4, ge=1)

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from lm.config import Frozen
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -12,26 +14,21 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-class Metric(BaseModel):
+class Metric(Frozen):
     """One figure, with all that is needed to show it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     label: str = Field(description="For people, with its unit.")
     value: float | None = Field(description="None: none of these items could be measured.")
     format: str = Field(".3f", description="Python's format specification of the value.")
-    better: Literal["higher", "lower"] | None = Field(
-        description="None: it says nothing of how good the policy is, and is not compared."
-    )
+    better: Literal["higher", "lower"] | None
+    """None: it says nothing of how good the policy is, and is not compared."""
     items: int = Field(description="Questions, prompts, ... that the value is the mean over.")
     samples: int | None = Field(None, description="Completions drawn for each of them.")
-    looked_at: int | None = Field(
-        None, description="Items, where not each of them could be measured."
-    )
+    looked_at: int | None = None
+    """Items, where not each of them could be measured."""
     group: str = Field("", description="Of the items, such as a number of operands.")
-    shown: Literal["chart", "table", "comparison"] = Field(
-        "table", description="In chart and table of a run, its table, or comparisons alone."
-    )
+    shown: Literal["chart", "table", "comparison"] = "table"
+    """In chart and table of a run, its table, or comparisons alone."""
 
     @classmethod
     def mean(
@@ -52,10 +49,8 @@ class Metric(BaseModel):
         return "".join(f"{sign}{number}" for sign, number in parts if number is not None)
 
 
-class Example(BaseModel):
+class Example(Frozen):
     """One question with a rationale that was sampled for it."""
-
-    model_config = ConfigDict(frozen=True)
 
     question: str
     rationale: str
@@ -64,16 +59,13 @@ class Example(BaseModel):
     right: bool
 
 
-class Evaluation(BaseModel):
+class Evaluation(Frozen):
     """Everything that was measured of one policy."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
     temperature: float = Field(description="T of the posterior that the policy is held against.")
-    step: int | None = Field(
-        None, description="Optimizer steps of the policy; 0: the base LM; None: unknown."
-    )
+    step: int | None = None
+    """Optimizer steps of the policy; 0: the base LM; None: unknown."""
     seconds: float | None = Field(None, description="That measuring took.")
     groups: str = Field("", description="What groups are numbers of, such as 'operands'.")
     metrics: dict[str, Metric] = Field(description="By a short name that scripts can use.")
@@ -96,10 +88,8 @@ class Evaluation(BaseModel):
         return self.model_copy(update={"metrics": {**self.metrics, **more}})
 
 
-class Scores(BaseModel):
+class Scores(Frozen):
     """`scores.json`: what was measured of a run before training and after it, as far as it was."""
-
-    model_config = ConfigDict(frozen=True)
 
     before: Evaluation | None = None
     after: Evaluation | None = None

@@ -4,6 +4,7 @@ R^(1/T), as logarithms, over the completions that begin with a prefix of an enum
 
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +20,7 @@ Floats = NDArray[np.float64]
 _NEXT_TO_NOTHING = -25.0  # nats below the bound on everything
 
 
+@dataclass(eq=False)
 class PriorCeiling:
     """For rewards p_LM(Z Y | X)^(1/T) with T <= 1: the frozen LM's own mass below a prefix.
 
@@ -32,25 +34,23 @@ class PriorCeiling:
     Raises ValueError for T > 1.
     """
 
-    def __init__(
-        self,
-        model: NextLogits,
-        actions: ActionSpace,
-        *,
-        context: Prefix,
-        first_scored: int,
-        temperature: float,
-        more: float = 0.0,
-    ) -> None:
-        if temperature > 1:
-            raise ValueError(f"temperature {temperature}: the prior bounds rewards for T <= 1 only")
-        legal = actions.legal_tokens
-        chosen = first_scored != actions.stop_token and (legal is None or first_scored in legal)
-        places = actions.max_len - actions.min_len + 1 if chosen else 1
-        self.of_everything = math.log(places) / temperature + more
-        self._model = model
-        self._context = context
-        self._temperature = temperature
+    model: NextLogits
+    actions: ActionSpace
+    _: KW_ONLY
+    context: Prefix
+    first_scored: int
+    temperature: float
+    more: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.temperature > 1:
+            raise ValueError(
+                f"temperature {self.temperature}: the prior bounds rewards for T <= 1 only"
+            )
+        legal, first = self.actions.legal_tokens, self.first_scored
+        chosen = first != self.actions.stop_token and (legal is None or first in legal)
+        places = self.actions.max_len - self.actions.min_len + 1 if chosen else 1
+        self.of_everything = math.log(places) / self.temperature + self.more
 
     def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
         """[N, V] over the completions that begin with a prefix and each next token; one pass.
@@ -59,9 +59,9 @@ class PriorCeiling:
             prefixes: tokens of completions, tool text included; without the prompt.
             log_bound_N: what this ceiling said of each prefix itself.
         """
-        texts = [(*self._context, *prefix) for prefix in prefixes]
-        log_p_NV = self._model.token_log_probs(texts).cpu().numpy().astype(np.float64)
-        return log_bound_N[:, None] + log_p_NV / self._temperature
+        texts = [(*self.context, *prefix) for prefix in prefixes]
+        log_p_NV = self.model.token_log_probs(texts).cpu().numpy().astype(np.float64)
+        return log_bound_N[:, None] + log_p_NV / self.temperature
 
 
 @runtime_checkable
@@ -73,25 +73,26 @@ class BoundedReward(Protocol):
         ...
 
 
+@dataclass(eq=False)
 class FunctionCeiling:
     """For a task's own reward, without a tool: the best reward of each length, times the number
     of completions of that length."""
 
-    def __init__(
-        self, task: BoundedReward, actions: ActionSpace, *, vocab_size: int, temperature: float
-    ) -> None:
-        self._task = task
-        self._actions = actions
-        self._vocab_size = vocab_size
-        self._temperature = temperature
-        choices = set(actions.columns(vocab_size).tolist()) - {actions.stop_token}
+    task: BoundedReward
+    actions: ActionSpace
+    _: KW_ONLY
+    vocab_size: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        choices = set(self.actions.columns(self.vocab_size).tolist()) - {self.actions.stop_token}
         self._choices = sorted(choices)
         self._log_choices = math.log(len(choices))
         self.of_everything = self._below((), length=0)
 
     def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
         """As PriorCeiling; -inf where the policy has no such choice."""
-        bound_NV = np.full((len(prefixes), self._vocab_size), -np.inf)
+        bound_NV = np.full((len(prefixes), self.vocab_size), -np.inf)
         for bound_V, prefix in zip(bound_NV, prefixes, strict=True):
             length = len(prefix) + 1
             # What bounds the prefix bounds its children: next to nothing is not worth the asking.
@@ -108,8 +109,8 @@ class FunctionCeiling:
         """Over the completions that begin with some `length` tokens that begin with `prefix`."""
         log_sums = [
             (longer - length) * self._log_choices
-            + self._task.log_reward_ceiling(prefix, longer) / self._temperature
-            for longer in range(max(length, self._actions.min_len), self._actions.max_len + 1)
+            + self.task.log_reward_ceiling(prefix, longer) / self.temperature
+            for longer in range(max(length, self.actions.min_len), self.actions.max_len + 1)
         ]
         return float(np.logaddexp.reduce([-np.inf, *log_sums]))
 

@@ -8,7 +8,7 @@ left out.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -70,34 +70,22 @@ class _Frontier:
         return np.maximum(self.log_q_KM.max(axis=0), known_M)
 
 
+@dataclass(eq=False)
 class PrefixTree:
-    """Completions of one prompt X, by and by, under K policies.
+    """Completions of one prompt X, by and by, under K policies."""
 
-    Args:
-        ceiling: bounds the reward of what is left out; None where nothing does.
-        max_nodes: prefixes that are visited at most.
-    """
+    prompt: Prefix
+    actions: ActionSpace
+    tool: Tool | None
+    policies: Sequence[NextLogits]
+    ceiling: Ceiling | None  # bounds the reward of what is left out; None where nothing does
+    _: KW_ONLY
+    vocab_size: int
+    max_nodes: int  # prefixes that are visited at most
 
-    def __init__(
-        self,
-        prompt: Prefix,
-        actions: ActionSpace,
-        tool: Tool | None,
-        policies: Sequence[NextLogits],
-        ceiling: Ceiling | None,
-        *,
-        vocab_size: int,
-        max_nodes: int,
-    ) -> None:
-        self._prompt = prompt
-        self._actions = actions
-        self._tool = tool
-        self._policies = tuple(policies)
-        self._ceiling = ceiling
-        self._max_nodes = max_nodes
-        self._vocab_size = vocab_size
-        columns = actions.columns(vocab_size)
-        self._stop_column = int(np.searchsorted(columns, actions.stop_token))
+    def __post_init__(self) -> None:
+        columns = self.actions.columns(self.vocab_size)
+        self._stop_column = int(np.searchsorted(columns, self.actions.stop_token))
         self._token_C = np.delete(columns, self._stop_column)  # what Z can grow by
         self._nodes: list[_Node] = []
         self._completions: list[Prefix] = []
@@ -107,10 +95,10 @@ class PrefixTree:
         self._frontier = _Frontier(
             np.full(1, -1),
             np.full(1, -1),
-            np.zeros((len(self._policies), 1)),
-            np.full(1, np.inf if ceiling is None else ceiling.of_everything),
+            np.zeros((len(self.policies), 1)),
+            np.full(1, np.inf if self.ceiling is None else self.ceiling.of_everything),
         )
-        self._never_q_K = np.zeros(len(self._policies))
+        self._never_q_K = np.zeros(len(self.policies))
         self._log_never = -np.inf
 
     @property
@@ -121,7 +109,7 @@ class PrefixTree:
     @property
     def exhausted(self) -> bool:
         """No prefix is left, or none that may be visited."""
-        return not len(self._frontier.token_M) or len(self._nodes) >= self._max_nodes
+        return not len(self._frontier.token_M) or len(self._nodes) >= self.max_nodes
 
     @property
     def left_out_q_K(self) -> NDArray[np.float64]:
@@ -138,7 +126,7 @@ class PrefixTree:
         return Support(
             completions=tuple(self._completions),
             from_tool=tuple(self._from_tool),
-            log_q_KN=np.array(self._log_q).reshape(-1, len(self._policies)).T,
+            log_q_KN=np.array(self._log_q).reshape(-1, len(self.policies)).T,
             left_out_q_K=self.left_out_q_K,
             log_left_out_reward=self.log_left_out_reward,
             nodes=len(self._nodes),
@@ -162,7 +150,7 @@ class PrefixTree:
         ]
         nodes = self._nodes[first:]
         ended_N = np.array(
-            [not node.pending and self._actions.must_stop(len(node.tokens)) for node in nodes]
+            [not node.pending and self.actions.must_stop(len(node.tokens)) for node in nodes]
         )
         for number in np.flatnonzero(ended_N):  # ⊤ is forced
             self._reach(nodes[number], visited.log_q_KM[:, number])
@@ -172,8 +160,8 @@ class PrefixTree:
 
     def _batch_size(self) -> int:
         wanted = max(_SMALLEST_BATCH, round(_BATCH_SHARE * len(self._nodes)))
-        most = min(_LARGEST_BATCH, max(1, _LARGEST_TABLE // self._vocab_size))
-        return min(wanted, most, self._max_nodes - len(self._nodes))
+        most = min(_LARGEST_BATCH, max(1, _LARGEST_TABLE // self.vocab_size))
+        return min(wanted, most, self.max_nodes - len(self._nodes))
 
     def _child(self, parent: int, token: int) -> _Node:
         if parent < 0:
@@ -182,7 +170,7 @@ class PrefixTree:
         tokens = (*node.tokens, token)
         if node.pending:
             return _Node(tokens, (*node.from_tool, True), node.pending[1:])
-        tool = self._tool
+        tool = self.tool
         said = tool.output(tokens) if tool is not None and token in tool.triggers else ()
         return _Node(tokens, (*node.from_tool, False), tuple(said))
 
@@ -191,22 +179,22 @@ class PrefixTree:
         nodes = [self._nodes[number] for number in number_N]
         speaking_N = np.array([bool(node.pending) for node in nodes])
         may_stop_N = ~speaking_N & [
-            bool(self._actions.stop_states(node.tokens, node.from_tool)[-1]) for node in nodes
+            bool(self.actions.stop_states(node.tokens, node.from_tool)[-1]) for node in nodes
         ]
-        prefixes = [(*self._prompt, *node.tokens) for node in nodes]
+        prefixes = [(*self.prompt, *node.tokens) for node in nodes]
         log_q_KNC = np.stack(
             [
-                policy.action_log_probs(self._actions, prefixes, may_stop_N.tolist()).cpu().numpy()
-                for policy in self._policies
+                policy.action_log_probs(self.actions, prefixes, may_stop_N.tolist()).cpu().numpy()
+                for policy in self.policies
             ]
         ).astype(np.float64)
         log_q_KNC += visited.log_q_KM[:, :, None]
         for at in np.flatnonzero(may_stop_N):
             self._reach(nodes[at], log_q_KNC[:, at, self._stop_column])
-        bound_NV = np.full((len(nodes), self._vocab_size), np.inf)
-        if self._ceiling is not None:
+        bound_NV = np.full((len(nodes), self.vocab_size), np.inf)
+        if self.ceiling is not None:
             tokens = [node.tokens for node in nodes]
-            bound_NV = self._ceiling.of_children(tokens, visited.log_bound_M)
+            bound_NV = self.ceiling.of_children(tokens, visited.log_bound_M)
         at_B, free_B = np.flatnonzero(speaking_N), np.flatnonzero(~speaking_N)
         said_B = np.array([nodes[at].pending[0] for at in at_B], dtype=np.int64)
         choices = len(self._token_C)
@@ -217,7 +205,7 @@ class PrefixTree:
             np.repeat(number_N[free_B], choices),
             np.tile(self._token_C, len(free_B)),
             np.delete(log_q_KNC[:, free_B], self._stop_column, axis=2).reshape(
-                len(self._policies), -1
+                len(self.policies), -1
             ),
             bound_NV[np.ix_(free_B, self._token_C)].reshape(-1),
         )
@@ -230,7 +218,7 @@ class PrefixTree:
 
     def _forget(self, log_scale: float) -> None:
         """Keep no more of the frontier than may still be visited; the rest counts as left out."""
-        room = self._max_nodes - len(self._nodes)
+        room = self.max_nodes - len(self._nodes)
         if len(self._frontier.token_M) <= room:
             return
         order_M = np.argpartition(-self._frontier.log_weight(log_scale), room)

@@ -6,28 +6,25 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic_core import to_json
 
+from lm.config import Frozen
 from tasks.evaluation.evaluation import Evaluation, Metric, mean_of
 from tasks.posterior.bounds import Bounds, Interval
 from tasks.posterior.enumeration import ExactPosterior
 
 
-class StringShare(BaseModel):
+class StringShare(Frozen):
     """A completion with its probabilities."""
-
-    model_config = ConfigDict(frozen=True)
 
     text: str
     p: float = Field(description="Under the posterior.")
     q: float = Field(description="Under the policy.")
 
 
-class PolicyReport(BaseModel):
+class PolicyReport(Frozen):
     """One policy on one prompt. Exact figures are None where the prompt cannot be enumerated."""
-
-    model_config = ConfigDict(frozen=True)
 
     tv: float | None = None
     kl_q_p: float | None = None
@@ -35,9 +32,8 @@ class PolicyReport(BaseModel):
     jsd: float | None = None
     log_z_error: float | None = Field(None, description="Of `log_z_estimate`, absolute, nats.")
     valid: float | None = Field(None, description="Mass on completions the task means.")
-    coverage: float | None = Field(
-        None, description="Posterior mass that the policy covers: see tasks.posterior."
-    )
+    coverage: float | None = None
+    """Posterior mass that the policy covers: see tasks.posterior."""
     left_out_q: float = Field(description="Mass that was not enumerated.")
     log_z_estimate: float = Field(description="Log of the mean weight of the policy's samples.")
     bounds: Bounds | None = Field(description="None where a sampled completion has no reward.")
@@ -56,9 +52,8 @@ class PromptReport(PolicyReport):
     left_out_p: float = Field(description="Share of the posterior not enumerated, at most.")
     log_z: float | None = Field(description="Exact, nats.")
     texts: int = Field(description="Written freely by the base LM, to find posterior samples in.")
-    log_z_of_texts: Interval | None = Field(
-        description="Log of the samples per text, nats; None where there are none."
-    )
+    log_z_of_texts: Interval | None
+    """Log of the samples per text, nats; None where there are none."""
     base: PolicyReport
 
     @property

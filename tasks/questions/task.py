@@ -37,7 +37,7 @@ from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.held_out import Split, check_apart, read_splits
 from tasks.questions.data import Question, read_questions
-from tasks.stop_rule import end_of_text, narrowed
+from tasks.stop_rule import any_text, end_of_text, narrowed
 from tasks.task import TestQuestion, Tokenizer
 
 _LONGER = 8  # tokens by which an answer may be longer than any that is known
@@ -148,12 +148,7 @@ def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
         demonstrations=tuple(asked.shown for asked in known.values() if asked.shown),
         held_out=splits.made(_test_question),
         reward_query=RewardQuery(kind=config.reward_kind, stop_token=actions.stop_token),
-        answer_actions=ActionSpace(
-            stop_token=end_of_text(tokenizer),
-            legal_tokens=None,
-            min_len=1,
-            max_len=longest + _LONGER,
-        ),
+        answer_actions=any_text(tokenizer, min_len=1, max_len=longest + _LONGER),
         lead=spelling.lead,
         end=spelling.end,
     )

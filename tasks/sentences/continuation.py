@@ -52,19 +52,14 @@ def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Cont
     splits = read_splits(config, load_prompts(config.data), load_prompts, str)
     validated = {text for file in splits.held_out["validation"] for text in file}
     told = dict.fromkeys(pair for pair in pairs if pair[0] not in validated)
+    shown = (demonstrate(_prompt(x, tokenizer), z, actions, tokenizer) for x, z in told)
     return Continuation(
         name="continuation",
         embedder=config.embedder,
         actions=actions,
         prompts=tuple(_prompt(text, tokenizer) for text in dict.fromkeys(splits.training)),
         held_out=splits.made(lambda text: TestItem(prompt=_prompt(text, tokenizer))),
-        demonstrations=tuple(
-            demonstration
-            for text, sentence in told
-            if (
-                demonstration := demonstrate(_prompt(text, tokenizer), sentence, actions, tokenizer)
-            )
-        ),
+        demonstrations=tuple(filter(None, shown)),
         reward_query=RewardQuery(kind="stop", stop_token=actions.stop_token),
     )
 

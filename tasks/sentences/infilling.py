@@ -108,16 +108,14 @@ def build_infilling(config: InfillingConfig, tokenizer: Tokenizer) -> Infilling:
         prompt = prompt_of(story, tokenizer)
         told.setdefault(prompt.key, (prompt, story))
     middles = {story.middle for _, story in told.values()}
+    first = list(told.values())[: config.demonstrations]
+    shown = (demonstrate(prompt, story.middle, actions, tokenizer) for prompt, story in first)
     return Infilling(
         name="infilling",
         embedder=config.embedder,
         actions=actions,
         prompts=tuple(prompt for prompt, _ in told.values()),
-        demonstrations=tuple(
-            demonstration
-            for prompt, story in list(told.values())[: config.demonstrations]
-            if (demonstration := demonstrate(prompt, story.middle, actions, tokenizer)) is not None
-        ),
+        demonstrations=tuple(filter(None, shown)),
         held_out=splits.made(
             lambda story: StoryItem(
                 prompt=prompt_of(story, tokenizer),
