@@ -166,7 +166,8 @@ class Verdicts:
         if failures and (strict or len(failures) == len(found)):
             raise CheckFailed(
                 f"reward.terms: {len(failures)} of {len(found)} checks failed, as often as they "
-                f"were made; the first: {failures[0].reason}"
+                f"were made; the first: {failures[0].reason}; mend the verifier, or, where it is "
+                "slow, raise reward.verifier_deadline_s"
             )
 
     def scores(self) -> Iterator[tuple[int, int, int, Any]]:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 Call = tuple[Any, ...]  # number of the check, text, and for a verifier the record as JSON
 _ATTEMPTS = 3
+_GIVEN_UP = 12  # processes that a check has ended before it gave any value
 _BLOCK = 64  # calls that a process is handed at once: their answers fit into a pipe
 _START_S = 120.0  # longest import of the functions' modules
 _GRACE_S = 5.0  # by which a process ends itself before it is ended
@@ -62,6 +63,8 @@ class CheckPool:
         deadline_s: float,
     ) -> None:
         self.failures = 0  # calls that failed, each attempt counted
+        self._sound: set[int] = set()  # numbers of the checks that have given a value
+        self._ended: Counter[int] = Counter()  # processes, by the check that ended them
         self._specifications = list(specifications)
         self._accept = accept
         self._deadline_s = deadline_s
@@ -90,17 +93,29 @@ class CheckPool:
         found: list[Any] = [None] * len(calls)
         tries, todo = [0] * len(calls), deque(range(len(calls)))
         while todo:
-            asked = list(todo)
+            # One that hangs always would cost each call of a batch a deadline and a process.
+            hopeless = {number for number in todo if self._hopeless(calls[number][0])}
+            for number in hopeless:
+                found[number] = found[number] or Failure(
+                    f"{self._name(calls[number])}: not asked any more: it has ended {_GIVEN_UP} "
+                    "processes and given no value"
+                )
+            asked = [number for number in todo if number not in hopeless]
             todo.clear()
+            if not asked:
+                break
             answers = self._ask([calls[number] for number in asked])
             for number, answer in zip(asked, answers, strict=False):
                 found[number] = answer
                 tries[number] += 1
-                if isinstance(answer, Failure):
-                    self.failures += 1
-                    logger.warning("check of %.200r: %s", calls[number][1:], answer.reason)
-                    if tries[number] < _ATTEMPTS:
-                        todo.append(number)
+                if not isinstance(answer, Failure):
+                    self._sound.add(calls[number][0])
+                    continue
+                found[number] = Failure(f"{self._name(calls[number])}: {answer.reason}")
+                self.failures += 1
+                logger.warning("check of %.200r: %s", calls[number][1:], found[number].reason)
+                if tries[number] < _ATTEMPTS:
+                    todo.append(number)
             todo.extend(asked[len(answers) :])  # behind one that ended the process
         return found
 
@@ -113,7 +128,15 @@ class CheckPool:
         answers = [self._value(answer) for answer in process.ask(calls)]
         if process.lives:
             self._idle.append(process)
+        else:
+            self._ended[calls[len(answers) - 1][0]] += 1
         return answers
+
+    def _hopeless(self, check: int) -> bool:
+        return self._ended[check] >= _GIVEN_UP and check not in self._sound
+
+    def _name(self, call: Call) -> str:
+        return self._specifications[call[0]][0]
 
     def _value(self, answer: dict[str, Any]) -> Any:
         if "error" in answer:

@@ -6,6 +6,7 @@ from typing import Any
 
 from learner.broadcast import Unrecoverable
 from reward.replica import ScoreFailed
+from reward.verifiers import CheckFailed
 
 
 class LightWorker:
@@ -64,6 +65,14 @@ class BrokenWorker(CountingWorker):
     def start(self, _: None) -> None:
         """Raise OSError."""
         raise OSError("no such model")
+
+
+class UnjudgedWorker(CountingWorker):
+    """An actor whose verifier fails always."""
+
+    def run(self) -> dict[str, int]:
+        """Raise CheckFailed."""
+        raise CheckFailed("reward.terms: 8 of 8 checks failed")
 
 
 class LastWords(CountingWorker):

@@ -7,8 +7,9 @@ import ray
 
 from cluster.config.project import UserError
 from learner.broadcast import Unrecoverable
+from reward.verifiers import CheckFailed
 from tests.light_run import LightRun
-from tests.light_worker import BrokenWorker, DeafWorker, LastWords
+from tests.light_worker import BrokenWorker, DeafWorker, LastWords, UnjudgedWorker
 
 pytestmark = pytest.mark.slow
 
@@ -100,4 +101,15 @@ def test_what_a_learner_has_to_say_is_heard_when_it_fails() -> None:
         light.until(lambda: False)
     assert light.supervisor.learner_rows == [{"progress/step": 1.0}]
     assert "learner: it does not look good" in light.events
+    assert light.supervisor.stop(10) == []
+
+
+def test_an_actor_whose_verifier_fails_always_ends_the_run_with_its_words() -> None:
+    light = LightRun()
+    light.until(lambda: light.supervisor.settled)
+    light.launcher.actors = {1: UnjudgedWorker}
+    light.supervisor.scale(actors=2)
+    with pytest.raises(CheckFailed, match="8 of 8 checks failed"):
+        light.until(lambda: False)
+    assert not any("replacing" in event for event in light.events)
     assert light.supervisor.stop(10) == []

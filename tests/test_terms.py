@@ -271,6 +271,24 @@ def test_what_fails_every_time_is_a_failure_and_never_a_score(
         raise AssertionError(failed.reason)
 
 
+def test_a_verifier_that_hangs_always_is_given_up_and_one_that_hangs_at_times_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reward.verifiers._GIVEN_UP", 4)
+    record = json.dumps({"marker": str(tmp_path / "seen")})
+    hanging = [(0, f"text {number}", record) for number in range(20)]
+    checks = CheckPool([("tests.verifier_toy:hangs", None)], as_score, processes=1, deadline_s=0.2)
+    found = made(checks, hanging)
+    assert checks.failures == 4 and all(isinstance(one, Failure) for one in found)
+    assert "tests.verifier_toy:hangs: no answer within 0.2 s" in found[0].reason
+    assert "not asked any more: it has ended 4 processes" in found[-1].reason
+    checks = CheckPool(
+        [("tests.verifier_toy:misbehaves", None)], as_score, processes=1, deadline_s=0.2
+    )
+    calls = [(0, "fine", record), *[(0, f"hangs{' ' * number}", record) for number in range(3)]]
+    assert made(checks, calls)[0] == 0.5 and checks.failures == 9
+
+
 def test_a_verifier_that_forked_is_ended_with_what_it_forked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

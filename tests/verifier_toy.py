@@ -39,6 +39,11 @@ def misbehaves(text: str, record: dict[str, Any]) -> Any:
     return 0.5
 
 
+def hangs(text: str, record: dict[str, Any]) -> float:
+    time.sleep(60)
+    return 1.0
+
+
 def shouts(text: str) -> str:
     return " " + text.split()[-2].upper() if "?" not in text else ""
 

@@ -24,6 +24,7 @@ from cluster.distributed.worker import RunContext
 from cluster.distributed.worker_group import Phase, StartFailed, WorkerGroup
 from cluster.run.resources import check_fit
 from learner.broadcast import Unrecoverable
+from reward.verifiers import CheckFailed, UnusableCheck
 
 _TICK_S = 0.2
 _PLACEMENT_NOTICE_S = 5.0  # Ray grants a placement within a moment if there is room for it
@@ -94,7 +95,8 @@ class Supervisor:
         Raises:
             StartFailed: a part that never ran could not start.
             RunFailed: a part died more than `cluster.max_restarts` times.
-            Unrecoverable: a part failed in a way that its replacement would only repeat.
+            Unrecoverable, CheckFailed, UnusableCheck: a part failed in a way that its replacement
+                would only repeat.
         """
         for name, group in list(self.groups.items()):
             before = group.phase
@@ -237,7 +239,8 @@ class Supervisor:
         self.report(text)
 
     def _replace(self, name: str, group: WorkerGroup, *, ever_ran: bool) -> None:
-        if isinstance(group.error, Unrecoverable):
+        # A verifier that cannot be used fails in its successor as well.
+        if isinstance(group.error, Unrecoverable | CheckFailed | UnusableCheck):
             raise group.error
         self._deaths[name] += 1
         deaths, limit = self._deaths[name], self.config.cluster.max_restarts
