@@ -35,8 +35,7 @@ from tasks.arithmetic.data import load_items
 from tasks.config import QuestionsConfig
 from tasks.questions.data import read_questions
 from tasks.records import DataError
-from tasks.sentences.prompt_files import load_continued, load_prompts
-from tasks.sentences.story_files import load_stories
+from tasks.sentences.files import load_continued, load_prompts, load_stories
 from tasks.subjectivity.data import load_reviews
 
 HANG_S = 10.0

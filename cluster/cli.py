@@ -148,7 +148,7 @@ _VERBS = {
         *_NEW_RUN,
         _OVERRIDES,
         _argument("--of NAME", "the run whose policy gives the rationales", required=True),
-        module=_MANY,
+        module="experiments.em",
     ),
     "em": _Verb(
         "Alternate E-steps and M-steps, each a run",

@@ -161,7 +161,6 @@ class Learner:
         }
 
     def publish(self) -> None:
-        """Hand the current adapter to the actors."""
         if self.engine.rank == 0:
             data = adapter_bytes(self.model, getattr(torch, self.config.publish_dtype))
             if self.checkpoints is not None:

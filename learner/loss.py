@@ -37,7 +37,6 @@ class BatchLoss:
     token_budget: int  # columns of one pass, at most; a single row may be larger
 
     def num_passes(self, batch: Batch) -> int:
-        """How many losses `losses` gives."""
         return len(split_rows(batch, self.token_budget))
 
     def losses(

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from seed_lm.scenes import Scenes
 from seed_lm.stories import draw_story
+from tasks.sentences.files import KEYS, NEXT, PROMPT, Story
 from tasks.sentences.infilling import exercise_prompt
-from tasks.sentences.prompt_files import NEXT, PROMPT
-from tasks.sentences.story_files import KEYS, Story
 
 FOLDER = Path(__file__).parent.parent / "tasks" / "data"
 NUM_STORIES = 1200

@@ -22,8 +22,8 @@ from seed_lm.plots import (
     Motive,
     Obstacle,
 )
+from tasks.sentences.files import Story
 from tasks.sentences.infilling import exercise_prompt
-from tasks.sentences.story_files import Story
 
 # One plot in HELD_OUT_EVERY never enters the corpus, and only those are tested on.
 HELD_OUT_EVERY = 8

@@ -13,7 +13,7 @@ from lm.hub import load_tokenizer
 from tasks.held_out import HeldOutConfig, NothingToMeasure, Split, read_splits
 from tasks.records import DataError
 from tasks.registry import build_task
-from tasks.sentences.story_files import load_stories
+from tasks.sentences.files import load_stories
 from tasks.task import Task
 
 # Task -> how many items a validation and a test file hold.

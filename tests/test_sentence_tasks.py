@@ -29,10 +29,9 @@ from tasks.evaluation.few_shot import worked_examples
 from tasks.records import DataError
 from tasks.sentences.continuation import build_continuation
 from tasks.sentences.evaluation import write_sentences
+from tasks.sentences.files import KEYS, load_prompts, load_stories
 from tasks.sentences.infilling import build_infilling
 from tasks.sentences.metrics import bleu4, diversity, gleu4, self_bleu4, word_distance
-from tasks.sentences.prompt_files import load_prompts
-from tasks.sentences.story_files import KEYS, load_stories
 from tasks.task import Task
 from tests.naive_rewards import naive_log_rewards
 from tests.sentence_toy import sentence_config

@@ -20,7 +20,6 @@ from cluster.run.terminal import stages
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and print."""
     config = load_config(arguments.config, arguments.overrides)
     adapter: Path | None = None
     step: int | None = 0

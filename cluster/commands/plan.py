@@ -73,7 +73,6 @@ def as_object(plan: Plan, misfits: list[str]) -> dict[str, object]:
 
 
 def show(plan: Plan, misfits: list[str], device: str) -> None:
-    """The same as a table."""
     console = Console()
     where = "a GPU" if plan.on_gpu else "the host"
     console.print(f"{escape(plan.model)}: {plan.parameters / 1e6:,.1f}M parameters")

@@ -24,7 +24,6 @@ _BASE = "base"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compare, print, draw."""
     config = load_config(arguments.config, arguments.overrides)
     adapter = None
     plot = Path.cwd() / f"posterior-{config.task_name}.png"

@@ -28,7 +28,6 @@ class Outbox(deque[Any]):
         super().append(item)
 
     def after(self, count: int) -> list[Any]:
-        """The items after the first `count`."""
         while len(self) > self.total - count:
             self.popleft()
         return list(self)

@@ -35,7 +35,6 @@ class Parts:
     gated = True  # whether samplers are held to the learner's own log q
 
     def rollout(self, config: RunConfig) -> RolloutParts:
-        """Of one rollout actor."""
         if config.actors.engine == "vllm":
             tokenizer = load_tokenizer(config.lm)
             task = build_task(config.task, tokenizer, seed=config.seed)

@@ -15,10 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutWorker(Worker):
-    """One rollout actor."""
-
     def _build(self, _: Meeting) -> None:
-        """Load LM and task, connect to the buffer."""
         context = self._context
         parts = context.parts.rollout(self._config)
         self._task = parts.task

@@ -34,7 +34,6 @@ class Instrument(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Under which Ray knows it."""
         return f"amortize_{self.what}"
 
 

@@ -1,4 +1,4 @@
-"""The verb `em`: rounds of an E-step and an M-step, each an ordinary run.
+"""The verb `em`: rounds of an E-step and an M-step, each an ordinary run; and `mstep`, one alone.
 
     E-step  a policy q(Z | X) is trained towards p(Z | X, Y) of the LM as it is now
     M-step  the LM is trained to expect Z Y after X, Z ~ q(Z | X): it maximises E_q[log p(Z Y | X)]
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.commands.train import train_and_show
 from cluster.config.file import load_config, parse_overrides
 from cluster.config.schema import RunConfig
 from cluster.experiments.findings import Findings
 from cluster.experiments.suite import Step, Suite
-from cluster.run.directory import RunDirectory
+from cluster.run.directory import RunDirectory, find_run
 
 Kind = Literal["E", "M"]
 # Of other objectives, and meaningless to an M-step's.
@@ -24,7 +25,13 @@ _RESET = {"learner.subtb_lambda": 1.0, "learner.normalisation": "batch", "learne
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the steps that are missing, then show and write how the LM went along."""
+    """Run the steps that are missing, then show and write how the LM went along; of `mstep`, which
+    names a run, the M-step of its policy alone."""
+    if "of" in arguments:
+        policy = find_run(arguments.of)
+        shared = load_config(str(policy.config_file), arguments.overrides)
+        config = m_step(shared, policy=policy.adapter)
+        return train_and_show(config, arguments, stem=f"{policy.name}-m")
     shared = load_config(arguments.config, arguments.overrides)
     rounds = arguments.rounds or shared.em.rounds
     suite = Suite(arguments, stem=f"em-{shared.task_name}")

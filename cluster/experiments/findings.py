@@ -118,7 +118,6 @@ def _figures(table: Table) -> list[str]:
 
 
 def text_table(header: Sequence[str], rows: Rows, title: str) -> RichTable:
-    """For a terminal."""
     drawn = RichTable(title=title, title_justify="left", box=None)
     for number, word in enumerate(header):
         drawn.add_column(word, justify="right" if number else "left")

@@ -57,7 +57,6 @@ class SimulatedPolicy:
         self._rng = np.random.default_rng(seed)
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request."""
         waves = -(-len(requests) // self._max_rows)
         time.sleep(waves * self._actions.max_len * self._decode_step_s)
         return [self._completion() for _ in requests]

@@ -102,8 +102,6 @@ def build_app(target: Target) -> FastAPI:
 
 
 def _explain_errors(app: FastAPI, page: Callable[..., HTMLResponse]) -> None:
-    """Answer errors with a page that explains them."""
-
     def explain(kind: type[Exception] | int, status: int, title: str, text: str = "") -> None:
         def answer(request: Request, error: Exception) -> HTMLResponse:
             message = page(request, "message", title=title, text=text or str(error))

@@ -101,5 +101,4 @@ def nats(value: float | None) -> str:
 
 
 def ago(unix_s: float, now: float) -> str:
-    """How long ago."""
     return f"{duration(max(0.0, now - unix_s))} ago"

@@ -56,7 +56,6 @@ class Row(Entry):
 
 
 def row_of(trajectory: Trajectory, decode: Decode, tally: Tally) -> Row:
-    """Decode a trajectory."""
     from_tool = trajectory.from_tool.tolist()
     return Row(
         **asdict(Summary.of(trajectory)),

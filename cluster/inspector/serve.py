@@ -55,7 +55,6 @@ class Place:
 
     @property
     def url(self) -> str:
-        """Its first page."""
         return inspector_address(self.run, self.port)
 
     def watch(self) -> None:

@@ -51,7 +51,6 @@ def _table(title: str, names: Sequence[str]) -> Table:
 
 
 def _log_z(prompt: PromptReport) -> str:
-    """Of the posterior itself."""
     sizes = f"{prompt.completions} completions, {prompt.nodes} prefixes"
     exact = "not enumerable" if prompt.log_z is None else f"log Z {prompt.log_z:.4f}"
     texts = _interval(prompt.log_z_of_texts)
@@ -73,7 +72,6 @@ def _exact(
 
 
 def _bounds(table: Table, reports: Sequence[PolicyReport]) -> Table:
-    """The same of bounds."""
     sizes = sorted({k for report in reports if report.bounds for k in report.bounds.iwae})
     lower = ("ELBO", *(f"IWAE {k}" for k in sizes), "log Z from q")
     labels = (*lower, "EUBO", "KL(q‖p) within", "ESS share")

@@ -33,7 +33,6 @@ class Comparison:
 
     @property
     def decisions(self) -> int:
-        """Of the trajectory, see `num_decisions`."""
         return num_decisions(self.trajectory)
 
 

@@ -121,7 +121,6 @@ class AgreementGate:
         return admitted
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
-        """See `Replay.discard`."""
         self.replay.discard(trajectories)
 
     def save(self) -> bytes:
@@ -145,7 +144,6 @@ class AgreementGate:
             self.tolerance.restore(learned)
 
     def metrics(self) -> dict[str, float]:
-        """Of the last `draw`."""
         counts = self._counts
         names = ["checked", "vouched", "unchecked", "quarantined"]
         if counts.checked > counts.quarantined:

@@ -104,7 +104,6 @@ class Tolerance:
         return f"{outcome.rms_nats:.3g} nats where {tolerated:.3g} are tolerated"
 
     def save(self) -> dict[str, Any]:
-        """What was learned."""
         return {"draws": self._draws, "squares": self._squares}
 
     def restore(self, saved: Mapping[str, Any]) -> None:

@@ -27,8 +27,6 @@ class Item:
 
 
 class _Record(BaseModel):
-    """The file's schema."""
-
     model_config = ConfigDict(extra="forbid")
 
     str_query: str

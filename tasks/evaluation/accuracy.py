@@ -38,7 +38,6 @@ class Voted:
 
     @property
     def right(self) -> bool:
-        """By vote."""
         return self.answer is not None and self.answer == self.item.answer
 
     @property

@@ -122,7 +122,6 @@ class PrefixTree:
         return float(np.logaddexp.reduce(np.append(self._frontier.log_bound_M, self._log_never)))
 
     def support(self) -> Support:
-        """What has been reached."""
         return Support(
             completions=tuple(self._completions),
             from_tool=tuple(self._from_tool),

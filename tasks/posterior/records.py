@@ -58,7 +58,6 @@ class PromptReport(PolicyReport):
 
     @property
     def title(self) -> str:
-        """X and Y."""
         return " → ".join(text for text in (self.prompt, self.answer.strip()) if text)
 
 

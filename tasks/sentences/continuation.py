@@ -18,7 +18,7 @@ from tasks.evaluation.evaluation import Evaluation, Metric
 from tasks.held_out import read_splits
 from tasks.sentences.actions import demonstrate, sentence_actions
 from tasks.sentences.evaluation import SentenceTask, likeness_of, sentence_metrics, write_sentences
-from tasks.sentences.prompt_files import load_continued, load_prompts
+from tasks.sentences.files import load_continued, load_prompts
 from tasks.task import TestItem, Tokenizer
 
 

@@ -25,8 +25,8 @@ from tasks.sentences.evaluation import (
     sentence_metrics,
     write_sentences,
 )
+from tasks.sentences.files import Story, load_stories
 from tasks.sentences.metrics import Likeness, bleu4, gleu4
-from tasks.sentences.story_files import Story, load_stories
 from tasks.task import TestItem, Tokenizer
 
 

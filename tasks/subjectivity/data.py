@@ -46,8 +46,6 @@ class LabelledReview:
 
 
 class _Record(BaseModel):
-    """The file's schema."""
-
     model_config = ConfigDict(extra="forbid")
 
     text: str
