@@ -87,7 +87,8 @@ def read_records(
     forms = [model] if isinstance(model, type) else model
 
     def checked(value: Any) -> Record:
-        form = _form(value, forms)
+        keys = set(value) if isinstance(value, dict) else set()
+        form = next((each for each in forms if keys.issuperset(each.model_fields)), forms[0])
         try:
             return make(form.model_validate(value, strict=True))
         except ValidationError as error:
@@ -133,12 +134,6 @@ def refuse(faults: Sequence[str]) -> None:
     more = [f"... and {len(faults) - TOLD} more"] if len(faults) > TOLD else []
     if faults:
         raise DataError("\n".join([*faults[:TOLD], *more]))
-
-
-def _form(value: Any, forms: Sequence[type[Model]]) -> type[Model]:
-    keys = value.keys() if isinstance(value, dict) else {}
-    fitting = (form for form in forms if set(keys).issuperset(form.model_fields))
-    return next(fitting, forms[0])
 
 
 class _Unreadable(str):

@@ -1,7 +1,7 @@
 """Reference of the configuration: `python -m cluster.config.reference > docs/configuration.md`."""
 
 from cluster.config.schema import RunConfig
-from cluster.config.validation import Key, keys
+from cluster.config.validation import keys
 
 _HEAD = """\
 # Configuration
@@ -19,15 +19,12 @@ def reference() -> str:
     lines = [_HEAD]
     heading = None
     for key in keys(RunConfig):
-        if heading != (heading := _heading(key)):
+        table = f"[{key.section}]" if key.section else "top level"
+        named = f'{table} with name = "{key.kind}"' if key.kind else table
+        if heading != (heading := named):
             lines += [f"\n## {heading}\n", "| key | default | meaning |", "|---|---|---|"]
         lines.append(f"| `{key.name}` | {_code(key.default)} | {_cell(key.description)} |")
     return "\n".join(lines) + "\n"
-
-
-def _heading(key: Key) -> str:
-    table = f"[{key.section}]" if key.section else "top level"
-    return f'{table} with name = "{key.kind}"' if key.kind else table
 
 
 def _code(default: str) -> str:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from pydantic_core import to_json
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table as RichTable
 
 from cluster.experiments.comparison import Choice, Result, Table, summarise
 from cluster.reports.html_page import write_html
 from cluster.reports.plots import new_figure
+from cluster.reports.score_table import text_table
 from cluster.run.directory import RunDirectory, write_whole
 
 _COLUMNS = 3  # of panels in the figure
@@ -115,15 +114,6 @@ def _rows(table: Table) -> Rows:
 
 def _figures(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.values() for name in row))
-
-
-def text_table(header: Sequence[str], rows: Rows, title: str) -> RichTable:
-    drawn = RichTable(title=title, title_justify="left", box=None)
-    for number, word in enumerate(header):
-        drawn.add_column(word, justify="right" if number else "left")
-    for row in rows:
-        drawn.add_row(*map(escape, row))
-    return drawn
 
 
 def _markdown(header: Sequence[str], rows: Rows) -> str:

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.config.schema import RunConfig
-from cluster.experiments.findings import text_table
 from cluster.experiments.simulation import decode_steps
 from cluster.experiments.throughput_records import Comparison, Row
 from cluster.reports.plots import new_figure
+from cluster.reports.score_table import text_table
 
 _SIZE_INCHES = (8.0, 3.4)
 _MEASURED, _IDEAL = "#1f5a96", "#b8bcc2"

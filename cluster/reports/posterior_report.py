@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cluster.reports.score_table import text_table
 from tasks.posterior.bounds import Bounds, Interval
 from tasks.posterior.records import Assessment, PolicyReport, PromptReport, StringShare
 
@@ -24,30 +25,23 @@ def show(assessment: Assessment, *, policy: str, beside_base: bool, console: Con
         f"[bold]{escape(assessment.task)}[/bold]: {escape(policy)} against the posterior "
         f"∝ R^(1/T), T = {assessment.temperature:g} (where training ends); nats"
     )
-    names = (policy, "base")[: 1 + beside_base]
+    header = ("", policy, "base")[: 2 + beside_base]
     for prompt in assessment.prompts:
-        reports = (prompt, prompt.base)[: len(names)]
+        reports = (prompt, prompt.base)[: 1 + beside_base]
         console.print(Text(f"\n{prompt.title}", style="bold"))
         console.print(_log_z(prompt))
         if prompt.enumerable:
-            left_out = [f"{max(one.left_out_q, prompt.left_out_p):.1e}" for one in reports]
-            table = _table("exact, by enumeration", names)
-            console.print(_exact(table, [dict(one) for one in reports], left_out))
-        console.print(_bounds(_table(_BOUNDS, names), reports))
+            left_out = (f"{max(one.left_out_q, prompt.left_out_p):.1e}" for one in reports)
+            exact = [["left out", *left_out], *_exact([dict(one) for one in reports])]
+            console.print(text_table(header, exact, "exact, by enumeration"))
+        console.print(text_table(header, _bounds(reports), _BOUNDS))
         if prompt.oversampled or prompt.undersampled:
             console.print(_strings(prompt))
     shares = f"{assessment.enumerated} of {len(assessment.prompts)} prompts"
-    means = (assessment.policy, assessment.base)[: len(names)]
+    means = (assessment.policy, assessment.base)[: 1 + beside_base]
     console.print()
     title = f"means of the {shares} that could be enumerated"
-    console.print(_exact(_table(title, names), means) if assessment.enumerated else title)
-
-
-def _table(title: str, names: Sequence[str]) -> Table:
-    table = Table("", *map(escape, names), title=title, title_justify="left", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    console.print(text_table(header, _exact(means), title) if assessment.enumerated else title)
 
 
 def _log_z(prompt: PromptReport) -> str:
@@ -59,26 +53,19 @@ def _log_z(prompt: PromptReport) -> str:
     return escape(f"{exact}: {sizes}" + (f"; log Z from texts: {texts}" if texts else ""))
 
 
-def _exact(
-    table: Table, reports: Sequence[Mapping[str, Any]], left_out: Sequence[str] = ()
-) -> Table:
+def _exact(reports: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     """A row for each figure, with a column for each policy."""
-    if left_out:
-        table.add_row("left out", *left_out)
     for label, (name, reads) in _EXACT.items():
         values = (report[name] for report in reports)
-        table.add_row(label, *("" if value is None else f"{value:{reads}}" for value in values))
-    return table
+        yield [label, *("" if value is None else f"{value:{reads}}" for value in values)]
 
 
-def _bounds(table: Table, reports: Sequence[PolicyReport]) -> Table:
+def _bounds(reports: Sequence[PolicyReport]) -> Iterator[Sequence[str]]:
+    """The same of bounds."""
     sizes = sorted({k for report in reports if report.bounds for k in report.bounds.iwae})
     lower = ("ELBO", *(f"IWAE {k}" for k in sizes), "log Z from q")
     labels = (*lower, "EUBO", "KL(q‖p) within", "ESS share")
-    cells = [list(_bound_cells(report.bounds, sizes)) for report in reports]
-    for label, *row in zip(labels, *cells, strict=True):
-        table.add_row(label, *map(escape, row))
-    return table
+    yield from zip(labels, *(_bound_cells(one.bounds, sizes) for one in reports), strict=True)
 
 
 def _bound_cells(bounds: Bounds | None, sizes: Sequence[int]) -> Iterator[str]:

@@ -1,5 +1,6 @@
-"""The table of a run: what was measured before training and after it."""
+"""Tables for a terminal: any, and that of a run, measured before training and after it."""
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rich.markup import escape
@@ -70,3 +71,13 @@ def note(before: Evaluation | None, after: Evaluation | None) -> str:
 def after_title(after: Evaluation | None) -> str:
     """Heading of the policy's figures, with the step that they belong to."""
     return "after" if after is None or after.step is None else f"after step {after.step}"
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:
+    """For a terminal: texts in rows, all but the first column on the right."""
+    drawn = Table(title=title, title_justify="left", box=None)
+    for number, word in enumerate(header):
+        drawn.add_column(escape(word), justify="right" if number else "left")
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    return drawn

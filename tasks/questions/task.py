@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from operator import attrgetter
 
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
@@ -130,10 +131,11 @@ def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
     def load(source: str) -> tuple[_Asked, ...]:
         return read_questions(config, source, spelling.asked)
 
-    splits = read_splits(config, load(config.data), load, _text)
+    text = attrgetter("prompt.text")
+    splits = read_splits(config, load(config.data), load, text)
     for split, files in splits.held_out.items():
         key = "task.tests" if split == "test" else "task.validation"
-        check_apart(key, files, "task.data", (splits.training,), _text)
+        check_apart(key, files, "task.data", (splits.training,), text)
     known: dict[str, _Asked] = {}
     for asked in splits.training:  # a question that comes again counts once
         known.setdefault(asked.prompt.key, asked)
@@ -146,20 +148,14 @@ def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
         tool=spelling.tool,
         prompts=tuple(asked.prompt for asked in known.values()),
         demonstrations=tuple(asked.shown for asked in known.values() if asked.shown),
-        held_out=splits.made(_test_question),
+        held_out=splits.made(
+            lambda one: TestQuestion(prompt=one.prompt, answer=canonical(one.answer), unseen=True)
+        ),
         reward_query=RewardQuery(kind=config.reward_kind, stop_token=actions.stop_token),
         answer_actions=any_text(tokenizer, min_len=1, max_len=longest + _LONGER),
         lead=spelling.lead,
         end=spelling.end,
     )
-
-
-def _text(asked: _Asked) -> str:
-    return asked.prompt.text
-
-
-def _test_question(asked: _Asked) -> TestQuestion:
-    return TestQuestion(prompt=asked.prompt, answer=canonical(asked.answer), unseen=True)
 
 
 class _Spelling:

@@ -12,6 +12,7 @@ worked examples show. Reasons to begin with may come of the base LM, told the la
 import hashlib
 import random
 from itertools import zip_longest
+from operator import attrgetter
 
 from actors.demonstrations import Demonstration, Hint
 from actors.prompts import Prompt
@@ -65,11 +66,12 @@ def build_subjectivity(
             answer=answer,
         )
 
-    splits = read_splits(config, load_reviews(config.reviews), load_reviews, _text)
+    text = attrgetter("text")
+    splits = read_splits(config, load_reviews(config.reviews), load_reviews, text)
     labelled = _labelled(config, splits.training, seed)
     for split, files in splits.held_out.items():
         key = "task.tests" if split == "test" else "task.validation"
-        check_apart(key, files, "task.reviews", (labelled,), _text)
+        check_apart(key, files, "task.reviews", (labelled,), text)
     prompts = {prompt_of(review): review for review in labelled}
     return Subjectivity(
         name="subjectivity",
@@ -95,10 +97,6 @@ def build_subjectivity(
             rival_penalty=config.wrong_label_penalty,
         ),
     )
-
-
-def _text(review: LabelledReview) -> str:
-    return review.text
 
 
 def _labelled(
