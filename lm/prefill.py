@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from lm.cache import whole_cache
 
+_WORTH_A_PASS = 16  # tokens
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
@@ -19,15 +21,28 @@ class Prefill:
 
     @staticmethod
     def run(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> "Prefill":
-        """One right-padded pass over distinct prompts; causal attention needs no mask for it."""
+        """A pass over distinct prompts, right-padded; causal attention needs no mask for it.
+
+        What they all begin with, such as worked examples, is read once, if it is long enough to
+        be worth a pass of its own.
+        """
         width = max(len(prompt) for prompt in prompts)
         device = next(model.parameters()).device
         ids_UP = torch.tensor([(*p, *[0] * (width - len(p))) for p in prompts], device=device)
         last_U = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        kept_K, column_U = last_U.unique(return_inverse=True)
         cache = whole_cache()
+        shared = shared_length(prompts)
+        if shared:
+            model(
+                input_ids=ids_UP[:1, :shared],
+                past_key_values=cache,
+                logits_to_keep=1,
+                use_cache=True,
+            )
+            cache.batch_repeat_interleave(len(prompts))
+        kept_K, column_U = (last_U - shared).unique(return_inverse=True)
         logits_UKV = model(
-            input_ids=ids_UP,
+            input_ids=ids_UP[:, shared:],
             attention_mask=torch.ones_like(ids_UP),
             past_key_values=cache,
             logits_to_keep=kept_K,
@@ -37,6 +52,14 @@ class Prefill:
             states=[states for layer in cache.layers for states in (layer.keys, layer.values)],
             logits_UV=logits_UKV[torch.arange(len(prompts), device=device), column_U],
         )
+
+
+def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all prompts begin with, each with one of its own behind; 0: too few to matter."""
+    first, last = min(prompts), max(prompts)  # where these two agree, so do all between them
+    most = min(map(len, prompts)) - 1
+    shared = next((place for place in range(most) if first[place] != last[place]), most)
+    return shared if len(prompts) > 1 and shared >= _WORTH_A_PASS else 0
 
 
 class PromptStore:
