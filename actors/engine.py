@@ -13,9 +13,12 @@ from actors.protocols import RolloutEngine
 from lm.actions import ActionSpace
 from lm.adapter import load_adapter_bytes
 from lm.config import LMConfig, LoRAConfig
+from lm.memory import kv_cache_bytes
 from lm.merged import MergedModel
 from lm.model import CausalLM, LanguageModel, attach_adapter, device_of
 from lm.sampling import Completion, Request, Sampler, Tool
+
+_BLOCK = 128  # tokens; no block of vLLM's cache is larger
 
 # What vLLM is told by its environment alone, some of it while it is imported.
 _VLLM_ENVIRONMENT = {
@@ -74,6 +77,12 @@ class NativeEngine:
     def load(self, adapter: bytes) -> None:
         """Take up an adapter from `lm.adapter.adapter_bytes`; raises AdapterMismatch."""
         self._load(adapter)
+
+
+def vllm_cache_bytes(shape: CausalLM, *, max_rows: int, columns: int) -> int:
+    """Of the cache that vLLM is given for `max_rows` texts of `columns` tokens, in whole blocks."""
+    # One row more, as vLLM keeps a block to itself.
+    return kv_cache_bytes(shape, rows=max_rows + 1, columns=-(-columns // _BLOCK) * _BLOCK)
 
 
 def check_engine(config: ActorConfig) -> None:

@@ -27,18 +27,23 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from actors.engine import EngineRefused
+from actors.engine import EngineRefused, vllm_cache_bytes
 from lm.action_distribution import ActionDistribution, PolicyDiverged
 from lm.actions import NO_TOKEN, ActionSpace
 from lm.adapter import AdapterMismatch, unpack_adapter
 from lm.config import LMConfig, LoRAConfig
 from lm.hub import load_tokenizer
-from lm.memory import kv_cache_bytes
-from lm.model import build_without_weights, context_limit, device_of, vocab_size
+from lm.memory import device_memory_bytes
+from lm.model import (
+    adapted_layers,
+    build_without_weights,
+    context_limit,
+    device_of,
+    vocab_size,
+)
 from lm.sampling import Completion, Request, Row, Tool, ask_tool
 from lm.spelling import text_prefix
 
-_BLOCK = 128  # tokens; no block of the cache is larger
 _RANKS = sorted(get_args(MaxLoRARanks))  # that vLLM has kernels for; a smaller one is padded
 
 
@@ -126,6 +131,9 @@ class VLLMEngine:
                 f"for {current_platform.device_type}: install its other build, or set lm.device"
             )
         on_cpu = current_platform.device_type == "cpu"
+        cache_bytes = vllm_cache_bytes(shape, max_rows=max_rows, columns=columns)
+        held_bytes = cache_bytes + sum(parameter.nbytes for parameter in shape.parameters())
+        adapted = adapted_layers(shape, lora)
         arguments = EngineArgs(
             model=lm.model,
             revision=lm.revision,
@@ -136,13 +144,16 @@ class VLLMEngine:
             seed=seed,
             max_model_len=self._context,
             max_num_seqs=max_rows,
-            kv_cache_memory_bytes=kv_cache_bytes(  # one row more, as vLLM keeps a block to itself
-                shape, rows=max_rows + 1, columns=-(-columns // _BLOCK) * _BLOCK
-            ),
+            kv_cache_memory_bytes=cache_bytes,
+            # All it must find free of a GPU, which others may share with it.
+            gpu_memory_utilization=min(1.0, held_bytes / device_memory_bytes(device_of(lm))),
             enable_prefix_caching=True,
             enforce_eager=on_cpu,
             enable_lora=True,
             max_lora_rank=rank,
+            lora_target_modules=None
+            if isinstance(adapted, str)
+            else sorted({layer.rpartition(".")[-1] for layer in adapted}),
             logits_processors=[type("TaskLaw", (PolicyLaw,), {"actions": actions})],
             logprobs_mode="processed_logits",
             async_scheduling=False,  # the law reads the newest token

@@ -43,6 +43,19 @@ def draw_bytes(model: PreTrainedModel, *, rows: int) -> int:
     return _DRAW_TABLES * rows * vocab_size(model) * 4
 
 
+@torch.no_grad()
+def prefill_bytes(model: PreTrainedModel, *, tokens: int) -> int:
+    """Bytes that a pass over prompts of so many tokens holds at a time; their cache not among them.
+
+    Args:
+        model: as `lm.model.build_without_weights` gives it.
+    """
+    with metered() as meter:
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+        model.base_model(input_ids=ids, use_cache=False)
+    return meter.peak_bytes
+
+
 class MemoryMeter(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within the block, while they are alive.
 

@@ -19,10 +19,12 @@ from learner.config import LearnerConfig
 from learner.memory import adapter_bytes_held, longest_group, update_bytes
 from lm.actions import ActionSpace
 from lm.config import LMConfig, LoRAConfig
+from lm.hub import load_tokenizer
 from lm.memory import MemoryMeter, kv_cache_bytes
 from lm.model import LanguageModel, attach_adapter, build_without_weights, freeze
 from lm.sampling import Request, Sampler
 from reward.memory import longest_items, scoring_bytes
+from tasks.registry import build_task
 
 CONFIG = "tasks/arithmetic.toml"
 ACTIONS = ActionSpace(stop_token=0, legal_tokens=None, min_len=0, max_len=12)
@@ -165,6 +167,29 @@ def test_the_verb_prints_every_part(capsys: pytest.CaptureFixture[str]) -> None:
         assert part["total_mb"] == pytest.approx(sum(part["memory_mb"].values()), abs=0.5)
         assert part["memory_mb"]["CUDA"] > 0
     assert found["fits"] and found["device"] == "gpu" and found["parameters"] > 5e5
+
+
+def test_an_actor_of_vllm_is_planned_as_vllm_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for engine in ("native", "vllm"):
+        words = ["plan", CONFIG, "--gpu", "L4", "--json", f'actors.engine="{engine}"']
+        assert main([*words, "lm.dtype=bfloat16"]) == 0
+        parts = json.loads(capsys.readouterr().out)["parts"]
+        found[engine] = {part["part"]: part["memory_mb"] for part in parts}
+    native, vllm = (found[engine]["rollout actor"] for engine in ("native", "vllm"))
+    assert vllm["weights"] == native["weights"] and "adapted weights" not in vllm
+    # Blocks of 128 tokens, and one row more than asked.
+    config = load_config(CONFIG)
+    shape = build_without_weights(config.lm.model_copy(update={"dtype": "bfloat16"}))
+    task = build_task(config.task, load_tokenizer(config.lm), seed=0)
+    longest = max(len(prompt.prompt) for prompt in task.prompts) + task.actions.max_len
+    assert 0 < longest <= 128
+    cache = kv_cache_bytes(shape, rows=config.actors.max_rows + 1, columns=128)
+    assert vllm["cache"] == pytest.approx(cache / 2**20, abs=0.1)
+    # At least a layer's input, the two halves of its MLP, and their product.
+    wide = shape.config.hidden_size + 3 * shape.config.intermediate_size
+    assert vllm["prompts"] > 2048 * 2 * wide / 2**20
+    assert found["vllm"]["evaluator"] == found["native"]["evaluator"]  # samples by our own
 
 
 def test_what_does_not_fit_is_named_with_its_remedy(capsys: pytest.CaptureFixture[str]) -> None:

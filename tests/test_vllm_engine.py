@@ -28,6 +28,7 @@ from lm.config import LMConfig, LoRAConfig
 from lm.export import export_policy
 from lm.model import CausalLM, attach_adapter, load_base
 from lm.sampling import Request, Tool
+from lm.spelling import spell
 from seed_lm import toy
 from tests.sampling_toy import exact_probabilities, worst_disagreement
 from tests.tiny_lm import tiny_config
@@ -43,6 +44,8 @@ os.environ["VLLM_CACHE_ROOT"] = str(Path(sys.prefix) / "vllm-cache")
 ROOT = Path(__file__).resolve().parent.parent
 SEED_LM, TOY = str(ROOT / "seed_lm" / "model"), str(ROOT / "tasks" / "toy" / "model")
 VLLM = "actors.engine=vllm"
+# A folder of a pretrained language model.
+PRETRAINED = os.environ.get("AMORTIZE_TEST_MODEL")
 LORA = LoRAConfig(rank=8, alpha=16)
 STOP, CALL, MUTE = 40, 78, 65  # two tokens that the seed LM likes, so that both are called
 LEGAL = tuple(range(30, 90))
@@ -56,6 +59,16 @@ class Interjection:
 
     def output(self, completion: Sequence[int]) -> list[int]:
         return [7, CALL, 30 + len(completion) % 9] if completion[-1] == CALL else []
+
+
+class Aside:
+    """Behind a comma it writes a word and what is no action of the policy's."""
+
+    def __init__(self, comma: int, stop: int) -> None:
+        self.triggers, self._text = frozenset({comma}), [stop + 1, 300, stop + 2]
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        return self._text
 
 
 def law(min_len: int, max_len: int, **narrower: Any) -> ActionSpace:
@@ -81,13 +94,13 @@ def engine_of(
     return vllm_engine(lm, config, actions, tool, lora=LORA, longest_prompt=200, seed=1)
 
 
-def perturb(model: Any, seed: int) -> bytes:
+def perturb(model: Any, seed: int, scale: float = 0.05) -> bytes:
     """Another adapter into `model`, and its bytes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     return adapter_bytes(model)
 
 
@@ -117,6 +130,32 @@ def test_what_it_records_is_what_the_learner_computes(name: str) -> None:
     if tool is not None:
         assert any(completion.from_tool.any() for completion in drawn)
         assert not all(completion.from_tool.any() for completion in drawn)
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(PRETRAINED is None, reason="AMORTIZE_TEST_MODEL names no folder")
+def test_of_a_pretrained_model_it_records_what_the_learner_computes() -> None:
+    lm = LMConfig(model=str(PRETRAINED), dtype="float32", device="cpu")
+    base = load_base(lm)
+    tokenizer = base.tokenizer
+    (stop,), (call,) = (tokenizer.encode(text, add_special_tokens=False) for text in (".", ","))
+    letters = {i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]).strip().isalpha()}
+    legal = tuple(sorted({*letters, call}))
+    actions = ActionSpace(stop_token=stop, legal_tokens=legal, min_len=3, max_len=16)
+    texts = ("The old gardener said", "On the first day of school, when nobody knew,")
+    prompts = [spell(tokenizer, text) for text in texts]
+    requests = [
+        Request(prompt=prompts[i % 2], temperature=(1.0, 0.5, 2.0)[i % 3]) for i in range(12)
+    ]
+    engine = engine_of(lm, actions, Aside(call, stop), max_rows=8)
+    policy = attach_adapter(base, LORA, seed=0)
+    engine.load(perturb(policy, 1, 0.02))
+    drawn = engine.sample(requests)
+    worst = worst_disagreement(policy, actions, requests, drawn)
+    inserted = [bool(completion.from_tool.any()) for completion in drawn]
+    print(f"{worst:.2e} nats over {sum(len(c.tokens) for c in drawn)} tokens; tools {inserted}")
+    assert worst < TOLERANCE_NATS
+    assert any(inserted) and not all(inserted)
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from actors.engine import vllm_cache_bytes
 from cluster.config.placement import Placement
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from learner.memory import adapter_bytes_held, update_bytes
 from lm.hub import load_tokenizer
-from lm.memory import device_memory_bytes, draw_bytes, kv_cache_bytes
+from lm.memory import device_memory_bytes, draw_bytes, kv_cache_bytes, prefill_bytes
 from lm.model import (
     CausalLM,
     LanguageModel,
@@ -31,6 +32,8 @@ from tasks.task import Task
 # model, and what CUDA keeps of a device for itself. Measured.
 PROCESS_MB = 600.0
 CUDA_MB = 500.0
+# Tokens of prompts that vLLM reads in one pass.
+_VLLM_PREFILL = 2048
 # What a record has besides its tokens and its numbers for each of them, and bytes of these.
 _RECORD_BYTES, _RECORD_BYTES_PER_TOKEN = 400, 22
 
@@ -44,6 +47,7 @@ REMEDIES = {
     "adapter and optimizer": "lower lora.rank",
     "passes": "lower the section's token_budget, or set learner.checkpointing = true",
     "cache": "lower actors.max_rows or task.max_len",
+    "prompts": 'take lm.dtype = "bfloat16" or a smaller lm.model',
     "draws": "lower actors.max_rows",
 }
 
@@ -117,12 +121,15 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     policy = attach_adapter(unidentified, config.lora, config.seed)
     adapter_mb = _mb(sum(p.nbytes for p in policy.parameters() if p.requires_grad))
     sampler = _sampler_memory(config, base, policy, task, weights_mb) | {"adapter": 2 * adapter_mb}
+    actor = sampler
+    if config.actors.engine == "vllm":
+        actor = _vllm_memory(config, base, task, weights_mb) | {"adapter": 2 * adapter_mb}
     learner = _learner_memory(config, policy, task, weights_mb)
     cluster, scorers = config.cluster, config.reward_replicas * config.reward.ranks
     published_mb = adapter_mb / (2 if config.learner.publish_dtype == "bfloat16" else 1)
     learner_sends = published_mb + 2 * _step_records_mb(config, task)
     parts = (
-        ("rollout actor", config.rollout_actors, cluster.actor_placement, sampler, published_mb),
+        ("rollout actor", config.rollout_actors, cluster.actor_placement, actor, published_mb),
         ("reward rank", scorers, cluster.reward_placement, scorer, 0.0),
         ("learner rank", config.learner.ranks, cluster.learner_placement, learner, learner_sends),
         ("evaluator", 1, cluster.actor_placement, sampler, 0.0),
@@ -176,6 +183,19 @@ def _sampler_memory(
     if config.lm.dtype == "float32":  # where the adapter is folded in, and those of before kept
         memory["adapted weights"] = _mb(_adapted_bytes(policy))
     return memory
+
+
+def _vllm_memory(
+    config: RunConfig, base: CausalLM, task: Task, weights_mb: float
+) -> dict[str, float]:
+    """As vLLM holds it in an actor, but for the CUDA graphs that it captures."""
+    rows, columns = config.actors.max_rows, _longest_prompt(task) + task.actions.max_len
+    return {
+        "weights": weights_mb,
+        "cache": _mb(vllm_cache_bytes(base, max_rows=rows, columns=columns)),
+        "draws": _mb(draw_bytes(base, rows=rows)),
+        "prompts": _mb(prefill_bytes(base, tokens=_VLLM_PREFILL)),
+    }
 
 
 def _scorer_memory(
