@@ -47,6 +47,7 @@ VLLM = "actors.engine=vllm"
 # A folder of a pretrained language model.
 PRETRAINED = os.environ.get("AMORTIZE_TEST_MODEL")
 LORA = LoRAConfig(rank=8, alpha=16)
+ON_ATTENTION = LORA.model_copy(update={"targets": "attention"})
 STOP, CALL, MUTE = 40, 78, 65  # two tokens that the seed LM likes, so that both are called
 LEGAL = tuple(range(30, 90))
 TOLERANCE_NATS = 1e-4
@@ -88,10 +89,15 @@ LAWS: dict[str, tuple[ActionSpace, Tool | None]] = {
 
 
 def engine_of(
-    lm: LMConfig, actions: ActionSpace, tool: Tool | None = None, *, max_rows: int = 16
+    lm: LMConfig,
+    actions: ActionSpace,
+    tool: Tool | None = None,
+    *,
+    max_rows: int = 16,
+    lora: LoRAConfig = LORA,
 ) -> RolloutEngine:
     config = ActorConfig(engine="vllm", max_rows=max_rows)
-    return vllm_engine(lm, config, actions, tool, lora=LORA, longest_prompt=200, seed=1)
+    return vllm_engine(lm, config, actions, tool, lora=lora, longest_prompt=200, seed=1)
 
 
 def perturb(model: Any, seed: int, scale: float = 0.05) -> bytes:
@@ -112,15 +118,17 @@ def requests_of(count: int) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_what_it_records_is_what_the_learner_computes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "lora"), [*((name, LORA) for name in LAWS), ("min_len", ON_ATTENTION)]
+)
+def test_what_it_records_is_what_the_learner_computes(name: str, lora: LoRAConfig) -> None:
     actions, tool = LAWS[name]
     lm = LMConfig(model=SEED_LM)
-    engine, requests = engine_of(lm, actions, tool), requests_of(48)
+    engine, requests = engine_of(lm, actions, tool, lora=lora), requests_of(48)
     policy: CausalLM = load_base(lm).model
     drawn = engine.sample(requests)
     assert worst_disagreement(policy, actions, requests, drawn) < TOLERANCE_NATS
-    policy = attach_adapter(load_base(lm), LORA, seed=0)
+    policy = attach_adapter(load_base(lm), lora, seed=0)
     for version in (1, 2):  # the second with prompts in the cache that the first has read
         engine.load(perturb(policy, version))
         drawn = engine.sample(requests)
