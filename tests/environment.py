@@ -11,8 +11,10 @@ from pathlib import Path
 
 # Set where no test may be skipped for want of a program or a permission, as on CI.
 ALL = "AMORTIZE_TEST_ALL"
+# A folder of a language model, for a test that takes the seed LM otherwise.
+MODEL = "AMORTIZE_TEST_MODEL"
 # What the caller says of the machine and of pytest itself; all else he says is dropped.
-_KEPT = frozenset({"PATH", "LD_LIBRARY_PATH", "USER", "LOGNAME", "SHELL", "TERM", "CI", ALL})
+_KEPT = frozenset({"PATH", "LD_LIBRARY_PATH", "USER", "LOGNAME", "SHELL", "TERM", "CI", ALL, MODEL})
 _KEPT_PREFIXES = ("PYTEST_", "COVERAGE_", "COV_")
 
 

@@ -30,6 +30,7 @@ from lm.model import CausalLM, attach_adapter, load_base
 from lm.sampling import Request, Tool
 from lm.spelling import spell
 from seed_lm import toy
+from tests.environment import MODEL
 from tests.sampling_toy import exact_probabilities, worst_disagreement
 from tests.tiny_lm import tiny_config
 
@@ -44,8 +45,6 @@ os.environ["VLLM_CACHE_ROOT"] = str(Path(sys.prefix) / "vllm-cache")
 ROOT = Path(__file__).resolve().parent.parent
 SEED_LM, TOY = str(ROOT / "seed_lm" / "model"), str(ROOT / "tasks" / "toy" / "model")
 VLLM = "actors.engine=vllm"
-# A folder of a pretrained language model.
-PRETRAINED = os.environ.get("AMORTIZE_TEST_MODEL")
 LORA = LoRAConfig(rank=8, alpha=16)
 ON_ATTENTION = LORA.model_copy(update={"targets": "attention"})
 STOP, CALL, MUTE = 40, 78, 65  # two tokens that the seed LM likes, so that both are called
@@ -141,9 +140,8 @@ def test_what_it_records_is_what_the_learner_computes(name: str, lora: LoRAConfi
 
 
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(PRETRAINED is None, reason="AMORTIZE_TEST_MODEL names no folder")
 def test_of_a_pretrained_model_it_records_what_the_learner_computes() -> None:
-    lm = LMConfig(model=str(PRETRAINED), dtype="float32", device="cpu")
+    lm = LMConfig(model=os.environ.get(MODEL, SEED_LM), dtype="float32", device="cpu")
     base = load_base(lm)
     tokenizer = base.tokenizer
     (stop,), (call,) = (tokenizer.encode(text, add_special_tokens=False) for text in (".", ","))
