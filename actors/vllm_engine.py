@@ -35,6 +35,7 @@ from lm.config import LMConfig, LoRAConfig
 from lm.hub import load_tokenizer
 from lm.memory import device_memory_bytes
 from lm.model import (
+    CausalLM,
     adapted_layers,
     build_without_weights,
     context_limit,
@@ -119,12 +120,6 @@ class VLLMEngine:
         self._vocab_size = vocab_size(shape)
         columns = len(self._text_prefix) + longest_prompt + actions.max_len
         self._context = min(max(columns, 2), context_limit(shape))
-        rank = next((rank for rank in _RANKS if rank >= lora.rank), None)
-        if rank is None:
-            raise EngineRefused(
-                f"lora.rank = {lora.rank}: vLLM serves ranks up to {_RANKS[-1]}; lower it, or "
-                'set actors.engine = "native"'
-            )
         if device_of(lm).type != current_platform.device_type:
             raise EngineRefused(
                 f"models are to be on {device_of(lm).type} (lm.device), and this vLLM is built "
@@ -133,7 +128,6 @@ class VLLMEngine:
         on_cpu = current_platform.device_type == "cpu"
         cache_bytes = vllm_cache_bytes(shape, max_rows=max_rows, columns=columns)
         held_bytes = cache_bytes + sum(parameter.nbytes for parameter in shape.parameters())
-        adapted = adapted_layers(shape, lora)
         arguments = EngineArgs(
             model=lm.model,
             revision=lm.revision,
@@ -149,11 +143,7 @@ class VLLMEngine:
             gpu_memory_utilization=min(1.0, held_bytes / device_memory_bytes(device_of(lm))),
             enable_prefix_caching=True,
             enforce_eager=on_cpu,
-            enable_lora=True,
-            max_lora_rank=rank,
-            lora_target_modules=None
-            if isinstance(adapted, str)
-            else sorted({layer.rpartition(".")[-1] for layer in adapted}),
+            **_adapter_arguments(shape, lora),
             logits_processors=[type("TaskLaw", (PolicyLaw,), {"actions": actions})],
             logprobs_mode="processed_logits",
             async_scheduling=False,  # the law reads the newest token
@@ -266,6 +256,20 @@ class VLLMEngine:
             for token in ask_tool(self._tool, row.tokens, self._vocab_size):
                 row.append(token, 0.0, from_tool=True)
         return None
+
+
+def _adapter_arguments(shape: CausalLM, lora: LoRAConfig) -> dict[str, Any]:
+    """Of EngineArgs; layers that no adapter changes stay as fast and small as they are."""
+    rank = next((rank for rank in _RANKS if rank >= lora.rank), None)
+    if rank is None:
+        raise EngineRefused(
+            f"lora.rank = {lora.rank}: vLLM serves ranks up to {_RANKS[-1]}; lower it, or set "
+            'actors.engine = "native"'
+        )
+    adapted = adapted_layers(shape, lora)
+    ends = {layer.rpartition(".")[-1] for layer in adapted}
+    targets = None if isinstance(adapted, str) else sorted(ends)
+    return {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": targets}
 
 
 def _started(arguments: EngineArgs) -> LLMEngine:
