@@ -5,7 +5,8 @@ exceeds the note, and what it holds afterwards.
 
     preflight    what a driver does with the base before a run
     whole        an actor, a learner rank, or a reward replica of one rank
-    rank of W    a reward rank, which keeps its shard
+    rank of W    a reward rank, which keeps its shard; and its peak while it scores a few
+                 rationales, for which layers are gathered
 
     python bench/loading.py FOLDER [--ranks 2] [--json]
     python bench/loading.py FOLDER --run 10 [KEY=VALUE ...]
@@ -24,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -33,7 +35,12 @@ from lm.config import LMConfig
 from lm.model import inspect_base, load_base
 from lm.process_group import Rendezvous
 from reward.deepspeed_rank import RewardRank
+from reward.memory import longest_items
+from reward.packing import lay_out
 
+# What a reward rank scores.
+ITEMS: dict[str, Any] = {"context": 120, "length": 12, "answer": 4, "stops": range(13)}
+ITEMS |= {"number": 2, "vocab_size": 1000}
 # A small run: two prompts a step, few texts at a time.
 RUN = [
     *("reward.ranks=2", "learner.groups_per_step=2", "learner.replayed_per_group=0"),
@@ -43,7 +50,7 @@ RUN = [
 ]
 
 
-def load_here(part: str, folder: str, rank: int, ranks: int, port: int) -> tuple[float, float]:
+def load_here(part: str, folder: str, rank: int, ranks: int, port: int) -> dict[str, float]:
     """MB that this process holds at most, and after it has loaded, above what it held before."""
     config = LMConfig(model=folder, device="cpu")
     place = Rendezvous(address="127.0.0.1", port=port, rank=rank, num_ranks=ranks, timeout_s=300.0)
@@ -52,12 +59,21 @@ def load_here(part: str, folder: str, rank: int, ranks: int, port: int) -> tuple
         "whole": lambda: load_base(config),
         "rank": lambda: RewardRank(config, lambda: place),
     }
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
     before_kb = size_kb("self/status", "VmRSS")
+
+    def peak_mb() -> float:
+        return round((size_kb("self/status", "VmHWM") - before_kb) / 1024, 1)
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
     held = work[part]()
-    after_kb, peak_kb = (size_kb("self/status", name) for name in ("VmRSS", "VmHWM"))
-    del held
-    return (peak_kb - before_kb) / 1024, (after_kb - before_kb) / 1024
+    found = {"peak_mb": peak_mb()}
+    found["held_mb"] = round((size_kb("self/status", "VmRSS") - before_kb) / 1024, 1)
+    if isinstance(held, RewardRank):
+        Path("/proc/self/clear_refs").write_text("5")
+        for _ in range(2):  # DeepSpeed gathers ahead once it has seen a pass
+            list(held.forward(lay_out(longest_items(**ITEMS), token_budget=2048).batches))
+        found["scoring_mb"] = peak_mb()
+    return found
 
 
 def size_kb(file: str, name: str) -> int:
@@ -93,9 +109,8 @@ def measure(part: str, folder: str, ranks: int) -> list[dict[str, object]]:
         said, _ = process.communicate()
         if process.returncode:
             raise RuntimeError(f"{part}, rank {rank} of {ranks} failed")
-        peak_mb, held_mb = json.loads(said.splitlines()[-1])
         name = f"rank {rank} of {ranks}" if part == "rank" else part
-        rows.append({"part": name, "peak_mb": round(peak_mb, 1), "held_mb": round(held_mb, 1)})
+        rows.append({"part": name, **json.loads(said.splitlines()[-1])})
     return rows
 
 
