@@ -4,16 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tasks.arithmetic.task import build_arithmetic
-from tasks.config import (
-    ArithmeticConfig,
-    ContinuationConfig,
-    InfillingConfig,
-    QuestionsConfig,
-    RandomNumberConfig,
-    SubjectivityConfig,
-    TaskConfig,
-    ToyConfig,
-)
+from tasks.config import SubjectivityConfig, TaskConfig
 from tasks.custom import CustomTask, build_own
 from tasks.questions.task import build_questions
 from tasks.random_number import build_random_number
@@ -23,13 +14,13 @@ from tasks.subjectivity.task import build_subjectivity
 from tasks.task import Task, Tokenizer
 from tasks.toy.task import build_toy
 
-_BUILDERS: dict[type[Any], Callable[[Any, Tokenizer], Task]] = {
-    ArithmeticConfig: build_arithmetic,
-    ContinuationConfig: build_continuation,
-    InfillingConfig: build_infilling,
-    QuestionsConfig: build_questions,
-    RandomNumberConfig: build_random_number,
-    ToyConfig: build_toy,
+_BUILDERS: dict[str, Callable[[Any, Tokenizer], Task]] = {
+    "arithmetic": build_arithmetic,
+    "continuation": build_continuation,
+    "infilling": build_infilling,
+    "questions": build_questions,
+    "random_number": build_random_number,
+    "toy": build_toy,
 }
 
 
@@ -48,4 +39,4 @@ def build_task(config: TaskConfig, tokenizer: Tokenizer, *, seed: int) -> Task:
         return build_own(config, tokenizer)
     if isinstance(config, SubjectivityConfig):
         return build_subjectivity(config, tokenizer, seed=seed)
-    return _BUILDERS[type(config)](config, tokenizer)
+    return _BUILDERS[config.name](config, tokenizer)

@@ -23,16 +23,10 @@ def reference() -> str:
         named = f'{table} with name = "{key.kind}"' if key.kind else table
         if heading != (heading := named):
             lines += [f"\n## {heading}\n", "| key | default | meaning |", "|---|---|---|"]
-        lines.append(f"| `{key.name}` | {_code(key.default)} | {_cell(key.description)} |")
+        default = {"required": "required", "null": "none"}.get(key.default, f"`{key.default}`")
+        meaning = key.description.replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| `{key.name}` | {default} | {meaning} |")
     return "\n".join(lines) + "\n"
-
-
-def _code(default: str) -> str:
-    return {"required": "required", "null": "none"}.get(default, f"`{default}`")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 if __name__ == "__main__":

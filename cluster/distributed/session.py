@@ -10,13 +10,7 @@ from cluster.config.schema import RunConfig
 from cluster.distributed.launcher import GroupLaunch, Launcher
 from cluster.distributed.measurement import RemoteMeasurement
 from cluster.distributed.parts import Parts
-from cluster.distributed.ray_cluster import (
-    connect_ray,
-    hasty,
-    living_nodes,
-    may_grow,
-    namespace_of,
-)
+from cluster.distributed.ray_cluster import connect_ray, hasty, living_nodes, may_grow, namespace_of
 from cluster.distributed.services import ReplicaRegistry, WeightStoreService
 from cluster.distributed.source_check import SourceMixture, source_fingerprint
 from cluster.distributed.supervisor import Supervisor

@@ -37,14 +37,17 @@ def write_html(path: Path, template: str, **context: Any) -> None:
 
 def page_environment(package: str) -> Environment:
     """Templates of a package; no text reaches a page but through `escaped`."""
-    return Environment(
-        loader=PackageLoader(package),
+    return templates(
+        package,
         autoescape=True,
-        undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else Markup(escaped(str(value))),
-        trim_blocks=True,
-        lstrip_blocks=True,
     )
+
+
+def templates(package: str, **settings: Any) -> Environment:
+    """Of a package; one that names what it is not given is an error."""
+    settings |= {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    return Environment(loader=PackageLoader(package), **settings)
 
 
 def escaped(text: str) -> str:

@@ -7,9 +7,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from cluster.config.schema import RunConfig
+from cluster.reports.html_page import templates
 from cluster.reports.score_table import after_title, rows
 from lm.config import LMConfig
 from tasks.evaluation.evaluation import Scores
@@ -52,13 +51,7 @@ def model_card(
     }
     known = next((one.examples for one in (scores.after, scores.before) if one), ())
     asked = json.dumps(known[0].question if known else "...", ensure_ascii=False)
-    environment = Environment(
-        loader=PackageLoader("cluster.reports"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = templates("cluster.reports", keep_trailing_newline=True)
     return environment.get_template("model_card.md").render(
         name=name,
         folder=folder,

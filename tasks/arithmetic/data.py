@@ -9,8 +9,7 @@
 import re
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
+from lm.config import Frozen
 from tasks.arithmetic.expression import Expression, answer_text, compute, parse_question
 from tasks.records import read_records, refuse
 
@@ -26,9 +25,7 @@ class Item:
     steps: tuple[str, ...] | None  # each 'a + b =', the result left to the calculator
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Record(Frozen):
     str_query: str
     num_sol: int
     str_rationale: str | None = None

@@ -9,8 +9,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
+from lm.config import Frozen
 from tasks.records import read_records
 
 Label = Literal["objective", "subjective"]
@@ -45,9 +44,7 @@ class LabelledReview:
     label: Label
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _Record(Frozen):
     text: str
     label: Literal[0, 1]
     label_text: str | None = None
