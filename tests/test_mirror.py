@@ -283,6 +283,24 @@ def test_an_experiment_goes_on_with_runs_that_only_the_bucket_has(
         suite.Suite(words, stem="").take([step])
 
 
+def test_an_experiment_goes_on_where_only_the_bucket_knows_its_runs(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`compare` and `em` on a new cluster: their own folder is made anew."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(BUCKET_VARIABLE, url)
+    made = RunDirectory("c-gflownet-0", root=tmp_path / "older")
+    write(made, "config.toml", "scores.json")
+    Mirror(made, Bucket(url, made.name), print).close()
+    words = argparse.Namespace(run="c", resume=True, json=False, address=None, local=True)
+    with suite.Suite(words, stem="compare").begun():
+        assert RunDirectory("c").path.is_dir()
+    for mistyped in ("d", "c-gf"):
+        words = argparse.Namespace(run=mistyped, resume=True, json=False)
+        with pytest.raises(UserError, match=f"no run '{mistyped}'"):
+            suite.Suite(words, stem="compare")
+
+
 def test_the_head_on_aws_asks_for_buckets_in_the_region_of_its_machines() -> None:
     cluster = yaml.safe_load((PROJECT_ROOT / "cluster/gpu.yaml").read_text())
     region = re.search(r"\bAWS_REGION=(\S+)", " ".join(cluster["head_start_ray_commands"]))

@@ -17,7 +17,7 @@ from cluster.experiments.comparison import Result, result_of
 from cluster.run.directory import RunDirectory, find_run, new_name, write_whole
 from cluster.run.driver import read_scores
 from cluster.run.evaluation import evaluate
-from cluster.run.mirror import fetch
+from cluster.run.mirror import begun_elsewhere, fetch
 from tasks.evaluation.evaluation import Evaluation
 
 
@@ -41,7 +41,9 @@ class Suite:
 
     def __init__(self, arguments: argparse.Namespace, *, stem: str) -> None:
         name, resume = arguments.run, arguments.resume
-        self.folder = find_run(name) if name and resume else RunDirectory(name or new_name(stem))
+        self.folder = RunDirectory(name or new_name(stem))
+        if name and resume and not begun_elsewhere(self.folder):
+            self.folder = find_run(name)
         if self.folder.path.exists() and not resume:
             raise UserError(
                 f"{self.folder.path} exists: add --resume to go on with it, or choose --run"

@@ -63,6 +63,16 @@ class Bucket:
         except FileNotFoundError:
             return []
 
+    def runs(self, stem: str) -> list[str]:
+        """Names of the runs in the bucket that begin with `stem`."""
+        folder = self._root.rpartition("/")[0]
+        try:
+            paths = self._files.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        names = (str(path).rstrip("/").rpartition("/")[2] for path in paths)
+        return [name for name in names if name.startswith(stem)]
+
     def write_index(self, names: list[str]) -> None:
         self._files.pipe_file(self._path(INDEX), json.dumps(names, indent=1).encode())
 
@@ -206,6 +216,14 @@ def fetch(directory: RunDirectory) -> None:
             bucket.get(name, partial / name)
     if names:
         os.replace(partial, directory.path)
+
+
+def begun_elsewhere(directory: RunDirectory) -> bool:
+    """Whether an experiment that is not here has runs in the bucket, which are called by it."""
+    if not (url := os.environ.get(BUCKET_VARIABLE)) or directory.path.exists():
+        return False
+    with _reading(bucket := Bucket(url, directory.name), directory):
+        return bool(bucket.runs(f"{directory.name}-"))
 
 
 def must_fetch(directory: RunDirectory, *, resume: bool) -> bool:
