@@ -48,10 +48,14 @@ def _check_words(arguments: argparse.Namespace) -> None:
         return
     from cluster.config.file import load_config
     from cluster.run.directory import BUCKET_VARIABLE, RunDirectory, find_run
+    from tasks.config import QuestionsConfig
+    from tasks.questions.data import check_rows
 
     if "config" in words:
         # Test files that the command line names are read instead of those of the configuration.
-        load_config(words["config"], words["overrides"], files=not words.get("data"))
+        config = load_config(words["config"], words["overrides"], files=not words.get("data"))
+        if isinstance(config.task, QuestionsConfig) and not words.get("data"):
+            check_rows(config.task)
     new = words.get("resume") is False
     if words.get("run") and new:
         RunDirectory(words["run"]).check(resume=False)

@@ -97,6 +97,10 @@ def read_records(
     return made_of(path, read_values(path), checked)
 
 
+class UnnamedColumn(ValueError):
+    """A row lacks a column that the settings name; where all do, it is told once."""
+
+
 def made_of(
     source: str, values: Iterable[tuple[str, Any]], make: Callable[[Any], Record]
 ) -> tuple[Record, ...]:
@@ -105,7 +109,8 @@ def made_of(
     Raises DataError, which lists the values for which `make` raises a ValueError.
     """
     records: list[Record] = []
-    faults = []
+    faults: list[str] = []
+    unnamed = 0
     for place, value in values:
         try:
             if isinstance(value, _Unreadable):
@@ -113,6 +118,9 @@ def made_of(
             records.append(make(value))
         except ValueError as error:
             faults.append(f"{place}: {error}")
+            unnamed += isinstance(error, UnnamedColumn)
+    if not records and unnamed == len(faults) > 1:
+        refuse([f"{faults[0]} (so in all {len(faults)} rows)"])
     refuse(faults)
     if not records:
         raise DataError(f"{source}: holds no record; give one at least")

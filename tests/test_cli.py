@@ -244,6 +244,7 @@ def test_a_mistake_in_the_words_is_told_before_anything_heavy_is_imported(tmp_pa
     (tmp_path / "bad.toml").write_text("[lerner]\nsteps = 1\n")
     (tmp_path / "runs/first").mkdir(parents=True)
     lacking = [str(ROOT / "tasks/infilling.toml"), "task.stories=a.csv", "task.tests=['b', 'c']"]
+    asked = [str(ROOT / "tasks/questions.toml")]
     cases = {
         ("train", "bad.toml"): "did you mean learner?",
         ("plan", "none.toml"): "no such file",
@@ -253,6 +254,9 @@ def test_a_mistake_in_the_words_is_told_before_anything_heavy_is_imported(tmp_pa
         ("mstep", "--of", "fist"): "did you mean first?",
         ("train", *lacking): 'task.stories = "a.csv": no such file',
         ("compare", *lacking): 'task.tests = "c": no such file',
+        ("train", *asked, "task.question=q"): "name yours in task.question (so in all 2",
+        ("plan", *asked, "task.x={q}"): ":1: task.x names the column 'q', in which it has no text",
+        ("train", *asked, "task.data=bad.toml"): "bad.toml: not JSON",
     }
     code = (
         "import sys\nfrom cluster.__main__ import main\n"

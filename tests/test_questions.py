@@ -175,6 +175,8 @@ def test_legal_text_and_the_token_that_ends_it(tmp_path: Path) -> None:
     data = write(tmp_path, ROWS[1:])
     digits = build(data, legal="0123456789").actions
     assert {tokenizer.decode([t]) for t in digits.legal_tokens or ()} == set("0123456789")
+    with pytest.raises(DataError, match=r"its rationale has '.*', and task\.legal is '0123'"):
+        build(write(tmp_path, ROWS, "r.jsonl"), legal="0123")
     anything = build(data).actions.legal_tokens or ()
     assert tokenizer.eos_token_id not in anything and len(anything) > 500
     assert build(data, stop=",").actions.stop_token == spell(tokenizer, ",")[0]

@@ -14,11 +14,11 @@ from itertools import islice
 from types import ModuleType
 from typing import Any, TypeVar
 
-from lm.hub import ask_hub
 from tasks.config import QuestionsConfig
-from tasks.records import DataError, dataset_name, made_of, read_values
+from tasks.records import DataError, UnnamedColumn, dataset_name, made_of, read_values
 
 Record = TypeVar("Record")
+_LOOKED_AT = 1000  # rows of a file, before anything is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,31 @@ def read_questions(
     return made_of(source, rows, lambda row: make(_question(config, row)))
 
 
+def check_rows(config: QuestionsConfig) -> None:
+    """Raise DataError for the first rows of files that lack what the columns or templates name.
+
+    Needs no tokenizer, so that it can be told before anything is loaded.
+    """
+    first = config.model_copy(update={"max_questions": _LOOKED_AT})
+    for source in (config.data, *config.tests, *config.validation):
+        if dataset_name(source) is None and not source.lower().endswith(".parquet"):
+            read_questions(first, source, lambda row: texts_of(config, row))
+
+
+def texts_of(config: QuestionsConfig, row: Question) -> tuple[str, str]:
+    """X and Y of a row; raises ValueError where it lacks a column."""
+    filled = []
+    for key, template in (("x", config.x), ("y", config.y)):
+        try:
+            filled.append(template.format_map(row.columns))
+        except KeyError as error:
+            raise UnnamedColumn(
+                f"task.{key} names the column {error}, in which it has no text; it has "
+                f"{', '.join(row.columns)}"
+            ) from None
+    return filled[0], filled[1]
+
+
 def _question(config: QuestionsConfig, row: Any) -> Question:
     """Raises ValueError for a row in which something is missing or no text."""
     if not isinstance(row, dict):
@@ -54,7 +79,7 @@ def _question(config: QuestionsConfig, row: Any) -> Question:
         name = getattr(config, key)
         if name not in row:
             has = ", ".join(row)
-            raise ValueError(f"has no column {name!r}; it has {has}: name yours in task.{key}")
+            raise UnnamedColumn(f"has no column {name!r}; it has {has}: name yours in task.{key}")
         if not columns.get(name, "").strip():
             raise ValueError(f"column {name!r} is {row[name]!r:.40}: give it a text or a number")
         columns[key] = columns[name]
@@ -96,7 +121,6 @@ def _dataset_rows(
             "Files, History), so that a run trains on the same data tomorrow; if a file is meant, "
             "it is not there"
         )
-    ask_hub()
     library = _library("datasets", source)
     try:
         rows = library.load_dataset(

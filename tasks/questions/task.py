@@ -19,6 +19,7 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
+from lm.hub import ask_hub
 from lm.sampling import Tool
 from lm.spelling import ANY_WORD, TokenizerUnfit, chat_text, control_tokens, spell, spell_after
 from reward.checks import canonical
@@ -30,7 +31,8 @@ from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.held_out import Split, check_apart, read_splits
-from tasks.questions.data import Question, read_questions
+from tasks.questions.data import Question, read_questions, texts_of
+from tasks.records import dataset_name
 from tasks.stop_rule import any_text, end_of_text, narrowed
 from tasks.task import TestQuestion, Tokenizer
 
@@ -122,6 +124,8 @@ def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
     spelling = _Spelling(config, tokenizer)
 
     def load(source: str) -> tuple[_Asked, ...]:
+        if dataset_name(source):
+            ask_hub()
         return read_questions(config, source, spelling.asked)
 
     text = attrgetter("prompt.text")
@@ -171,7 +175,7 @@ class _Spelling:
 
     def asked(self, row: Question) -> _Asked:
         """Raises ValueError for a row that cannot be spelled as the templates have it."""
-        x, y = _filled("x", self._config.x, row), _filled("y", self._config.y, row)
+        x, y = texts_of(self._config, row)
         read = chat_text(self._tokenizer, x) if self._config.chat else x
         answer = spell_after(self._tokenizer, ANY_WORD, y) if y else ()
         if answer[: len(self.lead)] != self.lead:
@@ -210,6 +214,14 @@ class _Spelling:
                     f"{self._tokenizer.decode(list(tokens[:place]))[-40:]!r}: correct it"
                 )
             from_tool += [True] * len(said)
+        written = (token for token, said in zip(tokens, from_tool, strict=True) if not said)
+        if legal := self._config.legal:
+            for text in map(self._tokenizer.decode, ([token] for token in written)):
+                if not set(text) <= set(legal):
+                    raise ValueError(
+                        f"its rationale has {text!r}, and task.legal is {legal!r}: correct it, or "
+                        "widen that"
+                    )
         self.actions.check(tokens, from_tool)
         return Demonstration(prompt=prompt, completion=tokens, from_tool=tuple(from_tool))
 
@@ -238,14 +250,3 @@ class _Spelling:
             max_len=config.max_len,
         )
         return narrowed(actions, config, tokenizer)
-
-
-def _filled(key: str, template: str, row: Question) -> str:
-    """Raises ValueError where the row lacks a column."""
-    try:
-        return template.format_map(row.columns)
-    except KeyError as error:
-        raise ValueError(
-            f"task.{key} names the column {error}, in which it has no text; it has "
-            f"{', '.join(row.columns)}"
-        ) from None
