@@ -1,14 +1,14 @@
-"""The rollout actor: while one batch is being scored, it samples the next.
+"""The rollout actor: prompts go in as places become free, and trajectories are stored as they end.
 
-A trajectory belongs to the actor until the buffer has acknowledged it.
+Groups are scored and stored while others are being sampled. A trajectory belongs to the actor until
+the buffer has acknowledged it.
 """
 
 import json
+import logging
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import msgpack
 import numpy as np
@@ -17,18 +17,22 @@ from actors.config import ActorConfig
 from actors.prompts import PromptStream
 from actors.protocols import PendingScores, RolloutEngine, Scorer, TrajectorySink
 from actors.reward_query import RewardQuery
-from actors.rollout import GroupPlan, IsCorrect, join, plan_groups
-from actors.weight_sources import WeightSource
+from actors.rollout import AskedGroup, IsCorrect, plan_groups
+from actors.weight_sources import PublishedWeights, WeightSource
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group
 from lm.adapter import AdapterMismatch, checksum
-from lm.sampling import Completion, Request
+from lm.sampling import Request
+from lm.tools import ToolFault
 
-_PACE_POLL_S = 0.02
-# Groups of one batch differ in time by this, which unix seconds in float64 still resolve: the
-# buffer takes equal bytes for one group sent twice, and a peaked policy samples equal groups.
+_POLL_S = 0.02
+# Groups differ in time by this, which unix seconds in float64 still resolve: the buffer takes equal
+# bytes for one group sent twice, and a peaked policy samples equal groups.
 _GROUP_APART_S = 1e-6
 
-_InFlight = Callable[[], list[list[Trajectory]]]  # waits for the scores of a batch; its groups
+# In a row, after which a tool counts as broken.
+_FAILED_GROUPS = 16
+
+_log = logging.getLogger(__name__)
 
 
 class LearnerStalled(TimeoutError):
@@ -43,7 +47,8 @@ class ActorStats:
     trajectories: int = 0
     tokens: int = 0
     sampled: int = 0  # trajectories, stored or not yet
-    unscored: int = 0  # trajectories of groups that were dropped, for a verifier failed
+    unscored: int = 0  # trajectories of groups that were dropped, for a verifier or a tool failed
+    tool_failures: int = 0  # completions that ended because a tool failed
     gradable: int = 0  # trajectories whose answer is known to be right or wrong
     correct: int = 0
     log_reward_sum: float = 0.0  # nats, of the final states
@@ -54,9 +59,32 @@ class ActorStats:
     paced_s: float = 0.0
 
 
+@dataclass(slots=True, eq=False)
+class _Scoring:
+    """Groups under way to their rewards; afterwards the trajectories that they became."""
+
+    groups: list[AskedGroup]
+    pending: PendingScores | None  # None: `found` holds what there is
+    found: list[list[Trajectory]] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """Completions."""
+        return sum(len(group.ended) for group in self.groups) + sum(map(len, self.found))
+
+    @property
+    def done(self) -> bool:
+        return self.pending is None or self.pending.done()
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class RolloutActor:
-    """Prompts in, scored trajectories out; `policy` begins with the weights of version 0."""
+    """Prompts in, scored trajectories out; `policy` begins with the weights of version 0.
+
+    A completion is of one version: weights are taken while nothing is under way. Once
+    `groups_per_batch` groups were asked of a version, and there is a newer one, no more are asked
+    until the last of them has ended.
+    """
 
     name: str  # written into every trajectory
     task_name: str
@@ -70,42 +98,61 @@ class RolloutActor:
     config: ActorConfig
     rng: np.random.Generator
     stats: ActorStats = field(default_factory=ActorStats, init=False)
-    _in_flight: deque[_InFlight] = field(default_factory=deque, init=False)  # oldest first
+    _under_way: dict[int, tuple[AskedGroup, int]] = field(default_factory=dict, init=False)
+    _ended: list[AskedGroup] = field(default_factory=list, init=False)  # not submitted to a scorer
+    _in_flight: list[_Scoring] = field(default_factory=list, init=False)  # oldest first
+    _until_look: int = field(default=0, init=False)  # groups to be asked before newer weights are
+    _fresh: PublishedWeights | None = field(default=None, init=False)  # to be taken
+    _failed_groups: int = field(default=0, init=False)  # that tools ended, one after the other
+    _full_since_s: float | None = field(default=None, init=False)  # the buffer; None: it is not
+    _looked_s: float = field(default=0.0, init=False)  # at the buffer, by the monotonic clock
+    _created_s: float = field(default=0.0, init=False)  # the newest group, in unix seconds
 
-    def run(self, stop: Callable[[], bool]) -> None:
-        """Sample, score and store until `stop()`; then finish what is in flight."""
+    def run(self, stop: Callable[[], bool], *, in_turns: bool = False) -> None:
+        """Sample, score and store until `stop()`; then finish what is under way.
+
+        Args:
+            in_turns: one `step` after the other, rather than taking places as they become free.
+        """
         while not stop():
-            if self._pace(stop):
-                self.step()
+            if in_turns:
+                if self._has_room():
+                    self.step()
+                else:
+                    time.sleep(_POLL_S)
+                continue
+            while self._may_ask():
+                self._ask(1)
+            self._advance()
+        while self._under_way:
+            self._advance()
         self.flush()
 
     def step(self) -> None:
-        """Sample one batch; store the oldest batch once `max_in_flight` are being scored."""
-        self._refresh_weights()
-        plans, completions = self._sample()
-        sampled_s = time.time()
-        items = [
-            self.query.item(plan.prompt, completion.tokens, completion.stops)
-            for plan, completion in zip(plans, completions, strict=True)
-        ]
-        pending, version = self.scorer.submit(self.query.asked(items)), self.stats.version
-        batch = partial(self._scored, plans, completions, pending, version, sampled_s)
-        self._in_flight.append(batch)
-        if len(self._in_flight) >= self.config.max_in_flight:
-            self._store_oldest()
+        """Sample a whole batch and let it be scored; store the oldest while too many are unstored.
+
+        What it does follows from the seed alone, not from the time that anything takes.
+        """
+        self._take(self.weights.newer_than(self.stats.version))
+        self._ask(self.config.groups_per_batch)
+        while self._under_way:
+            self._poll()
+        self._score()
+        while self._unstored >= self.config.in_flight_limit:
+            self._store(self._in_flight[0])
 
     def flush(self) -> None:
-        """Wait for every scoring in flight and store its batch."""
+        """Wait for every scoring in flight and store its groups."""
         while self._in_flight:
-            self._store_oldest()
+            self._store(self._in_flight[0])
 
     def save(self) -> bytes:
-        """All that sampling on needs, but for the policy; waits for the scores in flight."""
+        """All that sampling on needs, but for the policy, between two calls of `step`; waits for
+        the scores in flight."""
         in_flight = []
-        for place, finish in enumerate(self._in_flight):
-            groups = finish()
-            self._in_flight[place] = partial(list, groups)  # or `unscored` were counted again
-            in_flight.append(pack_group([pack_group([pack(t) for t in g]) for g in groups]))
+        for scoring in self._in_flight:
+            self._wait_for(scoring)
+            in_flight.append(pack_group([pack_group([pack(t) for t in g]) for g in scoring.found]))
         random = [self.rng.bit_generator.state, self.prompts.rng.bit_generator.state]
         return msgpack.packb([json.dumps(random), asdict(self.stats), in_flight])
 
@@ -116,62 +163,48 @@ class RolloutActor:
         self.stats = ActorStats(**(stats | {"version": -1}))
         for batch in in_flight:
             groups = [list(unpack_group(group)) for group in read_array(batch, max_len=MAX_GROUP)]
-            self._in_flight.append(partial(list, groups))
+            self._in_flight.append(_Scoring([], None, groups))
 
-    def _scored(
-        self,
-        plans: Sequence[GroupPlan],
-        completions: Sequence[Completion],
-        pending: PendingScores,
-        version: int,
-        sampled_s: float,
-    ) -> list[list[Trajectory]]:
-        """The groups of a batch, once it is scored; a plan for each completion.
+    @property
+    def _unstored(self) -> int:
+        """Completions that have ended and are not stored."""
+        return sum(scoring.size for scoring in self._in_flight)
 
-        Without groups of which a completion has no reward: [0], because a verifier failed on it.
-        """
-        size = self.config.group_size
-        scores = self.query.judged(pending.result(self.config.score_timeout_s))
-        scored = zip(plans, completions, scores, strict=True)
-        starts = range(0, len(completions), size)
-        whole = [all(len(log_reward_S) for log_reward_S in scores[at : at + size]) for at in starts]
-        self.stats.unscored += size * whole.count(False)
-        found = [
-            join(
-                plan.prompt,
-                completion,
-                log_reward_S,
-                self.is_correct,
-                task=self.task_name,
-                actor=self.name,
-                policy_version=version,
-                behaviour="on_policy" if plan.temperature == 1.0 else "tempered",
-                temperature=plan.temperature,
-                created_s=sampled_s + number // size * _GROUP_APART_S,
+    def _may_ask(self) -> bool:
+        """Whether a group may be asked now; takes newer weights where their time has come."""
+        if self._until_look <= 0 and self._fresh is None:
+            self._fresh = self.weights.newer_than(self.stats.version)
+            self._until_look = self.config.groups_per_batch
+        if self._fresh is not None:
+            if self._under_way:
+                return False
+            self._take(self.weights.newer_than(self._fresh.version) or self._fresh)
+            self._fresh, self._until_look = None, self.config.groups_per_batch
+        has_place = len(self._under_way) < self.config.max_rows
+        return has_place and self._unstored < self.config.in_flight_limit and self._has_room()
+
+    def _has_room(self) -> bool:
+        """Whether the buffer wants more groups; LearnerStalled where it has not for too long."""
+        now = time.monotonic()
+        waits = self._full_since_s is not None
+        if waits and now - self._looked_s < _POLL_S:
+            return False
+        if waits and not self._under_way:
+            self.stats.paced_s += now - self._looked_s
+        self._looked_s = now
+        if (depth := self.buffer.depth()) < self.config.max_ready_groups:
+            self._full_since_s = None
+            return True
+        if self._full_since_s is None:
+            self._full_since_s = now
+        if (waited := now - self._full_since_s) > self.config.pace_timeout_s:
+            raise LearnerStalled(
+                f"{self.name}: the buffer has held {depth} groups that no learner drew for "
+                f"{waited:.0f} s (actors.pace_timeout_s); is the learner alive?"
             )
-            for number, (plan, completion, log_reward_S) in enumerate(scored)
-            if whole[number // size]
-        ]
-        return [found[at : at + size] for at in range(0, len(found), size)]
+        return False
 
-    def _pace(self, stop: Callable[[], bool]) -> bool:
-        """Wait until the buffer wants more groups; False when stopped instead."""
-        started = time.monotonic()
-        while (depth := self.buffer.depth()) >= self.config.max_ready_groups:
-            waited = time.monotonic() - started
-            if stop():
-                break
-            if waited > self.config.pace_timeout_s:
-                raise LearnerStalled(
-                    f"{self.name}: the buffer has held {depth} groups that no learner drew for "
-                    f"{waited:.0f} s (actors.pace_timeout_s); is the learner alive?"
-                )
-            time.sleep(_PACE_POLL_S)
-        self.stats.paced_s += time.monotonic() - started
-        return not stop()
-
-    def _refresh_weights(self) -> None:
-        fresh = self.weights.newer_than(self.stats.version)
+    def _take(self, fresh: PublishedWeights | None) -> None:
         if fresh is None:
             return
         if (seen := checksum(fresh.data)) != fresh.checksum:
@@ -182,36 +215,101 @@ class RolloutActor:
         self.policy.load(fresh.data)
         self.stats.version = fresh.version
 
-    def _sample(self) -> tuple[list[GroupPlan], list[Completion]]:
-        """A batch of completions, group by group, and the plan of each."""
+    def _ask(self, count: int) -> None:
+        """Submit so many groups, each of one prompt and one temperature."""
         started = time.monotonic()
-        prompts = self.prompts.take(self.config.groups_per_batch)
-        plans = [
-            plan
-            for plan in plan_groups(prompts, self.config, self.rng)
-            for _ in range(self.config.group_size)
+        size = self.config.group_size
+        plans = plan_groups(self.prompts.take(count), self.config, self.rng)
+        requests = [
+            Request(prompt=plan.prompt.prompt, temperature=plan.temperature)
+            for plan in plans
+            for _ in range(size)
         ]
-        completions = self.policy.sample(
-            [Request(prompt=plan.prompt.prompt, temperature=plan.temperature) for plan in plans]
-        )
-        self.stats.tokens += sum(len(completion.tokens) for completion in completions)
-        self.stats.sampled += len(completions)
+        numbers = self.policy.submit(requests)
+        for at, plan in zip(range(0, len(numbers), size), plans, strict=True):
+            group = AskedGroup(plan, self.stats.version, numbers[at], [None] * size)
+            self._under_way |= {numbers[at + place]: (group, place) for place in range(size)}
+        self._until_look -= count
         self.stats.sampling_s += time.monotonic() - started
-        return plans, completions
 
-    def _store_oldest(self) -> None:
+    def _advance(self) -> None:
+        """Sample on; hand what has ended to the scorer, and what is scored to the buffer."""
+        if self._under_way:
+            self._poll()
+            self._score()
+        elif self._in_flight and self._full_since_s is None:
+            self._store(self._in_flight[0])
+        else:
+            time.sleep(_POLL_S)
+        for scoring in [scoring for scoring in self._in_flight if scoring.done]:
+            self._store(scoring)
+
+    def _poll(self) -> None:
         started = time.monotonic()
-        groups = self._in_flight[0]()
-        scored = time.monotonic()
+        for number, ended in self.policy.poll():
+            group, place = self._under_way.pop(number)
+            group.ended[place] = ended
+            if isinstance(ended, ToolFault):
+                self.stats.tool_failures += 1
+                _log.warning("%s: a tool ended a completion: %s", self.name, ended.reason)
+            else:
+                self.stats.tokens += len(ended.tokens)
+                self.stats.sampled += 1
+            if None not in group.ended:
+                self._ended.append(group)
+        self.stats.sampling_s += time.monotonic() - started
+
+    def _score(self) -> None:
+        """Submit the groups that have ended to the scorer, but for those that a tool ended."""
+        groups = sorted(self._ended, key=lambda group: group.number)
+        self._ended = []
         for group in groups:
+            self._created_s = max(time.time(), self._created_s + _GROUP_APART_S)
+            group.created_s = self._created_s
+            if not group.faults:
+                self._failed_groups = 0
+                continue
+            self.stats.unscored += len(group.completions)
+            self._failed_groups += 1
+            if self._failed_groups >= _FAILED_GROUPS:  # it will not get better
+                raise group.faults[0].error
+        if whole := [group for group in groups if not group.faults]:
+            items = [
+                self.query.item(group.plan.prompt, completion.tokens, completion.stops)
+                for group in whole
+                for completion in group.completions
+            ]
+            self._in_flight.append(_Scoring(whole, self.scorer.submit(self.query.asked(items))))
+
+    def _wait_for(self, scoring: _Scoring) -> None:
+        """Let the groups become trajectories, but for those of which a completion has no reward:
+        [0], because a verifier failed on it."""
+        if scoring.pending is None:
+            return
+        scores = self.query.judged(scoring.pending.result(self.config.score_timeout_s))
+        size = self.config.group_size
+        portions = (scores[at : at + size] for at in range(0, len(scores), size))
+        found = [
+            group.trajectories(log_rewards, self.is_correct, task=self.task_name, actor=self.name)
+            for group, log_rewards in zip(scoring.groups, portions, strict=True)
+            if all(map(len, log_rewards))
+        ]
+        self.stats.unscored += size * (len(scoring.groups) - len(found))
+        scoring.groups, scoring.pending, scoring.found = [], None, found
+
+    def _store(self, scoring: _Scoring) -> None:
+        started = time.monotonic()
+        self._wait_for(scoring)
+        scored = time.monotonic()
+        for group in scoring.found:
             self.buffer.add(group)
-        self._in_flight.popleft()
+        self._in_flight.remove(scoring)
         stored = time.monotonic()
         stats = self.stats
         stats.scoring_wait_s += scored - started
         stats.storing_s += stored - scored
-        stats.groups += len(groups)
-        for trajectory in (t for group in groups for t in group):
+        stats.groups += len(scoring.found)
+        for trajectory in (t for group in scoring.found for t in group):
             stats.trajectories += 1
             stats.log_reward_sum += float(trajectory.log_reward[-1])
             stats.gradable += trajectory.correct is not None

@@ -18,14 +18,17 @@ class ActorConfig(Frozen):
     group_size: int = Field(6, ge=1)
     """Completions of one prompt that are sampled together."""
     groups_per_batch: int = Field(8, ge=1)
-    """Prompts that are sampled, scored and stored together."""
+    """Prompts that are asked at least before newer weights are taken; with --local, those that are
+    sampled, scored and stored together."""
     on_policy_share: float = Field(1 / 3, ge=0, le=1)
     """Chance that a group is sampled at temperature 1."""
     temperature_low: PositiveFloat = 0.5
     """Tempered groups draw theirs uniformly from here ..."""
     temperature_high: float = Field(2.0, gt=0, description="... to here.")
     max_rows: int = Field(64, ge=1, description="Completions in the engine's KV cache at once.")
-    max_in_flight: int = Field(2, ge=1, description="Batches that are sampled and not yet stored.")
+    max_in_flight: NonNegativeInt = 0
+    """Completions, sampled and not yet stored, at which an actor asks for no more; 0: those of two
+    batches."""
     max_ready_groups: int = Field(64, ge=1)
     """Groups in the buffer, undrawn, at which actors pause."""
     lag_versions: NonNegativeInt = 0
@@ -33,13 +36,20 @@ class ActorConfig(Frozen):
     with the newest."""
     score_timeout_s: PositiveFloat = 300.0
     """Longest wait for the rewards of one batch."""
+    tool_timeout_s: PositiveFloat = 600.0
+    """Longest wait for a tool, after which its completion ends without a reward."""
     pace_timeout_s: PositiveFloat = 600.0
     """Longest pause before the learner counts as stalled."""
 
     @property
     def batch_size(self) -> int:
-        """Completions that are sampled, scored and stored together."""
+        """Completions of `groups_per_batch`."""
         return self.groups_per_batch * self.group_size
+
+    @property
+    def in_flight_limit(self) -> int:
+        """`max_in_flight`, in completions."""
+        return self.max_in_flight or 2 * self.batch_size
 
     @model_validator(mode="after")
     def _check_temperatures(self) -> "ActorConfig":

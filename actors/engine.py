@@ -16,7 +16,8 @@ from lm.config import LMConfig, LoRAConfig
 from lm.memory import kv_cache_bytes
 from lm.merged import MergedModel
 from lm.model import CausalLM, LanguageModel, attach_adapter, device_of
-from lm.sampling import Completion, Request, Sampler, Tool
+from lm.sampling import Ended, Request, Sampler
+from lm.tools import Tool
 
 _BLOCK = 128  # tokens; no block of vLLM's cache is larger
 
@@ -34,7 +35,7 @@ class EngineRefused(ValueError):
     """A rollout engine that is not here, or that cannot serve this base, adapter or run."""
 
 
-class NativeEngine:
+class NativeEngine(RolloutEngine):
     """Samples by `lm.sampling`; takes new adapter weights between calls.
 
     In float32 the adapter is folded into the weights, which decodes faster. In bfloat16 that would
@@ -51,7 +52,10 @@ class NativeEngine:
         lora: LoRAConfig,
         max_rows: int,
         seed: int,
+        steady: bool = True,
+        tool_timeout_s: float = 600.0,
     ) -> None:
+        """`steady`, `tool_timeout_s`: see `lm.sampling.Sampler`."""
         self.model: CausalLM = language_model.model  # with the newest adapter
         self._load: Callable[[bytes], None]
         if self.model.dtype == torch.float32:
@@ -59,7 +63,14 @@ class NativeEngine:
         else:
             self.model = attach_adapter(language_model, lora, seed)
             self._load = partial(load_adapter_bytes, self.model)
-        self._sampler = Sampler(self.model, actions, tool, max_rows=max_rows)
+        self._sampler = Sampler(
+            self.model,
+            actions,
+            tool,
+            max_rows=max_rows,
+            steady=steady,
+            tool_timeout_s=tool_timeout_s,
+        )
         device = next(self.model.parameters()).device
         self._generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -71,11 +82,17 @@ class NativeEngine:
     def random_state(self, state: bytes) -> None:
         self._generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        return self._sampler.sample(requests, self._generator)
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """See `RolloutEngine`."""
+        return self._sampler.submit(requests)
+
+    def poll(self) -> list[Ended]:
+        """Another token of every row that has a place; raises PolicyDiverged."""
+        return self._sampler.step(self._generator)
 
     def load(self, adapter: bytes) -> None:
         """Take up an adapter from `lm.adapter.adapter_bytes`; raises AdapterMismatch."""
+        self._sampler.forget_prompts()
         self._load(adapter)
 
 

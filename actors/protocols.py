@@ -7,22 +7,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.trajectory import Trajectory
-from lm.sampling import Completion, Request
+from lm.sampling import Completion, Ended, Request
+from lm.tools import ToolFault
 from reward.request import ScoreItem
 
 
 class RolloutEngine(Protocol):
     """What samples from the policy: see `actors.engine`."""
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in order."""
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Let requests wait for places; their numbers. Raises ValueError for what has no room."""
+
+    def poll(self) -> list[Ended]:
+        """Sample on; what has ended since, by number of its request, often nothing."""
 
     def load(self, adapter: bytes) -> None:
-        """Take these adapter weights for all that is sampled from now on."""
+        """Take these adapter weights for all that is submitted from now on; nothing is under way.
+
+        Raises AdapterMismatch.
+        """
+
+    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in order, while nothing else is under way.
+
+        Raises what a tool raised.
+        """
+        numbers, ended = self.submit(requests), dict[int, Completion | ToolFault]()
+        while len(ended) < len(numbers):
+            ended |= self.poll()
+        return [completed(ended[number]) for number in numbers]
 
 
 class PendingScores(Protocol):
     """A scoring under way."""
+
+    def done(self) -> bool:
+        """Whether `result` would not wait, or is needed to ask again."""
 
     def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
         """Log-rewards [S] in nats for each submitted item, else TimeoutError or RuntimeError."""
@@ -43,3 +63,10 @@ class TrajectorySink(Protocol):
 
     def depth(self) -> int:
         """Groups stored that the learner has not drawn yet."""
+
+
+def completed(ended: Completion | ToolFault) -> Completion:
+    """The completion; raises what a tool raised where there is none."""
+    if isinstance(ended, ToolFault):
+        raise ended.error
+    return ended

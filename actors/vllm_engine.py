@@ -11,7 +11,8 @@ wrote it goes on as another, of which all that stands there is the prompt.
 import itertools
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, get_args
@@ -28,6 +29,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from actors.engine import EngineRefused, vllm_cache_bytes
+from actors.protocols import RolloutEngine
 from lm.action_distribution import ActionDistribution, PolicyDiverged
 from lm.actions import NO_TOKEN, ActionSpace
 from lm.adapter import AdapterMismatch, unpack_adapter
@@ -42,8 +44,9 @@ from lm.model import (
     device_of,
     vocab_size,
 )
-from lm.sampling import Completion, Request, Row, Tool, ask_tool
+from lm.sampling import Completion, Ended, Request, Row
 from lm.spelling import text_prefix
+from lm.tools import Tool, ask_tool
 
 _RANKS = sorted(get_args(MaxLoRARanks))  # that vLLM has kernels for; a smaller one is padded
 
@@ -94,7 +97,7 @@ class PolicyLaw(LogitsProcessor):
         return closed_NV.index_copy_(1, self._distribution.id_C, log_q_NC)
 
 
-class VLLMEngine:
+class VLLMEngine(RolloutEngine):
     """A rollout engine (`actors.protocols`) in this process; keeps no weights but vLLM's own.
 
     Its cache has room for `max_rows` completions behind the longest prompt. Draws follow torch's
@@ -154,9 +157,11 @@ class VLLMEngine:
         self._adapter: LoRARequest | None = None
         self._request_ids = itertools.count()
         self._rows: dict[str, Row] = {}  # by the request that writes at them now
+        self._waiting: deque[Row] = deque()
+        self._numbers = itertools.count()
 
     def load(self, adapter: bytes) -> None:
-        """Take up an adapter from `lm.adapter.adapter_bytes`, between calls of `sample`.
+        """Take up an adapter from `lm.adapter.adapter_bytes`, while nothing is under way.
 
         Raises AdapterMismatch.
         """
@@ -173,35 +178,36 @@ class VLLMEngine:
             shutil.rmtree(self._adapter.lora_path)
         self._adapter = request
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in order.
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """See `RolloutEngine`; what this engine has no law or no room for `poll` finds."""
+        prefix = self._text_prefix
+        rows = [Row(next(self._numbers), asked, (*prefix, *asked.prompt)) for asked in requests]
+        self._waiting.extend(rows)
+        return [row.index for row in rows]
+
+    def poll(self) -> list[Ended]:
+        """A step of vLLM's, once the free places are taken.
 
         Raises ValueError for what this engine has no room or no law for, PolicyDiverged when
-        log q is not finite.
+        log q is not finite, and gives up what was under way.
         """
-        done = dict(self.stream(requests))
-        return [done[index] for index in range(len(done))]
-
-    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """Completions as they end, each with the number of its request, which are taken as places
-        become free. Raises as `sample`."""
-        waiting = enumerate(requests)
+        ended: list[Ended] = []
         try:
-            while True:
-                while len(self._rows) < self._max_rows and (taken := next(waiting, None)):
-                    row = Row(*taken, (*self._text_prefix, *taken[1].prompt))
-                    if (completion := self._go_on(row)) is not None:
-                        yield row.index, completion
-                if not self._rows:
-                    return
-                for output in self._engine.step():
-                    row = self._rows.pop(output.request_id)
-                    completion = self._took(row, output.outputs[0]) or self._go_on(row)
-                    if completion is not None:
-                        yield row.index, completion
-        finally:
+            while len(self._rows) < self._max_rows and self._waiting:
+                row = self._waiting.popleft()
+                if (completion := self._go_on(row)) is not None:
+                    ended.append((row.index, completion))
+            for output in self._engine.step() if self._rows else ():
+                row = self._rows.pop(output.request_id)
+                completion = self._took(row, output.outputs[0]) or self._go_on(row)
+                if completion is not None:
+                    ended.append((row.index, completion))
+        except BaseException:
             self._engine.abort_request(list(self._rows))
             self._rows.clear()
+            self._waiting.clear()
+            raise
+        return ended
 
     def _go_on(self, row: Row) -> Completion | None:
         """Ask vLLM for the next tokens of a row, unless nothing but ⊤ is left to it."""

@@ -1,6 +1,5 @@
-"""Prompts run through the model once, kept while requests for them wait."""
+"""Prompts run through the model once, and kept for the next requests for them."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +17,11 @@ class Prefill:
 
     states: list[Tensor]  # of each layer the keys, then the values: [U, H, P, D]
     logits_UV: Tensor  # after each prompt's last token
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return self.states[0].shape[2]
 
     @staticmethod
     def run(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> "Prefill":
@@ -63,23 +67,29 @@ def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
 
 
 class PromptStore:
-    """Prefills each distinct prompt once and forgets it with its last request."""
+    """Prefills of the prompts that were asked last, for as long as the weights stay the same."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> None:
-        """`prompts`: one per request that will ever ask, with multiplicity."""
+    def __init__(self, model: nn.Module, *, max_prompts: int) -> None:
         self._model = model
-        self._requests_left = Counter(prompts)
-        self._stored: dict[tuple[int, ...], tuple[Prefill, int]] = {}
+        self._max_prompts = max_prompts
+        self._kept: dict[tuple[int, ...], tuple[Prefill, int]] = {}  # oldest pass first
+
+    def __contains__(self, prompt: tuple[int, ...]) -> bool:
+        return prompt in self._kept
 
     def take(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Prefill, int]]:
-        """Per request its prefill and its row in it; runs the model for prompts not yet seen."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._stored]
+        """Of each its prefill and its row in it; runs the model for prompts that are not kept."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if new:
             prefill = Prefill.run(self._model, new)
-            self._stored |= {prompt: (prefill, row) for row, prompt in enumerate(new)}
-        taken = [self._stored[prompt] for prompt in prompts]
-        self._requests_left.subtract(prompts)
-        for prompt in dict.fromkeys(prompts):
-            if self._requests_left[prompt] == 0:
-                del self._stored[prompt]
+            self._kept |= {prompt: (prefill, row) for row, prompt in enumerate(new)}
+        taken = [self._kept[prompt] for prompt in prompts]
+        # A pass goes as a whole, for its prompts share their memory.
+        for passed in dict.fromkeys(prefill for prefill, _ in self._kept.values()):
+            if len(self._kept) > self._max_prompts and all(passed is not p for p, _ in taken):
+                self._kept = {p: at for p, at in self._kept.items() if at[0] is not passed}
         return taken
+
+    def clear(self) -> None:
+        """Forget all: the weights have changed."""
+        self._kept.clear()

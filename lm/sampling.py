@@ -1,9 +1,9 @@
-"""Completions sampled from the policy in batches, with a tool in the loop."""
+"""Completions sampled from the policy, many rows at a time, with a tool in the loop."""
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from lm.action_distribution import ActionDistribution
 from lm.actions import NO_TOKEN, ActionSpace
-from lm.cache import SlotCache, decode_step
+from lm.cache import BLOCK, SlotCache, decode_step
 from lm.model import context_limit, require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill, PromptStore
+from lm.tools import Tool, ToolCall, ToolDesk, ToolFault, wait_for_any
+
+_TOOL_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,23 +56,8 @@ class Completion:
         return float(self.log_q_token.sum(dtype=np.float64)) + float(self.log_q_stop[-1])
 
 
-class Tool(Protocol):
-    """Speaks into a completion after certain tokens."""
-
-    @property
-    def triggers(self) -> frozenset[int]:
-        """Tokens after which `output` is asked, when the policy has chosen them."""
-
-    def output(self, completion: Sequence[int]) -> list[int]:
-        """Tokens to insert after `completion`, which ends with a trigger; [] for none."""
-
-
-def ask_tool(tool: Tool, tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """What a tool inserts after `tokens`; raises ValueError for what the model cannot read."""
-    output = list(tool.output(tuple(tokens)))
-    if not all(0 <= token < vocab_size for token in output):
-        raise ValueError(f"tool inserted tokens {output}, outside the vocabulary of {vocab_size}")
-    return output
+# The number of a request, and what it ended with.
+Ended = tuple[int, Completion | ToolFault]
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +72,7 @@ class Row:
     log_q: list[float] = field(default_factory=list)
     log_stop: list[float] = field(default_factory=list)  # of every stop state passed so far
     pending: list[int] = field(default_factory=list)  # tool output not yet inserted
+    call: ToolCall | None = None  # of a tool that has not been heard yet
 
     @property
     def position(self) -> int:
@@ -114,143 +103,220 @@ class Row:
 class Sampler:
     """Draws completions with a KV cache shared by up to `max_rows` rows.
 
-    Equal prompts are prefilled once. A row that ends makes place for a waiting request, or the
-    batch shrinks. Rows never see each other. `model` is a causal LM of transformers, with or
-    without adapter; its weights must not change during a call of `sample`, and may between calls.
+    A row that ends makes place for a waiting request, whichever call that came with. Prompts that
+    are asked again are not read again. Rows never see each other. `model` is a causal LM of
+    transformers, with or without adapter; its weights may change while nothing is under way.
+
+    Args:
+        steady: all wait for a row's tool, so that draws depend on the seed alone. Else a row whose
+            tool is slow gives up its place, and takes another when the tool has spoken.
+        tool_timeout_s: longest wait for a tool.
     """
 
     def __init__(
-        self, model: nn.Module, actions: ActionSpace, tool: Tool | None, *, max_rows: int
+        self,
+        model: nn.Module,
+        actions: ActionSpace,
+        tool: Tool | None,
+        *,
+        max_rows: int,
+        steady: bool = True,
+        tool_timeout_s: float = 600.0,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows}: need at least one row")
         self._model = model.eval()
         self._actions = actions
-        self._tool = tool
-        self._triggers = tool.triggers if tool is not None else frozenset()
-        self._max_rows = max_rows
-        self._cache: SlotCache | None = None
+        self._max_rows, self._steady = max_rows, steady
         self._device = next(model.parameters()).device
         self._text_prefix = text_prefix_of(model)
         self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
         self._distribution = ActionDistribution(actions, self._vocab_size, self._device)
+        self._desk: ToolDesk | None = None
+        if tool is not None:
+            self._desk = ToolDesk(tool, vocab_size=self._vocab_size, timeout_s=tool_timeout_s)
+        self._store = PromptStore(self._model, max_prompts=max_rows)
+        self._numbers = itertools.count()
+        self._cache: SlotCache | None = None
+        self.abort()
+
+    def abort(self) -> None:
+        """Give up all that is under way."""
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row] = []  # rows[i] lives in slot i of the cache
+        self._parked: list[tuple[Row, Prefill]] = []  # without a slot while their tool thinks
+        self._logits_NV = torch.empty(0, self._vocab_size, device=self._device)
+        self._ended: list[Ended] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not (self._waiting or self._rows or self._parked or self._ended)
+
+    def forget_prompts(self) -> None:
+        """The weights have changed: read every prompt anew."""
+        assert self.idle, "weights must not change while completions are under way"
+        self._store.clear()
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
-        """One completion per request, in their order.
+        """One completion per request, in their order, while nothing else is under way.
 
-        Raises ValueError when a text outgrows the model, PolicyDiverged when logits are NaN.
+        Raises as `submit` and `step`, and what a tool raised.
         """
+        self._store.clear()  # who calls this may have changed the weights
+        numbers = self.submit(requests)
         done: dict[int, Completion] = {}
-        everyone = (
-            Row(index, request, (*self._text_prefix, *request.prompt))
-            for index, request in enumerate(requests)
-        )
-        waiting = deque(row for row in everyone if not self._force_stop(row, done))
-        rows: list[Row] = []  # rows[i] lives in slot i of the cache
-        store = PromptStore(self._model, [row.prompt for row in waiting])
-        cache = self._take_cache(waiting)
-        logits_NV = torch.empty(0, self._vocab_size, device=self._device)
-        while rows or waiting:
-            # Prefills are worth batching, so a few empty slots wait for company.
-            if waiting and self._max_rows - len(rows) >= max(1, self._max_rows // 8):
-                logits_NV = torch.cat([logits_NV, self._admit(rows, waiting, store, cache)])
-            self._drop(rows, self._act(rows, logits_NV, generator, done), cache)
-            logits_NV = self._decode(rows, cache) if rows else logits_NV[:0]
-        self._cache = cache
-        return [done[index] for index in range(len(requests))]
+        while not self.idle:
+            for number, ended in self.step(generator):
+                if isinstance(ended, ToolFault):
+                    self.abort()
+                    raise ended.error
+                done[number] = ended
+        return [done[number] for number in numbers]
 
-    def _take_cache(self, waiting: Sequence[Row]) -> SlotCache:
-        """The last call's buffers, if they are large enough: fresh pages are slow to touch.
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """Let requests wait for places; their numbers.
 
-        Handed back only by a call that ends well, so that no NaN of a diverged policy stays.
+        Raises ValueError when a text would outgrow the model.
         """
-        cache, self._cache = self._cache, None
-        slots = min(self._max_rows, len(waiting))
-        longest = max((len(row.prompt) for row in waiting), default=0)
-        columns = longest + self._actions.max_len
-        require_context(self._model, columns - len(self._text_prefix))
-        if cache is None or cache.slots < slots or cache.columns < columns:
-            return SlotCache(slots=slots, columns=columns)
-        return cache
+        longest = max((len(request.prompt) for request in requests), default=0)
+        require_context(self._model, longest + self._actions.max_len)
+        rows = [
+            Row(number, request, (*self._text_prefix, *request.prompt))
+            for request, number in zip(requests, self._numbers, strict=False)
+        ]
+        self._waiting.extend(row for row in rows if not self._force_stop(row))
+        return [row.index for row in rows]
 
-    def _admit(
-        self, rows: list[Row], waiting: deque[Row], store: PromptStore, cache: SlotCache
-    ) -> Tensor:
-        """Give free slots to waiting rows; [K, V] logits after their prompts."""
-        count = min(self._max_rows - len(rows), len(waiting))
-        new = [waiting.popleft() for _ in range(count)]
-        admitted: dict[Prefill, list[tuple[Row, int]]] = {}
-        for row, (prefill, source) in zip(new, store.take([r.prompt for r in new]), strict=True):
-            admitted.setdefault(prefill, []).append((row, source))
+    @torch.inference_mode()
+    def step(self, generator: torch.Generator) -> list[Ended]:
+        """Another token of every row that has a place; what has ended, by number of its request.
+
+        Raises PolicyDiverged when log q is not finite, and gives up what was under way.
+        """
+        try:
+            self._admit()
+            if self._parked and not self._rows:
+                wait_for_any([row.call for row, _ in self._parked if row.call], _TOOL_POLL_S)
+            if self._rows:
+                self._drop(self._act(generator))
+                self._logits_NV = self._decode() if self._rows else self._logits_NV[:0]
+        except BaseException:
+            self.abort()
+            self._cache = None  # no NaN of a diverged policy stays
+            raise
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _admit(self) -> None:
+        """Give free slots to rows whose tool has spoken, and to waiting ones."""
+        heard = [pair for pair in self._parked if pair[0].call is None or pair[0].call.over]
+        self._parked = [pair for pair in self._parked if pair not in heard]
+        placed = [(row, prefill, 0) for row, prefill in heard]
+        free = self._max_rows - len(self._rows) - len(self._parked) - len(placed)
+        # Prompts are worth reading together, so a few empty slots wait for company.
+        known = bool(self._waiting) and self._waiting[0].prompt in self._store
+        if self._waiting and free >= (1 if known else max(1, self._max_rows // 8)):
+            new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            taken = self._store.take([row.prompt for row in new])
+            placed += [(row, *place) for row, place in zip(new, taken, strict=True)]
+        if placed:
+            self._logits_NV = torch.cat([self._logits_NV, self._place(placed)])
+
+    def _place(self, placed: Sequence[tuple[Row, Prefill, int]]) -> Tensor:
+        """Write rows into the next slots, each from its row of a prefill; [K, V] their logits."""
+        longest = max(len(row.prompt) for row, _, _ in placed) + self._actions.max_len
+        cache = self._cache
+        if cache is None:
+            columns = min(longest, max(prefill.width for _, prefill, _ in placed) + BLOCK)
+            cache = self._cache = SlotCache(slots=len(placed), columns=columns)
+        cache.limit = max(cache.limit, longest)
+        of_prefill: dict[Prefill, list[tuple[Row, int]]] = {}
+        for row, prefill, source in placed:
+            of_prefill.setdefault(prefill, []).append((row, source))
         logits = []
-        for prefill, pairs in admitted.items():
-            slots = torch.arange(len(rows), len(rows) + len(pairs), device=self._device)
+        for prefill, pairs in of_prefill.items():
+            first = len(self._rows)
+            slots = torch.arange(first, first + len(pairs), device=self._device)
             sources = torch.tensor([source for _, source in pairs], device=self._device)
             cache.write(slots, prefill.states, sources)
             logits.append(prefill.logits_UV[sources])
-            rows.extend(row for row, _ in pairs)
+            self._rows.extend(row for row, _ in pairs)
         return torch.cat(logits)
 
-    def _act(
-        self,
-        rows: Sequence[Row],
-        logits_NV: Tensor,
-        generator: torch.Generator,
-        done: dict[int, Completion],
-    ) -> list[int]:
-        """One action per row: a tool's token, a chosen one, or ⊤. Returns the ended slots."""
-        may_stop = [row.may_stop(self._actions) for row in rows]
+    def _act(self, generator: torch.Generator) -> list[int]:
+        """One action per row: a tool's token, a chosen one, or ⊤. Returns the slots they leave."""
+        may_stop = [row.may_stop(self._actions) for row in self._rows]
         choice = self._distribution.choose(
-            logits_NV,
+            self._logits_NV,
             may_stop,
-            [row.request.temperature for row in rows],
-            [row.request.top_p for row in rows],
+            [row.request.temperature for row in self._rows],
+            [row.request.top_p for row in self._rows],
             generator,
         )
-        ended = []
-        for slot, row in enumerate(rows):
+        left = []
+        for slot, row in enumerate(self._rows):
+            if row.call is not None and not self._hear(row, slot):
+                left.append(slot)
+                continue
             if row.pending:
                 row.append(row.pending.pop(0), 0.0, from_tool=True)
             else:
                 if may_stop[slot]:
                     row.log_stop.append(choice.log_stop[slot])
                 if choice.token[slot] == self._actions.stop_token:
-                    done[row.index] = row.completion(self._actions)
-                    ended.append(slot)
+                    self._ended.append((row.index, row.completion(self._actions)))
+                    left.append(slot)
                     continue
                 row.append(choice.token[slot], choice.log_q[slot], from_tool=False)
-                if self._tool is not None and row.tokens[-1] in self._triggers:
-                    row.pending = ask_tool(self._tool, row.tokens, self._vocab_size)
-            if self._force_stop(row, done):
-                ended.append(slot)
-        return ended
+                if self._desk is not None and row.tokens[-1] in self._desk.triggers:
+                    row.call = self._desk.ask(row.tokens)
+            if self._force_stop(row):
+                left.append(slot)
+        return left
 
-    def _force_stop(self, row: Row, done: dict[int, Completion]) -> bool:
+    def _hear(self, row: Row, slot: int) -> bool:
+        """Take what the tool says to a row; False where that leaves its slot: it has ended, or
+        waits elsewhere until the tool has spoken."""
+        assert row.call is not None and self._cache is not None
+        if not (self._steady or row.call.over):
+            states = self._cache.read(slot, row.position + 1)
+            self._parked.append((row, Prefill(states, self._logits_NV[slot : slot + 1].clone())))
+            return False
+        try:
+            row.pending, row.call = row.call.result(), None
+            written = len(row.request.prompt) + len(row.tokens) + len(row.pending)
+            require_context(self._model, written)
+        except Exception as error:  # whatever the tool raised
+            self._ended.append((row.index, ToolFault(error)))
+            return False
+        return not self._force_stop(row)
+
+    def _force_stop(self, row: Row) -> bool:
         """End `row` when nothing but ⊤ is left to it."""
-        if row.pending or not self._actions.must_stop(len(row.tokens)):
+        if row.pending or row.call or not self._actions.must_stop(len(row.tokens)):
             return False
         row.log_stop.append(0.0)
-        done[row.index] = row.completion(self._actions)
+        self._ended.append((row.index, row.completion(self._actions)))
         return True
 
-    def _drop(self, rows: list[Row], ended: Sequence[int], cache: SlotCache) -> None:
-        """Close the gaps that ended rows leave with the last live rows; keeps rows in slots 0.."""
-        left = len(rows) - len(ended)
-        holes = [slot for slot in ended if slot < left]
-        movers = sorted(set(range(left, len(rows))) - set(ended))
+    def _drop(self, left: Sequence[int]) -> None:
+        """Close the gaps that rows have left with the last live rows; keeps rows in slots 0.."""
+        rows, kept = self._rows, len(self._rows) - len(left)
+        holes = [slot for slot in left if slot < kept]
+        movers = sorted(set(range(kept, len(rows))) - set(left))
         if holes:
-            cache.move(
+            assert self._cache is not None
+            self._cache.move(
                 torch.tensor(movers, device=self._device), torch.tensor(holes, device=self._device)
             )
         for hole, mover in zip(holes, movers, strict=True):
             rows[hole] = rows[mover]
-        del rows[left:]
+        del rows[kept:]
 
-    def _decode(self, rows: Sequence[Row], cache: SlotCache) -> Tensor:
+    def _decode(self) -> Tensor:
         """Feed every row's newest token; [N, V] logits for its next action."""
-        positions = [row.position for row in rows]
-        longest = max(positions) + 1 - len(self._text_prefix)
-        if longest > self._context_limit:  # a tool wrote past max_len
-            require_context(self._model, longest)
-        return decode_step(self._model, cache, [row.tokens[-1] for row in rows], positions)
+        assert self._cache is not None
+        newest = [row.tokens[-1] for row in self._rows]
+        return decode_step(self._model, self._cache, newest, [row.position for row in self._rows])

@@ -61,6 +61,10 @@ class PendingScores:
         """Whether it has seen the replica come no further for the deadline."""
         return monotonic() - max(self.arrived, self.moved) > self.deadline_s
 
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self.scores.done()
+
     def result(self, timeout_s: float) -> Scores:
         """Log-rewards [S] in nats for each item, else BadItem.
 

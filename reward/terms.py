@@ -33,6 +33,7 @@ LogRewards = list[NDArray[np.float32]]
 
 
 class _Pending(Protocol):
+    def done(self) -> bool: ...
     def result(self, timeout_s: float, /) -> LogRewards: ...
 
 
@@ -198,6 +199,10 @@ class _Sums:
     items: Sequence[ScoreItem]
     log_p: _Pending
     verdicts: Verdicts
+
+    def done(self) -> bool:
+        """Whether `result` would not wait, or is needed to ask again."""
+        return self.log_p.done() and all(part.done() for part in self.verdicts.portions)
 
     def result(self, timeout_s: float, /) -> LogRewards:
         """As RewardTerms.add; raises what the other scorer raises, and what Verdicts.wait does."""

@@ -12,7 +12,7 @@ from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
 from actors.reward_query import RewardKind, RewardQuery
 from lm.actions import ActionSpace
-from lm.sampling import Tool
+from lm.tools import Tool
 from reward.request import ScoreItem
 from tasks.custom_config import CustomTaskConfig
 from tasks.evaluation.accuracy import evaluate_answers

@@ -11,7 +11,7 @@ from actors.demonstrations import Demonstration, Hint
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
-from lm.sampling import Tool
+from lm.tools import Tool
 from reward.request import ScoreItem
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation

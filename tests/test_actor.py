@@ -22,7 +22,8 @@ from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace, IllegalCompletion
 from lm.adapter import AdapterMismatch, checksum
-from lm.sampling import Completion, Request
+from lm.sampling import Completion, Ended, Request
+from lm.tools import ToolFault
 from reward.request import ScoreItem
 from tests.buffer_toy import serving
 
@@ -31,7 +32,7 @@ PROMPTS = [
     Prompt(key="b", text="b", prompt=(3,), answer=(8, 8), weight=3.0),
 ]
 CONFIG = ActorConfig(
-    group_size=3, groups_per_batch=2, max_in_flight=2, max_ready_groups=100, pace_timeout_s=0.2
+    group_size=3, groups_per_batch=2, max_in_flight=12, max_ready_groups=100, pace_timeout_s=0.2
 )
 QUERY = RewardQuery(kind="suffix", stop_token=0, context=(7,))
 
@@ -41,18 +42,27 @@ class ScriptedPolicy:
 
     def __init__(self) -> None:
         self.loaded: list[bytes] = []
+        self.submitted = 0
+        self._under_way: list[tuple[int, Request]] = []
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        return [
-            Completion(
-                tokens=np.array([request.prompt[0]] * 2, dtype=np.int32),
-                from_tool=np.zeros(2, dtype=np.bool_),
-                log_q_token=np.full(2, -1.0, dtype=np.float32),
-                stops=np.array([1, 2], dtype=np.int32),
-                log_q_stop=np.array([-2.0, 0.0], dtype=np.float32),
-            )
-            for request in requests
-        ]
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        first = self.submitted
+        self.submitted += len(requests)
+        self._under_way += enumerate(requests, first)
+        return list(range(first, self.submitted))
+
+    def poll(self) -> list[Ended]:
+        ended, self._under_way = self._under_way, []
+        return [(number, self.ended(number, request)) for number, request in ended]
+
+    def ended(self, number: int, request: Request) -> Completion | ToolFault:
+        return Completion(
+            tokens=np.array([request.prompt[0]] * 2, dtype=np.int32),
+            from_tool=np.zeros(2, dtype=np.bool_),
+            log_q_token=np.full(2, -1.0, dtype=np.float32),
+            stops=np.array([1, 2], dtype=np.int32),
+            log_q_stop=np.array([-2.0, 0.0], dtype=np.float32),
+        )
 
     def load(self, adapter: bytes) -> None:
         self.loaded.append(adapter)
@@ -64,6 +74,7 @@ class ArithmeticScores:
     def __init__(self) -> None:
         self.submitted = 0
         self.fetched = 0
+        self.quick = False  # scores are there as soon as they are asked for
         self.failure: Exception | None = None
 
     def submit(self, items: Sequence[ScoreItem]) -> "ArithmeticScores.Pending":
@@ -73,6 +84,9 @@ class ArithmeticScores:
     class Pending:
         def __init__(self, scorer: "ArithmeticScores", items: list[ScoreItem]) -> None:
             self._scorer, self._items = scorer, items
+
+        def done(self) -> bool:
+            return self._scorer.quick
 
         def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
             self._scorer.fetched += 1
@@ -145,7 +159,7 @@ def test_every_sampled_group_reaches_the_buffer_with_its_own_scores() -> None:
     steps = iter(range(6))
     actor.run(lambda: next(steps, None) is None)
     groups = parts["buffer"].groups
-    assert len(groups) == actor.stats.groups == 2 * parts["scorer"].submitted
+    assert 3 * len(groups) == 3 * actor.stats.groups == parts["policy"].submitted > 12
     for group in groups:
         assert len(group) == 3
         assert len({t.prompt_key for t in group}) == 1
@@ -308,7 +322,7 @@ def test_groups_with_a_completion_that_no_verifier_judged_are_dropped_and_counte
         def submit(self, items: Sequence[ScoreItem]) -> Any:
             scores = super().submit(items).result(1.0)
             scores[4] = np.empty(0, dtype=np.float32)
-            return SimpleNamespace(result=lambda timeout_s: scores)
+            return SimpleNamespace(done=lambda: True, result=lambda timeout_s: scores)
 
     actor, parts = make_actor(scorer=Unjudged())
     actor.step()

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from actors.actor import RolloutActor
+from actors.protocols import RolloutEngine
 from buffer.config import BufferConfig
 from buffer.replay import DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
@@ -31,7 +32,7 @@ from learner.agreement.tolerance import SamplersDisagree
 from learner.engine import TorchEngine
 from learner.learner import Learner
 from lm.model import load_base
-from lm.sampling import Completion, Request
+from lm.sampling import Ended, Request
 from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
 from tests.damaged_run import DAMAGED
@@ -45,7 +46,7 @@ SMALL = [
 ]
 
 
-class DamagedMemory:
+class DamagedMemory(RolloutEngine):
     """A policy one number of whose weights changes after the actor has verified them."""
 
     def __init__(self, policy: Any, place: str) -> None:
@@ -55,9 +56,13 @@ class DamagedMemory:
             with torch.no_grad():
                 policy.model.get_output_embeddings().weight[3, 0] += 2.0
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        drawn: list[Completion] = self._policy.sample(requests)
-        return drawn
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        numbers: list[int] = self._policy.submit(requests)
+        return numbers
+
+    def poll(self) -> list[Ended]:
+        ended: list[Ended] = self._policy.poll()
+        return ended
 
     def load(self, adapter: bytes) -> None:
         damage = struct.pack("<f", 3.0) if self._place == "adapter" else b""

@@ -19,9 +19,9 @@ from cluster.run.evaluation import evaluate
 from lm.config import LMConfig
 from lm.hub import load_tokenizer
 from lm.spelling import TokenizerUnfit, spell
+from lm.tools import ToolFailed
 from reward.checks import canonical, last_number
 from reward.verifiers import CheckPool, UnusableCheck
-from tasks.arithmetic.calculator import ToolFailed
 from tasks.config import QuestionsConfig
 from tasks.questions.task import Questions, build_questions
 from tasks.records import DataError, missing_files

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from actors.protocols import RolloutEngine
 from actors.reward_query import DirectScorer
 from buffer.memory import MemoryStore
 from buffer.replay import DrawRequest, ReplayBuffer
@@ -29,7 +30,7 @@ from cluster.run.imitation import imitation
 from lm.adapter import adapter_bytes, save_adapter
 from lm.merged import save_merged
 from lm.model import attach_adapter, load_base
-from lm.sampling import Completion, Request
+from lm.sampling import Completion, Ended, Request
 from reward.request import ScoreItem
 from seed_lm.corpus import Share, documents
 from seed_lm.review_files import write_files
@@ -262,24 +263,31 @@ def test_a_run_is_evaluated_as_what_it_learned(
 
 
 @dataclass
-class Talker:
+class Talker(RolloutEngine):
     """A policy that writes what it is told, and keeps what it was asked."""
 
     written: list[tuple[int, ...]]
     asked: list[str] = field(default_factory=list)
+    polled: int = 0  # of those asked
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
+    def submit(self, requests: Sequence[Request]) -> list[int]:
         self.asked += [self.decode(request.prompt) for request in requests]
-        endless = cycle(self.written)
+        return list(range(len(self.asked) - len(requests), len(self.asked)))
+
+    def poll(self) -> list[Ended]:
+        first, self.polled = self.polled, len(self.asked)
         return [
-            Completion(
-                tokens=np.array(z, np.int32),
-                from_tool=np.zeros(len(z), np.bool_),
-                log_q_token=np.zeros(len(z), np.float32),
-                stops=np.arange(1, len(z) + 1, dtype=np.int32),
-                log_q_stop=np.zeros(len(z), np.float32),
+            (
+                number,
+                Completion(
+                    tokens=np.array(z, np.int32),
+                    from_tool=np.zeros(len(z), np.bool_),
+                    log_q_token=np.zeros(len(z), np.float32),
+                    stops=np.arange(1, len(z) + 1, dtype=np.int32),
+                    log_q_stop=np.zeros(len(z), np.float32),
+                ),
             )
-            for z, _ in zip(endless, requests, strict=False)
+            for number, z in zip(range(first, self.polled), cycle(self.written), strict=False)
         ]
 
     decode: Callable[[Sequence[int]], str] = str

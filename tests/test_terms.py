@@ -83,6 +83,9 @@ def test_log_r_of_every_prefix_is_the_sum_by_hand(
             self.items = items
             return self
 
+        def done(self) -> bool:
+            return True
+
         def result(self, timeout_s: float, /) -> list[NDArray[np.float32]]:
             return suffix_log_rewards(base.model, self.items, 500)
 

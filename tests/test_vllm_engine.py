@@ -27,8 +27,9 @@ from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig, LoRAConfig
 from lm.export import export_policy
 from lm.model import CausalLM, attach_adapter, load_base
-from lm.sampling import Request, Tool
+from lm.sampling import Request
 from lm.spelling import spell
+from lm.tools import Tool
 from seed_lm import toy
 from tests.environment import MODEL
 from tests.sampling_toy import exact_probabilities, worst_disagreement

@@ -157,6 +157,13 @@ class RemoteScores:
         self._scorer = scorer
         self._items = items
         self._replica, self._ref = scorer.start(items)
+        self._late_s = time.monotonic() + scorer.attempt_s
+
+    def done(self) -> bool:
+        """Whether `result` would not wait, or is needed to ask another replica."""
+        if time.monotonic() > self._late_s:
+            return True
+        return bool(ray.wait([self._ref], timeout=0, fetch_local=False)[0])
 
     def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
         """Log-rewards [S] in nats for each item.

@@ -40,7 +40,7 @@ class Parts:
             task = build_task(config.task, tokenizer, seed=config.seed)
             return RolloutParts(task, assembly.vllm_policy(config, task), tokenizer.decode)
         base, task = assembly.load_task(config)
-        policy = assembly.model_policy(config, base, task)
+        policy = assembly.model_policy(config, base, task, steady=False)
         return RolloutParts(task, policy, base.tokenizer.decode)
 
     def reward_rank(self, config: RunConfig, meet: Callable[[], Rendezvous]) -> Rank:

@@ -61,7 +61,7 @@ class RolloutWorker(Worker):
                     buffer=self._buffer,
                     policy=self._actor.policy,
                 )
-            self._actor.run(self._stopping.is_set)
+            self._actor.run(self._stopping.is_set, in_turns=self._context.synchronous)
         except NobodyScores as error:
             _log.warning("%s: rollouts in flight were not stored: %s", self._member.name, error)
         return self.status()

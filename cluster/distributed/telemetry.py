@@ -44,6 +44,7 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
         _counter("actor_trajectories", "trajectories", "Trajectories stored in the buffer."),
         _counter("actor_tokens", "tokens", "Tokens sampled."),
         _counter("actor_unscored_trajectories", "unscored", "Trajectories without a reward."),
+        _counter("actor_tool_failures", "tool_failures", "Completions that a failing tool ended."),
         _counter("actor_judged_trajectories", "gradable", "Trajectories that are right or wrong."),
         _counter("actor_correct_trajectories", "correct", "Of those, the correct ones."),
         _gauge("actor_policy_version", "version", "Version of the weights it samples from."),

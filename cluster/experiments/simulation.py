@@ -5,6 +5,7 @@ learner's forward and backward passes. Everything around them is what a run has:
 reward replica's queue and layout, Redis, the weight store, the learner's draws and publications.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from actors.protocols import RolloutEngine
 from cluster.config.experiments import SimulationConfig
 from cluster.config.schema import RunConfig
 from cluster.distributed.parts import Parts, RolloutParts
@@ -23,7 +25,7 @@ from lm.hub import load_tokenizer
 from lm.model import LanguageModel, freeze
 from lm.new_model import fresh_llama
 from lm.process_group import Rendezvous
-from lm.sampling import Completion, Request
+from lm.sampling import Completion, Ended, Request
 from lm.weight_files import fingerprint
 from reward.packing import MicroBatch
 from reward.request import ScoreLimits
@@ -41,7 +43,7 @@ def load_simulated_task(config: RunConfig) -> Task:
     return build_task(config.task, load_tokenizer(config.lm), seed=config.seed)
 
 
-class SimulatedPolicy:
+class SimulatedPolicy(RolloutEngine):
     """Waits as long as decoding takes, and returns random legal completions of `max_len` tokens.
 
     One decode step a token, for all rows of the cache at once. The tool is never called.
@@ -55,11 +57,29 @@ class SimulatedPolicy:
         self._max_rows = config.actors.max_rows
         self._decode_step_s = config.throughput.simulation.decode_step_ms / 1e3
         self._rng = np.random.default_rng(seed)
+        self._numbers = itertools.count()
+        self._steps_left: dict[int, int] = {}  # of each request; the oldest ones have places
+        self._step_ends_s = 0.0
 
-    def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        waves = -(-len(requests) // self._max_rows)
-        time.sleep(waves * self._actions.max_len * self._decode_step_s)
-        return [self._completion() for _ in requests]
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        """See `RolloutEngine`."""
+        numbers = [next(self._numbers) for _ in requests]
+        self._steps_left |= dict.fromkeys(numbers, self._actions.max_len)
+        return numbers
+
+    def poll(self) -> list[Ended]:
+        """One decode step."""
+        now, step_s = time.monotonic(), self._decode_step_s
+        late_s = now - self._step_ends_s  # waits that are too long do not add up
+        self._step_ends_s = now + step_s - (late_s if late_s < step_s else 0.0)
+        time.sleep(self._step_ends_s - now)
+        rows = list(itertools.islice(self._steps_left, self._max_rows))
+        for number in rows:
+            self._steps_left[number] -= 1
+        ended = [number for number in rows if self._steps_left[number] <= 0]
+        for number in ended:
+            del self._steps_left[number]
+        return [(number, self._completion()) for number in ended]
 
     def load(self, adapter: bytes) -> None:
         """Read them, as every policy must; there is no model to change."""

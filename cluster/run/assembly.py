@@ -86,12 +86,22 @@ def build_actor(
 
 
 def model_policy(
-    config: RunConfig, base: LanguageModel, task: Task
+    config: RunConfig, base: LanguageModel, task: Task, *, steady: bool = True
 ) -> Callable[[int], NativeEngine]:
-    """Makes our own engine around a base LM, which becomes the engine's, from a seed."""
-    max_rows = config.actors.max_rows
+    """Makes our own engine around a base LM, which becomes the engine's, from a seed.
+
+    Args:
+        steady: draws depend on the seed alone, and not on how long tools take.
+    """
     return lambda seed: NativeEngine(
-        base, task.actions, task.tool, lora=config.lora, max_rows=max_rows, seed=seed
+        base,
+        task.actions,
+        task.tool,
+        lora=config.lora,
+        max_rows=config.actors.max_rows,
+        seed=seed,
+        steady=steady,
+        tool_timeout_s=config.actors.tool_timeout_s,
     )
 
 

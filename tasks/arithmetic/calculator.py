@@ -5,16 +5,13 @@ import re
 from collections.abc import Sequence
 
 from lm.spelling import spell, spell_after
+from lm.tools import ToolFailed
 from reward.verifiers import CheckPool, Failure
 from tasks.task import Tokenizer
 
 MAX_DIGITS = 9  # of an operand: what is longer is no sum that a rationale needs
 # Digits are ASCII: a model may write others, which int() would take too.
 _TWO_TERMS = re.compile(rf" ?(-?[0-9]{{1,{MAX_DIGITS}}}) ([+-]) (-?[0-9]{{1,{MAX_DIGITS}}}) ?=")
-
-
-class ToolFailed(RuntimeError):
-    """A function that raised, hung or returned no text, as often as it was asked."""
 
 
 class Calculator:

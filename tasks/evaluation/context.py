@@ -10,8 +10,9 @@ import torch
 
 from lm.actions import ActionSpace
 from lm.model import CausalLM
-from lm.sampling import Completion, Request, Sampler, Tool
+from lm.sampling import Completion, Request, Sampler
 from lm.shared import SharedModel
+from lm.tools import Tool
 from reward.terms import RewardTerms
 from tasks.evaluation.config import EvaluationConfig, PosteriorConfig
 from tasks.held_out import Split

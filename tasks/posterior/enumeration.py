@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits, Prefix
-from lm.sampling import Tool
+from lm.tools import Tool
 from tasks.posterior.ceiling import Ceiling
 
 # Prefixes of one batch: few at first, when the heaviest are still to be found.

@@ -24,7 +24,8 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import NO_TOKEN, ActionSpace
 from lm.model import CausalLM, context_limit
-from lm.sampling import Request, Sampler, Tool
+from lm.sampling import Request, Sampler
+from lm.tools import Tool
 from tasks.posterior.bounds import Interval
 from tasks.posterior.weights import Completed
 

@@ -20,8 +20,8 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.hub import ask_hub
-from lm.sampling import Tool
 from lm.spelling import ANY_WORD, TokenizerUnfit, chat_text, control_tokens, spell, spell_after
+from lm.tools import Tool
 from reward.checks import canonical
 from reward.terms import RewardTerms
 from tasks.arithmetic.calculator import Calculator, FunctionTool

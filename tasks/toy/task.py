@@ -34,7 +34,7 @@ class LetterSum:
         self.triggers = frozenset((trigger,))
 
     def output(self, completion: Sequence[int]) -> list[int]:
-        """One letter, or nothing; see lm.sampling.Tool."""
+        """One letter, or nothing; see lm.tools.Tool."""
         values = [self._letters.index(token) for token in completion if token in self._letters]
         return [self._letters[sum(values) % len(self._letters)]] if values else []
 

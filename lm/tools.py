@@ -1,0 +1,130 @@
+"""Tools that speak into a completion while it is being sampled.
+
+A tool is asked whenever the policy has chosen one of its triggers, so as often as the policy calls
+it in one completion. What it says must follow from the tokens before: it is a transition of the
+environment, of probability 1, and no action of the policy.
+
+Each call is made in a thread of its own, so that it delays only the row that waits for it. A call
+that fails, or whose answer is late, ends that row: there is no completion, and never a reward.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from time import monotonic
+from typing import Protocol
+
+_Call = tuple["Future[list[int]]", tuple[int, ...]]
+
+
+class Tool(Protocol):
+    """Speaks into a completion after certain tokens."""
+
+    @property
+    def triggers(self) -> frozenset[int]:
+        """Tokens after which `output` is asked, when the policy has chosen them."""
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        """Tokens to insert after `completion`, which ends with a trigger; [] for none.
+
+        May be asked by several threads at once.
+        """
+
+
+class ToolFailed(RuntimeError):
+    """A tool that raised, hung or said what is no text, as often as it was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFault:
+    """What a request ends with whose tool failed: no completion."""
+
+    error: Exception
+
+    @property
+    def reason(self) -> str:
+        """One line for people."""
+        return f"{type(self.error).__name__}: {self.error}"
+
+
+class ToolCall:
+    """A call under way."""
+
+    def __init__(self, answer: "Future[list[int]]", timeout_s: float) -> None:
+        self.answer, self._timeout_s = answer, timeout_s
+        self._asked_s = monotonic()
+
+    @property
+    def over(self) -> bool:
+        """Whether `result` says at once what there is: an answer, an error, or that it is late."""
+        return self.answer.done() or monotonic() - self._asked_s >= self._timeout_s
+
+    def result(self) -> list[int]:
+        """Wait for the tokens to insert; raises TimeoutError, and whatever the tool raises."""
+        try:
+            return self.answer.result(max(self._asked_s + self._timeout_s - monotonic(), 0.0))
+        except TimeoutError:
+            if self.answer.done():  # the tool's own
+                raise
+            raise TimeoutError(f"a tool gave no answer within {self._timeout_s:g} s") from None
+
+
+def wait_for_any(calls: Sequence[ToolCall], timeout_s: float) -> None:
+    """Until one of them is answered, or so long."""
+    wait([call.answer for call in calls], timeout_s, return_when=FIRST_COMPLETED)
+
+
+class ToolDesk:
+    """Asks a tool in threads, as many as there are calls at once.
+
+    A thread whose call never ends is left to itself: nobody can end it. Tools that may hang run in
+    processes, as those of `task.tools` do.
+
+    Args:
+        vocab_size: of the model that is to read what the tool says.
+        timeout_s: longest wait for an answer.
+    """
+
+    def __init__(self, tool: Tool, *, vocab_size: int, timeout_s: float) -> None:
+        self.triggers = tool.triggers
+        self._tool, self._vocab_size, self._timeout_s = tool, vocab_size, timeout_s
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._threads = 0
+        self._open: list[Future[list[int]]] = []
+        weakref.finalize(self, self._calls.put, None)
+
+    def ask(self, tokens: Sequence[int]) -> ToolCall:
+        """Start to ask what is to be inserted after `tokens`; returns at once."""
+        self._open = [answer for answer in self._open if not answer.done()]
+        answer: Future[list[int]] = Future()
+        self._open.append(answer)
+        self._calls.put((answer, tuple(tokens)))
+        if len(self._open) > self._threads:
+            self._threads += 1
+            # A daemon, or a call that hangs would keep the process from ending.
+            arguments = (self._tool, self._vocab_size, self._calls)
+            threading.Thread(target=_serve, args=arguments, name="tool", daemon=True).start()
+        return ToolCall(answer, self._timeout_s)
+
+
+def _serve(tool: Tool, vocab_size: int, calls: "SimpleQueue[_Call | None]") -> None:
+    """Answer calls until the desk is gone; holds no reference to it."""
+    while (call := calls.get()) is not None:
+        answer, tokens = call
+        try:
+            answer.set_result(ask_tool(tool, tokens, vocab_size))
+        except Exception as error:  # whatever a tool of somebody's own raises
+            answer.set_exception(error)
+        del call, answer
+    calls.put(None)  # for the next thread
+
+
+def ask_tool(tool: Tool, tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """What a tool inserts after `tokens`; raises ValueError for what the model cannot read."""
+    output = list(tool.output(tuple(tokens)))
+    if not all(0 <= token < vocab_size for token in output):
+        raise ValueError(f"tool inserted tokens {output}, outside the vocabulary of {vocab_size}")
+    return output

@@ -1,0 +1,157 @@
+"""The actor that takes places as they become free."""
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+
+import pytest
+
+from actors.actor import RolloutActor
+from actors.weight_sources import PublishedWeights
+from lm.adapter import checksum
+from lm.sampling import Completion, Ended, Request
+from lm.tools import ToolFault
+from tests.test_actor import CONFIG, ArithmeticScores, ScriptedPolicy, Shelf, make_actor
+
+STREAMING = CONFIG.model_copy(update={"max_rows": 6, "max_in_flight": 100})
+
+
+class Ragged(ScriptedPolicy):
+    """Ends requests after 1, 2, 3, 1, 2, 3 ... polls; the first one never, while it is held."""
+
+    held = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: dict[int, tuple[int, Request]] = {}
+        self.rows: list[int] = []  # under way at each poll
+        self.loaded_at: list[int] = []  # rows under way at each load
+
+    def submit(self, requests: Sequence[Request]) -> list[int]:
+        numbers = super().submit(requests)
+        for number, request in zip(numbers, requests, strict=True):
+            self.left[number] = number % 3 + 1, request
+        return numbers
+
+    def poll(self) -> list[Ended]:
+        self.rows.append(len(self.left))
+        ended: list[Ended] = []
+        for number, (polls, request) in list(self.left.items()):
+            self.left[number] = polls - 1, request
+            if polls <= 1 and not (number == 0 and self.held):
+                del self.left[number]
+                ended.append((number, self.ended(number, request)))
+        return ended
+
+    def load(self, adapter: bytes) -> None:
+        super().load(adapter)
+        self.loaded_at.append(len(self.left))
+
+
+def quick() -> ArithmeticScores:
+    scorer = ArithmeticScores()
+    scorer.quick = True
+    return scorer
+
+
+def running(polls: int, **replaced: Any) -> tuple[RolloutActor, dict[str, Any]]:
+    """After so many turns of an actor that runs, with nothing under way any more."""
+    actor, parts = make_actor(**({"config": STREAMING, "scorer": quick()} | replaced))
+    turns = count()
+    policy = parts["policy"]
+
+    def stop() -> bool:
+        policy.held = next(turns) < polls
+        return not policy.held
+
+    actor.run(stop)
+    return actor, parts
+
+
+def test_no_place_waits_for_the_longest_row() -> None:
+    policy = Ragged()
+    _, parts = running(40, policy=policy)
+    groups = parts["buffer"].groups
+    assert min(policy.rows[:40]) >= 6, "places stay empty"
+    assert len(groups) * 3 == policy.submitted > 100
+    # The group of the held row ended last; all others did not wait for it.
+    assert groups[-1][0].created_s == max(group[0].created_s for group in groups)
+    assert len({group[0].created_s for group in groups}) == len(groups)
+
+
+def test_a_completion_is_of_one_version_and_says_which() -> None:
+    shelf, policy = Shelf(), Ragged()
+
+    class Publishing(ArithmeticScores):
+        """A learner that publishes with every tenth scoring."""
+
+        quick = True
+
+        def submit(self, items: Any) -> Any:
+            if self.submitted % 10 == 9:
+                version = self.submitted
+                data = b"%d" % version
+                shelf.newest = PublishedWeights(version, data, checksum(data))
+            return super().submit(items)
+
+    policy.held = False
+    actor, parts = make_actor(config=STREAMING, weights=shelf, policy=policy, scorer=Publishing())
+    turns = count()
+    actor.run(lambda: next(turns) >= 200)
+    groups = parts["buffer"].groups
+    versions = [group[0].policy_version for group in groups]
+    assert policy.loaded_at == [0] * len(policy.loaded) and len(policy.loaded) > 5
+    assert sorted(set(versions)) == [0, *(int(data) for data in policy.loaded)]
+    assert min(map(versions.count, versions[:-6])) >= STREAMING.groups_per_batch
+    assert len(groups) * 3 == policy.submitted
+
+
+def test_max_in_flight_counts_completions() -> None:
+    policy = Ragged()
+    config = STREAMING.model_copy(update={"max_in_flight": 9})
+    actor, parts = make_actor(config=config, policy=policy)
+    policy.held = False
+    turns = count()
+    most = 0
+
+    def stop() -> bool:
+        nonlocal most
+        most = max(most, sum(scoring.size for scoring in actor._in_flight))
+        return next(turns) >= 60
+
+    actor.run(stop)
+    # Rows under way then may still end.
+    assert 9 <= most <= 9 + 6 + 3
+    assert len(parts["buffer"].groups) * 3 == policy.submitted > 60
+
+
+class Faulty(Ragged):
+    """A tool fails in every `every`-th completion."""
+
+    every = 5
+
+    def ended(self, number: int, request: Request) -> Completion | ToolFault:
+        if number % self.every == 0:
+            return ToolFault(KeyError("nine"))
+        return super().ended(number, request)
+
+
+def test_a_group_that_a_tool_ended_is_dropped_and_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = Faulty()
+    actor, parts = running(60, policy=policy)
+    faults = len([number for number in range(policy.submitted) if number % 5 == 0])
+    stats, groups = actor.stats, parts["buffer"].groups
+    assert stats.tool_failures == faults and "KeyError: 'nine'" in caplog.text
+    assert stats.sampled == policy.submitted - faults == stats.trajectories + stats.unscored
+    assert len(groups) == stats.groups == policy.submitted // 3 - faults
+    assert all(len(group) == 3 for group in groups)
+
+
+def test_a_tool_that_always_fails_ends_the_actor_with_what_it_said() -> None:
+    policy = Faulty()
+    policy.every = 1
+    with pytest.raises(KeyError, match="nine"):
+        running(1000, policy=policy)
+    assert policy.submitted < 100
