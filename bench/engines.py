@@ -1,8 +1,9 @@
 """Tokens per CPU second of the rollout engines, and of transformers' generate, in turns.
 
 All draw groups from the same law under the same adapter: completions of one length, or "ragged", of
-20 to 500 tokens as the model ends its sentences. generate has the adapter folded in, and keeps no
-log-probabilities; the engines record them. One thread. Without vLLM there are no rows of it.
+20 to 500 tokens as the model ends its sentences. The engines stream, as actors have them, and
+record log-probabilities; generate draws batch after batch, has the adapter folded in, and keeps
+none. One thread. Without vLLM there are no rows of it.
 
     python bench/engines.py [--json] [--repeats N] [--models FOLDER ...] [--lengths 50 200 ragged]
 """
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from actors.config import ActorConfig
 from actors.engine import NativeEngine, vllm_engine
-from actors.protocols import RolloutEngine
+from actors.protocols import RolloutEngine, completed
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes
 from lm.config import LMConfig, LoRAConfig
@@ -66,12 +68,24 @@ def adapter_of(lm: LMConfig) -> bytes:
     return adapter_bytes(model)
 
 
-def drawn_by(engine: RolloutEngine, prompts: Sequence[tuple[int, ...]]) -> Callable[[int], int]:
-    """Tokens of a completion of every prompt, as often as it is called."""
+def streamed_by(engine: RolloutEngine, prompts: Sequence[tuple[int, ...]]) -> Callable[[int], int]:
+    """Tokens of as many completions as there are prompts, as they end, as often as it is called.
+
+    As an actor asks for them: a place that becomes free is taken by the next prompt, and what is
+    under way at the end goes on in the next call.
+    """
+    asked = cycle(Request(prompt=prompt) for prompt in prompts)
+    under_way = 0
 
     def draw(_: int) -> int:
-        found = engine.sample([Request(prompt=prompt) for prompt in prompts])
-        return sum(len(completion.tokens) for completion in found)
+        nonlocal under_way
+        tokens, left = 0, len(prompts)
+        while left > 0:
+            engine.submit(list(islice(asked, len(prompts) - under_way)))
+            ended = engine.poll()
+            under_way, left = len(prompts) - len(ended), left - len(ended)
+            tokens += sum(len(completed(one).tokens) for _, one in ended)
+        return tokens
 
     return draw
 
@@ -121,7 +135,7 @@ def measure(model: str, length: str, rows: int, repeats: int) -> list[dict[str, 
     plain = load_base(lm)
     MergedModel(plain).load(adapter)
     sides = {
-        "native": drawn_by(native, prompts),
+        "native": streamed_by(native, prompts),
         "generate": generated_by(plain.model, actions, prompts),
     }
     if importlib.util.find_spec("vllm") is not None:
@@ -129,7 +143,7 @@ def measure(model: str, length: str, rows: int, repeats: int) -> list[dict[str, 
         width = max(len(prompt) for prompt in spelled)
         vllm = vllm_engine(lm, settings, actions, None, lora=LORA, longest_prompt=width, seed=0)
         vllm.load(adapter)
-        sides["vllm"] = drawn_by(vllm, prompts)
+        sides["vllm"] = streamed_by(vllm, prompts)
     torch.set_num_threads(1)
     best = dict.fromkeys(sides, 0.0)
     for round_ in range(repeats + 1):  # the first, in which caches are filled, does not count
