@@ -4,14 +4,22 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from actors.actor import RolloutActor
+from actors.reward_query import DirectScorer
 from actors.weight_sources import PublishedWeights
-from lm.adapter import checksum
+from cluster.config.file import load_config
+from cluster.run.assembly import build_actor, load_task, model_policy
+from lm.adapter import adapter_bytes, checksum, load_adapter_bytes
+from lm.config import LoRAConfig
+from lm.model import attach_adapter, load_base
 from lm.sampling import Completion, Ended, Request
+from lm.scoring import completion_log_probs
 from lm.tools import ToolFault
-from tests.test_actor import CONFIG, ArithmeticScores, ScriptedPolicy, Shelf, make_actor
+from tests.test_actor import CONFIG, ArithmeticScores, ListBuffer, ScriptedPolicy, Shelf, make_actor
 
 STREAMING = CONFIG.model_copy(update={"max_rows": 6, "max_in_flight": 100})
 
@@ -155,3 +163,66 @@ def test_a_tool_that_always_fails_ends_the_actor_with_what_it_said() -> None:
     with pytest.raises(KeyError, match="nine"):
         running(1000, policy=policy)
     assert policy.submitted < 100
+
+
+def test_log_q_of_a_streaming_engine_is_that_of_the_version_it_names() -> None:
+    config = load_config(
+        "tasks/toy.toml",
+        [
+            "task.tool=true",
+            *("actors.group_size=3", "actors.groups_per_batch=2", "actors.max_rows=8"),
+            "actors.max_ready_groups=9999",
+        ],
+    )
+    base, task = load_task(config)
+    adapters = [perturbed(config.lora, seed) for seed in range(4)]
+    shelf, buffer = Shelf(), ListBuffer()
+    actor = build_actor(
+        config,
+        policy=model_policy(config, load_base(config.lm), task, steady=False),
+        task=task,
+        name="actor-0",
+        seed=(0,),
+        buffer=buffer,
+        scorer=DirectScorer(lambda item: np.zeros(len(item.stops), np.float32)),
+        weights=shelf,
+    )
+    turns = count()
+
+    def stop() -> bool:
+        if (turn := next(turns)) % 25 == 0 and turn < 100:
+            data = adapters[turn // 25]
+            shelf.newest = PublishedWeights(turn // 25 + 1, data, checksum(data))
+        return turn == 120
+
+    actor.run(stop)
+    assert {group[0].policy_version for group in buffer.groups} == {1, 2, 3, 4}
+    learned = attach_adapter(base, config.lora, seed=0)
+    for version, adapter in enumerate(adapters, start=1):
+        load_adapter_bytes(learned, adapter)
+        drawn = [t for group in buffer.groups for t in group if t.policy_version == version]
+        assert len(drawn) > 12
+        with torch.no_grad():
+            scored = completion_log_probs(
+                learned,
+                task.actions,
+                [tuple(t.prompt.tolist()) for t in drawn],
+                [t.completion.tolist() for t in drawn],
+                [t.from_tool.tolist() for t in drawn],
+            )
+        for b, t in enumerate(drawn):
+            log_pf = scored.log_pf_BT[b, : len(t.completion)].numpy()
+            assert np.abs(log_pf - t.behaviour_log_prob).max(initial=0.0) < 1e-4
+            log_stop = scored.log_stop_BS[b].numpy()[t.stops]
+            assert np.abs(log_stop - t.behaviour_log_stop).max() < 1e-4
+
+
+def perturbed(lora: LoRAConfig, seed: int) -> bytes:
+    """An adapter of the toy's that is not the identity."""
+    model = attach_adapter(load_base(load_config("tasks/toy.toml").lm), lora, seed=0)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0.0, 0.3)
+    return adapter_bytes(model)
