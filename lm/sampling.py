@@ -108,8 +108,9 @@ class Sampler:
     transformers, with or without adapter; its weights may change while nothing is under way.
 
     Args:
-        steady: all wait for a row's tool, so that draws depend on the seed alone. Else a row whose
-            tool is slow gives up its place, and takes another when the tool has spoken.
+        steady: all wait for a row's tool, and prompts are read anew whenever nothing is under way,
+            so that draws depend on the seed alone. Else a row whose tool is slow gives up its
+            place, and takes another when the tool has spoken.
         tool_timeout_s: longest wait for a tool.
     """
 
@@ -164,7 +165,6 @@ class Sampler:
 
         Raises as `submit` and `step`, and what a tool raised.
         """
-        self._store.clear()  # who calls this may have changed the weights
         numbers = self.submit(requests)
         done: dict[int, Completion] = {}
         while not self.idle:
@@ -180,6 +180,8 @@ class Sampler:
 
         Raises ValueError when a text would outgrow the model.
         """
+        if self._steady and self.idle:  # the same again, whatever was asked before
+            self._store.clear()
         longest = max((len(request.prompt) for request in requests), default=0)
         require_context(self._model, longest + self._actions.max_len)
         rows = [
