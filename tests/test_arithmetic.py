@@ -15,7 +15,7 @@ from actors.prompts import Prompt
 from lm.config import LMConfig
 from lm.model import load_base
 from lm.sampling import Completion, Request
-from lm.spelling import spell
+from lm.spelling import spell, spell_after
 from seed_lm import arithmetic_files
 from seed_lm.worked_sums import OPERATORS, is_held_out
 from tasks.arithmetic.data import load_demonstrations, load_items
@@ -290,6 +290,7 @@ def ask(
         answer=answerer.sample,
         decode=task.tokenizer.decode,
         parse=task.parse_answer,
+        lead=spell_after(task.tokenizer, " 1", ". The answer is"),
     )
 
 
@@ -300,7 +301,7 @@ def test_the_commonest_answer_counts_and_unparsable_text_is_a_vote_for_none(
     chains = [" 1 + 1 = 2, 2 - 3 = -1", " 1 - 3 = -2, -2 + 1 = -1", " 9 + 9 = 18", " 0", " 0 ="]
 
     def answer(text: str, _: int) -> str:
-        return ". The answer is -1." if text.endswith("-1") else ". The answer is"
+        return " -1." if text.endswith("-1. The answer is") else " ."
 
     policy = Script(task.tokenizer, lambda _, number: chains[number])
     [voted] = ask(task, [question], policy, Script(task.tokenizer, answer), 5)
@@ -322,18 +323,19 @@ def test_what_the_policy_draws_is_counted_too(task: Arithmetic) -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["", ".", ". The answer is .", ". The answer is -1", " -1", "-1."])
+@pytest.mark.parametrize("text", ["", ".", " .", ". The answer is -1.", " -1", "  -1."])
 def test_text_that_is_no_answer_is_no_number(task: Arithmetic, text: str) -> None:
     assert task.parse_answer(text) is None
-    assert task.parse_answer(". The answer is -1. Question: 2") == -1
+    assert task.parse_answer(" -1. Question: 2") == task.parse_answer("-1.") == -1
 
 
 def test_equal_rationales_of_one_question_are_answered_once(task: Arithmetic) -> None:
     questions = [item(task, f"Question: {n} + 1 + 1 = ? Answer:") for n in range(3)]
     policy = Script(task.tokenizer, lambda text, _: " 1 + 1 = 2")
-    answerer = Script(task.tokenizer, lambda text, _: ". The answer is 2.")
+    answerer = Script(task.tokenizer, lambda text, _: " 2.")
     voted = ask(task, questions, policy, answerer, 10)
-    assert answerer.asked == [f"{one.prompt.text} 1 + 1 = 2" for one in questions]
+    said = " 1 + 1 = 2. The answer is"
+    assert answerer.asked == [f"{one.prompt.text}{said}" for one in questions]
     assert [one.right for one in voted] == [True, False, False]
 
 
@@ -344,7 +346,7 @@ def test_scores_are_apart_for_operands_and_for_unseen_questions(task: Arithmetic
         item(task, "Question: 2 + 0 + 1 + 0 = ? Answer:", unseen=False),
     ]
     policy = Script(task.tokenizer, lambda text, _: " 1 + 1 = 2")
-    answerer = Script(task.tokenizer, lambda text, _: ". The answer is 2.")
+    answerer = Script(task.tokenizer, lambda text, _: " 2.")
     metrics = vote_metrics(ask(task, questions, policy, answerer, 2), samples=2)
     assert list(dict.fromkeys(metric.group for metric in metrics.values())) == ["3", "4"]
     assert (metrics["3"].items, metrics["3"].value) == (2, 0.5)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Operator = Literal["+", "-"]
+ANSWER_LEAD = ". The answer is"  # what every Y begins with
 _QUESTION = re.compile(r"Question: ([0-9](?: [+-] [0-9])+) = \? Answer:")
 
 
@@ -74,4 +75,4 @@ def parse_question(text: str) -> Expression:
 
 
 def answer_text(value: int) -> str:
-    return f". The answer is {value}."
+    return f"{ANSWER_LEAD} {value}."

@@ -16,7 +16,7 @@ from lm.actions import ActionSpace
 from lm.spelling import check_spelling, spell, spell_after
 from tasks.arithmetic.calculator import Calculator
 from tasks.arithmetic.data import Item, load_demonstrations, load_items
-from tasks.arithmetic.expression import answer_text
+from tasks.arithmetic.expression import ANSWER_LEAD, answer_text
 from tasks.config import ArithmeticConfig
 from tasks.custom import PlainTask
 from tasks.evaluation.accuracy import evaluate_answers
@@ -31,7 +31,7 @@ LONGEST_ANSWER = -9999  # no sum of a readable rationale takes more characters
 LEGAL_CHARACTERS = frozenset("0123456789+-=, ")
 _STEP = " 1 + 1 = 2"  # what an answer stands behind, as far as that matters to its spelling
 _LAST_RESULT = re.compile(r"= (-?[0-9]+)$")
-_ANSWER = re.compile(r"\. The answer is (-?[0-9]+)\.")
+_ANSWER = re.compile(r" ?(-?[0-9]+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +45,23 @@ class Arithmetic(PlainTask):
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
         """Whether the last step's result is the answer of the prompt."""
         result = _LAST_RESULT.search(self.tokenizer.decode(list(completion)))
-        answer = self.parse_answer(self.tokenizer.decode(list(prompt.answer)))
+        said = self.tokenizer.decode(list(prompt.answer))
+        answer = self.parse_answer(said.removeprefix(ANSWER_LEAD))
         return result is not None and int(result[1]) == answer
 
     def parse_answer(self, text: str) -> int | None:
-        """The number in '. The answer is -6.'; None for anything else."""
+        """The number in ' -6.', said behind '. The answer is'; None for anything else."""
         match = _ANSWER.match(text)
         return None if match is None else int(match[1])
 
     def evaluate_held_out(self, context: EvaluationContext) -> Evaluation:
-        """Answers to held-out questions, by number of operands."""
-        return evaluate_answers(self, context, groups="operands")
+        """Answers to held-out questions, by number of operands.
+
+        The base LM is given the words that an answer begins with: behind a whole rationale a small
+        one would rather calculate on.
+        """
+        lead = spell_after(self.tokenizer, _STEP, ANSWER_LEAD)
+        return evaluate_answers(self, context, groups="operands", lead=lead)
 
 
 def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmetic:
@@ -118,8 +124,8 @@ def build_actions(tokenizer: Tokenizer, config: ArithmeticConfig) -> ActionSpace
 
 
 def build_answer_actions(tokenizer: Tokenizer) -> ActionSpace:
-    """Any text as long as an answer can be; raises TokenizerUnfit."""
-    longest = spell_after(tokenizer, _STEP, answer_text(LONGEST_ANSWER))
+    """Any text as long as an answer's number can be; raises TokenizerUnfit."""
+    longest = spell_after(tokenizer, ANSWER_LEAD, f" {LONGEST_ANSWER}.")
     return any_text(tokenizer, min_len=1, max_len=len(longest))
 
 
