@@ -25,6 +25,9 @@ from lm.sampling import Request
 from lm.tools import ToolFault
 
 _POLL_S = 0.02
+_UNSEEN_S = 5.0  # without a look at the buffer, after which it may have been drawn from unseen
+# Well below cluster.stop_timeout_s, for a process that is killed then stores nothing.
+_DRAIN_S = 20.0
 # Groups differ in time by this, which unix seconds in float64 still resolve: the buffer takes equal
 # bytes for one group sent twice, and a peaked policy samples equal groups.
 _GROUP_APART_S = 1e-6
@@ -81,9 +84,9 @@ class _Scoring:
 class RolloutActor:
     """Prompts in, scored trajectories out; `policy` begins with the weights of version 0.
 
-    A completion is of one version: weights are taken while nothing is under way. Once
-    `groups_per_batch` groups were asked of a version, and there is a newer one, no more are asked
-    until the last of them has ended.
+    A completion is of one version: weights are taken while nothing is under way, and looked for
+    before a group is asked then. Once `groups_per_batch` groups were asked of a version, and there
+    is a newer one, no more are asked until the last of them has ended.
     """
 
     name: str  # written into every trajectory
@@ -109,7 +112,8 @@ class RolloutActor:
     _created_s: float = field(default=0.0, init=False)  # the newest group, in unix seconds
 
     def run(self, stop: Callable[[], bool], *, in_turns: bool = False) -> None:
-        """Sample, score and store until `stop()`; then finish what is under way.
+        """Sample, score and store until `stop()`; then finish what ends soon, abandon the rest, and
+        store what has ended.
 
         Args:
             in_turns: one `step` after the other, rather than taking places as they become free.
@@ -119,13 +123,17 @@ class RolloutActor:
                 if self._has_room():
                     self.step()
                 else:
-                    time.sleep(_POLL_S)
+                    self._pause()
                 continue
             while self._may_ask():
                 self._ask(1)
             self._advance()
-        while self._under_way:
+        drained_s = time.monotonic() + _DRAIN_S
+        while self._under_way and time.monotonic() < drained_s:
             self._advance()
+        if self._under_way:
+            _log.warning("%s: stops with %d completions unended", self.name, len(self._under_way))
+            self._under_way.clear()
         self.flush()
 
     def step(self) -> None:
@@ -172,7 +180,13 @@ class RolloutActor:
 
     def _may_ask(self) -> bool:
         """Whether a group may be asked now; takes newer weights where their time has come."""
-        if self._until_look <= 0 and self._fresh is None:
+        if self._fresh is not None and self._under_way:
+            return False
+        has_place = len(self._under_way) < self.config.max_rows
+        if not (has_place and self._unstored < self.config.in_flight_limit and self._has_room()):
+            return False
+        # Last, so that no group is asked of weights that were the newest before a pause.
+        if self._fresh is None and (self._until_look <= 0 or not self._under_way):
             self._fresh = self.weights.newer_than(self.stats.version)
             self._until_look = self.config.groups_per_batch
         if self._fresh is not None:
@@ -180,17 +194,16 @@ class RolloutActor:
                 return False
             self._take(self.weights.newer_than(self._fresh.version) or self._fresh)
             self._fresh, self._until_look = None, self.config.groups_per_batch
-        has_place = len(self._under_way) < self.config.max_rows
-        return has_place and self._unstored < self.config.in_flight_limit and self._has_room()
+        return True
 
     def _has_room(self) -> bool:
         """Whether the buffer wants more groups; LearnerStalled where it has not for too long."""
         now = time.monotonic()
-        waits = self._full_since_s is not None
-        if waits and now - self._looked_s < _POLL_S:
-            return False
-        if waits and not self._under_way:
-            self.stats.paced_s += now - self._looked_s
+        if self._full_since_s is not None:
+            if (unseen_s := now - self._looked_s) < _POLL_S:
+                return False
+            if unseen_s > _UNSEEN_S:
+                self._full_since_s = None
         self._looked_s = now
         if (depth := self.buffer.depth()) < self.config.max_ready_groups:
             self._full_since_s = None
@@ -203,6 +216,13 @@ class RolloutActor:
                 f"{waited:.0f} s (actors.pace_timeout_s); is the learner alive?"
             )
         return False
+
+    def _pause(self) -> None:
+        """Wait a moment; for the learner, where the buffer is full."""
+        started = time.monotonic()
+        time.sleep(_POLL_S)
+        if self._full_since_s is not None:
+            self.stats.paced_s += time.monotonic() - started
 
     def _take(self, fresh: PublishedWeights | None) -> None:
         if fresh is None:
@@ -240,7 +260,7 @@ class RolloutActor:
         elif self._in_flight and self._full_since_s is None:
             self._store(self._in_flight[0])
         else:
-            time.sleep(_POLL_S)
+            self._pause()
         for scoring in [scoring for scoring in self._in_flight if scoring.done]:
             self._store(scoring)
 

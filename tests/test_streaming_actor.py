@@ -1,5 +1,6 @@
 """The actor that takes places as they become free."""
 
+import time
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from actors.actor import RolloutActor
 from actors.reward_query import DirectScorer
 from actors.weight_sources import PublishedWeights
+from buffer.trajectory import Trajectory
 from cluster.config.file import load_config
 from cluster.run.assembly import build_actor, load_task, model_policy
 from lm.adapter import adapter_bytes, checksum, load_adapter_bytes
@@ -131,6 +133,59 @@ def test_max_in_flight_counts_completions() -> None:
     # Rows under way then may still end.
     assert 9 <= most <= 9 + 6 + 3
     assert len(parts["buffer"].groups) * 3 == policy.submitted > 60
+
+
+def test_a_paced_actor_asks_with_the_weights_that_are_newest_after_the_pause() -> None:
+    shelf = Shelf()
+
+    class Drawn(ListBuffer):
+        """Full until the sixth look; the learner publishes before it draws."""
+
+        looks = 0
+
+        def depth(self) -> int:
+            self.looks += 1
+            if self.looks == 5:
+                shelf.newest = PublishedWeights(3, b"three", checksum(b"three"))
+            return 100 if self.looks < 6 else 0
+
+    config = STREAMING.model_copy(update={"pace_timeout_s": 60.0})
+    _, parts = running(30, policy=Ragged(), buffer=Drawn(), weights=shelf, config=config)
+    assert {group[0].policy_version for group in parts["buffer"].groups} == {3}
+
+
+def test_a_row_that_does_not_end_holds_no_stop_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.actor._DRAIN_S", 0.1)
+    policy, turns = Ragged(), count()
+    actor, parts = make_actor(config=STREAMING, scorer=quick(), policy=policy)
+    actor.run(lambda: next(turns) >= 20)
+    assert len(parts["buffer"].groups) * 3 == policy.submitted - 3 > 20
+
+
+def test_only_a_buffer_that_was_seen_full_all_the_time_is_a_stalled_learner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.actor._UNSEEN_S", 0.1)
+    actor, parts = make_actor()  # pace_timeout_s = 0.2
+    parts["buffer"].groups = [[]] * 100
+    assert not actor._has_room()
+    time.sleep(0.3)
+    assert not actor._has_room()
+
+
+def test_storing_while_the_buffer_is_full_is_no_pause() -> None:
+    class Sluggish(ListBuffer):
+        def add(self, group: Sequence[Trajectory]) -> None:
+            time.sleep(0.2)
+
+    config = CONFIG.model_copy(update={"pace_timeout_s": 60.0})
+    actor, parts = make_actor(config=config, scorer=quick(), buffer=Sluggish())
+    actor.step()
+    parts["buffer"].groups = [[]] * 100
+    assert not actor._has_room()
+    actor._advance()
+    assert not actor._has_room()
+    assert actor.stats.storing_s >= 0.4 and 0.02 <= actor.stats.paced_s < 0.3
 
 
 class Faulty(Ragged):
