@@ -37,7 +37,7 @@ class ActorConfig(Frozen):
     score_timeout_s: PositiveFloat = 300.0
     """Longest wait for the rewards of one batch."""
     tool_timeout_s: PositiveFloat = 600.0
-    """Longest wait for a tool, after which its completion ends without a reward."""
+    """Longest wait for a tool and its turn, after which its completion ends without a reward."""
     pace_timeout_s: PositiveFloat = 600.0
     """Longest pause before the learner counts as stalled."""
 

@@ -163,17 +163,24 @@ class Sampler:
     def sample(self, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
         """One completion per request, in their order, while nothing else is under way.
 
-        Raises as `submit` and `step`, and what a tool raised.
+        One that a tool ended is drawn once more. Raises as `submit` and `step`, and what a tool
+        raised the second time.
         """
-        numbers = self.submit(requests)
+        places = dict(zip(self.submit(requests), range(len(requests)), strict=True))
         done: dict[int, Completion] = {}
+        again: set[int] = set()
         while not self.idle:
             for number, ended in self.step(generator):
-                if isinstance(ended, ToolFault):
+                place = places[number]
+                if isinstance(ended, Completion):
+                    done[place] = ended
+                elif place not in again:
+                    again.add(place)
+                    places |= {other: place for other in self.submit([requests[place]])}
+                else:
                     self.abort()
                     raise ended.error
-                done[number] = ended
-        return [done[number] for number in numbers]
+        return [done[place] for place in range(len(requests))]
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Let requests wait for places; their numbers.

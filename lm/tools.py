@@ -8,6 +8,7 @@ Each call is made in a thread of its own, so that it delays only the row that wa
 that fails, or whose answer is late, ends that row: there is no completion, and never a reward.
 """
 
+import operator
 import threading
 import weakref
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ class ToolDesk:
 
     Args:
         vocab_size: of the model that is to read what the tool says.
-        timeout_s: longest wait for an answer.
+        timeout_s: longest wait for an answer, with what a tool waits for before it starts.
     """
 
     def __init__(self, tool: Tool, *, vocab_size: int, timeout_s: float) -> None:
@@ -123,8 +124,9 @@ def _serve(tool: Tool, vocab_size: int, calls: "SimpleQueue[_Call | None]") -> N
 
 
 def ask_tool(tool: Tool, tokens: Sequence[int], vocab_size: int) -> list[int]:
-    """What a tool inserts after `tokens`; raises ValueError for what the model cannot read."""
-    output = list(tool.output(tuple(tokens)))
+    """What a tool inserts after `tokens`; raises ValueError for what the model cannot read, and
+    TypeError for what is no token."""
+    output = [operator.index(token) for token in tool.output(tuple(tokens))]
     if not all(0 <= token < vocab_size for token in output):
         raise ValueError(f"tool inserted tokens {output}, outside the vocabulary of {vocab_size}")
     return output

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from threading import Timer
+from threading import BoundedSemaphore, Timer
 from time import monotonic
 from typing import Any
 
@@ -70,19 +70,24 @@ class CheckPool:
         self._deadline_s = deadline_s
         self._processes = processes
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="checks")
+        self._turns = BoundedSemaphore(processes)
         self._idle: list[_Process] = []
         weakref.finalize(self, _end, self._idle)
-
-    @property
-    def longest_s(self) -> float:
-        """Within which one call is made as often as it may be, each time by another process."""
-        return _ATTEMPTS * (_START_S + self._deadline_s + 2 * _GRACE_S)
 
     def submit(self, calls: Sequence[Call]) -> "list[Future[list[Any]]]":
         """Start to make the calls; their values or Failures, portion after portion, in order."""
         size = max(1, min(_BLOCK, -(-len(calls) // self._processes)))
         portions = [calls[at : at + size] for at in range(0, len(calls), size)]
         return [self._threads.submit(self._make, portion) for portion in portions]
+
+    def make(self, call: Call) -> Any:
+        """Make one call in this thread as soon as a process is free; its value or Failure.
+
+        No deadline counts the wait for a process.
+        """
+        with self._turns:
+            (found,) = self._make([call])
+        return found
 
     def start(self) -> None:
         """Start a process, so that what cannot be used is told now; raises UnusableCheck."""

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from lm.hub import load_tokenizer
 from lm.spelling import TokenizerUnfit, spell
 from lm.tools import ToolFailed
 from reward.checks import canonical, last_number
-from reward.verifiers import CheckPool, UnusableCheck
+from reward.verifiers import UnusableCheck
 from tasks.config import QuestionsConfig
 from tasks.questions.task import Questions, build_questions
 from tasks.records import DataError, missing_files
@@ -135,7 +136,7 @@ def test_the_tool_speaks_in_demonstrations_as_it_would(tmp_path: Path) -> None:
         build(wrong, tools=("calculator",))
 
 
-def test_a_function_of_ones_own_speaks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_of_ones_own_speaks_too(tmp_path: Path) -> None:
     build_own = partial(build, write(tmp_path, ROWS[1:]), tool_deadline_s=20.0)
     tool = build_own(tools=("tests.verifier_toy:shouts",)).tool
     assert tool is not None
@@ -148,9 +149,23 @@ def test_a_function_of_ones_own_speaks_too(tmp_path: Path, monkeypatch: pytest.M
         silent.output(spell(tokenizer, " 1 ="))
     with pytest.raises(UnusableCheck, match="no_module:tool"):
         build_own(tools=("no_module:tool",)).check_evaluation()
-    monkeypatch.setattr(CheckPool, "longest_s", 0.0)
-    with pytest.raises(ToolFailed, match="shouts: no answer within 0 s"):
-        tool.output(spell(tokenizer, " so a ="))
+
+
+def test_no_call_of_a_tool_is_late_for_others_before_it(tmp_path: Path) -> None:
+    pondering, texts = ("tests.verifier_toy:ponders",), [f" {n} =" for n in range(20)]
+    tool = build(write(tmp_path, ROWS[1:]), tools=pondering, tool_deadline_s=1.0).tool
+    assert tool is not None
+
+    def said(text: str) -> str:
+        try:
+            return tokenizer.decode(tool.output(spell(tokenizer, text)))
+        except ToolFailed as error:
+            return str(error)
+
+    with ThreadPoolExecutor(21) as threads:
+        hanging, *others = threads.map(said, [" x =", *texts])
+    assert others == texts
+    assert "task.tools: tests.verifier_toy:ponders: no answer within 1 s" in hanging
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,30 @@ def test_a_tool_that_fails_ends_its_own_row_and_is_named(
     assert sampler.idle
 
 
+class Unsteady(Echo):
+    """Fails the first time, and then says what is no token."""
+
+    def __init__(self, said: list[Any]) -> None:
+        self.calls, self.said = 0, said
+
+    def output(self, completion: Sequence[int]) -> list[Any]:
+        self.calls += 1
+        if self.calls == 1:
+            raise KeyError("nine")
+        return self.said
+
+
+def test_a_completion_that_a_tool_ended_is_drawn_once_more(
+    tiny_lm: Callable[[str], PreTrainedModel],
+) -> None:
+    model, generator = tiny_lm("llama"), torch.Generator().manual_seed(0)
+    requests, tool = mixed_requests(40), Unsteady([])
+    drawn = Sampler(model, ACTIONS, tool, max_rows=16).sample(requests, generator)
+    assert tool.calls > 5 and worst_disagreement(model, ACTIONS, requests, drawn) < 1e-4
+    with pytest.raises(TypeError, match="'float' object cannot be interpreted as an integer"):
+        Sampler(model, ACTIONS, Unsteady([3.0]), max_rows=16).sample(requests, generator)
+
+
 def called(completion: Completion) -> list[int]:
     """Where the policy called."""
     chosen = np.isin(completion.tokens, [CALL, MUTE]) & ~completion.from_tool
@@ -180,7 +204,8 @@ def test_a_tool_that_gives_no_answer_in_time_fails(
 def test_a_tools_text_that_outgrows_the_model_ends_its_row(
     tiny_lm: Callable[[str], PreTrainedModel],
 ) -> None:
-    endless: Any = SimpleNamespace(triggers=frozenset({2, 5, 9}), output=lambda _: [7] * 300)
+    every = frozenset({2, CALL, MUTE, 5, 9})
+    endless: Any = SimpleNamespace(triggers=every, output=lambda _: [7] * 300)
     sampler = Sampler(tiny_lm("llama"), ACTIONS, endless, max_rows=4)
     with pytest.raises(ValueError, match="exceeds the 256 tokens"):
         sampler.sample([Request(prompt=(2,))], torch.Generator().manual_seed(0))

@@ -48,5 +48,11 @@ def shouts(text: str) -> str:
     return " " + text.split()[-2].upper() if "?" not in text else ""
 
 
+def ponders(text: str) -> str:
+    """For a while, or for ever where there is an x."""
+    time.sleep(60 if "x" in text else 0.2)
+    return text
+
+
 def is_silent(text: str) -> int:
     return 7

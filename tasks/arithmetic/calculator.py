@@ -1,6 +1,7 @@
 """Tools that speak into a rationale while it is being sampled, behind "=": a calculator, or a
 function of somebody's own."""
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ from lm.tools import ToolFailed
 from reward.verifiers import CheckPool, Failure
 from tasks.task import Tokenizer
 
+_MOST_PROCESSES = 4  # that call one function
 MAX_DIGITS = 9  # of an operand: what is longer is no sum that a rationale needs
 # Digits are ASCII: a model may write others, which int() would take too.
 _TWO_TERMS = re.compile(rf" ?(-?[0-9]{{1,{MAX_DIGITS}}}) ([+-]) (-?[0-9]{{1,{MAX_DIGITS}}}) ?=")
@@ -42,13 +44,15 @@ class FunctionTool:
     nothing where that is "" or None.
 
     What it says must follow from the text: it is part of the state, with probability 1. It runs in
-    a process of its own, which is ended where a call takes longer than `deadline_s`.
+    processes of its own, and one is ended where a call takes longer than `deadline_s`, which does
+    not count the wait for a free process.
     """
 
     def __init__(self, tokenizer: Tokenizer, name: str, *, deadline_s: float) -> None:
         self._tokenizer, self._name = tokenizer, name
         self.triggers = _equals_signs(tokenizer)
-        self._pool = CheckPool([(name, None)], _as_text, processes=1, deadline_s=deadline_s)
+        processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
+        self._pool = CheckPool([(name, None)], _as_text, processes=processes, deadline_s=deadline_s)
 
     def check(self) -> None:
         """Raise UnusableCheck where there is no such function."""
@@ -56,13 +60,9 @@ class FunctionTool:
 
     def output(self, completion: Sequence[int]) -> list[int]:
         """Token ids of the text to insert; raises ToolFailed."""
-        (portion,) = self._pool.submit([(0, self._tokenizer.decode(list(completion)))])
-        try:
-            (said,) = portion.result(self._pool.longest_s)
-        except TimeoutError:
-            said = Failure(f"no answer within {self._pool.longest_s:.0f} s")
+        said = self._pool.make((0, self._tokenizer.decode(list(completion))))
         if isinstance(said, Failure):
-            raise ToolFailed(f"task.tools: {self._name}: {said.reason}")
+            raise ToolFailed(f"task.tools: {said.reason}")
         return list(spell(self._tokenizer, said))
 
 
