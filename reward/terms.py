@@ -93,7 +93,7 @@ class RewardTerms:
         for place, item in enumerate(items):
             for number, stop, call in self._calls(item):
                 where.append((place, number, stop, calls.setdefault(call, len(calls))))
-        return Verdicts(where, self._pool.submit(list(calls)))
+        return Verdicts(where, self._pool.submit(list(calls)), self._pool)
 
     def _calls(self, item: ScoreItem) -> Iterator[tuple[int, int, Call]]:
         """Number of a verifier, place of a stop state, and what is asked there."""
@@ -147,10 +147,11 @@ class Verdicts:
 
     where: list[tuple[int, int, int, int]]
     portions: "list[Future[list[Any]]]"
+    pool: CheckPool
 
     def wait(self, timeout_s: float, *, strict: bool, since_s: float | None = None) -> None:
-        """Raise TimeoutError where they are not all made in time, and CheckFailed where all of
-        them failed; if `strict`, where one did.
+        """Raise TimeoutError where they are not all made in time, and CheckFailed where a verifier
+        failed all its checks and is broken (CheckPool.is_broken); if `strict`, where one failed.
 
         Args:
             since_s: from when on `timeout_s` counts, by the monotonic clock; None: from now.
@@ -163,10 +164,18 @@ class Verdicts:
                 "reward.verifier_processes, or lower reward.verifier_deadline_s"
             )
         found = [one for part in self.portions for one in part.result()]
-        failures = [one for one in found if isinstance(one, Failure)]
-        if failures and (strict or len(failures) == len(found)):
+        answers: dict[int, dict[int, Any]] = {}  # of each verifier, by the number of the check
+        for _, number, _, at in self.where:
+            answers.setdefault(number, {})[at] = found[at]
+        broken: list[Any] = []
+        for number, its in answers.items():
+            failed = all(isinstance(one, Failure) for one in its.values())
+            if self.pool.is_broken(number, failed=failed):
+                broken += its.values()
+        asked = found if strict else broken
+        if failures := [one for one in asked if isinstance(one, Failure)]:
             raise CheckFailed(
-                f"reward.terms: {len(failures)} of {len(found)} checks failed, as often as they "
+                f"reward.terms: {len(failures)} of {len(asked)} checks failed, as often as they "
                 f"were made; the first: {failures[0].reason}; mend the verifier, or, where it is "
                 "slow, raise reward.verifier_deadline_s"
             )

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 Call = tuple[Any, ...]  # number of the check, text, and for a verifier the record as JSON
 _ATTEMPTS = 3
 _GIVEN_UP = 12  # processes that a check has ended before it gave any value
+_FAILED_SCORINGS = 16  # in a row, of which a check failed the whole: then it counts as broken
 _BLOCK = 64  # calls that a process is handed at once: their answers fit into a pipe
 _START_S = 120.0  # longest import of the functions' modules
 _GRACE_S = 5.0  # by which a process ends itself before it is ended
@@ -65,6 +66,7 @@ class CheckPool:
         self.failures = 0  # calls that failed, each attempt counted
         self._sound: set[int] = set()  # numbers of the checks that have given a value
         self._ended: Counter[int] = Counter()  # processes, by the check that ended them
+        self._lost: Counter[int] = Counter()  # scorings in a row that a check failed as a whole
         self._specifications = list(specifications)
         self._accept = accept
         self._deadline_s = deadline_s
@@ -92,6 +94,15 @@ class CheckPool:
     def start(self) -> None:
         """Start a process, so that what cannot be used is told now; raises UnusableCheck."""
         self._idle.append(self._process())
+
+    def is_broken(self, check: int, *, failed: bool) -> bool:
+        """Whether a check will not get better, by its whole life.
+
+        Args:
+            failed: whether it has failed all its calls of one more scoring.
+        """
+        self._lost[check] = self._lost[check] + 1 if failed else 0
+        return failed and (check not in self._sound or self._lost[check] >= _FAILED_SCORINGS)
 
     def _make(self, calls: Sequence[Call]) -> list[Any]:
         """A value or a Failure for each."""

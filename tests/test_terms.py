@@ -303,7 +303,7 @@ def test_a_verifier_that_forked_is_ended_with_what_it_forked(
 
 
 def test_a_wait_for_verifiers_that_ends_says_whose_and_how_long() -> None:
-    verdicts = Verdicts([], [Future()])
+    verdicts = Verdicts([], [Future()], pool("exact"))
     with pytest.raises(TimeoutError, match=r"verifiers: .* longer than 600 s: raise reward\.veri"):
         verdicts.wait(600.0, strict=False, since_s=monotonic() - 600.0)
 
@@ -354,8 +354,48 @@ def test_one_item_that_cannot_be_judged_has_no_reward_and_the_others_theirs(
     assert [each.tolist() for each in found] == [[1.0, 1.0], []]
     with pytest.raises(CheckFailed, match=r"1 of 2 checks failed, .* ValueError: no verdict"):
         built.log_rewards(items, log_p)
-    with pytest.raises(CheckFailed, match="1 of 1 checks"):  # not one can be judged
-        built.judge(items[1:]).wait(30.0, strict=False)
+
+
+def test_a_verifier_that_failed_on_one_row_ends_a_run_only_where_it_fails_on_and_on(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    check = {"kind": "verifier", "check": "tests.verifier_toy:misbehaves"}
+    changed = config.changed({"reward.terms": ({"kind": "likelihood"}, check)})
+    record = json.dumps({"marker": str(tmp_path / "seen")})
+    fine, bad = (
+        [ScoreItem.of([1], [token], stops=[1], answer=[1], record=record)] for token in (2, 3)
+    )
+
+    def terms() -> RewardTerms:
+        return RewardTerms(changed.reward, lambda tokens: "raises" if 3 in tokens else "fine")
+
+    built = terms()
+    built.judge(fine).wait(30.0, strict=False)
+    for _ in range(2):  # a scoring that it judges begins the row anew
+        for _ in range(15):
+            verdicts = built.judge(bad)
+            verdicts.wait(30.0, strict=False)
+            assert [len(sums) for sums in built.add(bad, [np.zeros(1)], verdicts)] == [0]
+        built.judge(fine).wait(30.0, strict=False)
+    for _ in range(15):
+        built.judge(bad).wait(30.0, strict=False)
+    with pytest.raises(CheckFailed, match=r"1 of 1 checks failed, .* ValueError: no verdict"):
+        built.judge(bad).wait(30.0, strict=False)
+    with pytest.raises(CheckFailed, match="1 of 1 checks"):  # it has never given a value
+        terms().judge(bad).wait(30.0, strict=False)
+
+
+def test_a_verifier_that_never_gives_a_value_ends_the_run_beside_one_that_does(
+    tmp_path: Path, config: RunConfig
+) -> None:
+    checks = ("exact", "tests.verifier_toy:misbehaves")
+    verifiers = ({"kind": "verifier", "check": check} for check in checks)
+    changed = config.changed({"reward.terms": ({"kind": "likelihood"}, *verifiers)})
+    built = RewardTerms(changed.reward, lambda tokens: "raises")
+    record = json.dumps({"answer": "1", "marker": str(tmp_path / "seen")})
+    items = [ScoreItem.of([1], [2], stops=[1], answer=[1], record=record)]
+    with pytest.raises(CheckFailed, match=r"1 of 1 checks failed, .*misbehaves: ValueError"):
+        built.judge(items).wait(30.0, strict=False)
 
 
 @pytest.mark.slow
