@@ -48,7 +48,8 @@ class Gathering:
     """The ranks of one model while they load: each sees how far the others have come.
 
     Each tells in a store, which rank 0 keeps, in which phase it is and what it has moved by then.
-    Who waits for another does so for `timeout_s` from the last rise of that.
+    Who waits for others does so for `timeout_s` from the last rise of any of theirs: one may wait
+    until another has fetched what both need.
     """
 
     def __init__(self, rendezvous: Rendezvous, *, part: str) -> None:
@@ -89,16 +90,17 @@ class Gathering:
 
     def _wait_for_all(self, phase: str) -> None:
         self.store.set(f"{phase}/{self._place.rank}", "done")
-        seen: dict[int, tuple[str, float]] = {}  # last sign of each, and since when
+        signs: dict[int, str] = {}  # the last of each
+        moved_s = monotonic()  # when the last of them came
         while absent := [n for n in range(self._place.num_ranks) if not self._has(f"{phase}/{n}")]:
-            now = monotonic()
             for rank in absent:
                 key = f"sign/{rank}"
                 sign = self.store.get(key).decode() if self._has(key) else "no sign yet"
-                if seen.get(rank, ("", 0.0))[0] != sign:
-                    seen[rank] = (sign, now)
-                elif now - seen[rank][1] > self._place.timeout_s:
-                    raise self._lost(f"rank {rank} has come no further than: {sign}")
+                if signs.get(rank) != sign:
+                    signs[rank], moved_s = sign, monotonic()
+            if monotonic() - moved_s > self._place.timeout_s:
+                stuck = (f"rank {rank} has come no further than: {signs[rank]}" for rank in absent)
+                raise self._lost("; ".join(stuck))
             sleep(_LOOK_S)
 
     def _has(self, key: str) -> bool:

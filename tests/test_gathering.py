@@ -16,18 +16,18 @@ TIMEOUT_S = 2.0
 MB = 2**20
 
 
-def both(*work: Callable[[Gathering], object]) -> list[BaseException | None]:
-    """How the work of two ranks, which are threads here, ended."""
+def ended(*work: Callable[[Gathering], object]) -> list[BaseException | None]:
+    """How the work of the ranks, which are threads here, ended."""
     port = free_port("127.0.0.1")
 
     def run(rank: int) -> None:
         place = Rendezvous(
-            address="127.0.0.1", port=port, rank=rank, num_ranks=2, timeout_s=TIMEOUT_S
+            address="127.0.0.1", port=port, rank=rank, num_ranks=len(work), timeout_s=TIMEOUT_S
         )
         work[rank](Gathering(place, part="reward"))
 
-    with ThreadPoolExecutor(2) as ranks:
-        return [ended.exception(60) for ended in [ranks.submit(run, rank) for rank in (0, 1)]]
+    with ThreadPoolExecutor(len(work)) as ranks:
+        return [e.exception(60) for e in [ranks.submit(run, rank) for rank in range(len(work))]]
 
 
 def load(gathering: Gathering) -> None:
@@ -35,8 +35,9 @@ def load(gathering: Gathering) -> None:
         """Nothing is to be loaded."""
 
 
-def test_a_rank_that_comes_further_is_waited_for_beyond_the_deadline() -> None:
+def test_ranks_are_waited_for_beyond_the_deadline_while_one_comes_further() -> None:
     waited_s: list[float] = []
+    fetched = Event()
 
     def wait(gathering: Gathering) -> None:
         began = monotonic()
@@ -47,8 +48,13 @@ def test_a_rank_that_comes_further_is_waited_for_beyond_the_deadline() -> None:
         moved = itertools.count(step=MB)
         with gathering.phase("loading", moved.__next__):
             Event().wait(2 * TIMEOUT_S)
+            fetched.set()
 
-    assert both(wait, load_slowly) == [None, None]
+    def wait_for_its_files(gathering: Gathering) -> None:
+        with gathering.phase("loading", lambda: 7 * MB):
+            fetched.wait(60)
+
+    assert ended(wait, load_slowly, wait_for_its_files) == [None, None, None]
     assert waited_s[0] > 1.5 * TIMEOUT_S
 
 
@@ -65,7 +71,7 @@ def test_a_rank_that_comes_no_further_is_named_with_its_phase() -> None:
         with gathering.phase("fetching", lambda: 7 * MB):
             gave_up.wait(60)
 
-    lost, _ = both(wait, stall)
+    lost, _ = ended(wait, stall)
     assert isinstance(lost, RankLost)
     assert re.fullmatch(
         r"reward rank 0 of 2 at 127.0.0.1:\d+ waited in vain in loading \(deadline 2.0 s\): "
