@@ -294,6 +294,85 @@ def test_a_replica_is_late_only_where_it_comes_no_further(
     assert scorer.retries == 1  # after the 60 s that one replica has to come further
 
 
+def scoring_of(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, status: Callable[[], float], *, ready: float
+) -> clients.RemoteScores:
+    """A scoring that is answered at `ready`, by a replica that says `status` of its progress."""
+    registry: Any = ReplicaRegistry()
+    registry.announce(("reward-0.0",))
+
+    def wait(ref: str, *, timeout_s: float, **_: object) -> object:
+        if ref == "status":
+            return {"unmoved_s": status()}
+        clock.sleep(min(timeout_s, max(ready - clock.now_s, 0.0)))
+        if clock.now_s < ready:
+            raise PeerTimeout("no answer")
+        return "answer"
+
+    handle = SimpleNamespace(
+        score=SimpleNamespace(remote=lambda items: "scores"),
+        status=SimpleNamespace(remote=lambda: "status"),
+    )
+    monkeypatch.setattr("ray.get_actor", lambda name, namespace: handle)
+    monkeypatch.setattr(
+        "ray.wait", lambda refs, **_: (refs, []) if clock.now_s >= ready else ([], refs)
+    )
+    monkeypatch.setattr(clients, "time", clock)
+    monkeypatch.setattr(clients, "wait_for", wait)
+    return scorer_of(registry, 30).submit([])
+
+
+def test_a_late_scoring_is_awaited_aside_while_its_replica_comes_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(lambda now_s: None)
+    asked_s: list[float] = []
+
+    def status() -> float:
+        asked_s.append(clock.now_s)
+        return 10.0 if clock.now_s < 150 else 60.0
+
+    scores = scoring_of(monkeypatch, clock, status, ready=1000)
+    while not scores.done():
+        clock.sleep(1.0)
+    assert asked_s == [61, 112, 163]  # 60 s from its start, then from each sign of progress
+    clock.sleep(1000)
+    assert scores.done() and len(asked_s) == 3  # an answer needs no question
+
+
+def test_a_replica_that_does_not_say_how_far_it_is_counts_as_busy_until_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def status() -> float:
+        raise PeerTimeout("reward replica reward-0.0: no answer to status")
+
+    clock = Clock(lambda now_s: None)
+    scores = scoring_of(monkeypatch, clock, status, ready=250)
+    answer: Any = scores.result(300)
+    assert answer == "answer" and scores._scorer.retries == 0
+
+    clock = Clock(lambda now_s: None)
+    scores = scoring_of(monkeypatch, clock, status, ready=1000)
+    with pytest.raises(PeerTimeout, match="no answer"):
+        scores.result(300)
+    assert 300 <= clock.now_s <= 310
+
+
+def test_a_replica_whose_name_is_gone_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(lambda now_s: None)
+    scores = scoring_of(monkeypatch, clock, lambda: 0.0, ready=1000)
+
+    def nobody(name: str, namespace: str) -> None:
+        raise ValueError(f"Failed to look up actor with name '{name}'")
+
+    monkeypatch.setattr("ray.get_actor", nobody)
+    scores._scorer.forget("reward-0.0")
+    with pytest.raises(PeerDied, match=r"reward replica reward-0\.0: died"):
+        scores._scorer.unmoved_s("reward-0.0")
+    clock.sleep(100)
+    assert scores.done()  # `result` asks another
+
+
 def test_who_needs_a_part_waits_for_longer_than_it_may_take_to_come_up_or_be_silent() -> None:
     config = load_config("tasks/toy.toml", ["cluster.start_timeout_s=900", "learner.ranks=2"])
     patient = Worker(context(config, None), Member(name="actor-0"))._config

@@ -133,11 +133,20 @@ class RemoteScorer:
                 )
             time.sleep(_POLL_S)
 
-    def unmoved_s(self, name: str) -> float:
-        """For how long a replica has scored nothing; raises where it does not say so soon."""
-        status = self._handle(name).status.remote()
+    def unmoved_s(self, name: str) -> float | None:
+        """For how long a replica has scored nothing; None where it does not say so soon.
+
+        Raises PeerDied.
+        """
         peer = f"reward replica {name}"
-        stats = wait_for(status, peer=peer, phase="status", timeout_s=_STATUS_S)
+        try:
+            status = self._handle(name).status.remote()
+        except ValueError as error:  # Ray: no actor of that name
+            raise PeerDied(f"{peer}: died before it was asked for its status") from error
+        try:
+            stats = wait_for(status, peer=peer, phase="status", timeout_s=_STATUS_S)
+        except PeerTimeout:  # busy, or stuck: the supervisor finds out
+            return None
         return float(stats["unmoved_s"])
 
     def forget(self, name: str) -> None:
@@ -161,9 +170,18 @@ class RemoteScores:
 
     def done(self) -> bool:
         """Whether `result` would not wait, or is needed to ask another replica."""
-        if time.monotonic() > self._late_s:
+        if ray.wait([self._ref], timeout=0, fetch_local=False)[0]:
             return True
-        return bool(ray.wait([self._ref], timeout=0, fetch_local=False)[0])
+        if time.monotonic() <= self._late_s:
+            return False
+        try:
+            unmoved_s = self._scorer.unmoved_s(self._replica)
+        except PeerDied:
+            return True
+        if unmoved_s is None or unmoved_s >= self._scorer.attempt_s:
+            return True
+        self._late_s = time.monotonic() + self._scorer.attempt_s - unmoved_s
+        return False
 
     def result(self, timeout_s: float) -> list[NDArray[np.float32]]:
         """Log-rewards [S] in nats for each item.
@@ -175,9 +193,8 @@ class RemoteScores:
         """
         scorer, self._moved = self._scorer, time.monotonic()
         while True:
-            left_s = max(self._moved + timeout_s - time.monotonic(), 0.0)
             try:
-                return self._answer(min(scorer.attempt_s, left_s))
+                return self._answer(timeout_s)
             except (PeerTimeout, PeerDied, ScoreFailed):
                 scorer.forget(self._replica)
                 deadline = self._moved + timeout_s
@@ -190,9 +207,11 @@ class RemoteScores:
                     self._items, avoid=self._replica, timeout_s=left_s
                 )
 
-    def _answer(self, patience_s: float) -> list[NDArray[np.float32]]:
-        """Of the replica at hand; PeerTimeout once that comes no further for `patience_s`."""
-        wait_s = patience_s
+    def _answer(self, timeout_s: float) -> list[NDArray[np.float32]]:
+        """Of the replica at hand; PeerTimeout once that comes no further for `attempt_s`, or its
+        last sign is `timeout_s` ago."""
+        left_s = max(self._moved + timeout_s - time.monotonic(), 0.0)
+        wait_s = patience_s = min(self._scorer.attempt_s, left_s)
         while True:
             try:
                 return wait_for(
@@ -203,10 +222,14 @@ class RemoteScores:
                 )
             except PeerTimeout:
                 unmoved_s = self._scorer.unmoved_s(self._replica)
-                wait_s = patience_s - unmoved_s
+                if unmoved_s is None:  # the supervisor ends it where it stays silent
+                    wait_s = min(patience_s, self._moved + timeout_s - time.monotonic())
+                else:
+                    wait_s = patience_s - unmoved_s
                 if wait_s <= 0:
                     raise
-                self._moved = time.monotonic() - unmoved_s
+                if unmoved_s is not None:
+                    self._moved = time.monotonic() - unmoved_s
 
 
 class RemotePeer:

@@ -46,7 +46,9 @@ class CallCounter:
 class RewardWorker(Worker):
     """One rank of a reward replica; rank 0 answers the actors and leads the others."""
 
-    concurrency = 64
+    # An unanswered `score` holds a thread, and an actor has 16 or so: `status`, `progress` and
+    # `stop` must not queue behind those of all actors.
+    concurrency = 256
 
     def __init__(self, context: RunContext, member: Member) -> None:
         super().__init__(context, member)
