@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, get_session
+from huggingface_hub import constants, get_session, try_to_load_from_cache
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
@@ -35,7 +35,7 @@ def load_tokenizer(config: LMConfig) -> PreTrainedTokenizerBase:
 
     Raises ModelNotFound for no such folder or hub id, ModelUnusable where it has no tokenizer.
     """
-    require_folder_or_hub_id(config.model)
+    require_folder_or_hub_id(config.model, config.revision)
     with explained(config.model, "the tokenizer"):
         return AutoTokenizer.from_pretrained(config.model, **hub_arguments(config))
 
@@ -45,7 +45,7 @@ def load_model_config(config: LMConfig) -> PretrainedConfig:
 
     Raises as load_tokenizer, and ModelUnusable where it is quantised, or no decoder alone.
     """
-    require_folder_or_hub_id(config.model)
+    require_folder_or_hub_id(config.model, config.revision)
     with explained(config.model, "config.json"):
         declared = AutoConfig.from_pretrained(config.model, **hub_arguments(config))
     _require_whole_weights(config.model, declared)
@@ -75,7 +75,7 @@ def _require_whole_weights(model: str, declared: PretrainedConfig) -> None:
         )
 
 
-def require_folder_or_hub_id(model: str) -> None:
+def require_folder_or_hub_id(model: str, revision: str | None = None) -> None:
     """Raise ModelNotFound or ModelUnusable for a path that cannot be a model's."""
     logging.disable_progress_bar()  # it would write over the run's own display
     hub_logging.set_verbosity_error()  # so would every try to reach the hub
@@ -86,7 +86,7 @@ def require_folder_or_hub_id(model: str) -> None:
                 f"model {model!r}: no such folder; give a folder that holds config.json, "
                 "*.safetensors and tokenizer.json, or a hub id"
             )
-        ask_hub()
+        ask_hub(model, revision)
         return
     if not (path / "config.json").is_file():
         raise ModelUnusable(
@@ -108,22 +108,34 @@ def require_folder_or_hub_id(model: str) -> None:
                 )
 
 
-def ask_hub() -> None:
+def ask_hub(model: str | None = None, revision: str | None = None) -> None:
     """Where the hub is silent, let this process look into the cache alone from now on.
 
-    The libraries would ask half a minute for each file, of what lies in the cache too.
+    The libraries would ask half a minute for each file, of what lies in the cache too. One that is
+    only slow may still give them a `model` that is not there.
     """
-    if not constants.is_offline_mode() and not _answers(constants.ENDPOINT):
-        constants.HF_HUB_OFFLINE = True
+    if constants.is_offline_mode() or (failure := _failure(constants.ENDPOINT)) is None:
+        return
+    slow = "timeout" in type(failure).__name__.lower()
+    if slow and model is not None:
+        kept = try_to_load_from_cache(model, "config.json", revision=revision)
+        if not isinstance(kept, str):
+            return
+    constants.HF_HUB_OFFLINE = True
 
 
 @cache
-def _answers(endpoint: str) -> bool:
-    try:
-        get_session().head(endpoint, timeout=_ANSWER_TIMEOUT_S)
-    except Exception:  # of whichever library speaks to it
-        return False
-    return True
+def _failure(endpoint: str) -> Exception | None:
+    """Why the hub, asked twice, gave no answer; None where it gave one."""
+    failure: Exception | None = None
+    for _ in range(2):
+        try:
+            get_session().head(endpoint, timeout=_ANSWER_TIMEOUT_S)
+        except Exception as error:  # of whichever library speaks to it
+            failure = error
+        else:
+            return None
+    return failure
 
 
 @contextmanager

@@ -6,10 +6,12 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -22,7 +24,7 @@ from transformers import (
 
 from lm.adapter import adapter_bytes
 from lm.config import LMConfig, LoRAConfig
-from lm.hub import ModelNotFound, ModelUnusable, load_model_config, load_tokenizer
+from lm.hub import ModelNotFound, ModelUnusable, ask_hub, load_model_config, load_tokenizer
 from lm.merged import MergedModel, check_adaptable
 from lm.model import (
     LanguageModel,
@@ -146,6 +148,32 @@ def test_a_hub_that_is_silent_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
         ):
             load(LMConfig(model="nobody/nothing-of-that-name"))
     assert slept == [], "the library waits before it asks again"
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "model", "offline"),
+    [(1, "some/kept", False), (2, "some/kept", True), (2, "some/other", False)],
+)
+def test_a_slow_hub_is_given_up_only_for_what_the_cache_holds(
+    timeouts: int, model: str, offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([TimeoutError] * timeouts + [None])
+
+    def head(endpoint: str, *, timeout: float) -> None:
+        if (error := next(answers)) is not None:
+            raise error(f"{endpoint}: no answer within {timeout} s")
+
+    monkeypatch.setattr("lm.hub.get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://{tmp_path.name}")
+    kept = tmp_path / "models--some--kept"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "v1").write_text("a" * 40)
+    (kept / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (kept / "snapshots" / ("a" * 40) / "config.json").write_text("{}")
+    ask_hub(model, "v1")
+    assert constants.HF_HUB_OFFLINE is offline
 
 
 def test_a_folder_that_is_no_model_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
