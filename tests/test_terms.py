@@ -375,7 +375,9 @@ def test_a_verifier_that_failed_on_one_row_ends_a_run_only_where_it_fails_on_and
         for _ in range(15):
             verdicts = built.judge(bad)
             verdicts.wait(30.0, strict=False)
-            assert [len(sums) for sums in built.add(bad, [np.zeros(1)], verdicts)] == [0]
+            assert [
+                len(sums) for sums in built.add(bad, [np.zeros(1, dtype=np.float32)], verdicts)
+            ] == [0]
         built.judge(fine).wait(30.0, strict=False)
     for _ in range(15):
         built.judge(bad).wait(30.0, strict=False)
