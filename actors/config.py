@@ -1,6 +1,7 @@
 """Settings of the rollout actors. Imports no torch, so that reading a configuration stays fast."""
 
-from typing import Literal
+from math import prod
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
@@ -26,7 +27,7 @@ class ActorConfig(Frozen):
     """Tempered groups draw theirs uniformly from here ..."""
     temperature_high: float = Field(2.0, gt=0, description="... to here.")
     max_rows: int = Field(64, ge=1, description="Completions in the engine's KV cache at once.")
-    max_in_flight: NonNegativeInt = 0
+    max_unstored: NonNegativeInt = 0
     """Completions, sampled and not yet stored, at which an actor asks for no more; 0: those of two
     batches."""
     max_ready_groups: int = Field(64, ge=1)
@@ -48,8 +49,28 @@ class ActorConfig(Frozen):
 
     @property
     def in_flight_limit(self) -> int:
-        """`max_in_flight`, in completions."""
-        return self.max_in_flight or 2 * self.batch_size
+        """`max_unstored`, its default worked out."""
+        return self.max_unstored or 2 * self.batch_size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_batches_in_flight(cls, value: Any) -> Any:
+        """Earlier files say `max_in_flight`, in batches; 2 was the default, which runs wrote."""
+        if not isinstance(value, dict) or type(value.get("max_in_flight")) is not int:
+            return value
+        if value.get("max_unstored"):
+            raise ValueError(
+                "max_in_flight is the earlier name of max_unstored, in batches: leave one of them "
+                "out"
+            )
+        others = {name: value[name] for name in value if name != "max_in_flight"}
+        sizes = [
+            value.get(name, cls.model_fields[name].default)
+            for name in ("groups_per_batch", "group_size")
+        ]
+        if value["max_in_flight"] == 2 or not all(isinstance(size, int) for size in sizes):
+            return others
+        return others | {"max_unstored": value["max_in_flight"] * prod(sizes)}
 
     @model_validator(mode="after")
     def _check_temperatures(self) -> "ActorConfig":

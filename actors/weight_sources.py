@@ -119,7 +119,7 @@ class LaggingWeights:
 class TakingTurns:
     """Sampling and learning in turns: every published version once, after a wait for the next.
 
-    With `max_in_flight` 1, and a learner that draws one batch, nobody works while another does.
+    With `max_unstored` 1, and a learner that draws one batch, nobody works while another does.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ PROMPTS = [
     Prompt(key="b", text="b", prompt=(3,), answer=(8, 8), weight=3.0),
 ]
 CONFIG = ActorConfig(
-    group_size=3, groups_per_batch=2, max_in_flight=12, max_ready_groups=100, pace_timeout_s=0.2
+    group_size=3, groups_per_batch=2, max_unstored=12, max_ready_groups=100, pace_timeout_s=0.2
 )
 QUERY = RewardQuery(kind="suffix", stop_token=0, context=(7,))
 

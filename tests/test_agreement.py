@@ -41,7 +41,7 @@ STEPS = 6
 SMALL = [
     "actors.groups_per_batch=2",
     "actors.group_size=4",
-    "actors.max_in_flight=1",
+    "actors.max_unstored=8",
     "learner.groups_per_step=4",
 ]
 

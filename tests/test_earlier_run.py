@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster.config.file import load_config
+from cluster.config.validation import ConfigError
 from cluster.run.assembly import identity_of, load_task
 from cluster.run.directory import RunDirectory
 from cluster.run.driver import read_scores
@@ -33,6 +34,27 @@ def test_its_state_and_configuration_are_read(directory: RunDirectory) -> None:
     assert load_config(str(directory.config_file)).lm.model == "/srv/amortize/tasks/seed/model"
     moved = load_config(str(directory.config_file), ["lm.model=seed_lm/model"])
     assert Path(moved.lm.model).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("batches", "completions", "limit"), [(2, 0, 96), (1, 48, 48), (3, 144, 144)]
+)
+def test_its_batches_in_flight_are_as_many_completions(
+    directory: RunDirectory, batches: int, completions: int, limit: int
+) -> None:
+    written = directory.config_file.read_text()
+    assert "max_in_flight = 2\n" in written
+    earlier = written.replace("max_in_flight = 2\n", f"max_in_flight = {batches}\n")
+    directory.config_file.write_text(earlier)
+    actors = load_config(str(directory.config_file)).actors
+    assert (actors.max_unstored, actors.in_flight_limit) == (completions, limit)
+    override = [f"actors.max_in_flight={batches}"]  # beside the default of a later file
+    toy = load_config("tasks/toy.toml").changed({"actors.max_in_flight": 3}).actors
+    assert toy.max_unstored == 3 * toy.batch_size
+    later = load_config("tasks/arithmetic.toml", override).actors
+    assert later.in_flight_limit == batches * later.batch_size
+    with pytest.raises(ConfigError, match="max_in_flight is the earlier name of max_unstored"):
+        load_config("tasks/toy.toml", [*override, "actors.max_unstored=5"])
 
 
 def test_its_checkpoint_belongs_to_a_run_on_the_same_weights_wherever_they_lie(

@@ -23,7 +23,7 @@ from lm.scoring import completion_log_probs
 from lm.tools import ToolFault
 from tests.test_actor import CONFIG, ArithmeticScores, ListBuffer, ScriptedPolicy, Shelf, make_actor
 
-STREAMING = CONFIG.model_copy(update={"max_rows": 6, "max_in_flight": 100})
+STREAMING = CONFIG.model_copy(update={"max_rows": 6, "max_unstored": 100})
 
 
 class Ragged(ScriptedPolicy):
@@ -116,9 +116,9 @@ def test_a_completion_is_of_one_version_and_says_which() -> None:
     assert len(groups) * 3 == policy.submitted
 
 
-def test_max_in_flight_counts_completions() -> None:
+def test_max_unstored_counts_completions() -> None:
     policy = Ragged()
-    config = STREAMING.model_copy(update={"max_in_flight": 9})
+    config = STREAMING.model_copy(update={"max_unstored": 9})
     actor, parts = make_actor(config=config, policy=policy)
     policy.held = False
     turns = count()

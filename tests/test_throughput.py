@@ -207,7 +207,7 @@ def test_an_actor_that_takes_turns_waits_for_each_version() -> None:
 def scripted(config: RunConfig, *_: object, steps: int, **__: object) -> Trial:
     """What a measurement finds where each actor delivers a batch in 2.5 s."""
     waits = config.throughput.simulation
-    serial = 3 if config.actors.max_in_flight == 1 else 1
+    serial = 3 if config.actors.max_unstored == 1 else 1
     seconds = 2.5 / config.cluster.actors
     if waits.decode_step_ms < 50:  # balanced
         seconds = serial * waits.update_ms / 1e3

@@ -269,8 +269,8 @@ class Experiment:
         for mode in ("asynchronous", "synchronous"):
             synchronous = mode == "synchronous"
             self._report(f"measuring 1 actor, {mode}")
-            in_flight = 1 if synchronous else config.actors.max_in_flight
-            config = config.changed({"actors.max_in_flight": in_flight})
+            unstored = 1 if synchronous else config.actors.max_unstored
+            config = config.changed({"actors.max_unstored": unstored})
             rows[mode] = self._measure(
                 config, mode, warm_up=_PIPELINE_STEPS, steps=steps, synchronous=synchronous
             ).rows
