@@ -113,6 +113,20 @@ def test_what_other_methods_are_told_leaves_a_finished_run_as_it_is(tmp_path: Pa
         check_same_settings(run, other.steps[-1].config)
 
 
+def test_a_finished_run_of_before_a_key_was_made_with_its_default(tmp_path: Path) -> None:
+    config = member_of().steps[-1].config
+    run = finished_run(tmp_path, config, "auto")
+    text = run.config_file.read_text()
+    assert "max_unstored = 0\n" in text and "lag_versions = 0\n" in text
+    earlier = text.replace("max_unstored = 0", "max_in_flight = 2")
+    run.config_file.write_text(earlier.replace("lag_versions = 0\n", ""))
+    check_same_settings(run, config)
+    elsewhere = {"cluster.address": "auto", "cluster.learner_placement.gpus": 1.0}
+    check_same_settings(run, config.changed({**elsewhere, "tracking.trackers": ("wandb",)}))
+    with pytest.raises(UserError, match=r"\(actors.lag_versions\): choose another"):
+        check_same_settings(run, config.changed({"actors.lag_versions": 1}))
+
+
 def test_errors_for_people_name_the_run_and_defects_keep_their_traceback() -> None:
     title = member_of().title
     with (

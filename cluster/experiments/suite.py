@@ -2,15 +2,14 @@
 
 import argparse
 import sys
-import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from cluster.commands.train import train
-from cluster.config.file import resolved_toml
+from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Result, result_of
@@ -19,6 +18,16 @@ from cluster.run.driver import read_scores
 from cluster.run.evaluation import evaluate
 from cluster.run.mirror import begun_elsewhere, fetch
 from tasks.evaluation.evaluation import Evaluation
+
+# What experiments are told stands among the other settings of their runs by then. Where a Redis
+# listened, a run on a cluster chose itself.
+_NO_FIGURE = frozenset(
+    {"compare", "throughput", "tracking", "em.rounds", "em.overrides", "cluster.address"}
+    | {"cluster.cpus", "cluster.dashboard", "cluster.max_restarts", "buffer.password_file"}
+    | {f"buffer.{name}" for name in ("url", "transport", "bind", "port", "timeout_s")}
+    | {f"cluster.{name}_timeout_s" for name in ("start", "silence", "answer", "stop")}
+    | {f"cluster.{name}_placement" for name in ("actor", "reward", "learner")}
+)
 
 
 class Step(NamedTuple):
@@ -121,21 +130,23 @@ class Suite:
 
 def check_same_settings(directory: RunDirectory, config: RunConfig) -> None:
     """Raise UserError unless a run that has begun was made as `config` says, in all it reads."""
-    if _settings(directory.config_file.read_text()) != _settings(resolved_toml(config)):
+    made, asked = (
+        _settings(each.model_dump(mode="json"))
+        for each in (load_config(str(directory.config_file)), config)
+    )
+    if other := [key for key in {**made, **asked} if made.get(key) != asked.get(key)]:
         raise UserError(
-            f"{directory.path} was made with other settings than are asked for now: choose "
-            "another --run, or restore the settings that its config.toml has"
+            f"{directory.path} was made with other settings than are asked for now "
+            f"({', '.join(other)}): choose another --run, or restore the settings that its "
+            "config.toml has"
         )
 
 
-def _settings(toml: str) -> dict[str, Any]:
-    """All but the address at which a run's Redis listened: on a cluster the run chooses it.
-
-    What is said of comparisons and experiments is not read by their runs: what concerns one of
-    them stands among its other settings by then.
-    """
-    settings = tomllib.loads(toml)
-    settings["buffer"].pop("bind", None)
-    for section in ("compare", "throughput"):
-        settings.pop(section, None)
-    return settings
+def _settings(table: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Values by dotted key, without those that decide no figure of a run that is done."""
+    found: dict[str, Any] = {}
+    for name, value in table.items():
+        if (key := f"{section}.{name}".lstrip(".")) in _NO_FIGURE:
+            continue
+        found |= _settings(value, key) if isinstance(value, Mapping) else {key: value}
+    return found
