@@ -3,14 +3,18 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from threading import Event
+from typing import cast
 
 import pytest
 
 from actors.weight_sources import FetchedAhead, PublishedWeights
-from cluster.distributed.learner_worker import BackgroundPublisher
+from cluster.config.file import load_config
+from cluster.distributed.learner_worker import BackgroundPublisher, LearnerWorker
 from cluster.distributed.services import ReplicaRegistry
 from cluster.run.weight_store import StaleWeights, WeightStore
+from learner.learner import Learner
 
 
 def test_only_weights_newer_than_asked_for_are_handed_out() -> None:
@@ -111,6 +115,27 @@ def test_a_publication_that_failed_is_an_error_of_the_next_or_of_the_end() -> No
     publisher._sent[0].exception(30)
     with pytest.raises(StaleWeights):
         publisher.publish(b"", version=3, checksum="c")
+
+
+def test_a_publication_that_failed_ends_a_wait_for_groups() -> None:
+    store = SlowStore()
+    store.error = StaleWeights("other weights")
+    worker = object.__new__(LearnerWorker)
+    worker._config = load_config("tasks/toy.toml")
+    worker._stopping = Event()
+    worker._publisher = BackgroundPublisher(store)
+    worker._publisher.publish(b"", version=1, checksum="c")
+
+    class Waiting:
+        def run(self, _: int, stop: Callable[[], bool], __: object) -> None:
+            assert not stop()  # it is under way
+            store.goes.set()
+            worker._publisher._sent[0].exception(30)
+            assert stop(), "a learner that waits for groups did not hear of it"
+
+    worker._learner = cast(Learner, Waiting())
+    with pytest.raises(StaleWeights):
+        worker.run()
 
 
 def test_weights_are_fetched_while_the_actor_samples() -> None:

@@ -37,7 +37,7 @@ class BackgroundPublisher:
     """A `WeightSink` that publishes in a thread, one version at a time.
 
     While one is under way the newest of the others waits; older ones are passed over. An error
-    is raised by a later `publish`, or by `finish`.
+    is raised by a later `publish` or `check`, or by `finish`.
     """
 
     def __init__(self, sink: WeightSink) -> None:
@@ -48,10 +48,14 @@ class BackgroundPublisher:
 
     def publish(self, data: bytes, *, version: int, checksum: str) -> None:
         """Returns at once."""
-        while self._sent and self._sent[0].done():
-            self._sent.popleft().result()
+        self.check()
         self._newest.append(Published(version, data, checksum))
         self._sent.append(self._thread.submit(self._send))
+
+    def check(self) -> None:
+        """Raise the error of a publication that has failed by now."""
+        while self._sent and self._sent[0].done():
+            self._sent.popleft().result()
 
     def finish(self) -> None:
         """Wait until the newest version is published."""
@@ -97,7 +101,7 @@ class LearnerWorker(Worker):
 
     def run(self) -> dict[str, Any]:
         """Learn until the configured steps are done or until stopped; then leave the adapter."""
-        self._learner.run(self._config.learner.steps, self._stopping.is_set, self._keep_row)
+        self._learner.run(self._config.learner.steps, self._must_stop, self._keep_row)
         if self._member.rank == 0:
             adapter = self._context.directory.adapter
             assembly.save_result(self._config, self._learner, self._base, adapter)
@@ -116,6 +120,11 @@ class LearnerWorker(Worker):
     def reports_since(self, kind: str, count: int) -> list[Any]:
         """Rows of metrics or events (texts) after the first `count` of this process."""
         return self._reports[kind].after(count)
+
+    def _must_stop(self) -> bool:
+        """Asked while groups are waited for, too: without new weights there may come none."""
+        self._publisher.check()
+        return self._stopping.is_set()
 
     def _keep_row(self, row: dict[str, float]) -> None:
         waited_s = self._buffer.waited_s
