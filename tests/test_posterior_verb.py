@@ -261,6 +261,19 @@ def test_a_run_is_measured_on_its_own_base(words: list[str], model: str, dtype: 
         assert (found.lm.model, found.lm.dtype) == (model, dtype)
 
 
+def test_a_run_of_another_machine_is_measured_here(tmp_path: Path) -> None:
+    run = RunDirectory("mine")
+    run.path.mkdir(parents=True)
+    there = ["lm.dtype=bfloat16", "lm.device=cuda"]
+    config = load_config(TOY, ["lm.device=cpu"])
+    for model, expected in ((tmp_path, str(tmp_path)), (tmp_path / "gone", config.lm.model)):
+        own = load_config(TOY, [*there, f"lm.model={model}"])
+        run.config_file.write_text(resolved_toml(own))
+        for found in (of_task(run, config, []), as_learned(config, [], run)):
+            assert (found.lm.model, found.lm.device) == (expected, "cpu")
+            assert found.lm.dtype == "bfloat16"
+
+
 def test_a_run_of_another_task_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     make_run("mine")
     assert main(["posterior", "tasks/random_number.toml", "--run", "mine"]) == 1

@@ -68,11 +68,16 @@ def as_learned(config: RunConfig, overrides: Sequence[str], run: RunDirectory) -
 
 
 def of_run(own: RunConfig, config: RunConfig, overrides: Sequence[str]) -> dict[str, Any]:
-    """The changes that give a run's seed and base, but for what the command line says of them."""
+    """The changes that give a run's seed and base, but for what the command line says of them.
+
+    `config` says where the base is loaded, and where it lies if its folder is not here any more.
+    """
     said = {word.partition("=")[0].strip() for word in overrides}
     changes: dict[str, Any] = {} if "seed" in said else {"seed": own.seed}
     if "lm" not in said:
-        kept = [key for key in said if key.startswith("lm.")]
+        kept = ["lm.device", *(key for key in said if key.startswith("lm."))]
+        if Path(own.lm.model).is_absolute() and not Path(own.lm.model).exists():
+            kept += ["lm.model", "lm.revision"]
         changes |= {"lm": own.lm} | {key: getattr(config.lm, key[len("lm.") :]) for key in kept}
     return changes
 
