@@ -335,8 +335,8 @@ def test_the_verb_prints_one_object(tmp_path: Path) -> None:
     (row,) = found["rows"]
     assert (row["actors"], row["efficiency"]) == (1, 1.0)
     # That several are nearly as many times as fast is a claim that needs a machine to itself.
-    # A window is one batch here, and a busy machine moves the ends of it.
-    assert BEST / 2 < row["trajectories_per_s"] < 1.25 * BEST
+    # A window is one batch here, and may see the end of the one before, late on a busy machine.
+    assert BEST / 2 < row["trajectories_per_s"] < 2.25 * BEST
     assert row["bottleneck"] == "sampling" and row["overhead"] is not None
     assert row["stages"]["sampling"]["busy"] > 0.5
     assert found["async_over_sync"] > 1.3
