@@ -19,12 +19,15 @@ MB = 2**20
 def ended(*work: Callable[[Gathering], object]) -> list[BaseException | None]:
     """How the work of the ranks, which are threads here, ended."""
     port = free_port("127.0.0.1")
+    alive: list[Gathering] = []  # until all have ended: rank 0 keeps the store of the others
 
     def run(rank: int) -> None:
         place = Rendezvous(
             address="127.0.0.1", port=port, rank=rank, num_ranks=len(work), timeout_s=TIMEOUT_S
         )
-        work[rank](Gathering(place, part="reward"))
+        gathering = Gathering(place, part="reward")
+        alive.append(gathering)
+        work[rank](gathering)
 
     with ThreadPoolExecutor(len(work)) as ranks:
         return [e.exception(60) for e in [ranks.submit(run, rank) for rank in range(len(work))]]

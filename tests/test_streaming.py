@@ -40,6 +40,13 @@ class Fragile(Echo):
         return super().output(completion)
 
 
+class Broken(Echo):
+    """Fails always."""
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        raise KeyError("nine")
+
+
 def drain(sampler: Sampler, generator: torch.Generator, ended: dict[int, Any]) -> dict[int, Any]:
     deadline_s = time.monotonic() + 60.0
     while not sampler.idle:
@@ -150,9 +157,10 @@ def test_a_tool_that_fails_ends_its_own_row_and_is_named(
     whole = [ended[numbers[n]] for n in kept]
     assert all(9 not in one.tokens[:at] for one in whole for at in called(one))
     assert worst_disagreement(model, ACTIONS, [requests[n] for n in kept], whole) < 1e-4
-    with pytest.raises(KeyError, match="nine"):
-        sampler.sample(requests, generator)
-    assert sampler.idle
+    broken = Sampler(model, ACTIONS, Broken(), max_rows=16, steady=steady)
+    with pytest.raises(KeyError, match="nine"):  # whatever is drawn the second time
+        broken.sample(requests, generator)
+    assert broken.idle
 
 
 class Unsteady(Echo):
