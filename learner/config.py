@@ -40,6 +40,9 @@ class LearnerConfig(Frozen):
     clip_norm: float = Field(1.0, gt=0, description="Largest gradient norm.")
     weight_decay: float = Field(0.0, ge=0, description="Of AdamW, per unit learning rate.")
 
+    start_from: str | None = Field(None, min_length=1)
+    """Folder of an adapter whose weights training starts with, such as the `adapter` of a run with
+    objective "sft"; None: a new one, with which the policy is the base LM."""
     reward_temperature: RewardTemperatureConfig = RewardTemperatureConfig()
     objective: ObjectiveName = "subtb"
     """subtb: all pairs of stop states; tb: whole trajectories (lambda -> infinity); db:

@@ -145,6 +145,16 @@ def test_an_adapter_of_another_base(capsys: pytest.CaptureFixture[str]) -> None:
     assert "was trained on base" in capsys.readouterr().err
 
 
+def test_a_run_cannot_start_from_an_adapter_that_does_not_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "nowhere holds no adapter" in refusal(capsys, "learner.start_from=nowhere")
+    base = load_base(LMConfig(model=str(MODEL)))
+    save_adapter(attach_adapter(base, LoRAConfig(rank=2), seed=0), Path("mine"), base.fingerprint)
+    said = refusal(capsys, "learner.start_from=mine", "lora.rank=4")
+    assert "rank 2" in said and "rank 4" in said and "learner.start_from" in said
+
+
 def test_a_folder_that_holds_no_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     Path("adapter").mkdir()
     assert main(["evaluate", "tasks/arithmetic.toml", "--adapter", "adapter"]) == 1

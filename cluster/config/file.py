@@ -17,7 +17,7 @@ from tasks.records import missing_files
 _COMMAND_LINE = "command line"
 _DOTTED = re.compile(r"(?!buffer\b)[a-z_]+(\.[a-z0-9_]+)+")
 # Keys that name a file or folder; so may any of a task.
-_PATHS = ("lm.model", "em.policy", "buffer.password_file", "task.embedder")
+_PATHS = ("lm.model", "em.policy", "learner.start_from", "buffer.password_file", "task.embedder")
 _TABLE = re.compile(r"\s*\[\[?\s*([^\[\]]+?)\s*\]\]?\s*(?:#.*)?$")
 _KEY = re.compile(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=")
 

@@ -20,8 +20,13 @@ from cluster.experiments.suite import Step, Suite
 from cluster.run.directory import RunDirectory, find_run
 
 Kind = Literal["E", "M"]
-# Of other objectives, and meaningless to an M-step's.
-_RESET = {"learner.subtb_lambda": 1.0, "learner.normalisation": "batch", "learner.log_z": "group"}
+# Of other objectives or of another base, and meaningless to an M-step's.
+_RESET = {
+    "learner.subtb_lambda": 1.0,
+    "learner.normalisation": "batch",
+    "learner.log_z": "group",
+    "learner.start_from": None,
+}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +73,8 @@ def em_steps(
         yield Step(f"E-step {number}", run, config)
         policy, run = RunDirectory(run).adapter, name("M", number)
         yield Step(f"M-step {number}", run, m_step(config, policy=policy, changes=m_changes))
-        config = config.changed({"lm.model": str(RunDirectory(run).model)})
+        model = str(RunDirectory(run).model)
+        config = config.changed({"lm.model": model, "learner.start_from": None})
 
 
 def m_step(

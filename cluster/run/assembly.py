@@ -30,7 +30,7 @@ from learner.learner import Companion, Learner, WeightSink
 from learner.log_z import attach_log_z
 from learner.objectives import db, ppo, raptb, subtb, tb
 from learner.objectives.base import Objective
-from lm.adapter import adapter_bytes, save_adapter
+from lm.adapter import adapter_bytes, load_adapter_bytes, read_adapter, save_adapter
 from lm.config import LMConfig
 from lm.merged import check_adaptable, save_merged
 from lm.model import LanguageModel, attach_adapter
@@ -209,6 +209,8 @@ def build_learner(
         companion: the rest of the run, where it goes back with the learner.
     """
     model = attach_adapter(base, config.lora, config.seed)
+    if config.learner.start_from is not None:
+        load_adapter_bytes(model, read_adapter(Path(config.learner.start_from), base.fingerprint))
     log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
     if imitates := config.learner.traits.imitates:
         learned = imitation(config, base, task)

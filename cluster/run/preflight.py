@@ -23,9 +23,9 @@ from cluster.run.imitation import imitation
 from cluster.run.plan import check_memory_here
 from cluster.run.resources import Node, check_fit
 from learner.log_z import check_log_z
-from lm.adapter import load_adapter
+from lm.adapter import AdapterMismatch, load_adapter, load_adapter_bytes, read_adapter
 from lm.merged import check_adaptable
-from lm.model import context_limit, inspect_base
+from lm.model import LanguageModel, attach_adapter, context_limit, inspect_base
 from reward.terms import build_terms
 from tasks.registry import build_task
 from tasks.task import QuestionTask, Task
@@ -120,6 +120,8 @@ def check_model_and_data(config: RunConfig, *, fetch: bool = True) -> dict[str, 
         policy = Path(str(config.em.policy))
         check_adapter(policy)
         load_adapter(base, policy)
+    if config.learner.start_from is not None:
+        check_start(config, base, Path(config.learner.start_from))
     task.check_evaluation(config.evaluation.split)
     return identity_of(config, base, task)
 
@@ -161,6 +163,18 @@ def _lengths(task: Task, measured: int | None) -> Iterator[tuple[str, int]]:
     if isinstance(task, QuestionTask):  # whose questions the LM answers in its own words
         for prompt in held_out:
             yield prompt.text, context + len(prompt.prompt) + task.answer_actions.max_len
+
+
+def check_start(config: RunConfig, base: LanguageModel, folder: Path) -> None:
+    """Raise UserError unless training can start with the adapter in `folder`, put on `base`."""
+    check_adapter(folder)
+    policy = attach_adapter(base, config.lora, config.seed)
+    try:
+        load_adapter_bytes(policy, read_adapter(folder, base.fingerprint))
+    except AdapterMismatch as error:
+        raise UserError(
+            f"learner.start_from = {str(folder)!r}: {error}; give [lora] the shape of that adapter"
+        ) from error
 
 
 def check_adapter(folder: Path) -> None:
