@@ -9,7 +9,6 @@ from threading import RLock
 import msgpack
 
 from buffer.admission import Plan, advantages
-from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats, summarise
 from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, Drawn, Stored
@@ -164,19 +163,6 @@ class MemoryStore:
             sampled, versions = list(state.sampled.values()), list(state.fresh.values())
             sizes = (len(state.payload), len(state.revision))
             return summarise(state.meta, *sizes, sampled, versions, self.depth())
-
-    def contents(self) -> Contents:
-        with self._lock:
-            state = self._state
-            plain = ("meta", "payload", "sampled", "groups", "fresh", "draws")
-            return Contents(
-                **{name: dict(getattr(state, name)) for name in plain},
-                priority={(id, p): score for score, id, p in self._priorities()},
-                prompts={prompt: dict(items) for prompt, items in state.prompts.items()},
-                duplicates=dict(+state.duplicates),
-                near_replaced=dict(+state.near_replaced),
-                undrawn=frozenset(state.fresh.keys() - state.draws.keys()),
-            )
 
     def _ranked(self, prompt: str) -> list[tuple[str, float]]:
         items = self._state.prompts.get(prompt, {})

@@ -7,14 +7,12 @@ from typing import Any
 import redis
 
 from buffer.admission import COUNTED, Plan
-from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.connection import naming_errors
 from buffer.stats import ReplayStats, summarise
 from buffer.store import KEPT_EVIDENCE, REMEMBERED_GROUPS, Arrival, Commit, Drawn, Stored
 
 FORMAT = b"2"
-ID_LENGTH = 32
 
 
 class ForeignKeys(RuntimeError):
@@ -116,30 +114,6 @@ class RedisStore:
         times_sampled = [int(count) for count in sampled]
         versions = [int(version) for _, version in fresh]
         return summarise(numbers(meta), size, prompts, times_sampled, versions, undrawn)
-
-    def contents(self) -> Contents:
-        answer = self.call("snapshot")
-        meta, payload, priority, fresh, undrawn, groups, draws, *tallies, prompts = answer
-        sampled, duplicates, near_replaced = (numbers(dict(by_two(tally))) for tally in tallies)
-        return Contents(
-            meta=numbers(dict(by_two(meta))),
-            payload={id.decode(): data for id, data in by_two(payload)},
-            priority={
-                (member[:ID_LENGTH].decode(), member[ID_LENGTH:].decode()): float(score)
-                for member, score in by_two(priority)
-            },
-            prompts={
-                prompt.decode(): {id.decode(): float(score) for id, score in by_two(items)}
-                for prompt, items in by_two(prompts)
-            },
-            sampled=sampled,
-            duplicates=duplicates,
-            near_replaced=near_replaced,
-            groups={int(seq): data for seq, data in by_two(groups)},
-            fresh={int(seq): int(version) for seq, version in by_two(fresh)},
-            undrawn=frozenset(int(seq) for seq, _ in by_two(undrawn)),
-            draws={int(seq): int(count) for seq, count in by_two(draws)},
-        )
 
     def key(self, name: str) -> str:
         return f"{self._prefix}:{name}"

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.admission import Item, lengths_near, plan
-from buffer.audit import Audit, audit_contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats
 from buffer.store import Arrival, Fate, Reader, Store
@@ -97,7 +96,7 @@ class ReplayBuffer:
     ) -> None:
         self.store = store
         self._reader = Reader(store, warn=warn)
-        self._config = config
+        self.config = config
         self.waited_s = 0.0  # for groups, in all draws of this client
 
     def add(self, group: Sequence[Trajectory]) -> AddReport:
@@ -169,10 +168,6 @@ class ReplayBuffer:
     def stats(self) -> ReplayStats:
         return self.store.stats()
 
-    def audit(self) -> Audit:
-        """Recount everything from the data itself; reads the whole buffer."""
-        return audit_contents(self.store.contents(), self._config)
-
     def _accept(self, group: Sequence[Trajectory], *, queue: bool) -> AddReport:
         """Plan on what is stored of the prompt, commit if it still is, else plan again.
 
@@ -182,14 +177,14 @@ class ReplayBuffer:
             raise ValueError(f"a group has 1 to {MAX_GROUP} trajectories, not {len(group)}")
         if len({trajectory.prompt_key for trajectory in group}) != 1:
             raise ValueError("a group has trajectories of exactly one prompt")
-        prompt, tolerance = group[0].prompt_key, self._config.near_duplicate_tolerance
+        prompt, tolerance = group[0].prompt_key, self.config.near_duplicate_tolerance
         newcomers = [Item(t.id, t.completion, t.terminal_log_reward, pack(t)) for t in group]
         lengths = lengths_near([t.completion.size for t in group], tolerance=tolerance)
         arrival = arrival_of(group, newcomers) if queue else None
         for conflicts in range(MAX_CONFLICTS):
             revision, stored = self._reader.prompt(prompt, lengths)
-            change = plan(prompt, revision, stored, newcomers, self._config, keep_stored=not queue)
-            fate, evicted = self.store.commit(change, arrival, self._config)
+            change = plan(prompt, revision, stored, newcomers, self.config, keep_stored=not queue)
+            fate, evicted = self.store.commit(change, arrival, self.config)
             if fate == "repeated":
                 return AddReport(Counter(), fate, conflicts)
             if fate != "conflict":
@@ -202,7 +197,7 @@ class ReplayBuffer:
 
     def _fresh(self, request: DrawRequest) -> list[tuple[Trajectory, ...]]:
         """The freshest eligible groups; none at all once `stop()` holds in a wait."""
-        config, num_groups = self._config, request.num_groups
+        config, num_groups = self.config, request.num_groups
         if num_groups > config.fresh_capacity:
             raise ValueError(
                 f"{num_groups} groups can never wait at once where buffer.fresh_capacity is"
@@ -237,7 +232,7 @@ class ReplayBuffer:
             picks = sample_by_priority(
                 np.array([log_reward for _, log_reward in ranked]),
                 num_draws=num_replayed,
-                inverse_temperature=self._config.inverse_temperature,
+                inverse_temperature=self.config.inverse_temperature,
                 rng=rng,
             )
             chosen.append([(ranked[pick][0], prompt) for pick in picks])
@@ -259,8 +254,8 @@ class ReplayBuffer:
         history = ", ".join(f"{getattr(counters, f'groups_{name}')} {name}" for name in names)
         return (
             f"{eligible} of {missing} fresh groups eligible at policy version {version} after"
-            f" {waited_s:.1f} s (max_age {self._config.max_age}, max_draws"
-            f" {self._config.max_draws}; groups so far: {history}) at {self.store.place}."
+            f" {waited_s:.1f} s (max_age {self.config.max_age}, max_draws"
+            f" {self.config.max_draws}; groups so far: {history}) at {self.store.place}."
             " Are the actors alive and scored? If most groups expired, raise buffer.max_age"
         )
 

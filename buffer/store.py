@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from buffer.admission import Item, Plan
-from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.stats import ReplayStats
 from buffer.trajectory import MAX_TOKEN, MalformedTrajectory, Trajectory, unpack, unpack_group
@@ -89,9 +88,6 @@ class Store(Protocol):
 
     def stats(self) -> ReplayStats:
         """Sizes, ages and counters."""
-
-    def contents(self) -> Contents:
-        """Everything, for the audit."""
 
 
 class Reader:

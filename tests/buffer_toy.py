@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import redis
 
+from bench.audit import contents_of
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.replay import DrawRequest, ReplayBuffer
@@ -50,7 +51,7 @@ def toy_trajectory(
 
 def replay_of(buffer: ReplayBuffer) -> list[Trajectory]:
     """All that is in replay, prompt by prompt, the best of each first."""
-    contents = buffer.store.contents()
+    contents = contents_of(buffer.store)
     return [
         unpack(contents.payload[id])
         for _, items in sorted(contents.prompts.items())

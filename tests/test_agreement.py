@@ -16,6 +16,7 @@ import torch
 
 from actors.actor import RolloutActor
 from actors.protocols import RolloutEngine
+from bench.audit import audit_buffer
 from buffer.config import BufferConfig
 from buffer.replay import DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
@@ -244,7 +245,7 @@ def test_nothing_of_a_damaged_actor_comes_back_through_replay(make_cast: MakeCas
     assert len(wrong) > 8 * 2 * 4, "replay brought none of it"
     assert not [t for t in cast.gate.admitted if t.actor == DAMAGED]
     assert sum(row["agreement/quarantined"] for row in rows) == len(wrong)
-    audit = cast.buffer.audit()
+    audit = audit_buffer(cast.buffer)
     assert audit.ok, audit.discrepancies
     assert audit.counters.quarantined > 0
 

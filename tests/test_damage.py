@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import redis
 
+from bench.audit import audit_buffer
 from buffer.config import BufferConfig
 from buffer.redis_store import ForeignKeys, RedisStore
 from buffer.replay import ReplayBuffer
@@ -28,7 +29,7 @@ def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis
     client.hset(f"{prefix}:payload", groups[0][0].id, b"\xc1 not msgpack")
     client.hdel(f"{prefix}:payload", groups[0][1].id)
     client.hset(f"{prefix}:groups", f"{2:016d}", b"garbage")
-    assert len(buffer.audit().discrepancies) >= 3
+    assert len(audit_buffer(buffer).discrepancies) >= 3
     (found,) = buffer.draw(toy_request(1, num_replayed=9, rng=rng))
     assert [t.id for t in found.fresh] == [t.id for t in groups[0]]
     assert {t.id for t in found.replayed} == {t.id for t in groups[1]}
@@ -37,7 +38,7 @@ def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis
     counters = buffer.stats().counters
     assert (counters.quarantined, counters.groups_quarantined) == (2, 1)
     assert b"\xc1 not msgpack" in client.hvals(f"{prefix}:quarantine")
-    audit = buffer.audit()
+    audit = audit_buffer(buffer)
     assert audit.ok, audit.discrepancies
 
 
@@ -58,7 +59,7 @@ def test_an_add_survives_whatever_its_prompt_holds(client: redis.Redis) -> None:
         assert [t.completion.size for t in replay_of(buffer)] == [289], number
         (warning,) = warnings
         assert f"quarantined trajectory {stored.id}" in warning
-        assert buffer.audit().ok
+        assert audit_buffer(buffer).ok
 
 
 def test_the_audit_sees_what_a_counter_or_an_index_hides(client: redis.Redis) -> None:
@@ -68,16 +69,16 @@ def test_the_audit_sees_what_a_counter_or_an_index_hides(client: redis.Redis) ->
     buffer.add([first, second])
     prefix = f"{{amortize:{run}}}"
     client.hincrby(f"{prefix}:meta", "offered", 1)
-    assert "3 trajectories offered, 2 stored" in buffer.audit().discrepancies[0]
+    assert "3 trajectories offered, 2 stored" in audit_buffer(buffer).discrepancies[0]
     client.hincrby(f"{prefix}:meta", "offered", -1)
     rank = client.zscore(f"{prefix}:priority", first.id + "p")
     assert rank is not None
     client.zadd(f"{prefix}:priority", {first.id + "p": -99.0})
-    assert "differ in 2 entries" in buffer.audit().discrepancies[0]
+    assert "differ in 2 entries" in audit_buffer(buffer).discrepancies[0]
     client.zadd(f"{prefix}:priority", {first.id + "p": rank})
     payload = client.hget(f"{prefix}:payload", first.id)
     client.hset(f"{prefix}:payload", second.id, payload)
-    assert any("is that of" in sentence for sentence in buffer.audit().discrepancies)
+    assert any("is that of" in sentence for sentence in audit_buffer(buffer).discrepancies)
 
 
 def test_keys_of_another_kind_or_format_are_refused(client: redis.Redis) -> None:
@@ -100,8 +101,8 @@ def test_a_buffer_of_the_format_before_is_ranked_anew_and_kept(client: redis.Red
     prefix = f"{{amortize:{run}}}"
     client.hset(f"{prefix}:meta", "format", "1")
     client.zadd(f"{prefix}:priority", {t.id + t.prompt_key: t.terminal_log_reward for t in stored})
-    assert "the ranking and the prompts differ" in buffer.audit().discrepancies[0]
+    assert "the ranking and the prompts differ" in audit_buffer(buffer).discrepancies[0]
     later = ReplayBuffer(RedisStore(client, run=run), config=config)
-    audit = later.audit()
+    audit = audit_buffer(later)
     assert audit.ok and audit.replay_size == 3, audit.discrepancies
     assert client.hget(f"{prefix}:meta", "format") == b"2"

@@ -15,6 +15,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from bench.audit import audit_buffer
 from bench.posterior import descendants
 from bench.posterior import title as title_of
 from buffer.config import BufferConfig
@@ -108,7 +109,7 @@ def check_buffer(tmp_path: Path) -> int:
     try:
         with connect(server.url, password=server.password, timeout_s=10) as client:
             buffer = ReplayBuffer(RedisStore(client, run="test"), config=config)
-            audit = buffer.audit()
+            audit = audit_buffer(buffer)
             assert audit.ok, audit.discrepancies
             return buffer.stats().replay_size
     finally:

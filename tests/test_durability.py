@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.audit import audit_buffer
 from buffer.config import BufferConfig
 from buffer.connection import (
     connect,
@@ -72,7 +73,7 @@ def test_kill_9_under_load_loses_nothing_acknowledged_and_doubles_nothing(tmp_pa
     with connect(url, password=password, timeout_s=5.0) as client:
         buffer = ReplayBuffer(RedisStore(client, run="toy"), config=KEEPING)
         stored = {trajectory.id for trajectory in replay_of(buffer)}
-        audit = buffer.audit()
+        audit = audit_buffer(buffer)
     server.stop(timeout_s=10.0)
     sent = [ids for groups in acknowledged for ids in groups]
     assert {id for ids in sent for id in ids} == stored

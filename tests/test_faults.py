@@ -8,12 +8,12 @@ from typing import Any
 import psutil
 import pytest
 
+from bench.audit import Contents, contents_of
 from bench.fault_matrix import trial
 from bench.fault_matrix.job import Job
 from bench.fault_matrix.ledger import duplicated, evidence, lost, offered
 from bench.fault_matrix.strikes import PARTS, Arsenal, Strike
 from bench.faults import DISKS, NODES, PROCESSES
-from buffer.audit import Contents
 from buffer.config import BufferConfig
 from buffer.memory import MemoryStore
 from buffer.replay import ReplayBuffer
@@ -28,7 +28,7 @@ def contents() -> Contents:
         buffer.seed([evidence(number)])
     for number in (3, 4):
         buffer.add([replace(evidence(number), actor="actor-0")])
-    return store.contents()
+    return contents_of(store)
 
 
 def without(mapping: Any, key: Any) -> dict[Any, Any]:

@@ -19,6 +19,7 @@ import pytest
 from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 
+from bench.audit import audit_buffer
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
@@ -187,7 +188,7 @@ def test_a_job_is_stopped_in_order_and_goes_on_when_it_is_submitted_again(
     server = RedisServer.start(cluster.folder / "runs/first/buffer", run="first", config=config)
     try:
         with connect(server.url, password=server.password, timeout_s=20) as client:
-            audit = ReplayBuffer(RedisStore(client, run="first"), config=config).audit()
+            audit = audit_buffer(ReplayBuffer(RedisStore(client, run="first"), config=config))
             assert audit.ok, audit.discrepancies
     finally:
         server.stop(timeout_s=20)

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from actors.weight_sources import LaggingWeights
+from bench.audit import audit_buffer
 from buffer.config import BufferConfig
 from buffer.replay import DrawRequest, Group, ReplayBuffer
 from buffer.server import RedisServer
@@ -166,7 +167,7 @@ def test_a_run_held_near_the_limit_sees_the_ages_it_was_promised_and_starves_of_
     counters = buffer.stats().counters
     assert counters.groups_expired > 0
     assert counters.groups_drawn == 24 * 2
-    assert buffer.audit().ok, buffer.audit().discrepancies
+    assert audit_buffer(buffer).ok, audit_buffer(buffer).discrepancies
     # The ages are true: every trajectory is what the version that it names would have sampled.
     for row in run.learner_rows:
         assert row["agreement/checked"] == row["batch/trajectories"]

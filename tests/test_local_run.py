@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel
 
 import lm.shared
+from bench.audit import audit_buffer
 from buffer.config import BufferConfig
 from buffer.replay import ReplayBuffer
 from buffer.server import RedisServer
@@ -143,7 +144,7 @@ def test_every_demonstration_is_in_replay_and_the_audit_balances(finished: Finis
     _, task = roles.load_task(config)
     seeded = {t.prompt_key for t in replay_of(buffer) if t.behaviour == "demonstration"}
     assert len(seeded) >= 0.9 * len(task.demonstrations)  # a better near-duplicate may replace one
-    audit = buffer.audit()
+    audit = audit_buffer(buffer)
     assert audit.ok, audit.discrepancies
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.audit import audit_buffer
 from buffer.admission import Item, lengths_near
 from buffer.config import BufferConfig
 from buffer.memory import ForeignSave, MemoryStore
@@ -56,7 +57,7 @@ def test_the_newest_payload_of_a_duplicate_wins(make_store: MakeStore) -> None:
     buffer.add([toy_trajectory((1, 2), actor="new", log_reward=-7.0)])
     (stored,) = replay_of(buffer)
     assert (stored.actor, stored.terminal_log_reward) == ("new", -7.0)
-    assert buffer.audit().ok
+    assert audit_buffer(buffer).ok
 
 
 def test_a_better_near_duplicate_replaces_all_that_are_near_it(make_store: MakeStore) -> None:
@@ -91,7 +92,7 @@ def test_seeding_changes_nothing_that_is_stored(make_store: MakeStore) -> None:
     counts = buffer.seed([toy_trajectory((4,), prompt="r", log_reward=9.0)])
     assert counts["evicted_capacity"] == 1
     assert {t.id for t in replay_of(buffer)} == kept
-    audit = buffer.audit()
+    audit = audit_buffer(buffer)
     assert audit.ok, audit.discrepancies
 
 
@@ -109,7 +110,7 @@ def test_want_of_room_leaves_every_prompt_its_best_however_low(make_store: MakeS
     buffer.add([toy_trajectory((9,) * 4, prompt="low", log_reward=-59.0)])
     kept = [(t.prompt_key, t.terminal_log_reward) for t in replay_of(buffer)]
     assert sorted(kept) == [("high", -20.0), ("low", -60.0), ("low", -59.0), ("other", -19.0)]
-    audit = buffer.audit()
+    audit = audit_buffer(buffer)
     assert audit.ok, audit.discrepancies
 
 
@@ -118,7 +119,7 @@ def test_more_prompts_than_capacity_are_kept_within_it(make_store: MakeStore) ->
     for prompt in "pqr":
         buffer.add([toy_trajectory((1,), prompt=prompt)])
     assert buffer.stats().replay_size == 2
-    assert buffer.audit().ok
+    assert audit_buffer(buffer).ok
 
 
 def test_the_freshest_version_is_drawn_first_and_the_old_expire(make_store: MakeStore) -> None:
@@ -161,7 +162,7 @@ def test_the_same_group_sent_twice_counts_once(make_store: MakeStore) -> None:
     assert buffer.add(group).fate == "repeated"
     assert buffer.depth() == 1
     assert buffer.stats().counters.offered == 2
-    assert buffer.audit().ok
+    assert audit_buffer(buffer).ok
 
 
 def test_a_group_of_two_prompts_is_refused(make_store: MakeStore) -> None:
@@ -256,7 +257,7 @@ def test_writers_of_one_prompt_never_break_a_rule(
         thread.start()
     for thread in writers:
         thread.join(timeout=60.0)
-    audit = ReplayBuffer(make_store(run), config=config).audit()
+    audit = audit_buffer(ReplayBuffer(make_store(run), config=config))
     assert audit.ok, audit.discrepancies
     assert (audit.counters.groups_accepted, audit.counters.offered) == (48, 192)
     assert sum(conflicts) > 0, "the writers never met: the test shows nothing"
@@ -282,7 +283,7 @@ def test_an_eviction_between_reading_and_writing_makes_the_plan_anew(
     report = ours.add([toy_trajectory((1,), prompt="p", log_reward=0.0)])
     counts = report.counts
     assert (report.conflicts, counts["duplicates"], counts["evicted_capacity"]) == (1, 0, 1)
-    audit = ours.audit()
+    audit = audit_buffer(ours)
     assert audit.ok, audit.discrepancies
 
 
@@ -329,7 +330,7 @@ def test_a_buffer_in_memory_is_carried_over_whole() -> None:
     carried.restore(store.save())
     assert carried.save() == store.save()
     later = ReplayBuffer(carried, config=SMALL)
-    assert later.stats() == buffer.stats() and later.audit().ok
+    assert later.stats() == buffer.stats() and audit_buffer(later).ok
     for both in (buffer, later):
         both.add([toy_trajectory((5, 6), policy_version=2)])
     drawn, again = (

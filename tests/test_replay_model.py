@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
+from bench.audit import audit_buffer, contents_of
 from buffer.admission import near_duplicates
 from buffer.config import BufferConfig
 from buffer.replay import BufferStarved, Group, ReplayBuffer
@@ -209,9 +210,9 @@ def test_any_sequence_of_calls_does_what_the_plain_model_does(
         items = stored.setdefault(trajectory.prompt_key, {})
         items[trajectory.id] = trajectory.terminal_log_reward
     assert stored == {p: {id: r for id, (_, r) in s.items()} for p, s in model.replay.items() if s}
-    contents = store.contents()
+    contents = contents_of(store)
     assert (contents.duplicates, contents.near_replaced) == (+model.again, +model.replaced)
-    audit = buffer.audit()
+    audit = audit_buffer(buffer)
     assert audit.ok, audit.discrepancies
     names = audit.counters.__dataclass_fields__
     assert {name: getattr(audit.counters, name) for name in names} == {

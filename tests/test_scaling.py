@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.audit import audit_buffer
 from bench.posterior import descendants, title
 from buffer.config import BufferConfig
 from buffer.connection import connect
@@ -170,7 +171,7 @@ def check_buffer(run: LiveRun, *, version: int) -> None:
     try:
         with connect(server.url, password=server.password, timeout_s=20) as client:
             buffer = ReplayBuffer(RedisStore(client, run="test"), config=config)
-            audit = buffer.audit()
+            audit = audit_buffer(buffer)
             assert audit.ok, audit.discrepancies
             acknowledged = run.state().metrics[TRAJECTORIES]
             print(f"acknowledged {acknowledged:.0f}, accepted {audit.counters.offered}")

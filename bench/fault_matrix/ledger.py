@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import redis
 
+from bench.audit import Contents, audit_contents, contents_of
 from bench.fault_matrix.job import RUN, GaveUp, Job
-from buffer.audit import Contents, audit_contents
 from buffer.config import BufferConfig
 from buffer.connection import connect
 from buffer.redis_store import RedisStore
@@ -54,7 +54,7 @@ class Ledger:
         while True:
             try:
                 with _store_of(self._job) as store:
-                    contents = store.contents()
+                    contents = contents_of(store)
             except (OSError, redis.RedisError) as error:
                 if time.monotonic() > deadline:
                     raise GaveUp(
@@ -100,7 +100,7 @@ class Ledger:
                         self._stored.add(one.id)
                         number += 1
                         if number % _LOOK_EVERY == 0:
-                            self._note(store.contents())
+                            self._note(contents_of(store))
             except Exception as error:  # there is a fault: it is offered again
                 self._trouble = repr(error)
 

@@ -1,14 +1,33 @@
-"""Recounting the buffer from its data, trusting no index and no counter."""
+"""Recounts a replay buffer from its data, trusting no index and no counter of its own.
 
-from collections.abc import Iterator, Mapping
+    python -m bench.audit RUN
+
+says whether accepted = stored + evicted + rejected by rule holds in a run.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import msgpack
 import numpy as np
 
 from buffer.admission import advantages, near_duplicates
 from buffer.config import BufferConfig
+from buffer.connection import connect
+from buffer.memory import MemoryStore
+from buffer.redis_store import RedisStore
+from buffer.replay import ReplayBuffer
 from buffer.stats import LEAVING_FRESH, LEAVING_REPLAY, Counters
+from buffer.store import Store
 from buffer.trajectory import MalformedTrajectory, Trajectory, unpack, unpack_group
+from cluster.config.file import load_config
+from cluster.inspector.keeper import BufferKeeper
+from cluster.run.directory import find_run
+
+_ID_LENGTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +62,19 @@ class Contents:
     draws: Mapping[int, int]  # of those that were drawn
 
 
+def audit_buffer(buffer: ReplayBuffer) -> Audit:
+    """Recount everything; reads the whole buffer."""
+    return audit_contents(contents_of(buffer.store), buffer.config)
+
+
+def contents_of(store: Store) -> Contents:
+    """All that a store of either kind holds, as of one instant."""
+    if isinstance(store, RedisStore):
+        return _read(store)
+    assert isinstance(store, MemoryStore)
+    return _saved(store)
+
+
 def audit_contents(contents: Contents, config: BufferConfig) -> Audit:
     """Compare a store with itself, its counters and the rules."""
     counters = Counters.read(contents.meta)
@@ -53,6 +85,64 @@ def audit_contents(contents: Contents, config: BufferConfig) -> Audit:
         *check_fresh(contents, config),
     )
     return Audit(len(contents.payload), len(contents.groups), counters, discrepancies)
+
+
+def _read(store: RedisStore) -> Contents:
+    answer = store.call("snapshot")
+    meta, payload, priority, fresh, undrawn, groups, draws, *tallies, prompts = answer
+    sampled, duplicates, near_replaced = map(_numbers, tallies)
+    return Contents(
+        meta=_numbers(meta),
+        payload={id.decode(): data for id, data in _by_two(payload)},
+        priority={
+            (member[:_ID_LENGTH].decode(), member[_ID_LENGTH:].decode()): float(score)
+            for member, score in _by_two(priority)
+        },
+        prompts={
+            prompt.decode(): {id.decode(): float(score) for id, score in _by_two(items)}
+            for prompt, items in _by_two(prompts)
+        },
+        sampled=sampled,
+        duplicates=duplicates,
+        near_replaced=near_replaced,
+        groups={int(seq): data for seq, data in _by_two(groups)},
+        fresh={int(seq): int(version) for seq, version in _by_two(fresh)},
+        undrawn=frozenset(int(seq) for seq, _ in _by_two(undrawn)),
+        draws={int(seq): int(count) for seq, count in _by_two(draws)},
+    )
+
+
+def _saved(store: MemoryStore) -> Contents:
+    """Of what it saves beside a checkpoint; its ranking is made anew whenever it is needed."""
+    _, *values = msgpack.unpackb(store.save(), strict_map_key=False)
+    meta, prompts, payload, _, sampled, duplicates, near_replaced, groups, fresh, draws = values[
+        :10
+    ]
+    return Contents(
+        meta=meta,
+        payload=payload,
+        priority={
+            (id, prompt): advantage
+            for prompt, items in prompts.items()
+            for id, advantage in advantages(items).items()
+        },
+        prompts=prompts,
+        sampled=sampled,
+        duplicates={id: count for id, count in duplicates.items() if count},
+        near_replaced={id: count for id, count in near_replaced.items() if count},
+        groups=groups,
+        fresh=fresh,
+        undrawn=frozenset(fresh.keys() - draws.keys()),
+        draws=draws,
+    )
+
+
+def _by_two(flat: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _numbers(flat: Sequence[bytes]) -> dict[str, int]:
+    return {name.decode(): int(value) for name, value in _by_two(flat)}
 
 
 def check_counters(contents: Contents, counters: Counters) -> Iterator[str]:
@@ -138,3 +228,23 @@ def check_fresh(contents: Contents, config: BufferConfig) -> Iterator[str]:
         if contents.fresh.get(number) != version:
             found = contents.fresh.get(number)
             yield f"group {number} of version {version} ranks as {found}"
+
+
+def main() -> int:
+    """Exit status 1 where something does not add up."""
+    parser = argparse.ArgumentParser(description="Recounts the replay buffer of a run.")
+    parser.add_argument("run", help="name of a run, which may have ended")
+    directory = find_run(parser.parse_args().run)
+    config = load_config(str(directory.config_file))
+    with BufferKeeper(config, directory) as keeper:
+        url, password = keeper.address
+        with connect(url, password=password, timeout_s=config.buffer.timeout_s) as client:
+            store = RedisStore(client, run=directory.name)
+            found = audit_buffer(ReplayBuffer(store, config=config.buffer))
+    print(f"{found.replay_size} trajectories, {found.fresh_groups} groups; {found.counters}")
+    print("\n".join(found.discrepancies) or "all that was accepted is accounted for")
+    return 0 if found.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
