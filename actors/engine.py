@@ -141,6 +141,7 @@ def vllm_engine(
         tool,
         lora=lora,
         max_rows=config.max_rows,
+        tool_timeout_s=config.tool_timeout_s,
         longest_prompt=longest_prompt,
         seed=seed,
     )

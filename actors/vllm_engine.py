@@ -5,7 +5,8 @@ legal tokens and ⊤, closed wherever `ActionSpace` says so. Beside every draw i
 from, of the token and of ⊤; times the temperature that is log q at temperature 1.
 
 A row is a request that ends at ⊤, at a token that calls a tool, or at max_len. Behind what the tool
-wrote it goes on as another, of which all that stands there is the prompt.
+wrote it goes on as another, of which all that stands there is the prompt. Until the tool has spoken
+others take its place.
 """
 
 import itertools
@@ -42,11 +43,12 @@ from lm.model import (
     build_without_weights,
     context_limit,
     device_of,
+    set_text_prefix,
     vocab_size,
 )
 from lm.sampling import Completion, Ended, Request, Row
 from lm.spelling import text_prefix
-from lm.tools import Tool, ask_tool
+from lm.tools import Tool, ToolDesk, wait_for_any
 
 _RANKS = sorted(get_args(MaxLoRARanks))  # that vLLM has kernels for; a smaller one is padded
 
@@ -112,17 +114,20 @@ class VLLMEngine(RolloutEngine):
         *,
         lora: LoRAConfig,
         max_rows: int,
+        tool_timeout_s: float,
         longest_prompt: int,
         seed: int,
     ) -> None:
         """Raises EngineRefused where vLLM cannot serve the base, or such adapters."""
-        self._actions, self._tool, self._max_rows = actions, tool, max_rows
-        self._triggers = tool.triggers if tool is not None else frozenset()
+        self._actions, self._max_rows = actions, max_rows
         self._text_prefix = text_prefix(lm, load_tokenizer(lm))
-        shape = build_without_weights(lm)
-        self._vocab_size = vocab_size(shape)
+        self._shape = shape = build_without_weights(lm)
+        self._desk: ToolDesk | None = None
+        if tool is not None:
+            self._desk = ToolDesk(tool, vocab_size=vocab_size(shape), timeout_s=tool_timeout_s)
         columns = len(self._text_prefix) + longest_prompt + actions.max_len
         self._context = min(max(columns, 2), context_limit(shape))
+        set_text_prefix(shape, self._text_prefix)
         if device_of(lm).type != current_platform.device_type:
             raise EngineRefused(
                 f"models are to be on {device_of(lm).type} (lm.device), and this vLLM is built "
@@ -158,6 +163,7 @@ class VLLMEngine(RolloutEngine):
         self._request_ids = itertools.count()
         self._rows: dict[str, Row] = {}  # by the request that writes at them now
         self._waiting: deque[Row] = deque()
+        self._parked: list[Row] = []  # until their tool has spoken
         self._numbers = itertools.count()
 
     def load(self, adapter: bytes) -> None:
@@ -186,12 +192,14 @@ class VLLMEngine(RolloutEngine):
         return [row.index for row in rows]
 
     def poll(self) -> list[Ended]:
-        """A step of vLLM's, once the free places are taken.
+        """A step of vLLM's, once the free places are taken; where all wait for tools, a moment.
 
         Raises ValueError for what this engine has no room or no law for, PolicyDiverged when
         log q is not finite, and gives up what was under way.
         """
-        ended: list[Ended] = []
+        if self._parked and not (self._rows or self._waiting):
+            wait_for_any([row.call for row in self._parked if row.call])
+        ended = self._hear()
         try:
             while len(self._rows) < self._max_rows and self._waiting:
                 row = self._waiting.popleft()
@@ -199,14 +207,30 @@ class VLLMEngine(RolloutEngine):
                     ended.append((row.index, completion))
             for output in self._engine.step() if self._rows else ():
                 row = self._rows.pop(output.request_id)
-                completion = self._took(row, output.outputs[0]) or self._go_on(row)
-                if completion is not None:
+                completion = self._took(row, output.outputs[0])
+                if completion is None and row.call is not None:
+                    self._parked.append(row)
+                elif (completion := completion or self._go_on(row)) is not None:
                     ended.append((row.index, completion))
         except BaseException:
             self._engine.abort_request(list(self._rows))
-            self._rows.clear()
-            self._waiting.clear()
+            for under_way in (self._rows, self._waiting, self._parked):
+                under_way.clear()
             raise
+        return ended
+
+    def _hear(self) -> list[Ended]:
+        """Let rows whose tool has spoken be the next to take places; what their tools ended."""
+        ended: list[Ended] = []
+        heard = [row for row in self._parked if row.call is None or row.call.over]
+        self._parked = [row for row in self._parked if row not in heard]
+        for row in reversed(heard):
+            if (fault := row.hear(self._shape)) is not None:
+                ended.append((row.index, fault))
+                continue
+            while row.pending:
+                row.append(row.pending.pop(0), 0.0, from_tool=True)
+            self._waiting.appendleft(row)
         return ended
 
     def _go_on(self, row: Row) -> Completion | None:
@@ -230,7 +254,7 @@ class VLLMEngine(RolloutEngine):
         parameters = SamplingParams(
             temperature=1.0,  # the law's business
             max_tokens=self._actions.max_len - len(row.tokens),
-            stop_token_ids=[self._actions.stop_token, *self._triggers],
+            stop_token_ids=[self._actions.stop_token, *(self._desk.triggers if self._desk else ())],
             ignore_eos=True,
             logprob_token_ids=[self._actions.stop_token],
             detokenize=False,
@@ -244,7 +268,7 @@ class VLLMEngine(RolloutEngine):
         return None
 
     def _took(self, row: Row, output: Any) -> Completion | None:
-        """Write down what vLLM drew, and what a tool says to it; the completion if ⊤ was drawn."""
+        """Write down what vLLM drew, and ask the tool that is called; the completion behind ⊤."""
         temperature, stop = row.request.temperature, self._actions.stop_token
         for token, reported in zip(output.token_ids, output.logprobs, strict=True):
             log_q = temperature * reported[token].logprob
@@ -258,9 +282,8 @@ class VLLMEngine(RolloutEngine):
             if token == stop:
                 return row.completion(self._actions)
             row.append(token, log_q, from_tool=False)
-        if self._tool is not None and row.tokens[-1] in self._triggers:
-            for token in ask_tool(self._tool, row.tokens, self._vocab_size):
-                row.append(token, 0.0, from_tool=True)
+        if self._desk is not None and row.tokens[-1] in self._desk.triggers:
+            row.call = self._desk.ask(row.tokens)
         return None
 
 

@@ -17,8 +17,6 @@ from lm.model import context_limit, require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill, PromptStore
 from lm.tools import Tool, ToolCall, ToolDesk, ToolFault, wait_for_any
 
-_TOOL_POLL_S = 0.01
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -83,6 +81,18 @@ class Row:
         self.tokens.append(token)
         self.log_q.append(log_q)
         self.from_tool.append(from_tool)
+
+    def hear(self, model: nn.Module) -> ToolFault | None:
+        """Take what the tool says into `pending`; why the row ends, where it says nothing that
+        `model` could read."""
+        assert self.call is not None
+        try:
+            self.pending, self.call = self.call.result(), None
+            written = len(self.request.prompt) + len(self.tokens) + len(self.pending)
+            require_context(model, written)
+        except Exception as error:  # whatever the tool raised
+            return ToolFault(error)
+        return None
 
     def may_stop(self, actions: ActionSpace) -> bool:
         """Whether ⊤ is open in the present state, unless a tool is speaking."""
@@ -207,7 +217,7 @@ class Sampler:
         try:
             self._admit()
             if self._parked and not self._rows:
-                wait_for_any([row.call for row, _ in self._parked if row.call], _TOOL_POLL_S)
+                wait_for_any([row.call for row, _ in self._parked if row.call])
             if self._rows:
                 self._drop(self._act(generator))
                 self._logits_NV = self._decode() if self._rows else self._logits_NV[:0]
@@ -293,12 +303,8 @@ class Sampler:
             states = self._cache.read(slot, row.position + 1)
             self._parked.append((row, Prefill(states, self._logits_NV[slot : slot + 1].clone())))
             return False
-        try:
-            row.pending, row.call = row.call.result(), None
-            written = len(row.request.prompt) + len(row.tokens) + len(row.pending)
-            require_context(self._model, written)
-        except Exception as error:  # whatever the tool raised
-            self._ended.append((row.index, ToolFault(error)))
+        if (fault := row.hear(self._model)) is not None:
+            self._ended.append((row.index, fault))
             return False
         return not self._force_stop(row)
 

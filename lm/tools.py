@@ -19,6 +19,7 @@ from time import monotonic
 from typing import Protocol
 
 _Call = tuple["Future[list[int]]", tuple[int, ...]]
+_POLL_S = 0.01
 
 
 class Tool(Protocol):
@@ -73,9 +74,9 @@ class ToolCall:
             raise TimeoutError(f"a tool gave no answer within {self._timeout_s:g} s") from None
 
 
-def wait_for_any(calls: Sequence[ToolCall], timeout_s: float) -> None:
-    """Until one of them is answered, or so long."""
-    wait([call.answer for call in calls], timeout_s, return_when=FIRST_COMPLETED)
+def wait_for_any(calls: Sequence[ToolCall]) -> None:
+    """Until one of them is answered, or a moment, after which another may be late."""
+    wait([call.answer for call in calls], _POLL_S, return_when=FIRST_COMPLETED)
 
 
 class ToolDesk:

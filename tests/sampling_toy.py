@@ -1,5 +1,6 @@
 """A tool, mixed requests and an enumerable model, for the tests of sampling and scoring."""
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,33 @@ class Echo:
 
     def output(self, completion: Sequence[int]) -> list[int]:
         return [29, CALL, len(completion) % 5 + 2] if completion[-1] == CALL else []
+
+
+class Slow(Echo):
+    """Speaks once it is let to."""
+
+    def __init__(self) -> None:
+        self.may_speak = threading.Event()
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        assert self.may_speak.wait(10.0)
+        return super().output(completion)
+
+
+class Fragile(Echo):
+    """Fails on what holds a 9."""
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        if 9 in completion:
+            raise KeyError("nine")
+        return super().output(completion)
+
+
+class Broken(Echo):
+    """Fails always."""
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        raise KeyError("nine")
 
 
 def mixed_requests(count: int) -> list[Request]:

@@ -1,6 +1,5 @@
 """Requests that come while others are under way, and tools that are slow, or fail."""
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -15,36 +14,19 @@ from lm.actions import ActionSpace
 from lm.cache import SlotCache
 from lm.sampling import Completion, Ended, Request, Sampler
 from lm.tools import ToolFault
-from tests.sampling_toy import CALL, MUTE, STOP, Echo, mixed_requests, worst_disagreement
+from tests.sampling_toy import (
+    CALL,
+    MUTE,
+    STOP,
+    Broken,
+    Echo,
+    Fragile,
+    Slow,
+    mixed_requests,
+    worst_disagreement,
+)
 
 ACTIONS = ActionSpace(stop_token=STOP, legal_tokens=(2, CALL, MUTE, 5, 9), min_len=1, max_len=9)
-
-
-class Slow(Echo):
-    """Speaks once it is let to."""
-
-    def __init__(self) -> None:
-        self.may_speak = threading.Event()
-
-    def output(self, completion: Sequence[int]) -> list[int]:
-        assert self.may_speak.wait(10.0)
-        return super().output(completion)
-
-
-class Fragile(Echo):
-    """Fails on what holds a 9."""
-
-    def output(self, completion: Sequence[int]) -> list[int]:
-        if 9 in completion:
-            raise KeyError("nine")
-        return super().output(completion)
-
-
-class Broken(Echo):
-    """Fails always."""
-
-    def output(self, completion: Sequence[int]) -> list[int]:
-        raise KeyError("nine")
 
 
 def drain(sampler: Sampler, generator: torch.Generator, ended: dict[int, Any]) -> dict[int, Any]:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +29,9 @@ from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig, LoRAConfig
 from lm.export import export_policy
 from lm.model import CausalLM, attach_adapter, load_base
-from lm.sampling import Request
+from lm.sampling import Completion, Request
 from lm.spelling import spell
-from lm.tools import Tool
+from lm.tools import Tool, ToolFault
 from seed_lm import toy
 from tests.environment import MODEL
 from tests.sampling_toy import exact_probabilities, worst_disagreement
@@ -138,6 +140,42 @@ def test_what_it_records_is_what_the_learner_computes(name: str, lora: LoRAConfi
     if tool is not None:
         assert any(completion.from_tool.any() for completion in drawn)
         assert not all(completion.from_tool.any() for completion in drawn)
+
+
+class Hesitant(Interjection):
+    """Speaks once it is let to, and fails behind every fifth token."""
+
+    def __init__(self) -> None:
+        self.may_speak = threading.Event()
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        assert self.may_speak.wait(60.0)
+        if len(completion) % 5 == 0:
+            raise KeyError("five")
+        return super().output(completion)
+
+
+def test_a_tool_delays_and_ends_its_own_row_only() -> None:
+    actions, tool, lm = law(2, 24), Hesitant(), LMConfig(model=SEED_LM)
+    engine, requests = engine_of(lm, actions, tool), requests_of(48)
+    numbers, ended = engine.submit(requests), dict[int, Any]()
+    for _ in range(3 * actions.max_len):
+        ended |= engine.poll()
+    assert len(ended) > 5 and not any(one.from_tool.any() for one in ended.values())
+    polls, started_s = 0, time.monotonic()
+    while time.monotonic() - started_s < 0.5:
+        ended |= engine.poll()
+        polls += 1
+    assert polls < 60
+    tool.may_speak.set()
+    while len(ended) < len(numbers):
+        ended |= engine.poll()
+    faults = [one for one in ended.values() if isinstance(one, ToolFault)]
+    assert {fault.reason for fault in faults} == {"KeyError: 'five'"}
+    kept = [place for place, n in enumerate(numbers) if isinstance(ended[n], Completion)]
+    drawn, asked = [ended[numbers[n]] for n in kept], [requests[n] for n in kept]
+    assert any(one.from_tool.any() for one in drawn)
+    assert worst_disagreement(load_base(lm).model, actions, asked, drawn) < TOLERANCE_NATS
 
 
 @pytest.mark.timeout(1500)
