@@ -1,41 +1,40 @@
 """Charts as inline SVG: a few marks on a frame with round ticks, coloured by the page's style.
 
-Scaling and ticks are matplotlib's; the marks are written here, since its SVG has styles that the
-page's policy forbids and takes too long for a page that refreshes.
+Scaling and ticks are matplotlib's; the marks are those of templates/chart.svg, since its own SVG
+has styles that the page's policy forbids and takes too long for a page that refreshes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from operator import itemgetter
 from typing import Literal
-from xml.etree.ElementTree import Element, SubElement, tostring
 
-import numpy as np
 from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox, BboxTransform
-from numpy.typing import ArrayLike, NDArray
 
-from cluster.reports.html_page import visible
+from cluster.reports.html_page import page_environment
 
 Mark = Literal["line", "faint", "dots", "bars"]
-_WIDTH, _HEIGHT = 460.0, 150.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, _WIDTH - 10.0, 6.0, _HEIGHT - 22.0  # of the frame
+Point = tuple[float, float]
+_FRAME = Bbox.from_extents(46.0, 128.0, 450.0, 6.0)  # SVG counts y downwards
 _BAR_SHARE = 0.6
 _HEADROOM = 0.06  # share of the height above and below the marks
-_DOT_RADIUS = 3.0
-
-Place = Callable[[ArrayLike], NDArray[np.float64]]  # points (x, y) -> where they stand
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
     """Points (x, y) drawn one way: a line, a faint one, joined dots, or bars from zero."""
 
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
     kind: Mark = "line"
     notes: Sequence[str] = ()  # of the points, shown where one is hovered
+
+    @property
+    def noted(self) -> Iterator[tuple[Point, str | None]]:
+        """Each point with its note."""
+        return zip_longest(self.points, self.notes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,29 +44,24 @@ class Chart:
     title: str  # for those who do not see it
     series: Sequence[Series]
     level: float | None = None  # a dashed line at this height
-    bands: Sequence[tuple[float, float]] = ()  # stretches of x that are shaded
+    bands: Sequence[Point] = ()  # stretches of x that are shaded
     counted: int | None = None  # x counts something, from 0 up to this
 
     def svg(self) -> Markup:
         """The chart, for the middle of a page; raises ValueError where there is not one point."""
         box = self._data_box()
-        # SVG counts y downwards.
-        place = BboxTransform(box, Bbox.from_extents(_LEFT, _BOTTOM, _RIGHT, _TOP)).transform
-        size = f"0 0 {_WIDTH:g} {_HEIGHT:g}"
-        root = Element("svg", {"viewBox": size, "role": "img", "aria-label": visible(self.title)})
-        for start, end in self.bands:
-            _rectangle(root, "band", *place([(start, box.y0), (end, box.y1)]))
-        for value in ticks(box.y0, box.y1, at_most=5):
-            (_, y) = place((box.x0, value))
-            _line(root, "grid", [(_LEFT, y), (_RIGHT, y)])
-            _text(root, "end", _LEFT - 6, y + 3.5, value)
-        for value in ticks(box.x0, box.x1, at_most=8, whole=self.counted is not None):
-            _text(root, "middle", place((value, box.y0))[0], _HEIGHT - 5, value)
-        if self.level is not None:
-            _line(root, "level", place([(box.x0, self.level), (box.x1, self.level)]))
-        for series in self.series:
-            _draw(root, series, place)
-        return Markup(tostring(root, encoding="unicode"))
+        place = BboxTransform(box, _FRAME).transform
+        drawn = _TEMPLATE.render(
+            chart=self,
+            box=box,
+            frame=_FRAME,
+            bar=_BAR_SHARE,
+            place=place,
+            path=lambda points: Markup(" ".join(f"{x:.1f},{y:.1f}" for x, y in place(points))),
+            heights=ticks(box.y0, box.y1, at_most=5),
+            widths=ticks(box.x0, box.x1, at_most=8, whole=self.counted is not None),
+        )
+        return Markup(drawn)
 
     def _data_box(self) -> Bbox:
         points = [point for series in self.series for point in series.points]
@@ -85,45 +79,7 @@ class Chart:
         return Bbox.from_extents(x0, y0 - room, x1, y1 + room)
 
 
-def _draw(root: Element, series: Series, place: Place) -> None:
-    """The points of a series, as its kind has them."""
-    if series.kind != "bars":
-        _line(root, series.kind, place(series.points))
-    if series.kind in ("line", "faint"):
-        return
-    for (x, y), note in zip_longest(series.points, series.notes):
-        if series.kind == "bars":
-            corners = place([(x - _BAR_SHARE / 2, y), (x + _BAR_SHARE / 2, 0.0)])
-            mark = _rectangle(root, "bar below" if y < 0 else "bar above", *corners)
-        else:
-            cx, cy = place((x, y))
-            mark = _mark(root, "circle", "dot", cx=cx, cy=cy, r=_DOT_RADIUS)
-        if note:
-            SubElement(mark, "title").text = visible(note)
-
-
-def _mark(root: Element, tag: str, kind: str, **numbers: float) -> Element:
-    places = {name: f"{value:.1f}" for name, value in numbers.items()}
-    return SubElement(root, tag, {"class": kind, **places})
-
-
-def _line(root: Element, kind: str, points: ArrayLike) -> None:
-    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in np.asarray(points))
-    SubElement(root, "polyline", {"class": kind, "points": places})
-
-
-def _rectangle(
-    root: Element, kind: str, corner: NDArray[np.float64], opposite: NDArray[np.float64]
-) -> Element:
-    (x, y), (width, height) = np.minimum(corner, opposite), np.abs(corner - opposite)
-    return _mark(root, "rect", kind, x=x, y=y, width=width, height=max(height, 0.8))
-
-
-def _text(root: Element, kind: str, x: float, y: float, value: float) -> None:
-    _mark(root, "text", kind, x=x, y=y).text = number(value)
-
-
-def _apart(low: float, high: float) -> tuple[float, float]:
+def _apart(low: float, high: float) -> Point:
     """The two, or values around them where they are one."""
     room = 0.0 if high > low else 0.1 * abs(low) or 1.0
     return low - room, high + room
@@ -148,9 +104,7 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def outermost(
-    points: Sequence[tuple[float, float]], *, at_most: int
-) -> Iterator[tuple[float, float]]:
+def outermost(points: Sequence[Point], *, at_most: int) -> Iterator[Point]:
     """All points, or of equally many neighbours the lowest and the highest."""
     if len(points) <= at_most:
         yield from points
@@ -159,3 +113,8 @@ def outermost(
     for start in range(0, len(points), size):
         group = points[start : start + size]
         yield from sorted({min(group, key=itemgetter(1)), max(group, key=itemgetter(1))})
+
+
+_ENVIRONMENT = page_environment("cluster.inspector")
+_ENVIRONMENT.filters["number"] = number
+_TEMPLATE = _ENVIRONMENT.get_template("chart.svg")
