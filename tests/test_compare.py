@@ -13,7 +13,7 @@ from cluster.__main__ import main
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
-from cluster.experiments import findings, members, suite
+from cluster.experiments import findings, suite
 from cluster.experiments.comparison import (
     Choice,
     Result,
@@ -22,9 +22,8 @@ from cluster.experiments.comparison import (
     figures,
     summarise,
 )
-from cluster.experiments.members import Member, Members, member
-from cluster.experiments.methods import method_config
-from cluster.experiments.suite import check_same_settings
+from cluster.experiments.methods import member, method_config
+from cluster.experiments.suite import Member, Suite, check_same_settings
 from cluster.run.assembly import load_task
 from cluster.run.directory import RunDirectory
 from tasks.evaluation.accuracy import mean_edit_distance
@@ -131,10 +130,10 @@ def test_errors_for_people_name_the_run_and_defects_keep_their_traceback() -> No
     title = member_of().title
     with (
         pytest.raises(UserError, match=r"gflownet, seed 0 \(run c-.*: no such"),
-        members._named(title),
+        suite._named(title),
     ):
         raise TooFewDemonstrations("no such")
-    with pytest.raises(ValueError, match="shapes") as defect, members._named(title):
+    with pytest.raises(ValueError, match="shapes") as defect, suite._named(title):
         raise ValueError("shapes")
     assert defect.value.__notes__ == ["in gflownet, seed 0 (run c-gflownet-0)"]
 
@@ -220,7 +219,7 @@ def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
     cost = {"gflownet": 30.0, "ppo": 20.0, "ppo_tokens": 20.0}  # tokens of a step
     taken: list[tuple[str, int, int]] = []
 
-    def result(_: Members, member: Member, __: str) -> Result:
+    def result(_: Suite, member: Member, __: str) -> Result:
         config = member.steps[-1].config
         steps, seed = config.learner.steps, config.seed
         taken.append((member.method, seed, steps))
@@ -230,7 +229,7 @@ def test_steps_at_equal_tokens_are_as_many_as_gflownets_tokens_pay_for(
         return Result(**own, metrics={}, compute=compute)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Members, "result", result)
+    monkeypatch.setattr(Suite, "result", result)
     monkeypatch.setattr(findings.Findings, "leave", lambda *_: None)
     words = ["compare", str(ROOT / "tasks/toy.toml"), "compare.steps=100", "--seeds", "2"]
     assert main([*words, "--methods", "ppo", "gflownet", "ppo_tokens"]) == 0

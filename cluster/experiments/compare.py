@@ -9,10 +9,9 @@ from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Result
 from cluster.experiments.findings import Findings
 from cluster.experiments.frontier import draw_frontier, likelihoods_of
-from cluster.experiments.members import Member, Members, member
-from cluster.experiments.methods import GFLOWNET, measured_against, method
+from cluster.experiments.methods import GFLOWNET, measured_against, member, method
 from cluster.experiments.search import search, tuned
-from cluster.experiments.suite import Suite
+from cluster.experiments.suite import Member, Suite
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,17 +22,17 @@ def run(arguments: argparse.Namespace) -> int:
     check_equal_tokens(methods)
     # All methods of one seed before the next seed: half a comparison compares too.
     planned = [(title, seed) for seed in range(arguments.seeds) for title in methods]
-    name, members = suite.folder.name, Members(suite)
+    name = suite.folder.name
     for title, seed in planned:  # what cannot be made is told before anything runs
         planned_member(shared, title, seed, name)
     results: list[Result] = []
     with suite.begun():
-        choices = search(shared, methods, members, name)
+        choices = search(shared, methods, suite)
         shared = tuned(shared, choices)
         for number, (title, seed) in enumerate(planned, start=1):
             steps = steps_at_equal_tokens(title, seed, results)
             each = planned_member(shared, title, seed, name, steps)
-            results.append(members.result(each, f"{number} of {len(planned)}"))
+            results.append(suite.result(each, f"{number} of {len(planned)}"))
     task = shared.task
     held_out = any(getattr(task, key, None) for key in ("validation", "validation_share"))
     findings = Findings(

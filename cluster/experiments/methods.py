@@ -14,7 +14,7 @@ from cluster.config.file import parse_overrides
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.experiments.em import em_steps
-from cluster.experiments.suite import Step
+from cluster.experiments.suite import Member, Step
 
 BASE, GFLOWNET, EM = "base", "gflownet", "gflownet_em"
 TRAINED = ("sft", "ppo", GFLOWNET, EM)
@@ -109,6 +109,23 @@ def method_config(
     if steps is not None:
         changes["learner.steps"] = steps
     return shared.changed(changes)
+
+
+def member(
+    shared: RunConfig, title: str, *, seed: int, run: str, gflownet: str, steps: int | None = None
+) -> Member:
+    """A method with a seed; raises UserError.
+
+    Args:
+        run: the name of its own run.
+        gflownet: ... and of that of gflownet with the same seed.
+        steps: optimizer steps, of a method at equal LM tokens.
+    """
+    shown = f"{title}, seed {seed} (run {run})"
+    if title == EM:
+        return Member(title, shown, em_method_steps(shared, seed=seed, first=gflownet, own=run))
+    config = method_config(shared, title=title, seed=seed, steps=steps)
+    return Member(title, shown, (Step(shown, run, config, method(title).trained),))
 
 
 def em_method_steps(shared: RunConfig, *, seed: int, first: str, own: str) -> tuple[Step, ...]:

@@ -10,22 +10,19 @@ from cluster.config.experiments import SearchConfig
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Choice, Trial
-from cluster.experiments.members import Members, member
-from cluster.experiments.methods import EM, GFLOWNET, method, said_of
+from cluster.experiments.methods import EM, GFLOWNET, member, method, said_of
+from cluster.experiments.suite import Suite
 from cluster.run.directory import RunDirectory
 from cluster.run.driver import read_scores
 from tasks.evaluation.evaluation import Evaluation, mean_of
 
 
-def search(shared: RunConfig, methods: Sequence[str], members: Members, name: str) -> list[Choice]:
+def search(shared: RunConfig, methods: Sequence[str], suite: Suite) -> list[Choice]:
     """Make the trials of every trained method, and choose the best of each; none reads test data.
-
-    Args:
-        name: of the comparison.
 
     Raises:
         UserError: a method has no trial that could be measured.
-        whatever `Members.result` raises.
+        whatever `Suite.result` raises.
     """
     settings = shared.compare.search
     if not settings.learning_rates:
@@ -40,10 +37,10 @@ def search(shared: RunConfig, methods: Sequence[str], members: Members, name: st
                 _with_values(config, title, values),
                 title,
                 seed=settings.seed,
-                run=f"{name}-{title}-trial{number}",
+                run=f"{suite.folder.name}-{title}-trial{number}",
                 gflownet=choices[GFLOWNET].chosen.run if title == EM else "",
             )
-            members.result(tried, f"trial {number} of {len(settings.learning_rates)}")
+            suite.result(tried, f"trial {number} of {len(settings.learning_rates)}")
             measured = read_scores(RunDirectory(tried.run)).after
             assert measured is not None, tried.run
             metric, better, figure = headline(measured)
