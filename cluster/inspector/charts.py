@@ -109,7 +109,7 @@ def outermost(points: Sequence[Point], *, at_most: int) -> Iterator[Point]:
     if len(points) <= at_most:
         yield from points
         return
-    size = -(-2 * len(points) // at_most)
+    size = -(-len(points) // (at_most // 2))
     for start in range(0, len(points), size):
         group = points[start : start + size]
         yield from sorted({min(group, key=itemgetter(1)), max(group, key=itemgetter(1))})
