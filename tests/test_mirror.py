@@ -19,6 +19,8 @@ from cluster.__main__ import main
 from cluster.config.file import load_config
 from cluster.config.project import PROJECT_ROOT, UserError
 from cluster.experiments import suite
+from cluster.experiments.compare import planned_member
+from cluster.experiments.methods import ENDINGS
 from cluster.run import mirror
 from cluster.run.directory import BUCKET_VARIABLE, RunDirectory
 from cluster.run.mirror import Bucket, Mirror, MirrorFailed, fetch, mirrored, must_fetch
@@ -280,7 +282,7 @@ def test_an_experiment_goes_on_with_runs_that_only_the_bucket_has(
     words = argparse.Namespace(run="several", resume=False, json=False, address=None, local=True)
     step = suite.Step("the first", "first", load_config("tasks/toy.toml", []))
     with pytest.raises(UserError, match="it goes on"):
-        suite.Suite(words, stem="").take([step])
+        suite.Suite(words, stem="", endings="").take([step])
 
 
 def test_an_experiment_goes_on_where_only_the_bucket_knows_its_runs(
@@ -289,16 +291,24 @@ def test_an_experiment_goes_on_where_only_the_bucket_knows_its_runs(
     """`compare` and `em` on a new cluster: their own folder is made anew."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(BUCKET_VARIABLE, url)
-    made = RunDirectory("c-gflownet-0", root=tmp_path / "older")
+    made = RunDirectory("c-b-gflownet-0", root=tmp_path / "older")
     write(made, "config.toml", "scores.json")
     Mirror(made, Bucket(url, made.name), print).close()
-    words = argparse.Namespace(run="c", resume=True, json=False, address=None, local=True)
-    with suite.Suite(words, stem="compare").begun():
-        assert RunDirectory("c").path.is_dir()
-    for mistyped in ("d", "c-gf"):
-        words = argparse.Namespace(run=mistyped, resume=True, json=False)
-        with pytest.raises(UserError, match=f"no run '{mistyped}'"):
-            suite.Suite(words, stem="compare")
+    words = argparse.Namespace(run="c-b", resume=True, json=False, address=None, local=True)
+    with suite.Suite(words, stem="compare", endings=ENDINGS).begun():
+        assert RunDirectory("c-b").path.is_dir()
+    for other in ("d", "c", "c-b-gf"):  # mistyped, or of a name that begins as this one
+        words = argparse.Namespace(run=other, resume=True, json=False)
+        with pytest.raises(UserError, match=f"no run '{other}'"):
+            suite.Suite(words, stem="compare", endings=ENDINGS)
+
+
+def test_the_runs_of_a_comparison_are_told_by_how_their_names_end() -> None:
+    shared = load_config("tasks/toy.toml", [])
+    titles = ["base", "tempered_T0.9", "ppo_tokens", "gflownet", "gflownet_em"]
+    steps = [step for title in titles for step in planned_member(shared, title, 12, "c").steps]
+    for run in ("c-sft-trial2", *(step.run for step in steps)):
+        assert re.fullmatch(f"c-({ENDINGS})", run), run
 
 
 def test_the_head_on_aws_asks_for_buckets_in_the_region_of_its_machines() -> None:

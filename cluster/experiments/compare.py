@@ -9,7 +9,7 @@ from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Result
 from cluster.experiments.findings import Findings
 from cluster.experiments.frontier import draw_frontier, likelihoods_of
-from cluster.experiments.methods import GFLOWNET, measured_against, member, method
+from cluster.experiments.methods import ENDINGS, GFLOWNET, measured_against, member, method
 from cluster.experiments.search import search, tuned
 from cluster.experiments.suite import Member, Suite
 
@@ -17,7 +17,7 @@ from cluster.experiments.suite import Member, Suite
 def run(arguments: argparse.Namespace) -> int:
     """Run what is missing, then show and write the comparison."""
     shared = load_config(arguments.config, arguments.overrides)
-    suite = Suite(arguments, stem=f"compare-{shared.task_name}")
+    suite = Suite(arguments, stem=f"compare-{shared.task_name}", endings=ENDINGS)
     methods = list(dict.fromkeys(arguments.methods or shared.compare.methods))
     check_equal_tokens(methods)
     # All methods of one seed before the next seed: half a comparison compares too.

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         return train_and_show(config, arguments, stem=f"{policy.name}-m")
     shared = load_config(arguments.config, arguments.overrides)
     rounds = arguments.rounds or shared.em.rounds
-    suite = Suite(arguments, stem=f"em-{shared.task_name}")
+    suite = Suite(arguments, stem=f"em-{shared.task_name}", endings=r"[em]\d+")
 
     def name(kind: Kind, number: int) -> str:
         return f"{suite.folder.name}-{kind.lower()}{number}"

@@ -27,6 +27,8 @@ _DECODED: Mapping[str, Mapping[str, Any]] = {
     "diverse_beam": {"evaluation.decoding": "diverse_beam"},
 }
 METHODS = (BASE, *TRAINED, *_DECODED)
+# Of the names of a comparison's runs: title and seed or trial, and of EM the step before the last.
+ENDINGS = rf"({'|'.join(METHODS)})[\w.]*-(trial)?\d+(-[em]\d+)?"
 _AT_TEMPERATURES = ("ppo", "gflownet", "tempered")
 _AT_EQUAL_TOKENS = ("sft", "ppo")
 _TOKENS = "_tokens"

@@ -66,16 +66,17 @@ class Suite:
     Args:
         arguments: of its verb.
         stem: of the experiment's name, where it has none yet.
+        endings: regular expression of what its runs have in their names behind its own.
 
     Raises UserError where the name is taken, or there is nothing to resume.
     """
 
-    def __init__(self, arguments: argparse.Namespace, *, stem: str) -> None:
+    def __init__(self, arguments: argparse.Namespace, *, stem: str, endings: str) -> None:
         name, resume = arguments.run, arguments.resume
         self.folder = RunDirectory(name or new_name(stem))
         if not resume:
             self.folder.check(resume=False)
-        elif name and not begun_elsewhere(self.folder):
+        elif name and not begun_elsewhere(self.folder, endings):
             self.folder = find_run(name)
         self.console = Console(stderr=arguments.json)
         self._arguments = arguments

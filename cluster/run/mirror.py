@@ -8,6 +8,7 @@ one that was cut off is as if it had not begun.
 
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -63,15 +64,14 @@ class Bucket:
         except FileNotFoundError:
             return []
 
-    def runs(self, stem: str) -> list[str]:
-        """Names of the runs in the bucket that begin with `stem`."""
+    def runs(self) -> list[str]:
+        """Names of the runs in the bucket."""
         folder = self._root.rpartition("/")[0]
         try:
             paths = self._files.ls(folder, detail=False)
         except FileNotFoundError:
             return []
-        names = (str(path).rstrip("/").rpartition("/")[2] for path in paths)
-        return [name for name in names if name.startswith(stem)]
+        return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
     def write_index(self, names: list[str]) -> None:
         self._files.pipe_file(self._path(INDEX), json.dumps(names, indent=1).encode())
@@ -218,12 +218,17 @@ def fetch(directory: RunDirectory) -> None:
         os.replace(partial, directory.path)
 
 
-def begun_elsewhere(directory: RunDirectory) -> bool:
-    """Whether an experiment that is not here has runs in the bucket, which are called by it."""
+def begun_elsewhere(directory: RunDirectory, endings: str) -> bool:
+    """Whether an experiment that is not here has runs in the bucket.
+
+    Args:
+        endings: regular expression of what their names have behind the experiment's, and a hyphen.
+    """
     if not (url := os.environ.get(BUCKET_VARIABLE)) or directory.path.exists():
         return False
     with _reading(bucket := Bucket(url, directory.name), directory):
-        return bool(bucket.runs(f"{directory.name}-"))
+        own = re.compile(f"{re.escape(directory.name)}-(?:{endings})")
+        return any(own.fullmatch(name) for name in bucket.runs())
 
 
 def must_fetch(directory: RunDirectory, *, resume: bool) -> bool:
