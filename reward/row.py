@@ -68,8 +68,9 @@ class ScoredRow:
 
     def add(self, item: ScoreItem) -> tuple[Indices, Indices]:
         """Add a rationale; the edges of its tokens [L] and the first of each copy of Y [S]."""
-        shared = self.stem.shared_length(_after_context(item)) - 1  # tokens of Z
+        held = self.stem.width
         path = self.stem.add(_after_context(item))
+        shared = int((path < held).sum()) - 1  # tokens of Z
         tail = item.completion[shared:]
         self._copy_of_state = np.append(self._copy_of_state[: shared + 1], np.full(len(tail), -1))
         self._edges = np.append(self._edges[:shared], self._predict(path[shared:-1], tail))
@@ -84,36 +85,32 @@ class ScoredRow:
 
     def columns(self, copies: slice, *, with_stem: bool) -> Columns:
         """The stem, if asked for, and these copies after it."""
-        stem, parents = self.stem, self._parents[copies]
-        first, _, _ = copies.indices(self.num_copies)
-        positions = [
-            stem.positions[parent] + 1 + place
-            for parent in parents
-            for place in range(self.copy_width)
-        ]
+        stem, parents, width = self.stem, self._parents[copies], self.copy_width
         before = stem.width if with_stem else 0
+        column_KN = np.arange(len(parents) * width).reshape(len(parents), width)
+        stem_TT = stem.sees()
+        sees_QK = np.zeros((before + column_KN.size, stem.width + column_KN.size), dtype=bool)
+        sees_QK[:before, : stem.width] = stem_TT[:before]
+        sees_QK[before:, : stem.width] = np.repeat(stem_TT[parents], width, axis=0)
+        rows_KN1, columns_K1N = before + column_KN[:, :, None], stem.width + column_KN[:, None]
+        sees_QK[rows_KN1, columns_K1N] = np.tri(width, dtype=bool)
+
         sources = np.concatenate(self._sources)
-        place = np.where(sources < 0, before + ~sources - first * self.copy_width, sources)
-        here = (place >= before) & (place < before + len(positions)) & (sources < 0)
+        first, _, _ = copies.indices(self.num_copies)
+        place = np.where(sources < 0, before + ~sources - first * width, sources)
+        here = (place >= before) & (place < len(sees_QK)) & (sources < 0)
         if with_stem:
             here |= sources >= 0
         edges = np.flatnonzero(here)
-        tokens = self._answer[:-1].tolist() * len(parents)
+        starts = [stem.positions[parent] + 1 for parent in parents]
+        positions = [start + place for start in starts for place in range(width)]
         return Columns(
-            tokens=stem.tokens + tokens if with_stem else tokens,
-            positions=stem.positions + positions if with_stem else positions,
-            sees_QK=self._sees(parents)[0 if with_stem else stem.width :],
+            tokens=stem.tokens[:before] + self._answer[:-1].tolist() * len(parents),
+            positions=stem.positions[:before] + positions,
+            sees_QK=sees_QK,
             edges=edges,
             sources=place[edges],
         )
-
-    def _sees(self, parents: list[int]) -> NDArray[np.bool_]:
-        """Whether a column of the stem or of a copy after one of `parents` sees another."""
-        stem_TT, width = self.stem.sees(), self.copy_width
-        own_CC = np.kron(np.eye(len(parents), dtype=bool), np.tri(width, dtype=bool))
-        past_CT = np.repeat(stem_TT[parents], width, axis=0)
-        future_TC = np.zeros((len(stem_TT), len(own_CC)), dtype=bool)
-        return np.block([[stem_TT, future_TC], [past_CT, own_CC]])
 
     def _predict(self, sources: Indices, targets: Tokens) -> Indices:
         """Numbers of the new edges."""
