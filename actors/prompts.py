@@ -1,5 +1,6 @@
 """What is asked: prompts with their answers, and the endless stream that an actor draws from."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,11 @@ class Prompt:
     def scored_prompt(self) -> tuple[int, ...]:
         """Token ids of X as the frozen LM reads it."""
         return self.prompt if self.scored is None else self.scored
+
+
+def key_of(content: str) -> str:
+    """A key of 32 characters, the same for the same content."""
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 class PromptStream:

@@ -1,7 +1,9 @@
 """What may come next after given prefixes: log-probabilities of all actions, or of all tokens."""
 
-from collections.abc import Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +26,20 @@ class NextLogits:
 
     A prefix is the whole text: prompt, then tokens of the completion. The last answer is kept,
     since the frozen LM is asked the same as a policy and as the prior.
+
+    Args:
+        active: within it `model` is what is asked, such as one without its adapter.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._logits = lru_cache(maxsize=1)(partial(next_logits, model))
+    def __init__(
+        self, model: Any, active: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.model, self.active = model, active
+        self._logits = lru_cache(maxsize=1)(self._ask)
+
+    def _ask(self, prefixes: tuple[Prefix, ...]) -> Tensor:
+        with self.active():
+            return next_logits(self.model, prefixes)
 
     def action_log_probs(
         self, actions: ActionSpace, prefixes: Sequence[Prefix], may_stop: Sequence[bool]

@@ -1,24 +1,15 @@
 """What a user's own task is made from: a class of settings that builds the task."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
-from actors.reward_query import RewardKind, RewardQuery
-from lm.actions import ActionSpace
-from lm.tools import Tool
-from reward.request import ScoreItem
+from actors.reward_query import RewardKind
 from tasks.custom_config import CustomTaskConfig
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
-from tasks.held_out import Split, check_split
+from tasks.held_out import check_split
 from tasks.posterior.assessment import evaluate_posterior
 from tasks.task import QuestionTask, Task, Tokenizer
 
@@ -37,30 +28,8 @@ class CustomTask(CustomTaskConfig):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlainTask:
-    """A task of which only the necessary is said; see tasks.task.Task."""
-
-    name: str
-    actions: ActionSpace
-    prompts: Sequence[Prompt]
-    reward_query: RewardQuery
-    demonstrations: Sequence[Demonstration] = ()
-    tool: Tool | None = None
-    log_reward: Callable[[ScoreItem], NDArray[np.float32]] | None = None
-    held_out: Mapping[Split, Sequence[Sequence[Any]]] = field(default_factory=dict)  # of TestItem
-
-    def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
-        """Nothing is right or wrong."""
-        return None
-
-    def valid(self, completion: Sequence[int]) -> bool:
-        """All that can be sampled is meant."""
-        return True
-
-    def check_evaluation(self, split: Split = "test") -> None:
-        """Raises NothingToMeasure where only the other split holds anything."""
-        check_split(self.name, self.held_out, split)
+class PlainTask(Task):
+    """A task of which only the necessary is said."""
 
     def evaluate(self, context: EvaluationContext) -> Evaluation:
         """On what is held out where something is, else by the distance to the posterior."""
@@ -79,12 +48,6 @@ class UnfitTask(ValueError):
     """A user's task that no run could work on."""
 
 
-_MEMBERS = (
-    *("name", "actions", "tool", "prompts", "demonstrations", "reward_query", "log_reward"),
-    *("verdict", "valid", "held_out", "check_evaluation", "evaluate"),
-)
-
-
 def build_own(config: CustomTask, tokenizer: Tokenizer) -> Task:
     """The task, once it has passed for one.
 
@@ -99,8 +62,8 @@ def build_own(config: CustomTask, tokenizer: Tokenizer) -> Task:
 
 def _fault(config: CustomTask, task: Task) -> str:
     """What is wrong and what to do; empty where nothing is."""
-    if missing := [member for member in _MEMBERS if not hasattr(task, member)]:
-        return f"what build() returns lacks {', '.join(missing)}; tasks.custom.PlainTask has all"
+    if not isinstance(task, Task):
+        return f"build() returns {task!r:.60}, which is no Task: make a tasks.custom.PlainTask"
     kind = task.reward_query.kind
     if config.reward_kind != kind:
         return f"its reward_query is of kind {kind!r}: set the class's reward_kind to that"

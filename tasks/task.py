@@ -1,8 +1,9 @@
 """What a task says to the rest of the system."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from lm.tools import Tool
 from reward.request import ScoreItem
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
-from tasks.held_out import Split
+from tasks.held_out import Split, check_split
 
 Answer = int | str  # true or given; equal ones are the same
 
@@ -51,80 +52,54 @@ class TestQuestion(TestItem):
     unseen: bool  # not in the training data, word for word
 
 
-class Task(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
     """Prompts, legal actions, tool, reward, verdict and measuring of one task."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def actions(self) -> ActionSpace: ...
-
-    @property
-    def tool(self) -> Tool | None: ...
-
-    @property
-    def prompts(self) -> Sequence[Prompt]: ...
-
-    @property
-    def demonstrations(self) -> Sequence[Demonstration]: ...
-
-    @property
-    def reward_query(self) -> RewardQuery: ...
-
-    @property
-    def log_reward(self) -> Callable[[ScoreItem], NDArray[np.float32]] | None:
-        """[S] nats at an item's stop states, untempered; None where the frozen LM scores."""
+    name: str
+    actions: ActionSpace
+    prompts: Sequence[Prompt]
+    reward_query: RewardQuery
+    demonstrations: Sequence[Demonstration] = ()
+    # X with Y as it stands without a rationale: what supervised fine-tuning learns where there are
+    # some, of a task of which nobody wrote rationales.
+    answered: Sequence[Demonstration] = ()
+    hints: Sequence[Hint] = ()  # behind which the base LM writes what seeds the replay buffer ...
+    hinted_draws: int = 0  # ... so many times behind each
+    tool: Tool | None = None
+    # [S] nats at an item's stop states, untempered; None where the frozen LM scores.
+    log_reward: Callable[[ScoreItem], NDArray[np.float32]] | None = None
+    # Of each split, file by file: in neither the other split nor the training data.
+    held_out: Mapping[Split, Sequence[Sequence[TestItem]]] = field(default_factory=dict)
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool | None:
         """Is the completion right? None where the task cannot tell."""
+        return None
 
     def valid(self, completion: Sequence[int]) -> bool:
         """Is the completion one that the task means at all?"""
-
-    @property
-    def held_out(self) -> Mapping[Split, Sequence[Sequence[TestItem]]]:
-        """Items of each split, file by file: in neither the other split nor the training data."""
+        return True
 
     def check_evaluation(self, split: Split = "test") -> None:
-        """Raise, before a run starts, where something that `evaluate` needs is not there."""
+        """Raise, before a run starts, where something that `evaluate` needs is not there.
 
+        Raises NothingToMeasure where only the other split holds anything.
+        """
+        check_split(self.name, self.held_out, split)
+
+    @abstractmethod
     def evaluate(self, context: EvaluationContext) -> Evaluation:
         """Measure a policy on `context.split`; where nothing is held out, against the posterior."""
 
 
-@runtime_checkable
-class AnsweredTask(Task, Protocol):
-    """A task that has answers to learn from, and nobody's rationales."""
+@dataclass(frozen=True, kw_only=True)
+class QuestionTask(Task):
+    """A task whose rationales lead to answers, so that those to held-out questions can be counted:
+    by the base LM, which answers behind X Z."""
 
-    @property
-    def answered(self) -> Sequence[Demonstration]:
-        """X with Y as it stands without a rationale, each; what supervised fine-tuning learns."""
+    held_out: Mapping[Split, Sequence[Sequence[TestQuestion]]] = field(default_factory=dict)
+    answer_actions: ActionSpace  # of an answer: any token, until end of text or long enough
 
-
-@runtime_checkable
-class HintedTask(Task, Protocol):
-    """A task that has the base LM write what seeds the replay buffer."""
-
-    @property
-    def hints(self) -> Sequence[Hint]: ...
-
-    @property
-    def hinted_draws(self) -> int:
-        """Of each hint."""
-
-
-@runtime_checkable
-class QuestionTask(Task, Protocol):
-    """A task whose rationales lead to answers, so that those to held-out TestQuestions can be
-    counted."""
-
-    @property
-    def held_out(self) -> Mapping[Split, Sequence[Sequence[TestQuestion]]]: ...
-
-    @property
-    def answer_actions(self) -> ActionSpace:
-        """How the base LM answers: any token, until end of text or long enough."""
-
+    @abstractmethod
     def parse_answer(self, text: str) -> Answer | None:
         """The answer in a text that the base LM wrote behind X Z; None where it is none."""

@@ -167,7 +167,7 @@ def test_a_task_that_no_run_could_work_on_is_refused(
     first, second = task.prompts
     query = task.reward_query
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "lacks name, actions, tool"),
+        ({}, "no Task: make a tasks.custom.PlainTask"),
         ({"reward_query": replace(query, kind="stop")}, "set the class's reward_kind to that"),
         ({"log_reward": lambda item: item}, "a log_reward goes with reward_kind 'function'"),
         ({"prompts": ()}, "it has no prompts"),

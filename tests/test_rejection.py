@@ -16,7 +16,7 @@ from tasks.posterior.bounds import Interval, bound_log_z
 from tasks.posterior.rejection import (
     NoRejectionSampling,
     PosteriorSamples,
-    Reading,
+    Reader,
     posterior_samples,
 )
 from tasks.posterior.weights import log_rewards, log_weights
@@ -68,8 +68,7 @@ def test_every_text_is_read_in_every_way_that_there_is(
     toy = make_toy(tool=tool, min_len=min_len, max_len=2, answer=answer)
     strings = toy.strings()
     for text in itertools.product(range(VOCAB_SIZE), repeat=5):
-        reading = Reading(toy.actions, toy.tool, answer)
-        reading.feed(text)
+        reading = Reader(toy.actions, toy.tool, answer).read(text)
         beginnings = {
             string
             for string in strings
@@ -141,8 +140,9 @@ def test_stops_behind_a_tool_alone_are_respected() -> None:
     )
     strings = toy.strings()
     for text in itertools.product(range(VOCAB_SIZE), repeat=5):
-        reading = Reading(actions, toy.tool, (1,))
-        reading.feed(text)  # raises where ActionSpace.check would
+        reading = Reader(actions, toy.tool, (1,)).read(text)
+        for found in reading.found:
+            actions.check(found.tokens, found.from_tool)
         expected = {
             string
             for string in strings
@@ -195,7 +195,7 @@ def test_what_cannot_be_sampled_so_is_refused() -> None:
     with pytest.raises(NoRejectionSampling):
         draw(make_toy(query=RewardQuery(kind="function", stop_token=STOP)), draws=1)
     with pytest.raises(ValueError, match="the answer Y is empty"):
-        Reading(make_toy().actions, None, ())
+        Reader(make_toy().actions, None, ())
     long = make_toy(prompt=Prompt(key="k", text="x", prompt=(1,) * 70, answer=(2,)))
     with pytest.raises(ValueError, match="exceeds the 64 tokens"):
         draw(long, draws=1)

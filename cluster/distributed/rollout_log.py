@@ -3,7 +3,6 @@
 import contextlib
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -92,8 +91,6 @@ def clipped(text: str) -> str:
 def _in_line(character: str) -> str:
     if character == "\n":
         return "\\n"
-    category = unicodedata.category(character)
-    # C: controls, directions of writing, halves of characters. Zl, Zp: ends of lines.
-    hidden = category[0] == "C" or category in ("Zl", "Zp")
+    # Not printable: controls, directions of writing, halves of characters, ends of lines.
     is_ours = character in (_TOOL_BEGINS, _TOOL_ENDS, "|", "\\")
-    return f"\\u{{{ord(character):x}}}" if hidden or is_ours else character
+    return character if character.isprintable() and not is_ours else f"\\u{{{ord(character):x}}}"

@@ -38,7 +38,7 @@ from lm.shared import SharedModel
 from reward.probe import check_base
 from reward.terms import TermScorer, build_terms
 from tasks.registry import build_task
-from tasks.task import HintedTask, Task
+from tasks.task import Task
 
 MakeEngine = Callable[[Any, LearnerConfig], Engine]
 
@@ -107,9 +107,7 @@ def model_policy(
 
 def vllm_policy(config: RunConfig, task: Task) -> Callable[[int], RolloutEngine]:
     """Makes an engine of vLLM, which loads the base LM itself, from a seed."""
-    asked = [prompt.prompt for prompt in task.prompts]
-    if isinstance(task, HintedTask):
-        asked += [hint.shown for hint in task.hints]
+    asked = [*(prompt.prompt for prompt in task.prompts), *(hint.shown for hint in task.hints)]
     return lambda seed: vllm_engine(
         config.lm,
         config.actors,
@@ -148,7 +146,7 @@ def seed_buffer(
     is drawn for prompts of which replay holds what was drawn behind a hint before.
     """
     hinted = []
-    if isinstance(task, HintedTask) and task.hinted_draws:
+    if task.hinted_draws:
         given = {(each.prompt.key, each.completion) for each in task.demonstrations}
         held = buffer.held(list({hint.prompt.key for hint in task.hints}))
         drawn = {

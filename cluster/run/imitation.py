@@ -22,7 +22,7 @@ from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
 from tasks.stop_rule import any_text
-from tasks.task import AnsweredTask, Task
+from tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
         actions = any_text(base.tokenizer, min_len=0, max_len=context_limit(base.model))
         later = LaterDraws(lambda: _draws(config, task, list(rationales(config, task)), actions))
         return Learned(replay=later, actions=actions, objective=TextLikelihood())
-    if isinstance(task, AnsweredTask):
+    if task.answered:
         actions = any_text(base.tokenizer, min_len=0, max_len=context_limit(base.model))
         draws = _draws(config, task, task.answered, actions)
         return Learned(replay=draws, actions=actions, objective=TextLikelihood())
@@ -54,7 +54,7 @@ def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
 def learns_texts(config: RunConfig, task: Task) -> bool:
     """Whether the run learns whole texts, which any token may continue, rather than Z alone."""
     traits = config.learner.traits
-    return traits.trains_model or (traits.imitates and isinstance(task, AnsweredTask))
+    return traits.trains_model or (traits.imitates and bool(task.answered))
 
 
 def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:

@@ -24,7 +24,7 @@ from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation
 from tasks.held_out import read_splits
 from tasks.stop_rule import any_text, legal_actions
-from tasks.task import TestQuestion, Tokenizer
+from tasks.task import QuestionTask, TestQuestion, Tokenizer
 
 STOP_TEXT = "."
 LONGEST_ANSWER = -9999  # no sum of a readable rationale takes more characters
@@ -35,12 +35,11 @@ _ANSWER = re.compile(r" ?(-?[0-9]+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arithmetic(PlainTask):
+class Arithmetic(PlainTask, QuestionTask):
     """The task on loaded data; see tasks.task.QuestionTask."""
 
     tokenizer: Tokenizer
     tool: Calculator
-    answer_actions: ActionSpace
 
     def verdict(self, prompt: Prompt, completion: Sequence[int]) -> bool:
         """Whether the last step's result is the answer of the prompt."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from actors.prompts import Prompt
 from lm.spelling import spell_after
-from tasks.task import AnsweredTask, Task, Tokenizer
+from tasks.task import Task, Tokenizer
 
 Tokens = tuple[int, ...]
 
@@ -32,7 +32,7 @@ def worked_examples(task: Task, tokenizer: Tokenizer, *, count: int, seed: int) 
     return _chosen(known, has, tokenizer, count, seed)
 
 
-def answered_examples(task: AnsweredTask, tokenizer: Tokenizer, *, count: int, seed: int) -> Tokens:
+def answered_examples(task: Task, tokenizer: Tokenizer, *, count: int, seed: int) -> Tokens:
     """The same of questions that have an answer and no rationale: X Y and a new line each."""
     known = [(*d.prompt.prompt, *d.completion) for d in task.answered]
     has = f"task {task.name!r} has {len(known)} answered questions"

@@ -4,7 +4,7 @@ of log Z where it cannot."""
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from actors.prompts import Prompt
-from lm.actions import ActionSpace
 from lm.adapter import adapter_off
-from lm.model import CausalLM, vocab_size
+from lm.model import vocab_size
 from lm.next_action import NextLogits, Prefix
 from lm.sampling import Completion, Request
 from tasks.evaluation.context import EvaluationContext
@@ -62,9 +60,9 @@ def assess(task: Task, context: EvaluationContext) -> Assessment:
     chosen = list(itertools.islice(distinct.values(), context.posterior.prompts))
     found = []
     with nullcontext(shared.base.model) if adapter is None else shared.beside(adapter) as model:
-        policies = [_Policy(model, nullcontext)]
+        policies = [NextLogits(model)]
         if adapter is not None:
-            policies.append(_Policy(model, partial(adapter_off, model)))
+            policies.append(NextLogits(model, partial(adapter_off, model)))
         assessor = _Assessor(
             task=task,
             context=context,
@@ -82,37 +80,18 @@ def assess(task: Task, context: EvaluationContext) -> Assessment:
     )
 
 
-class _Policy(NextLogits):
-    """A model as one of the policies that it can be: inside `active` it computes what that does."""
-
-    def __init__(self, model: CausalLM, active: Callable[[], AbstractContextManager[None]]) -> None:
-        super().__init__(model)
-        self.model = model
-        self.active = active
-
-    def action_log_probs(
-        self, actions: ActionSpace, prefixes: Sequence[Prefix], may_stop: Sequence[bool]
-    ) -> Tensor:
-        with self.active():
-            return super().action_log_probs(actions, prefixes, may_stop)
-
-    def token_log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
-        with self.active():
-            return super().token_log_probs(prefixes)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Assessor:
     """One task and its policies, of which the last is the frozen base LM."""
 
     task: Task
     context: EvaluationContext
-    policies: Sequence[_Policy]
+    policies: Sequence[NextLogits]
     decode: Callable[[list[int]], str]
     score: LogReward
 
     @property
-    def base(self) -> _Policy:
+    def base(self) -> NextLogits:
         return self.policies[-1]
 
     def assess(self, prompt: Prompt, place: str) -> tuple[PromptReport, Picture | None]:
@@ -155,15 +134,10 @@ class _Assessor:
         return report, Picture(posterior=posterior, texts=texts, valid_N=self.valid(posterior))
 
     def enumerate(self, prompt: Prompt, log_weight: LogWeight) -> ExactPosterior:
-        size = vocab_size(self.base.model)
-        task, temperature = self.task, self.context.temperature
+        task, context, size = self.task, self.context, vocab_size(self.base.model)
+        temperature, terms = context.temperature, context.terms
         ceiling = ceiling_of(
-            task,
-            prompt,
-            self.base,
-            vocab_size=size,
-            temperature=temperature,
-            terms=self.context.terms,
+            task, prompt, self.base, vocab_size=size, temperature=temperature, terms=terms
         )
         tree = PrefixTree(
             prompt.prompt,
@@ -172,10 +146,9 @@ class _Assessor:
             self.policies,
             ceiling,
             vocab_size=size,
-            max_nodes=self.context.posterior.max_nodes,
+            max_nodes=context.posterior.max_nodes,
         )
-
-        return exact_posterior(tree, log_weight, tolerance=self.context.posterior.tolerance)
+        return exact_posterior(tree, log_weight, tolerance=context.posterior.tolerance)
 
     def posterior_samples(self, prompt: Prompt) -> PosteriorSamples | None:
         """None where the LM's own texts are no samples of the posterior, or none are wanted."""

@@ -14,6 +14,7 @@ arithmetic, there is one way at most.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ from scipy.stats import norm
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
-from lm.actions import NO_TOKEN, ActionSpace
+from lm.actions import ActionSpace
 from lm.model import CausalLM, context_limit
 from lm.sampling import Request, Sampler
 from lm.tools import Tool
 from tasks.posterior.bounds import Interval
 from tasks.posterior.weights import Completed
+
+Tokens = tuple[int, ...]
 
 # Tokens that are drawn before texts which can no longer fit are given up.
 CHUNK = 16
@@ -74,7 +77,8 @@ def posterior_samples(
         )
     item = query.item(prompt, (), np.zeros(1, dtype=np.int32))
     context, answer = tuple(item.context.tolist()), tuple(item.answer.tolist())
-    readings = [Reading(actions, tool, answer) for _ in range(draws)]
+    reader = Reader(actions, tool, answer)
+    readings = [reader.read(())] * draws
     # The token that ends the sampler is drawn like any other, and texts go on behind it.
     free = ActionSpace(
         stop_token=actions.stop_token,
@@ -82,11 +86,11 @@ def posterior_samples(
         min_len=0,
         max_len=min(CHUNK, actions.max_len + len(answer)),
     )
-    while unsettled := [reading for reading in readings if reading.open]:
-        requests = [Request(prompt=(*context, *reading.tokens)) for reading in unsettled]
+    while unsettled := [at for at, reading in enumerate(readings) if reading.open]:
+        requests = [Request(prompt=(*context, *readings[at].text)) for at in unsettled]
         continued = _continue(model, requests, free, max_rows, generator)
-        for reading, tokens in zip(unsettled, continued, strict=True):
-            reading.feed(tokens)
+        for at, tokens in zip(unsettled, continued, strict=True):
+            readings[at] = reader.read((*readings[at].text, *tokens))
     return PosteriorSamples(
         completions=tuple(found for reading in readings for found in reading.found),
         draw_M=np.repeat(np.arange(draws), [len(reading.found) for reading in readings]),
@@ -95,74 +99,62 @@ def posterior_samples(
     )
 
 
-class Reading:
-    """Reads a growing text as Z Y in every possible way.
+class Reading(NamedTuple):
+    """A text, read as Z Y in every way that there is so far."""
 
-    Z is read as the policy would have produced it, so which tokens are the tool's follows from the
-    text alone. Raises ValueError for an empty answer, which every text would fit.
+    text: Tokens
+    found: tuple[Completed, ...]
+    open: bool  # whether a longer text could be read in one more way
+
+
+class Reader:
+    """Reads Z as the policy would have produced it: a text alone tells which tokens are the tool's.
+
+    Raises ValueError for an empty answer, which every text would fit.
     """
 
-    def __init__(self, actions: ActionSpace, tool: Tool | None, answer: Sequence[int]) -> None:
+    def __init__(self, actions: ActionSpace, tool: Tool | None, answer: Tokens) -> None:
         if not answer:
             raise ValueError("the answer Y is empty: no text can be told from one that ends in Y")
-        self.tokens: list[int] = []
-        self.found: list[Completed] = []
-        self._actions = actions
+        self._actions, self._tool, self._answer = actions, tool, answer
         self._legal = None if actions.legal_tokens is None else frozenset(actions.legal_tokens)
-        self._tool = tool
-        self._answer = tuple(answer)
-        self._from_tool: list[bool] = []  # of the text as far as it is a beginning of some Z
-        self._pending: list[int] = []  # what the tool is about to say
-        self._grows = True  # the whole text so far is a beginning of some Z
-        self._ends: list[int] = []  # where Z may have ended and Y has followed so far
-        self._note_end()
 
-    @property
-    def open(self) -> bool:
-        """Whether a longer text could be read in one more way."""
-        return self._grows or bool(self._ends)
+    def read(self, text: Tokens) -> Reading:
+        from_tool, pending = self._beginning(text)
+        stops_S = self._actions.stop_states(text[: len(from_tool)], from_tool)
+        stops_S[-1] &= not pending
+        ends = [end for end in np.flatnonzero(stops_S) if _agree(text[end:], self._answer)]
+        whole = [end for end in ends if end + len(self._answer) <= len(text)]
+        return Reading(
+            text,
+            tuple(Completed(tokens=text[:end], from_tool=tuple(from_tool[:end])) for end in whole),
+            open=len(from_tool) == len(text) or len(whole) < len(ends),
+        )
 
-    def feed(self, tokens: Sequence[int]) -> None:
-        """Read on, as far as anything is open."""
-        for token in tokens:
-            if not self.open:
-                return
-            self.tokens.append(token)
-            self._follow_answers(token)
-            self._grows = self._grows and self._extend(token)
-            self._note_end()
+    def _beginning(self, text: Tokens) -> tuple[list[bool], Sequence[int]]:
+        """Marks of the longest beginning of some Z, and what the tool has yet to say behind it."""
+        from_tool: list[bool] = []
+        pending: Sequence[int] = ()
+        for token in text:
+            if pending:
+                if token != pending[0]:
+                    break
+                pending = pending[1:]
+                from_tool.append(True)
+                continue
+            illegal = self._legal is not None and token not in self._legal
+            ends = token == self._actions.stop_token or self._actions.must_stop(len(from_tool))
+            if illegal or ends:
+                break
+            from_tool.append(False)
+            if self._tool is not None and token in self._tool.triggers:
+                pending = self._tool.output(text[: len(from_tool)])
+        return from_tool, pending
 
-    def _follow_answers(self, token: int) -> None:
-        place = len(self.tokens) - 1
-        self._ends = [end for end in self._ends if self._answer[place - end] == token]
-        if self._ends and len(self.tokens) - self._ends[0] == len(self._answer):
-            end = self._ends.pop(0)
-            marks = tuple(self._from_tool[:end])
-            self._actions.check(self.tokens[:end], marks)
-            self.found.append(Completed(tokens=tuple(self.tokens[:end]), from_tool=marks))
 
-    def _extend(self, token: int) -> bool:
-        """Take `token` as the next of Z; whether it can be."""
-        if self._pending:
-            self._from_tool.append(True)
-            return token == self._pending.pop(0)
-        if self._actions.must_stop(len(self._from_tool)) or token == self._actions.stop_token:
-            return False
-        if self._legal is not None and token not in self._legal:
-            return False
-        self._from_tool.append(False)
-        if self._tool is not None and token in self._tool.triggers:
-            self._pending = list(self._tool.output(tuple(self.tokens)))
-        return True
-
-    def _note_end(self) -> None:
-        """Z may end here if the policy may stop here."""
-        if not self._grows or self._pending:
-            return
-        newest = self.tokens[-1] if self.tokens else NO_TOKEN
-        after_tool = bool(self._from_tool) and self._from_tool[-1]
-        if self._actions.may_stop(len(self.tokens), newest, after_tool):
-            self._ends.append(len(self.tokens))
+def _agree(one: Tokens, other: Tokens) -> bool:
+    """Whether one is a beginning of the other."""
+    return all(a == b for a, b in zip(one, other, strict=False))
 
 
 def _continue(

@@ -8,7 +8,6 @@ Both texts are templates (`task.x`, `task.y`). The policy ends Z by the token th
 so an untrained one stops where the language model would; without a Y by the end-of-text token.
 """
 
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from itertools import islice
 from operator import attrgetter
 
 from actors.demonstrations import Demonstration
-from actors.prompts import Prompt
+from actors.prompts import Prompt, key_of
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.hub import ask_hub
@@ -34,7 +33,7 @@ from tasks.held_out import Split, check_apart, read_splits
 from tasks.questions.data import Question, read_questions, texts_of
 from tasks.records import dataset_name
 from tasks.stop_rule import any_text, end_of_text, narrowed
-from tasks.task import TestQuestion, Tokenizer
+from tasks.task import QuestionTask, TestQuestion, Tokenizer
 
 _LONGER = 8  # tokens by which an answer may be longer than any that is known
 _MARK = "\0"  # stands for the answer in Y
@@ -50,11 +49,10 @@ class _Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Questions(PlainTask):
+class Questions(PlainTask, QuestionTask):
     """The task on loaded data; see tasks.task.QuestionTask."""
 
     tokenizer: Tokenizer
-    answer_actions: ActionSpace
     lead: tuple[int, ...]  # tokens that every Y begins with
     end: str  # text behind the answer in every Y
 
@@ -184,7 +182,7 @@ class _Spelling:
                 "put a space or a sign in front of {answer} in task.y"
             )
         prompt = Prompt(
-            key=hashlib.blake2b(f"{x}\0{y or row.answer}".encode(), digest_size=16).hexdigest(),
+            key=key_of(f"{x}\0{y or row.answer}"),
             text=x,
             prompt=spell(self._tokenizer, read),
             answer=answer,

@@ -5,11 +5,10 @@ reward is p_LM(Z ⊤ | X)^(1/T) with T below 1. At max_len the stop is forced: t
 is 0 there, while the reward still asks the LM how likely the full stop is.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 
-from actors.prompts import Prompt
+from actors.prompts import Prompt, key_of
 from actors.reward_query import RewardQuery
 from lm.spelling import spell
 from tasks.config import ContinuationConfig
@@ -66,7 +65,7 @@ def build_continuation(config: ContinuationConfig, tokenizer: Tokenizer) -> Cont
 
 def _prompt(text: str, tokenizer: Tokenizer) -> Prompt:
     return Prompt(
-        key=hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        key=key_of(text),
         text=text,
         prompt=spell(tokenizer, text),
         answer=(),

@@ -5,12 +5,11 @@ in one prompt; the frozen LM scores the story as it is told: log p_LM(Z Y | X). 
 stop, the first token of Y.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from actors.prompts import Prompt
+from actors.prompts import Prompt, key_of
 from actors.reward_query import RewardQuery
 from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
 from tasks.config import InfillingConfig
@@ -145,7 +144,7 @@ def prompt_of(story: Story, tokenizer: Tokenizer) -> Prompt:
     middle = spell_after(tokenizer, story.beginning, ANY_WORD)
     check_spelling(tokenizer, [(story.beginning, scored), (ANY_WORD, middle), (ending, answer)])
     return Prompt(
-        key=hashlib.blake2b(shown.encode(), digest_size=16).hexdigest(),
+        key=key_of(shown),
         text=shown,
         prompt=spell(tokenizer, shown),
         answer=answer,

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.demonstrations import Demonstration, Hint
 from lm.model import CausalLM
 from lm.next_action import next_logits
 from tasks.custom import PlainTask
@@ -31,11 +30,8 @@ class ReviewItem(TestItem):
 
 @dataclass(frozen=True, kw_only=True)
 class Subjectivity(PlainTask):
-    """See tasks.task: Task, AnsweredTask, HintedTask. Nobody gives reasons, and many are right."""
+    """See tasks.task.Task. Nobody gives reasons, and many are right."""
 
-    answered: tuple[Demonstration, ...]
-    hints: tuple[Hint, ...]
-    hinted_draws: int
     held_out: Mapping[Split, Sequence[Sequence[ReviewItem]]]
     answers: Mapping[Label, Tokens]  # Y behind a reason
     bare_answers: Mapping[Label, Tokens]  # ... and without one

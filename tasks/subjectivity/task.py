@@ -9,13 +9,12 @@ one likelier. Y without a reason, `This review is objective.`, is what supervise
 worked examples show. Reasons to begin with may come of the base LM, told the label.
 """
 
-import hashlib
 import random
 from itertools import zip_longest
 from operator import attrgetter
 
 from actors.demonstrations import Demonstration, Hint
-from actors.prompts import Prompt
+from actors.prompts import Prompt, key_of
 from actors.reward_query import RewardQuery
 from lm.spelling import ANY_WORD, check_spelling, spell, spell_after
 from tasks.config import SubjectivityConfig
@@ -60,7 +59,7 @@ def build_subjectivity(
         whole = [(asked, prompt), (ANY_WORD, reason), (answer_text(review.label), answer)]
         check_spelling(tokenizer, whole)
         return Prompt(
-            key=hashlib.blake2b(pair.encode(), digest_size=16).hexdigest(),
+            key=key_of(pair),
             text=asked,
             prompt=prompt,
             answer=answer,
