@@ -18,56 +18,48 @@ class CannotListen(OSError):
 
 
 def ports(config: BufferConfig, *, last: int) -> Iterator[int]:
-    """Ports to try in turn: the configured one; else the last one, on which clients may wait."""
+    """Ports to try in turn: the configured one; else the last one, on which clients may wait.
+
+    Raises CannotListen where another program listens on the one that is configured.
+    """
     if config.transport == "unix":
         yield 0
-    elif config.port:
-        yield configured_port(config)
-    else:
-        if last and is_free(config.address, last):
-            yield last
+        return
+    if wanted := config.port or last:
+        try:
+            yield open_port(config.address, wanted)
+        except OSError:
+            if config.port:
+                raise CannotListen(
+                    f"port {config.port} of {config.address} is in use by another program."
+                    " Set buffer.port to a free one, or to 0 to have one chosen"
+                ) from None
+    if not config.port:
         for _ in range(FREE_PORT_ATTEMPTS):
             yield free_port(config.address)
 
 
-def configured_port(config: BufferConfig) -> int:
-    """`buffer.port`; raises CannotListen where another program listens there."""
-    if not is_free(config.address, config.port):
-        raise CannotListen(
-            f"port {config.port} of {config.address} is in use by another program."
-            " Set buffer.port to a free one, or to 0 to have one chosen"
-        )
-    return config.port
+def open_port(bind: str, port: int = 0) -> int:
+    """`port`, or one that nobody listens on; OSError unless one can listen there now.
 
-
-def is_free(bind: str, port: int) -> bool:
-    """Whether one can listen there now; as with Redis, connections just closed do not count."""
-    try:
-        socket.create_server((bind, port), family=family(bind)).close()
-    except OSError:
-        return False
-    return True
-
-
-def family(bind: str) -> socket.AddressFamily:
-    """IPv4 or IPv6."""
-    return socket.AF_INET6 if ":" in bind else socket.AF_INET
+    As with Redis, connections just closed do not count.
+    """
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    with socket.create_server((bind, port), family=family) as probe:
+        return int(probe.getsockname()[1])
 
 
 def free_port(bind: str) -> int:
     """A port nobody listens on, and not Ray's."""
-    while True:
-        with socket.socket(family(bind)) as probe:
-            try:
-                probe.bind((bind, 0))
-            except OSError as error:
-                raise CannotListen(
-                    f"cannot listen on {bind}: {error}."
-                    " Set buffer.bind to a numeric address of this machine"
-                ) from error
-            port = int(probe.getsockname()[1])
-        if port != RAY_PORT:
-            return port
+    try:
+        while (port := open_port(bind)) == RAY_PORT:
+            continue
+    except OSError as error:
+        raise CannotListen(
+            f"cannot listen on {bind}: {error}."
+            " Set buffer.bind to a numeric address of this machine"
+        ) from error
+    return port
 
 
 def listening_url(folder: Path, config: BufferConfig, port: int) -> str:

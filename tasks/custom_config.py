@@ -8,7 +8,6 @@ import importlib
 import inspect
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,10 +18,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from actors.reward_query import RewardKind
+from reward.checks import FUNCTION
 from tasks.held_out import HeldOutConfig
 from tasks.records import mistake
-
-_NAME = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 
 
 class CustomTaskConfig(HeldOutConfig):
@@ -70,7 +68,7 @@ def resolve_own_task(value: Any, _: Callable[[Any], CustomTaskConfig]) -> Custom
 
 def _find_class(name: str) -> type[CustomTaskConfig]:
     """Raises _NoSuchTask."""
-    match = _NAME.fullmatch(name)
+    match = FUNCTION.fullmatch(name)
     if match is None:
         raise _NoSuchTask("is no module and class: write it as 'my_module:MyTask'")
     module = _import(match[1])

@@ -17,7 +17,7 @@ class Source(StrEnum):
     """What a metric is read from; one `part` of a run stands for each reading."""
 
     ACTOR = "actor"  # counters of `actors.actor`; part: actor-0, ...
-    REPLICA = "replica"  # counters of `reward.replica`; part: reward-0, ...
+    REPLICA = "reward"  # counters of `reward.replica`; part: reward-0, ...
     LEARNER = "learner"  # its status, and metrics as averaged by `cluster.run.progress`
     BUFFER = "buffer"  # `buffer.stats`
     PART = "part"  # part: that which was started, actor-0, reward-0, learner, ...
@@ -111,8 +111,6 @@ INSTRUMENTS: dict[Source, tuple[Instrument, ...]] = {
     ),
 }
 
-_SOURCES = {"actor": Source.ACTOR, "reward": Source.REPLICA, "learner": Source.LEARNER}
-
 
 class Telemetry:
     """Hands changed values to Ray. Cheap; only in a process that has joined a Ray cluster.
@@ -132,7 +130,7 @@ class Telemetry:
 
     def record_part(self, name: str, status: Mapping[str, float], *, incarnation: int) -> None:
         """Record what a part of the run says of itself; `incarnation` as for `record`."""
-        self.record(_SOURCES[name.partition("-")[0]], status, part=name, incarnation=incarnation)
+        self.record(Source(name.partition("-")[0]), status, part=name, incarnation=incarnation)
         self.record(Source.PART, {"restarts": incarnation}, part=name)
 
     def record_run(

@@ -11,7 +11,7 @@ from typing import Any
 from actors.engine import check_engine
 from buffer.config import BufferConfig
 from buffer.connection import connect
-from buffer.endpoint import configured_port
+from buffer.endpoint import ports
 from buffer.executable import find_executable
 from buffer.folder import configured_password
 from cluster.config.project import UserError
@@ -92,8 +92,7 @@ def check_buffer(config: BufferConfig) -> None:
         connect(config.url, password=password, timeout_s=config.timeout_s).close()
         return
     find_executable()
-    if config.transport == "tcp" and config.port:
-        configured_port(config)
+    next(ports(config, last=0))
 
 
 def check_model_and_data(config: RunConfig, *, fetch: bool = True) -> dict[str, str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from actors.prompts import Prompt
 from learner.step_metrics import ess_share
-from lm.decoding import BeamSearch
+from lm.decoding import BeamSearch, Hypothesis
 from lm.embedding import SentenceEmbedder
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
@@ -29,11 +29,6 @@ class Sentence(NamedTuple):
     text: str
     log_reward: float  # under the frozen LM, untempered
     log_q: float  # under the policy at temperature 1, stop included, however it was decoded
-
-
-class _Draft(NamedTuple):
-    tokens: _Tokens  # stop token excluded
-    log_q: float
 
 
 def likeness_of(embedder: str | None) -> Likeness | None:
@@ -96,7 +91,7 @@ def write_sentences(
     )
     scored = iter(log_r.tolist())
 
-    def scored_sentence(draft: _Draft) -> Sentence:
+    def scored_sentence(draft: Hypothesis) -> Sentence:
         text = shared.tokenizer.decode(list(draft.tokens)).strip()
         return Sentence(text, next(scored), draft.log_q)
 
@@ -108,14 +103,17 @@ def write_sentences(
 
 def _decode(
     task: Task, context: EvaluationContext, texts: Sequence[_Tokens], temperature: float
-) -> list[list[_Draft]]:
+) -> list[list[Hypothesis]]:
     """`samples` x `candidates` completions of each text."""
     settings = context.settings
     number = settings.samples * settings.candidates
     if settings.decoding == "sample":
         draw = partial(context.draw, temperature=temperature, top_p=settings.top_p)
         drawn = draw(task.actions, texts, number, tool=task.tool)
-        return [[_Draft(tuple(z.tokens.tolist()), z.log_q) for z in same] for same in drawn]
+        return [
+            [Hypothesis(tokens=tuple(z.tokens.tolist()), log_q=z.log_q) for z in same]
+            for same in drawn
+        ]
     with context.language_model.with_adapter(context.adapter) as model:
         search = BeamSearch(
             model,
@@ -125,8 +123,7 @@ def _decode(
             penalty=settings.diversity_penalty,
             max_rows=settings.max_rows,
         )
-        found = search.search(texts)
-        return [[_Draft(beam.tokens, beam.log_q) for beam in beams] for beams in found]
+        return search.search(texts)
 
 
 def sentence_metrics(
