@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_the_interval_covers_as_often_as_it_says() -> None:
 
 def stages(
     actors: int, rate: float, *, learning: float = 0.2, replicas: int = 1
-) -> tuple[Stage, ...]:
+) -> dict[str, Stage]:
     counts = Counts(
         tokens=4800, sampled=100, sampling_s=5.0, stored=200, storing_s=0.4, scored=50, scoring_s=1
     )
@@ -96,7 +97,7 @@ def test_counts_are_those_between_two_readings() -> None:
 
 
 def test_a_stage_could_do_what_its_servers_do_while_at_work() -> None:
-    found = {stage.name: stage for stage in stages(4, 20.0)}
+    found = stages(4, 20.0)
     assert list(found) == ["sampling", "scoring", "storing", "drawing", "learning"]
     assert found["sampling"].trajectories_per_s == pytest.approx(4 * 100 / 5.0)
     assert found["sampling"].tokens_per_s == pytest.approx(48 * 80)
@@ -105,7 +106,7 @@ def test_a_stage_could_do_what_its_servers_do_while_at_work() -> None:
     assert found["storing"].trajectories_per_s == pytest.approx(4 * 500)
     assert found["drawing"].trajectories_per_s == pytest.approx(48 / 0.1)  # without its wait
     assert found["learning"].trajectories_per_s == pytest.approx(48 / 0.3)
-    assert "scoring" not in {stage.name for stage in stages(4, 20.0, replicas=0)}
+    assert "scoring" not in stages(4, 20.0, replicas=0)
 
 
 def test_the_bottleneck_is_in_the_process_with_least_time_left() -> None:
@@ -126,14 +127,17 @@ def test_a_row_is_drawn_and_becomes_json(tmp_path: Path) -> None:
         engine="native",
         actors=4,
         reward_replicas=1,
-        rate=rate_of([19.0, 20.0, 21.0]),
+        trajectories_per_s=20.0,
+        trajectories_per_s_low=19.0,
+        trajectories_per_s_high=21.0,
+        interval_coverage=0.75,
         tokens_per_s=960.0,
         efficiency=0.97,
         stages=stages(4, 20.0),
         bottleneck="sampling",
         overhead=None,
     )
-    found = json.loads(json.dumps(row.as_object()))
+    found = json.loads(json.dumps(asdict(row)))
     assert (found["actors"], found["trajectories_per_s"], found["efficiency"]) == (4, 20.0, 0.97)
     draw_throughput([row], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from cluster.config.project import UserError
 from cluster.config.tracking import TrackerName
 from cluster.config.validation import ConfigError
 from cluster.reports import trackers, tracking
+from cluster.reports.score_table import Grid
 from cluster.reports.trackers import TRACKERS, TrackedRun, check_trackers
 from cluster.reports.tracking import Tracking, Worker
 from cluster.run.directory import RunDirectory
@@ -47,7 +48,7 @@ def tracked(folder: Path, name: str = "mine") -> TrackedRun:
 
 def use(tracker: Any) -> None:
     tracker.scalars({"loss/value": 1.5}, 7)
-    tracker.table("rationales", ("prompt", "right"), [("1 + 1", "wrong")], 7)
+    tracker.table(Grid("rationales", ("prompt", "right"), [("1 + 1", "wrong")]), 7)
     tracker.close()
 
 
@@ -60,10 +61,8 @@ class Recorder:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.told.append((step, dict(values)))
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
-        self.told.append((step, name, list(rows)))
+    def table(self, grid: Grid, step: int) -> None:
+        self.told.append((step, grid.title, list(grid.rows)))
 
     def close(self) -> None:
         self.told.append("closed")
@@ -218,7 +217,7 @@ def test_what_is_not_installed_is_said_before_the_run_begins(
 
 def test_text_of_a_model_is_no_markup_in_tensorboard(tmp_path: Path) -> None:
     tracker = TRACKERS["tensorboard"](tracked(tmp_path))
-    tracker.table("rationales", ("prompt",), [("a | <b>\n[x](y)",)], 7)
+    tracker.table(Grid("rationales", ("prompt",), [("a | <b>\n[x](y)",)]), 7)
     tracker.close()
     shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = shown.Tensors("rationales/text_summary")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
-from cluster.run.display import duration, known, parts, phase
+from cluster.run.display import duration, facts, parts, phase
 
 _WATCH_S = 1.0
 
@@ -65,14 +65,10 @@ def in_full(run: RunDirectory, state: RunState) -> Table:
     """Everything that the state of a run says."""
     rows = [
         ("run", str(run.path)),
-        ("phase", phase(state)),
-        ("step", f"{state.step} of {state.steps}"),
-        ("version", str(state.version)),
-        *([("parts", told)] if (told := parts(state)) else []),
+        *facts(state),
         ("driver", f"process {state.pid} on {state.host}"),
         ("ray", state.address or "none: one process"),
         ("heartbeat", f"{_silence(state)} ago"),
-        *known(state),
     ]
     if state.message:
         rows.append(("last event", state.message))

@@ -10,16 +10,25 @@ from rich.console import Console
 from cluster.experiments.comparison import Choice, Result, Table, summarise
 from cluster.reports.html_page import write_html
 from cluster.reports.plots import new_figure
-from cluster.reports.score_table import text_table
+from cluster.reports.score_table import Grid
 from cluster.run.directory import RunDirectory, write_whole
 
 _COLUMNS = 3  # of panels in the figure
 _MOST_PANELS = 9
-_COLOURS = {"base": "#b8bcc2", "sft": "#8fb58a", "ppo": "#d9a15b", "gflownet": "#1f5a96"}
-_COLOURS |= {"gflownet_em": "#0b2c4d"}
-_OTHER = "#7d6aa5"
-_CHOSEN = ("method", "chosen", "by", "out of")
-Rows = list[list[str]]
+# Family of methods -> colour and marker.
+_STYLES = {
+    "base": ("#7b828b", "o"),
+    "sft": ("#5c9a55", "s"),
+    "ppo": ("#d98a2b", "P"),
+    "gflownet": ("#1f5a96", "D"),
+    "gflownet_em": ("#0b2c4d", "D"),
+    "sample": ("#7b828b", "x"),
+    "tempered": ("#b06a9b", "^"),
+    "nucleus": ("#4aa3a2", "v"),
+    "greedy": ("#333333", "_"),
+    "beam": ("#c2493d", "<"),
+    "diverse_beam": ("#8a6d3b", ">"),
+}
 
 
 @dataclass
@@ -37,62 +46,40 @@ class Findings:
     def __post_init__(self) -> None:
         self.metrics: Table = summarise(self.results, "metrics")
         self._compute = summarise(self.results, "compute")
-        self._file = self.folder.path / self.name
-        self._chosen_on = (
-            "what was chosen, on the validation split"
-            if self.held_out
-            else f"what was chosen, by the same figures as above: {self.task} holds no data out"
-        )
         self._notes = list(dict.fromkeys(result.note for result in self.results if result.note))
+        chosen = [_chosen(self.choices, self.task, self.held_out)] if self.choices else []
+        measured = _grid("What was measured", self.metrics)
+        self._grids = [measured, *chosen, _grid("What it took", self._compute)]
 
     def leave(self, plots: Sequence[Path] = ()) -> None:
         """Write the JSON, the tables as Markdown, the figure, and the page with it and `plots`."""
-        figure = draw(self.metrics, self._file.with_suffix(".png"))
+        file = self.folder.path / self.name
+        figure = draw(self.metrics, file.with_suffix(".png"))
         title = f"{self.task}: {', '.join(self.metrics)}"
-        metrics, compute = ["", *self.metrics], ["", *self._compute]
         write_html(
             self.folder.report_file,
             "comparison.html",
             title=title,
-            measured=(metrics, _rows(self.metrics)),
+            grids=self._grids,
             notes=self._notes,
-            chosen_on=self._chosen_on,
-            chosen=(_CHOSEN, self._chosen()) if self.choices else (),
             plots=[*plots, figure],
-            spent=(compute, _rows(self._compute)),
             runs="\n".join(result.run for result in self.results),
         )
-        parts = [f"# {title}", _markdown(metrics, _rows(self.metrics)), *self._notes]
-        if self.choices:
-            parts += [f"{self._chosen_on}:", _markdown(_CHOSEN, self._chosen())]
-        parts.append(_markdown(compute, _rows(self._compute)))
-        write_whole(self._file.with_suffix(".md"), "\n\n".join(parts) + "\n")
-        write_whole(self._file.with_suffix(".json"), self._as_json())
+        tables = [f"{grid.title}:\n\n{grid.markdown()}" for grid in self._grids]
+        text = "\n\n".join([f"# {title}", *self._notes, *tables])
+        write_whole(file.with_suffix(".md"), f"{text}\n")
+        write_whole(file.with_suffix(".json"), self._as_json())
 
     def show(self, title: str, *, as_json: bool, console: Console) -> None:
         """Print the tables, or one JSON object."""
         if as_json:
             print(self._as_json())
             return
-        console.print(text_table(["", *self.metrics], _rows(self.metrics), title))
-        for note in self._notes:
-            console.print(note, soft_wrap=True, markup=False)
-        if self.choices:
-            console.print(text_table(_CHOSEN, self._chosen(), self._chosen_on))
-        console.print(text_table(["", *self._compute], _rows(self._compute), "what it took"))
+        for line in (title, *self._notes):
+            console.print(line, soft_wrap=True, markup=False)
+        for grid in self._grids:
+            console.print(grid.drawn())
         console.print(f"page: {self.folder.report_file}", soft_wrap=True, markup=False)
-
-    def _chosen(self) -> Rows:
-        """What was chosen for each method, by which figure, out of which trials."""
-        rows = []
-        for choice in self.choices:
-            trials = (
-                f"{trial}: {'none' if trial.figure is None else f'{trial.figure:.4g}'}"
-                for trial in choice.trials
-            )
-            by = f"{choice.metric} ({choice.better} is better)"
-            rows.append([choice.method, str(choice.chosen), by, "; ".join(trials)])
-        return rows
 
     def _as_json(self) -> str:
         content = {
@@ -106,19 +93,36 @@ class Findings:
         return to_json(content, inf_nan_mode="null").decode()
 
 
-def _rows(table: Table) -> Rows:
+def _grid(title: str, table: Table) -> Grid:
     """A row for each figure of any method, in order of appearance: its name and their values."""
     methods = table.values()
-    return [[name, *(str(method.get(name, "")) for method in methods)] for name in _figures(table)]
+    rows = [[name, *(str(method.get(name, "")) for method in methods)] for name in _figures(table)]
+    return Grid(title, ["", *table], rows)
+
+
+def _chosen(choices: Sequence[Choice], task: str, held_out: bool) -> Grid:
+    """What was chosen for each method, by which figure, out of which trials."""
+    on = "on the validation split"
+    if not held_out:
+        on = f"by the same figures as above: {task} holds no data out"
+    rows = []
+    for choice in choices:
+        trials = (
+            f"{trial}: {'none' if trial.figure is None else f'{trial.figure:.4g}'}"
+            for trial in choice.trials
+        )
+        by = f"{choice.metric} ({choice.better} is better)"
+        rows.append([choice.method, str(choice.chosen), by, "; ".join(trials)])
+    return Grid(f"What was chosen, {on}", ["method", "chosen", "by", "out of"], rows)
 
 
 def _figures(table: Table) -> list[str]:
     return list(dict.fromkeys(name for row in table.values() for name in row))
 
 
-def _markdown(header: Sequence[str], rows: Rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def style_of(family: str) -> tuple[str, str]:
+    """Colour and marker of a family of methods."""
+    return _STYLES.get(family, ("#7d6aa5", "o"))
 
 
 def draw(table: Table, path: Path) -> Path:
@@ -132,7 +136,7 @@ def draw(table: Table, path: Path) -> Path:
             list(found),
             [one.mean for one in found.values()],
             yerr=[one.std or 0.0 for one in found.values()],
-            color=[_COLOURS.get(method, _OTHER) for method in found],
+            color=[style_of(method)[0] for method in found],
             capsize=3,
         )
         axes.set_title(name, fontsize=10)

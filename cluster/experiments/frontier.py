@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from cluster.experiments.comparison import Summary, Table
+from cluster.experiments.findings import style_of
 from cluster.experiments.methods import method
 from cluster.reports.plots import new_figure
 
@@ -15,20 +16,6 @@ _LIKELIHOODS = {
     "max_log_likelihood": "log-likelihood of the likeliest, nats",
     "mean_log_likelihood": "mean log-likelihood, nats",
     "log_reward": "mean log reward, nats",
-}
-_OTHER = ("#7d6aa5", "o")
-# Family of methods -> colour and marker.
-_STYLES = {
-    "base": ("#7b828b", "o"),
-    "sft": ("#5c9a55", "s"),
-    "ppo": ("#d98a2b", "P"),
-    "gflownet": ("#1f5a96", "D"),
-    "sample": ("#7b828b", "x"),
-    "tempered": ("#b06a9b", "^"),
-    "nucleus": ("#4aa3a2", "v"),
-    "greedy": ("#333333", "_"),
-    "beam": ("#c2493d", "<"),
-    "diverse_beam": ("#8a6d3b", ">"),
 }
 
 
@@ -67,7 +54,7 @@ def draw_frontier(table: Table, path: Path) -> Path:
 
 
 def _draw_family(axes: Axes, family: str, points: Mapping[str, tuple[Summary, Summary]]) -> None:
-    colour, marker = _STYLES.get(family, _OTHER)
+    colour, marker = style_of(family)
     if all(diversity.mean == 0 for diversity, _ in points.values()):
         for _, likely in points.values():
             axes.axhline(likely.mean, color=colour, linestyle=":", linewidth=1.2, label=family)

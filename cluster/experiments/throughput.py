@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = {
         "task": config.task_name,
         "simulated": config.throughput.simulation.model_dump() if arguments.simulate else None,
-        "rows": [row.as_object() for row in rows],
+        "rows": [asdict(row) for row in rows],
         "async_over_sync": comparison.async_over_sync,
         "comparison": asdict(comparison),
         "load_average": os.getloadavg(),
@@ -147,7 +147,7 @@ class Experiment:
             for engine in self._engines:
                 of_engine: list[Row] = []
                 for actors in self._counts:
-                    rate_of_one = of_engine[0].rate.median if of_engine else None
+                    rate_of_one = of_engine[0].trajectories_per_s if of_engine else None
                     of_engine.append(self._row(engine, actors, rate_of_one))
                 rows += of_engine
             return rows, self._comparison()
@@ -237,7 +237,10 @@ class Experiment:
             engine=engine,
             actors=actors,
             reward_replicas=replicas,
-            rate=rate,
+            trajectories_per_s=rate.median,
+            trajectories_per_s_low=rate.low,
+            trajectories_per_s_high=rate.high,
+            interval_coverage=rate.coverage,
             tokens_per_s=rate.median * trial.counts.tokens_per_trajectory,
             efficiency=rate.median / (actors * (rate_of_one or rate.median)),
             stages=stages,

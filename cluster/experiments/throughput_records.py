@@ -2,8 +2,8 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from scipy.stats import binom
 
@@ -55,7 +55,6 @@ class Rate:
 class Stage:
     """What one stage could do by itself, and how much of its time it works."""
 
-    name: str
     servers: int  # processes that do it side by side
     seconds_per_trajectory: float  # of one server, at work
     trajectories_per_s: float  # of all servers, if they had nothing to wait for
@@ -78,24 +77,15 @@ class Row:
     engine: str
     actors: int
     reward_replicas: int
-    rate: Rate  # trajectories per second that were sampled, scored, stored, and learned from
+    trajectories_per_s: float  # that were sampled, scored, stored, and learned from
+    trajectories_per_s_low: float
+    trajectories_per_s_high: float
+    interval_coverage: float
     tokens_per_s: float
     efficiency: float  # against `actors` times the rate of one with this engine
-    stages: tuple[Stage, ...]
+    stages: Mapping[str, Stage]
     bottleneck: str
     overhead: Overhead | None  # None with real models, and where actors wait for others
-
-    def as_object(self) -> dict[str, Any]:
-        """As JSON has it."""
-        found = asdict(self)
-        rate = found.pop("rate")
-        return found | {
-            "trajectories_per_s": rate["median"],
-            "trajectories_per_s_low": rate["low"],
-            "trajectories_per_s_high": rate["high"],
-            "interval_coverage": rate["coverage"],
-            "stages": {stage.pop("name"): stage for stage in found["stages"]},
-        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +147,8 @@ def rate_of(values: Sequence[float]) -> Rate:
     )
 
 
-def stages_of(trial: Trial, *, actors: int, replicas: int, rate: float) -> tuple[Stage, ...]:
-    """Every stage, in the order in which a trajectory passes it.
+def stages_of(trial: Trial, *, actors: int, replicas: int, rate: float) -> dict[str, Stage]:
+    """Every stage by its name, in the order in which a trajectory passes it.
 
     Args:
         rate: trajectories per second of the whole.
@@ -174,28 +164,24 @@ def stages_of(trial: Trial, *, actors: int, replicas: int, rate: float) -> tuple
         ("drawing", 1, drawing_s, drawn),
         ("learning", 1, learning_s, drawn),
     ]
-    stages = []
+    stages = {}
     for name, servers, seconds, trajectories in work:
-        if not servers:
-            continue
-        each_s = max(seconds, 1e-9) / max(trajectories, 1.0)
-        capacity = servers / each_s
-        stages.append(
-            Stage(
-                name=name,
+        if servers:
+            each_s = max(seconds, 1e-9) / max(trajectories, 1.0)
+            capacity = servers / each_s
+            stages[name] = Stage(
                 servers=servers,
                 seconds_per_trajectory=each_s,
                 trajectories_per_s=capacity,
                 tokens_per_s=capacity * counts.tokens_per_trajectory,
                 busy=rate / capacity,
             )
-        )
-    return tuple(stages)
+    return stages
 
 
-def bottleneck_of(stages: Sequence[Stage]) -> str:
+def bottleneck_of(stages: Mapping[str, Stage]) -> str:
     """The busiest stage of the process that has least time left."""
-    busy = {stage.name: stage.busy for stage in stages}
+    busy = {name: stage.busy for name, stage in stages.items()}
     process = max(_PROCESSES, key=lambda names: sum(busy.get(name, 0.0) for name in names))
     return max(process, key=lambda name: busy.get(name, 0.0))
 

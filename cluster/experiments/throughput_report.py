@@ -12,7 +12,7 @@ from cluster.config.schema import RunConfig
 from cluster.experiments.simulation import decode_steps
 from cluster.experiments.throughput_records import Comparison, Row
 from cluster.reports.plots import new_figure
-from cluster.reports.score_table import text_table
+from cluster.reports.score_table import Grid
 
 _SIZE_INCHES = (8.0, 3.4)
 _MEASURED, _IDEAL = "#1f5a96", "#b8bcc2"
@@ -64,7 +64,7 @@ def _rates(rows: Sequence[Row]) -> Table:
         "actors",
         "replicas",
         "trajectories/s",
-        f"interval ({rows[0].rate.coverage:.0%})",
+        f"interval ({rows[0].interval_coverage:.0%})",
     ]
     header += ["tokens/s", "efficiency", "bottleneck", "overhead a batch"]
     cells = [
@@ -72,8 +72,8 @@ def _rates(rows: Sequence[Row]) -> Table:
             row.engine,
             str(row.actors),
             str(row.reward_replicas),
-            f"{row.rate.median:.2f}",
-            f"{row.rate.low:.2f} – {row.rate.high:.2f}",
+            f"{row.trajectories_per_s:.2f}",
+            f"{row.trajectories_per_s_low:.2f} – {row.trajectories_per_s_high:.2f}",
             f"{row.tokens_per_s:.0f}",
             f"{row.efficiency:.1%}",
             row.bottleneck,
@@ -83,21 +83,21 @@ def _rates(rows: Sequence[Row]) -> Table:
         ]
         for row in rows
     ]
-    return text_table(header, cells, "sampled, scored, stored and learned from")
+    return Grid("sampled, scored, stored and learned from", header, cells).drawn()
 
 
 def _stages(rows: Sequence[Row]) -> Table:
     cells = []
     for row in rows:
         told = {
-            s.name: f"{s.trajectories_per_s:.0f}, {s.tokens_per_s:.0f} ({s.busy:.0%})"
-            for s in row.stages
+            name: f"{s.trajectories_per_s:.0f}, {s.tokens_per_s:.0f} ({s.busy:.0%})"
+            for name, s in row.stages.items()
         }
         cells.append(
             [row.engine, str(row.actors), *(told.get(name, "with sampling") for name in _COLOURS)]
         )
     title = "what each stage alone could do: trajectories/s, tokens/s (share of time at work)"
-    return text_table(["engine", "actors", *_COLOURS], cells, title)
+    return Grid(title, ["engine", "actors", *_COLOURS], cells).drawn()
 
 
 def draw_throughput(rows: Sequence[Row], path: Path) -> None:
@@ -118,15 +118,15 @@ def draw_throughput(rows: Sequence[Row], path: Path) -> None:
 
 def _draw_engine(rates: Any, stages: Any, rows: Sequence[Row], style: str) -> None:
     engine, actors = rows[0].engine, [row.actors for row in rows]
-    measured = [row.rate for row in rows]
-    ideal = [measured[0].median * number for number in actors]
+    measured = [row.trajectories_per_s for row in rows]
+    ideal = [measured[0] * number for number in actors]
     rates.plot(actors, ideal, color=_IDEAL, linestyle="--", label=f"n times one actor, {engine}")
     rates.errorbar(
         actors,
-        [rate.median for rate in measured],
+        measured,
         yerr=[
-            [rate.median - rate.low for rate in measured],
-            [rate.high - rate.median for rate in measured],
+            [row.trajectories_per_s - row.trajectories_per_s_low for row in rows],
+            [row.trajectories_per_s_high - row.trajectories_per_s for row in rows],
         ],
         color=_MEASURED,
         linestyle=style,
@@ -134,7 +134,7 @@ def _draw_engine(rates: Any, stages: Any, rows: Sequence[Row], style: str) -> No
         capsize=3,
         label=f"measured, {engine}",
     )
-    for name in dict.fromkeys(stage.name for row in rows for stage in row.stages):
-        busy = [100 * next(s.busy for s in row.stages if s.name == name) for row in rows]
+    for name in rows[0].stages:
+        busy = [100 * row.stages[name].busy for row in rows]
         label = f"{name}, {engine}"
         stages.plot(actors, busy, marker="o", linestyle=style, color=_COLOURS[name], label=label)

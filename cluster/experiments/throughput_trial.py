@@ -1,8 +1,8 @@
 """One measurement of a throughput experiment: a whole run over Ray, watched for some steps."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 from cluster.config.file import resolved_toml
 from cluster.config.schema import RunConfig
@@ -38,7 +38,7 @@ def measure_run(
     directory.begin(resume=False)
     try:
         write_whole(directory.config_file, resolved_toml(config))
-        with buffer_server(config, directory) as buffer:
+        with buffer_server(config, directory) as buffer, ExitStack() as ends:
             session = RaySession(
                 config,
                 directory,
@@ -47,31 +47,19 @@ def measure_run(
                 parts=parts,
                 synchronous=synchronous,
             )
-            with _started(session, config, report) as supervisor:
-                _watch_until(supervisor, warm_up)
-                before = _counts(supervisor, config)
-                first = len(supervisor.learner_rows)
-                _watch_until(supervisor, first + steps)
-                rows = supervisor.learner_rows[first : first + steps]
-                return Trial(rows=rows, counts=_counts(supervisor, config).since(before))
+            session.open()
+            ends.callback(session.end_services)
+            supervisor = session.start(report)
+            ends.callback(supervisor.stop, config.cluster.stop_timeout_s)
+            _watch_until(supervisor, warm_up)
+            before = _counts(supervisor, config)
+            first = len(supervisor.learner_rows)
+            _watch_until(supervisor, first + steps)
+            rows = supervisor.learner_rows[first : first + steps]
+            return Trial(rows=rows, counts=_counts(supervisor, config).since(before))
     finally:
         directory.end()
         shutil.rmtree(directory.path, ignore_errors=True)
-
-
-@contextmanager
-def _started(
-    session: RaySession, config: RunConfig, report: Callable[[str], None]
-) -> Iterator[Supervisor]:
-    session.open()
-    try:
-        supervisor = session.start(report)
-        try:
-            yield supervisor
-        finally:
-            supervisor.stop(config.cluster.stop_timeout_s)
-    finally:
-        session.end_services()
 
 
 def _watch_until(supervisor: Supervisor, steps: int) -> None:

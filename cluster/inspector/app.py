@@ -16,10 +16,11 @@ from cluster.inspector.access import Gate
 from cluster.inspector.catalogue import Catalogue
 from cluster.inspector.curves import RowsByStep, draw_curves
 from cluster.inspector.detail import Gone, read_detail
-from cluster.inspector.pages import POLICY, environment_of, facts
+from cluster.inspector.pages import POLICY, environment_of
 from cluster.inspector.queries import BadQuery, parse_query
 from cluster.reports.score_table import after_title, pairs, rows
 from cluster.run.directory import RunDirectory
+from cluster.run.display import facts
 from cluster.run.driver import read_scores
 from lm.hub import load_tokenizer
 
@@ -61,10 +62,11 @@ def build_app(target: Target) -> FastAPI:
     ) -> HTMLResponse:
         """A template, filled; it refreshes itself while the run goes on or what it shows grows."""
         state = directory.state()
+        head = {} if state is None else dict(facts(state))
         live = growing or (state is not None and not state.ended)
         base = str(request.scope.get("root_path", "")).rstrip("/")
         text = environment.get_template(f"{template}.html").render(
-            facts=facts(state), now=time.time(), base=base, live=live, **context
+            facts=head, now=time.time(), base=base, live=live, **context
         )
         return HTMLResponse(text)
 

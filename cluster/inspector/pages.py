@@ -13,8 +13,7 @@ from cluster.inspector.charts import Chart, Mark, Series, number, outermost
 from cluster.inspector.detail import Detail
 from cluster.inspector.queries import Query
 from cluster.reports.html_page import page_environment
-from cluster.run.directory import RunState
-from cluster.run.display import duration, known, parts, phase
+from cluster.run.display import duration
 
 REFRESH_S = 5
 MOST_STEPS = 200  # stop states in a chart
@@ -52,17 +51,6 @@ def environment_of(run: str) -> Environment:
         query_of=Query,
     )
     return environment
-
-
-def facts(state: RunState | None) -> Mapping[str, str]:
-    """The figures on top of every page, by label."""
-    if state is None:
-        return {}
-    facts = {"phase": phase(state), "step": f"{state.step} of {state.steps}"}
-    facts["version"] = str(state.version)
-    if told := parts(state):
-        facts["parts"] = told
-    return facts | dict(known(state))
 
 
 def prefix_charts(detail: Detail) -> Mapping[str, Markup]:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cluster.reports.score_table import text_table
+from cluster.reports.score_table import Grid
 from tasks.posterior.bounds import Bounds, Interval
 from tasks.posterior.records import Assessment, PolicyReport, PromptReport, StringShare
 
@@ -33,15 +33,16 @@ def show(assessment: Assessment, *, policy: str, beside_base: bool, console: Con
         if prompt.enumerable:
             left_out = (f"{max(one.left_out_q, prompt.left_out_p):.1e}" for one in reports)
             exact = [["left out", *left_out], *_exact([dict(one) for one in reports])]
-            console.print(text_table(header, exact, "exact, by enumeration"))
-        console.print(text_table(header, _bounds(reports), _BOUNDS))
+            console.print(Grid("exact, by enumeration", header, exact).drawn())
+        console.print(Grid(_BOUNDS, header, list(_bounds(reports))).drawn())
         if prompt.oversampled or prompt.undersampled:
             console.print(_strings(prompt))
     shares = f"{assessment.enumerated} of {len(assessment.prompts)} prompts"
     means = (assessment.policy, assessment.base)[: 1 + beside_base]
     console.print()
     title = f"means of the {shares} that could be enumerated"
-    console.print(text_table(header, _exact(means), title) if assessment.enumerated else title)
+    grid = Grid(title, header, list(_exact(means)))
+    console.print(grid.drawn() if assessment.enumerated else title)
 
 
 def _log_z(prompt: PromptReport) -> str:

@@ -1,6 +1,6 @@
 """Tables for a terminal: any, and that of a run, measured before training and after it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.markup import escape
@@ -73,11 +73,23 @@ def after_title(after: Evaluation | None) -> str:
     return "after" if after is None or after.step is None else f"after step {after.step}"
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:
-    """For a terminal: texts in rows, all but the first column on the right."""
-    drawn = Table(title=title, title_justify="left", box=None)
-    for number, word in enumerate(header):
-        drawn.add_column(escape(word), justify="right" if number else "left")
-    for row in rows:
-        drawn.add_row(*map(escape, row))
-    return drawn
+class Grid(NamedTuple):
+    """A table of texts, of which all but those of the first column stand on the right."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def drawn(self) -> Table:
+        """For a terminal."""
+        drawn = Table(title=escape(self.title), title_justify="left", box=None)
+        for number, word in enumerate(self.header):
+            drawn.add_column(escape(word), justify="right" if number else "left")
+        for row in self.rows:
+            drawn.add_row(*map(escape, row))
+        return drawn
+
+    def markdown(self) -> str:
+        """Its texts as they are; without the title."""
+        lines = [self.header, ["---"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -13,14 +13,8 @@ from typing import Any, Protocol
 
 from cluster.config.project import UserError
 from cluster.config.tracking import TrackerName
+from cluster.reports.score_table import Grid
 
-# What a tracker imports. That of TensorBoard is torch's own, and writes with the other's help.
-_LIBRARIES: dict[TrackerName, str] = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "trackio": "trackio",
-}
 # Characters that mean something in Markdown or HTML, as references; a line's end as a sign.
 _MARKUP = {ord(sign): f"&#{ord(sign)};" for sign in "&<>|[]()*_`~#!\\$:"} | {ord("\n"): "↵"}
 
@@ -55,17 +49,15 @@ class Tracker(Protocol):
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Figures of one optimizer step, by name."""
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
-        """Texts in rows and columns; a table of the same name takes the place of an older one."""
+    def table(self, grid: Grid, step: int) -> None:
+        """Texts in rows; a table of the same title takes the place of an older one."""
 
     def close(self) -> None:
         """Send what is left."""
 
 
 class TensorBoard:
-    """Event files in the run's folder, `tensorboard/`."""
+    """Event files in the run's folder, `tensorboard/`, by torch's writer and its library."""
 
     def __init__(self, run: TrackedRun) -> None:
         library = importlib.import_module("torch.utils.tensorboard")
@@ -75,12 +67,9 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
-        lines = [columns, ["---"] * len(columns), *(map(_cell, row) for row in rows)]
-        text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        self._writer.add_text(name, text, step)
+    def table(self, grid: Grid, step: int) -> None:
+        cells = [[cell.translate(_MARKUP) for cell in row] for row in grid.rows]
+        self._writer.add_text(grid.title, grid._replace(rows=cells).markdown(), step)
 
     def close(self) -> None:
         self._writer.close()
@@ -110,11 +99,8 @@ class Wandb:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
-        data = [list(row) for row in rows]
-        self._run.log({name: self._library.Table(columns=list(columns), data=data), "step": step})
+    def table(self, grid: Grid, step: int) -> None:
+        self._run.log({grid.title: self._library.Table(**_lists(grid)), "step": step})
 
     def close(self) -> None:
         self._run.finish()
@@ -145,11 +131,9 @@ class MLflow:
         metrics = [metric(name, value, now_ms, step) for name, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
-        by_column = {column: [row[i] for row in rows] for i, column in enumerate(columns)}
-        self._client.log_dict(self._id, by_column, f"{name}/{step:08d}.json")
+    def table(self, grid: Grid, step: int) -> None:
+        by_column = dict(zip(grid.header, map(list, zip(*grid.rows, strict=True)), strict=True))
+        self._client.log_dict(self._id, by_column, f"{grid.title}/{step:08d}.json")
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
@@ -165,14 +149,16 @@ class Trackio:
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._library.log(dict(values), step=step)
 
-    def table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
-        data = [list(row) for row in rows]
-        self._library.log({name: self._library.Table(columns=list(columns), data=data)}, step=step)
+    def table(self, grid: Grid, step: int) -> None:
+        self._library.log({grid.title: self._library.Table(**_lists(grid))}, step=step)
 
     def close(self) -> None:
         self._library.finish()
+
+
+def _lists(grid: Grid) -> dict[str, list[Any]]:
+    """A table as those of wandb and trackio take it."""
+    return {"columns": list(grid.header), "data": [list(row) for row in grid.rows]}
 
 
 TRACKERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {
@@ -185,14 +171,9 @@ TRACKERS: dict[TrackerName, Callable[[TrackedRun], Tracker]] = {
 
 def check_trackers(names: Sequence[TrackerName]) -> None:
     """Raise UserError where a tracker that is asked for is not installed; imports none."""
-    for name in names:
-        if importlib.util.find_spec(_LIBRARIES[name]) is None:
+    for name in names:  # as its library is called
+        if importlib.util.find_spec(name) is None:
             raise UserError(
-                f'tracking = ["{name}"], but {name} is not installed: \'pip install '
-                f"{_LIBRARIES[name]}', or leave it out"
+                f"tracking = [\"{name}\"], but {name} is not installed: 'pip install {name}', or "
+                "leave it out"
             )
-
-
-def _cell(text: str) -> str:
-    """Text for a table in Markdown, of which nothing is markup."""
-    return text.translate(_MARKUP)

@@ -7,13 +7,15 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
+from cluster.reports.score_table import Grid
 from cluster.reports.score_table import rows as score_rows
-from cluster.reports.trackers import TRACKERS, TrackedRun, Tracker
+from cluster.reports.trackers import TRACKERS, TrackedRun
 from cluster.run.directory import RunDirectory
 from cluster.run.display import first_line
 from lm.hub import load_tokenizer
@@ -73,16 +75,14 @@ class Tracking:
                 if metric.value is not None
             }
             for worker in self._trackers:
-                worker.put(partial(_tell, values=values, step=last))
+                worker.put(methodcaller("scalars", values, last))
         known = score_rows(scores.before, scores.after)
         rows = [(row.label, row.items, row.before, row.after) for row in known]
-        self._table("before and after", _SCORE_COLUMNS, rows, last)
+        self._table(Grid("before and after", _SCORE_COLUMNS, rows), last)
 
-    def _table(
-        self, name: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
-    ) -> None:
+    def _table(self, grid: Grid, step: int) -> None:
         for worker in self._trackers:
-            worker.put(lambda tracker: tracker.table(name, columns, rows, step))
+            worker.put(lambda tracker: tracker.table(grid, step))
 
     def __enter__(self) -> "Tracking":
         return self
@@ -154,7 +154,7 @@ class _Sampler:
 
     config: RunConfig
     newest: Callable[[], Sequence[Trajectory]]
-    show: Callable[[str, Sequence[str], Sequence[Sequence[str]], int], None]
+    show: Callable[[Grid, int], None]
     _due = 0  # step
 
     def __post_init__(self) -> None:
@@ -165,7 +165,8 @@ class _Sampler:
         """Show a sample where one is due, and where rationales wait; else behind a later step."""
         if step >= self._due and (group := self.newest()):
             self._due = step + self._every
-            self.show("rationales", _SAMPLE_COLUMNS, list(map(self._row, group[:_SAMPLED])), step)
+            rows = list(map(self._row, group[:_SAMPLED]))
+            self.show(Grid("rationales", _SAMPLE_COLUMNS, rows), step)
 
     def _row(self, trajectory: Trajectory) -> tuple[str, ...]:
         texts = (trajectory.prompt, trajectory.completion, trajectory.answer)
@@ -176,7 +177,3 @@ class _Sampler:
             str(trajectory.policy_version),
             f"{trajectory.behaviour}, temperature {trajectory.temperature:.3g}",
         )
-
-
-def _tell(tracker: Tracker, values: Mapping[str, float], step: int) -> None:
-    tracker.scalars(values, step)

@@ -58,6 +58,16 @@ def known(state: RunState) -> Iterator[tuple[str, str]]:
     return figures({key: value for key, value in state.metrics.items() if key not in hidden})
 
 
+def facts(state: RunState) -> Iterator[tuple[str, str]]:
+    """Label and value of how far the run is, and of its figures."""
+    yield "phase", phase(state)
+    yield "step", f"{state.step} of {state.steps}"
+    yield "version", str(state.version)
+    if told := parts(state):
+        yield "parts", told
+    yield from known(state)
+
+
 def parts(state: RunState) -> str:
     """Parts that run of those wanted, such as 'actors 1/2, replicas 1/1'; empty where none do."""
     wanted = {} if state.ended else {kind: n for kind, n in state.desired.items() if n}
