@@ -20,7 +20,6 @@ from cluster.inspector.pages import POLICY, environment_of
 from cluster.inspector.queries import BadQuery, parse_query
 from cluster.reports.score_table import after_title, pairs, rows
 from cluster.run.directory import RunDirectory
-from cluster.run.display import facts
 from cluster.run.driver import read_scores
 from lm.hub import load_tokenizer
 
@@ -62,11 +61,10 @@ def build_app(target: Target) -> FastAPI:
     ) -> HTMLResponse:
         """A template, filled; it refreshes itself while the run goes on or what it shows grows."""
         state = directory.state()
-        head = {} if state is None else dict(facts(state))
         live = growing or (state is not None and not state.ended)
         base = str(request.scope.get("root_path", "")).rstrip("/")
         text = environment.get_template(f"{template}.html").render(
-            facts=head, now=time.time(), base=base, live=live, **context
+            state=state, now=time.time(), base=base, live=live, **context
         )
         return HTMLResponse(text)
 

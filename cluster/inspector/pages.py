@@ -13,7 +13,7 @@ from cluster.inspector.charts import Chart, Mark, Series, number, outermost
 from cluster.inspector.detail import Detail
 from cluster.inspector.queries import Query
 from cluster.reports.html_page import page_environment
-from cluster.run.display import duration
+from cluster.run.display import duration, facts
 
 REFRESH_S = 5
 MOST_STEPS = 200  # stop states in a chart
@@ -43,6 +43,7 @@ def environment_of(run: str) -> Environment:
     environment.tests["missing"] = lambda value: value is None
     environment.globals.update(
         run=run,
+        facts=facts,
         style=_STYLE,
         script=_SCRIPT,
         refresh=REFRESH_S,
