@@ -77,7 +77,7 @@ class Learner:
     # The whole rest of the run, where that is restored with the learner. A version that was lost
     # is then used again, since nothing holds trajectories of it any more.
     companion: Companion | None = None
-    version: int = field(default=0, init=False)
+    version: int = 0  # of the weights in `model`; actors begin with 0, those of the base
     completed_steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -204,7 +204,7 @@ class Learner:
         if self._rank_zero_decides(lambda: store is not None and store.latest() is not None):
             self.restore()
         elif self.companion is None:
-            self.version = self._last_published() + 1
+            self.version = max(self.version, self._last_published() + 1)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint; raises what Checkpoints.read raises."""

@@ -13,6 +13,8 @@ from cluster.run.local import LocalRun
 from cluster.run.preflight import check_before_start, check_model_and_data
 from cluster.run.session import BufferAddress
 from learner.engine import NonFiniteUpdate, trainable_parameters
+from lm.adapter import adapter_bytes, save_adapter
+from lm.model import attach_adapter, load_base
 
 MEMORY = ["buffer.kind=memory", "learner.groups_per_step=3", "actors.groups_per_batch=2"]
 
@@ -49,6 +51,30 @@ def test_a_learner_that_diverged_leaves_the_last_good_checkpoint_and_no_adapter(
         again.tick()
     again.stop(timeout_s=30)
     assert (tmp_path / "test" / "adapter").exists()
+
+
+def test_a_run_may_start_from_an_adapter_and_learns_on_from_there(tmp_path: Path) -> None:
+    config = load_config("tasks/toy.toml")
+    base = load_base(config.lm)
+    trained = attach_adapter(base, config.lora, seed=1)
+    with torch.no_grad():
+        for parameter in trainable_parameters(trained).values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save_adapter(trained, tmp_path / "adapter", base.fingerprint)
+    settings = [f"learner.start_from={tmp_path / 'adapter'}", "learner.steps=1"]
+    run = start(tmp_path, *settings)
+    assert adapter_bytes(run._learner.model) == adapter_bytes(trained)
+    assert run.learner_status == {"step": 0, "version": 1}  # 0 is the base
+    while not run.finished:
+        run.tick()
+    run.stop(timeout_s=30)
+    [row] = run.learner_rows  # samples were held to what the learner began with
+    assert row["agreement/checked"] > 0 and row["agreement/quarantined"] == 0
+    assert row["policy/age_max_versions"] == 0
+    learned = adapter_bytes(run._learner.model)
+    assert learned != adapter_bytes(trained)
+    again = start(tmp_path, *settings)  # its checkpoint has the last word
+    assert adapter_bytes(again._learner.model) == learned
 
 
 @pytest.mark.parametrize(

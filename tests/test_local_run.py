@@ -21,7 +21,6 @@ from cluster.run import local
 from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
 from cluster.run.session import BufferAddress
-from lm.adapter import WEIGHTS_FILE, adapter_bytes
 from lm.config import LMConfig, LoRAConfig
 from lm.model import LanguageModel, attach_adapter, load_base
 from lm.scoring import completion_log_probs
@@ -120,23 +119,6 @@ def test_the_adapter_that_is_left_is_the_policy_that_was_trained(finished: Finis
     torch.testing.assert_close(kept.log_pf_BT, trained.log_pf_BT)
     torch.testing.assert_close(kept.log_stop_BS, trained.log_stop_BS)
     assert not torch.allclose(kept.log_pf_BT, untrained.log_pf_BT, atol=1e-2)
-
-
-def test_a_run_may_start_from_an_adapter_and_learns_on_from_there(
-    finished: Finished, server: RedisServer, tmp_path: Path
-) -> None:
-    _, folder, config, _ = finished
-    adapter = folder / "test" / "adapter"
-    begun = config.changed({"learner.start_from": str(adapter), "learner.steps": 1})
-    run = start(begun, tmp_path, server)
-    kept = (adapter / WEIGHTS_FILE).read_bytes()
-    assert adapter_bytes(run._learner.model) == kept
-    while not run.finished:
-        run.tick()
-    run.stop(timeout_s=30)
-    assert adapter_bytes(run._learner.model) != kept
-    again = start(begun, tmp_path, server)  # its checkpoint has the last word
-    assert adapter_bytes(again._learner.model) == adapter_bytes(run._learner.model)
 
 
 def test_every_demonstration_is_in_replay_and_the_audit_balances(finished: Finished) -> None:

@@ -207,8 +207,6 @@ def build_learner(
         companion: the rest of the run, where it goes back with the learner.
     """
     model = attach_adapter(base, config.lora, config.seed)
-    if config.learner.start_from is not None:
-        load_adapter_bytes(model, read_adapter(Path(config.learner.start_from), base.fingerprint))
     log_z = attach_log_z(model) if config.learner.log_z == "learned" else None
     if imitates := config.learner.traits.imitates:
         learned = imitation(config, base, task)
@@ -226,6 +224,10 @@ def build_learner(
             config=config.learner,
             warn=warn,
         )
+    if (start := config.learner.start_from) is not None:
+        if gate is not None:  # actors sample with these until they have fetched others
+            gate.keep(0, adapter_bytes(model))
+        load_adapter_bytes(model, read_adapter(Path(start), base.fingerprint))
     store = Checkpoints(
         directory.checkpoints,
         identity=identity_of(config, base, task),
@@ -244,6 +246,7 @@ def build_learner(
         log_z=log_z,
         gate=gate,
         companion=companion,
+        version=0 if start is None else 1,
     )
     learner.take_up()
     return learner
