@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from actors.actor import RolloutActor
 from actors.demonstrations import DEMONSTRATION, hinted_demonstrations, seed_demonstrations
@@ -224,10 +225,6 @@ def build_learner(
             config=config.learner,
             warn=warn,
         )
-    if (start := config.learner.start_from) is not None:
-        if gate is not None:  # actors sample with these until they have fetched others
-            gate.keep(0, adapter_bytes(model))
-        load_adapter_bytes(model, read_adapter(Path(start), base.fingerprint))
     store = Checkpoints(
         directory.checkpoints,
         identity=identity_of(config, base, task),
@@ -246,10 +243,23 @@ def build_learner(
         log_z=log_z,
         gate=gate,
         companion=companion,
-        version=0 if start is None else 1,
+        version=_start(config, base, model, gate),
     )
     learner.take_up()
     return learner
+
+
+def _start(
+    config: RunConfig, base: LanguageModel, model: nn.Module, gate: AgreementGate | None
+) -> int:
+    """The version of the weights that learning starts with, once they are in `model`."""
+    if config.learner.start_from is None:
+        return 0
+    if gate is not None:  # actors sample with these until they have fetched others
+        gate.keep(0, adapter_bytes(model))
+    folder = Path(config.learner.start_from)
+    load_adapter_bytes(model, read_adapter(folder, base.fingerprint))
+    return 1
 
 
 def identity_of(config: RunConfig, base: LanguageModel, task: Task) -> dict[str, str]:
