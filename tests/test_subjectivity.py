@@ -38,7 +38,7 @@ from seed_lm.review_texts import NAMES_FILM
 from seed_lm.reviews import Reviews
 from seed_lm.tokenizer import END_OF_TEXT, train_tokenizer
 from tasks.config import SubjectivityConfig
-from tasks.evaluation.few_shot import TooFewDemonstrations, answered_examples
+from tasks.evaluation.few_shot import TooFewDemonstrations, worked_examples
 from tasks.records import DataError
 from tasks.subjectivity.data import Label, load_reviews, telling
 from tasks.subjectivity.evaluation import Subjectivity, likelier_label, objective_probability
@@ -86,11 +86,11 @@ def test_supervised_fine_tuning_and_worked_examples_see_labels_without_reasons(
         text = tokenizer.decode([*shown.prompt.prompt, *shown.completion])
         review = text.split('"')[1]
         assert text.endswith(f'"{review}" This review is {label_of[review]}.')
-    lines = tokenizer.decode(list(answered_examples(task, tokenizer, count=4, seed=0))).split("\n")
+    lines = tokenizer.decode(list(worked_examples(task, tokenizer, count=4, seed=0))).split("\n")
     assert lines.pop() == "" and len(lines) == 4
     assert all(line.endswith((" is objective.", " is subjective.")) for line in lines)
     with pytest.raises(TooFewDemonstrations, match="has 10 answered questions"):
-        answered_examples(task, tokenizer, count=11, seed=0)
+        worked_examples(task, tokenizer, count=11, seed=0)
 
 
 def test_shipped_sets_are_nested_balanced_and_apart_from_what_is_tested(

@@ -1,7 +1,7 @@
 """Worked examples in front of a question: how a language model is asked without being trained."""
 
 import random
-from collections.abc import Sequence
+from itertools import chain
 
 from actors.prompts import Prompt
 from lm.spelling import spell_after
@@ -17,7 +17,8 @@ class TooFewDemonstrations(ValueError):
 def worked_examples(task: Task, tokenizer: Tokenizer, *, count: int, seed: int) -> Tokens:
     """Token ids of `count` of the task's demonstrations, X Z Y and a new line each.
 
-    Where there is no Y, or the policy was shown it with X, ⊤ in its stead.
+    Where there is no Y, or the policy was shown it with X, ⊤ in its stead. Of a task whose
+    questions have answers and no rationales, X Y.
 
     Args:
         seed: chooses which ones, and their order.
@@ -25,30 +26,20 @@ def worked_examples(task: Task, tokenizer: Tokenizer, *, count: int, seed: int) 
     stop = (task.actions.stop_token,)
 
     def behind(x: Prompt) -> Tokens:
+        if task.answered:
+            return ()
         return stop if x.scored is not None or not x.answer else x.answer
 
-    known = [(*d.prompt.prompt, *d.completion, *behind(d.prompt)) for d in task.demonstrations]
-    has = f"task {task.name!r} has {len(known)} demonstrations"
-    return _chosen(known, has, tokenizer, count, seed)
-
-
-def answered_examples(task: Task, tokenizer: Tokenizer, *, count: int, seed: int) -> Tokens:
-    """The same of questions that have an answer and no rationale: X Y and a new line each."""
-    known = [(*d.prompt.prompt, *d.completion) for d in task.answered]
-    has = f"task {task.name!r} has {len(known)} answered questions"
-    return _chosen(known, has, tokenizer, count, seed)
-
-
-def _chosen(
-    known: Sequence[Tokens], has: str, tokenizer: Tokenizer, count: int, seed: int
-) -> Tokens:
+    known = task.answered or task.demonstrations
     if count > len(known):
         raise TooFewDemonstrations(
-            f"{count} worked examples asked for (compare.shots, evaluation.shots), but {has}: ask "
-            "for fewer"
+            f"{count} worked examples asked for (compare.shots, evaluation.shots), but task "
+            f"{task.name!r} has {len(known)} "
+            f"{'answered questions' if task.answered else 'demonstrations'}: ask for fewer"
         )
     if not count:
         return ()
     newline = spell_after(tokenizer, ".", "\n")
-    chosen = random.Random(seed).sample(list(known), count)
-    return tuple(token for text in chosen for token in (*text, *newline))
+    chosen = random.Random(seed).sample(known, count)
+    texts = ((*d.prompt.prompt, *d.completion, *behind(d.prompt), *newline) for d in chosen)
+    return tuple(chain.from_iterable(texts))

@@ -12,7 +12,7 @@ from lm.next_action import next_logits
 from tasks.custom import PlainTask
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
-from tasks.evaluation.few_shot import answered_examples
+from tasks.evaluation.few_shot import worked_examples
 from tasks.held_out import Split
 from tasks.subjectivity.data import LABELS, Label, LabelledReview
 from tasks.task import TestItem
@@ -50,7 +50,7 @@ class Subjectivity(PlainTask):
         items = context.items(self.held_out)
         answering = context.answering or context.language_model
         tokenizer, count = answering.tokenizer, context.shots
-        shots = answered_examples(self, tokenizer, count=count, seed=context.seed)
+        shots = worked_examples(self, tokenizer, count=count, seed=context.seed)
         context.progress(f"labelling {len(items)} reviews without a reason")
         texts: list[tuple[Tokens, Tokens]] = [((*shots, *item.prompt.prompt), ()) for item in items]
         with answering.with_adapter(context.adapter if context.imitates else None) as model:
