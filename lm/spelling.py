@@ -1,10 +1,12 @@
-"""Text as token ids, as the model reads it: what stands in front, and how pieces join.
+"""Text as token ids, as the model reads it, and back: what stands in front, how pieces join.
 
 A tokenizer may put a start token in front of a text (Gemma, Llama), and may spell a piece otherwise
 by itself than behind other text (a space in front of the first word; a full stop behind a word).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,6 +15,10 @@ from lm.hub import ModelUnusable
 
 Pieces = Sequence[tuple[str, tuple[int, ...]]]  # texts in their order, each with its token ids
 
+Decode = Callable[[list[int]], str]
+# Tokens before a cut that are decoded with what follows it: more than any character or the space
+# of a word has.
+_CONTEXT = 16
 # Stands before a piece whose own beginning is not known, such as a full stop behind any word.
 ANY_WORD = " It"
 
@@ -98,3 +104,41 @@ def check_spelling(tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> None:
             "model would be trained on a spelling that it does not know; take another base, or "
             "other texts"
         )
+
+
+class Piece(NamedTuple):
+    """A stretch of a rationale that one side wrote."""
+
+    text: str
+    from_tool: bool
+
+
+def split_pieces(
+    tokens: Sequence[int], from_tool: Sequence[bool], decode: Decode
+) -> tuple[Piece, ...]:
+    """The text, cut where the writer changes."""
+    written = stretches(from_tool)
+    texts = split_text(tokens, [end for _, _, end in written], decode)
+    pairs = zip(texts, written, strict=True)
+    return tuple(Piece(text, by_tool) for text, (by_tool, _, _) in pairs if text)
+
+
+def stretches(from_tool: Sequence[bool]) -> list[tuple[bool, int, int]]:
+    """Stretches of one writer: whether it is the tool, and the tokens before and up to its end."""
+    runs = [(by_tool, len(list(marks))) for by_tool, marks in groupby(from_tool)]
+    ends = accumulate(length for _, length in runs)
+    return [(by_tool, end - length, end) for (by_tool, length), end in zip(runs, ends, strict=True)]
+
+
+def split_text(tokens: Sequence[int], ends: Sequence[int], decode: Decode) -> list[str]:
+    """The text of tokens, cut after each of the rising numbers of tokens `ends`.
+
+    Tokens are decoded with some of those before them, on which their text may depend: the space
+    of a first word, the bytes of one character.
+    """
+    texts = []
+    for last, end in pairwise([0, *ends]):
+        start = max(0, last - _CONTEXT)
+        before = decode(list(tokens[start:last])) if last else ""
+        texts.append(decode(list(tokens[start:end]))[len(before) :])
+    return texts

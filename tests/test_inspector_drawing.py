@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cluster.inspector import curves
 from cluster.inspector.charts import Chart, Series, number, outermost, ticks
 from cluster.inspector.curves import RowsByStep, draw_curves, thin
-from cluster.inspector.rows import Piece, split_pieces, split_text, tool_spans
+from cluster.inspector.rows import tool_spans
 from cluster.run.metrics_log import rows_in
+from lm.spelling import Piece, split_pieces, split_text
 from tests.inspector_toy import HOSTILE, TOKENIZER, encode
 
 

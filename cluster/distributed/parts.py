@@ -7,7 +7,6 @@ from torch import nn
 
 from actors.protocols import RolloutEngine
 from cluster.config.schema import RunConfig
-from cluster.distributed.rollout_log import Decode
 from cluster.run import assembly
 from learner.config import LearnerConfig
 from learner.deepspeed_engine import DeepSpeedEngine
@@ -15,6 +14,7 @@ from learner.engine import Engine
 from lm.hub import load_tokenizer
 from lm.model import LanguageModel, load_base
 from lm.process_group import Rendezvous
+from lm.spelling import Decode
 from reward.deepspeed_rank import RewardRank
 from reward.lockstep import Rank, UnshardedRank
 from tasks.registry import build_task

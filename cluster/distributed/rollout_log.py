@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from actors.protocols import TrajectorySink
 from buffer.trajectory import Trajectory
+from lm.spelling import Decode, split_pieces
 
-Decode = Callable[[list[int]], str]
 # A person reads no faster, and a day of it is some 50 MB at most.
 _LINES_PER_S = 2.0
 _BURST_LINES = 8.0
@@ -61,24 +61,16 @@ def describe(trajectory: Trajectory, decode: Decode) -> str:
     verdict = {True: "right", False: "wrong", None: "not judged"}[trajectory.correct]
     prompt = clipped(decode(trajectory.prompt.tolist()))
     answer = clipped(decode(trajectory.answer.tolist()))
+    tokens, by_tool = trajectory.completion.tolist(), trajectory.from_tool.tolist()
+    pieces = ((clipped(text), tool) for text, tool in split_pieces(tokens, by_tool, decode))
+    rationale = "".join(
+        f"{_TOOL_BEGINS}{text}{_TOOL_ENDS}" if tool else text for text, tool in pieces
+    )
     return (
         f"version {trajectory.policy_version}, log R {trajectory.terminal_log_reward:.3f} nats, "
         f"{verdict}, temperature {trajectory.temperature:.3g}: "
-        f"{prompt} | {_rationale(trajectory, decode)} | {answer}"
+        f"{prompt} | {rationale} | {answer}"
     )
-
-
-def _rationale(trajectory: Trajectory, decode: Decode) -> str:
-    tokens, by_tool = trajectory.completion.tolist(), trajectory.from_tool.tolist()
-    cuts = [t for t in range(1, len(tokens)) if by_tool[t] != by_tool[t - 1]]
-    pieces, before = [], ""
-    for start, end in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        # Decoded from the start: the text of a token may depend on those before it.
-        whole = decode(tokens[:end])
-        text, before = clipped(whole[len(before) :]), whole
-        marked = bool(tokens) and by_tool[start]
-        pieces.append(f"{_TOOL_BEGINS}{text}{_TOOL_ENDS}" if marked else text)
-    return "".join(pieces)
 
 
 def clipped(text: str) -> str:

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from buffer.browser import ReplayBrowser, Tally
 from buffer.stats import ReplayStats
 from cluster.inspector.queries import Page, Query, select
-from cluster.inspector.rows import Decode, Entry, row_of
+from cluster.inspector.rows import Entry, row_of
+from lm.spelling import Decode
 
 _BUDGET_S = 1.5
 _SHARE = 0.1

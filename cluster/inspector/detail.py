@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from buffer.browser import ReplayBrowser
 from buffer.trajectory import Trajectory
-from cluster.inspector.rows import Decode, Row, row_of, split_text, tool_spans
+from cluster.inspector.rows import Row, row_of, tool_spans
 from learner.step_metrics import log_weight
+from lm.spelling import Decode, split_text
 
 
 class Gone(LookupError):
