@@ -1,11 +1,12 @@
 """Measuring policies that give reasons for labels, and language models that give labels alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from lm.model import CausalLM
 from lm.next_action import next_logits
@@ -126,35 +127,27 @@ def objective_probability(
     Texts run through the model together with all that begins as they do, and only the tokens from
     which the two answers differ are scored.
     """
+    first, second = (answers[label] for label in LABELS)
+    same = [one == other for one, other in zip(first, second, strict=False)]
+    apart = [*same, False].index(False)
     distinct = sorted({(*x, *z) for x, z in texts})
     known: dict[Tokens, float] = {}
     for at in range(0, len(distinct), _TEXTS):
         chunk = distinct[at : at + _TEXTS]
-        edges = {
-            (text, label): list(_edges(text, label, answers)) for text in chunk for label in LABELS
-        }
-        prefixes = list(dict.fromkeys(prefix for row in edges.values() for prefix, _ in row))
-        place = {prefix: number for number, prefix in enumerate(prefixes)}
-        log_p_PV = next_logits(model, prefixes).log_softmax(dim=-1)
-        log_p = {
-            key: sum(float(log_p_PV[place[prefix], token]) for prefix, token in row)
-            for key, row in edges.items()
-        }
-        for text in chunk:
-            odds = log_p[text, "subjective"] - log_p[text, "objective"]
-            known[text] = float(1 / (1 + np.exp(odds)))
+        edges = [
+            ((*text, *answer[:length]), answer[length])
+            for text in chunk
+            for answer in (first, second)
+            for length in range(apart, len(answer))
+        ]
+        place = {prefix: row for row, prefix in enumerate(dict.fromkeys(x for x, _ in edges))}
+        log_p_PV = next_logits(model, list(place)).log_softmax(dim=-1)
+        log_p_E = log_p_PV[[place[prefix] for prefix, _ in edges], [token for _, token in edges]]
+        log_p_NE = log_p_E.double().cpu().numpy().reshape(len(chunk), -1)
+        log_first_NE, log_second_NE = np.split(log_p_NE, [len(first) - apart], axis=1)
+        odds_N = log_first_NE.sum(axis=1) - log_second_NE.sum(axis=1)
+        known.update(zip(chunk, expit(odds_N).tolist(), strict=True))
     return np.array([known[(*x, *z)] for x, z in texts])
-
-
-def _edges(
-    text: Tokens, label: Label, answers: Mapping[Label, Tokens]
-) -> Iterator[tuple[Tokens, int]]:
-    """Each token of an answer from where the answers differ, with all that stands before it."""
-    first, second = (answers[each] for each in LABELS)
-    same = [one == other for one, other in zip(first, second, strict=False)]
-    answer = answers[label]
-    for at in range([*same, False].index(False), len(answer)):
-        yield (*text, *answer[:at]), answer[at]
 
 
 def _right(items: Sequence[ReviewItem], objective_N: NDArray[np.float64]) -> list[bool]:
