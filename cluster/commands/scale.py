@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from cluster.commands.status import known_state, lost, standing
+from cluster.commands.status import known_state, lost, standing, states
 from cluster.config.project import UserError
 from cluster.run.directory import (
     RunDirectory,
@@ -22,7 +22,6 @@ ANSWER_TIMEOUT_S = 60.0
 # A part that does not come up is given up by the driver, after `cluster.start_timeout_s` for its
 # place and as long for its start; this is for a driver that says nothing.
 SCALE_TIMEOUT_S = 900.0
-_POLL_S = 0.1
 _TAKEN: tuple[ScaleOutcome, ...] = ("under way", "given up", "done")  # the last two are ends
 
 
@@ -30,10 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Scale the run, and say how long it took."""
     request = ScaleRequest(actors=arguments.actors, replicas=arguments.reward_replicas)
     directory = find_run(arguments.run)
-    told = scale(
-        directory, request, answer_timeout_s=ANSWER_TIMEOUT_S, scale_timeout_s=SCALE_TIMEOUT_S
-    )
-    print(told)
+    print(scale(directory, request))
     return 0
 
 
@@ -41,8 +37,8 @@ def scale(
     directory: RunDirectory,
     request: ScaleRequest,
     *,
-    answer_timeout_s: float,
-    scale_timeout_s: float,
+    answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    scale_timeout_s: float = SCALE_TIMEOUT_S,
 ) -> str:
     """Ask the run's driver, and wait until as many parts run as were asked for; what became of it.
 
@@ -108,19 +104,16 @@ def _answered(
     timeout_s: float,
 ) -> RunState | None:
     """The state whose answer to the request is one of `outcomes`; None: not within `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() <= deadline:
-        state = directory.state()
-        if state is not None and state.scale is not None and state.scale.id == request.id:
+    for state in states(directory, timeout_s):
+        if state.scale is not None and state.scale.id == request.id:
             if state.scale.outcome == "refused":
                 raise UserError(f"run {directory.name!r}: {state.scale.error}")
             if state.scale.outcome in outcomes:
                 return state
-        if state is not None and not _can_scale(state):
+        if not _can_scale(state):
             raise UserError(
                 f"run {directory.name!r} did not get as far as being scaled: {standing(state)}"
             )
-        time.sleep(_POLL_S)
     return None
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import socket
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -17,6 +18,7 @@ from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 from cluster.run.display import duration, facts, parts, phase
 
 _WATCH_S = 1.0
+_POLL_S = 0.1  # where a driver's answer is waited for
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -91,6 +93,15 @@ def known_state(directory: RunDirectory) -> RunState:
     if state is None:
         raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
     return state
+
+
+def states(directory: RunDirectory, timeout_s: float) -> Iterator[RunState]:
+    """What the run's driver says, again and again, for as long as it is waited for."""
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() <= deadline_s:
+        if (state := directory.state()) is not None:
+            yield state
+        time.sleep(_POLL_S)
 
 
 def lost(state: RunState) -> bool:

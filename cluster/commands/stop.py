@@ -3,14 +3,12 @@
 import argparse
 import contextlib
 import signal
-import time
 
-from cluster.commands.status import known_state, lost, standing
+from cluster.commands.status import known_state, lost, standing, states
 from cluster.config.project import UserError
-from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
+from cluster.run.directory import RunDirectory, all_runs, find_run
 
 STOP_TIMEOUT_S = 180.0
-_POLL_S = 0.1
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -19,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     if directory is None:
         print("no run goes on here")
         return 0
-    print(stop(directory, timeout_s=STOP_TIMEOUT_S))
+    print(stop(directory))
     return 0
 
 
@@ -32,7 +30,7 @@ def the_live_run() -> RunDirectory | None:
     return live[0] if live else None
 
 
-def stop(directory: RunDirectory, *, timeout_s: float) -> str:
+def stop(directory: RunDirectory, *, timeout_s: float = STOP_TIMEOUT_S) -> str:
     """Stop a run in order; what became of it.
 
     The request is a file, which a driver on any machine that shares the folder sees; a driver on
@@ -54,19 +52,12 @@ def stop(directory: RunDirectory, *, timeout_s: float) -> str:
     if (driver := state.driver()) is not None:
         with contextlib.suppress(ProcessLookupError):
             driver.send_signal(signal.SIGINT)
-    return _wait(directory, state, timeout_s)
-
-
-def _wait(directory: RunDirectory, state: RunState, timeout_s: float) -> str:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        state = directory.state() or state
+    for state in states(directory, timeout_s):
         if state.ended:
             killed = f"; had to be killed: {', '.join(state.killed)}" if state.killed else ""
             return f"run {directory.name!r}: {state.phase} at step {state.step}{killed}"
         if lost(state):
             return f"run {directory.name!r}: its driver ended at step {state.step} without a word"
-        time.sleep(_POLL_S)
     raise UserError(
         f"run {directory.name!r} did not stop within {timeout_s:.0f} s: {standing(state)}"
     )

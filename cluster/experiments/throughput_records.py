@@ -131,19 +131,13 @@ def rate_of(values: Sequence[float]) -> Rate:
     """
     ordered = sorted(values)
     number = len(ordered)
-
-    def coverage(inside: int) -> float:
-        """Chance that the median lies between the values of that rank from below and above."""
-        return float(1 - 2 * binom.cdf(inside, number, 0.5))
-
-    inside = 0
-    while 2 * (inside + 1) < number and coverage(inside + 1) >= _CONFIDENCE:
-        inside += 1
+    # As many values may lie below the interval, and as many above it.
+    inside = max(0, int(binom.ppf((1 - _CONFIDENCE) / 2, number, 0.5)) - 1)
     return Rate(
         median=statistics.median(ordered),
         low=ordered[inside],
         high=ordered[number - 1 - inside],
-        coverage=coverage(inside),
+        coverage=float(1 - 2 * binom.cdf(inside, number, 0.5)),
     )
 
 

@@ -46,8 +46,7 @@ class ScaleRequest(BaseModel):
     @property
     def numbers(self) -> dict[str, int]:
         """What is asked for, under the names that `RunState.desired` uses."""
-        asked = {"actors": self.actors, "replicas": self.replicas}
-        return {kind: number for kind, number in asked.items() if number is not None}
+        return self.model_dump(exclude={"id"}, exclude_none=True)
 
 
 class ScaleAnswer(BaseModel):

@@ -120,10 +120,11 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     scorer = _scorer_memory(config, base, task, weights_mb) if config.reward_replicas else {}
     policy = attach_adapter(unidentified, config.lora, config.seed)
     adapter_mb = _mb(sum(p.nbytes for p in policy.parameters() if p.requires_grad))
-    sampler = _sampler_memory(config, base, policy, task, weights_mb) | {"adapter": 2 * adapter_mb}
-    actor = sampler
-    if config.actors.engine == "vllm":
-        actor = _vllm_memory(config, base, task, weights_mb) | {"adapter": 2 * adapter_mb}
+    shared = {"weights": weights_mb, "adapter": 2 * adapter_mb}
+    sampler, actor = (
+        shared | _sampler_memory(config, base, policy, task, vllm=vllm)
+        for vllm in (False, config.actors.engine == "vllm")
+    )
     learner = _learner_memory(config, policy, task, weights_mb)
     cluster, scorers = config.cluster, config.reward_replicas * config.reward.ranks
     published_mb = adapter_mb / (2 if config.learner.publish_dtype == "bfloat16" else 1)
@@ -172,30 +173,19 @@ def check_memory(plan: Plan, device_mb: float) -> None:
 
 
 def _sampler_memory(
-    config: RunConfig, base: CausalLM, policy: Any, task: Task, weights_mb: float
+    config: RunConfig, base: CausalLM, policy: Any, task: Task, *, vllm: bool
 ) -> dict[str, float]:
+    """Above weights and adapter; of vLLM without the CUDA graphs that it captures."""
     rows, columns = config.actors.max_rows, _longest_prompt(task) + task.actions.max_len
-    memory = {
-        "weights": weights_mb,
-        "cache": _mb(kv_cache_bytes(base, rows=rows, columns=columns)),
-        "draws": _mb(draw_bytes(base, rows=rows)),
-    }
-    if config.lm.dtype == "float32":  # where the adapter is folded in, and those of before kept
-        memory["adapted weights"] = _mb(_adapted_bytes(policy))
-    return memory
-
-
-def _vllm_memory(
-    config: RunConfig, base: CausalLM, task: Task, weights_mb: float
-) -> dict[str, float]:
-    """As vLLM holds it in an actor, but for the CUDA graphs that it captures."""
-    rows, columns = config.actors.max_rows, _longest_prompt(task) + task.actions.max_len
-    return {
-        "weights": weights_mb,
-        "cache": _mb(vllm_cache_bytes(base, max_rows=rows, columns=columns)),
-        "draws": _mb(draw_bytes(base, rows=rows)),
-        "prompts": _mb(prefill_bytes(base, tokens=_VLLM_PREFILL)),
-    }
+    memory = {"draws": draw_bytes(base, rows=rows)}
+    if vllm:
+        memory["cache"] = vllm_cache_bytes(base, max_rows=rows, columns=columns)
+        memory["prompts"] = prefill_bytes(base, tokens=_VLLM_PREFILL)
+    else:
+        memory["cache"] = kv_cache_bytes(base, rows=rows, columns=columns)
+        if config.lm.dtype == "float32":  # where the adapter is folded in, and those before kept
+            memory["adapted weights"] = _adapted_bytes(policy)
+    return {cause: _mb(size) for cause, size in memory.items()}
 
 
 def _scorer_memory(
