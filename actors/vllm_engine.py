@@ -4,9 +4,9 @@ vLLM draws, from what `PolicyLaw` puts in the place of a model's logits: log q /
 legal tokens and ⊤, closed wherever `ActionSpace` says so. Beside every draw it reports what it drew
 from, of the token and of ⊤; times the temperature that is log q at temperature 1.
 
-A row is a request that ends at ⊤, at a token that calls a tool, or at max_len. Behind what the tool
-wrote it goes on as another, of which all that stands there is the prompt. Until the tool has spoken
-others take its place.
+A row is a request that ends at ⊤, at a token that may call a tool, or at max_len. Behind that, and
+what the tool wrote, it goes on as another, of which all that stands there is the prompt. Until the
+tool has spoken others take its place.
 """
 
 import itertools
@@ -123,6 +123,7 @@ class VLLMEngine(RolloutEngine):
         self._text_prefix = text_prefix(lm, load_tokenizer(lm))
         self._shape = shape = build_without_weights(lm)
         self._desk: ToolDesk | None = None
+        self._ends = [actions.stop_token, *(tool.triggers if tool is not None else ())]
         if tool is not None:
             self._desk = ToolDesk(tool, vocab_size=vocab_size(shape), timeout_s=tool_timeout_s)
         columns = len(self._text_prefix) + longest_prompt + actions.max_len
@@ -254,7 +255,7 @@ class VLLMEngine(RolloutEngine):
         parameters = SamplingParams(
             temperature=1.0,  # the law's business
             max_tokens=self._actions.max_len - len(row.tokens),
-            stop_token_ids=[self._actions.stop_token, *(self._desk.triggers if self._desk else ())],
+            stop_token_ids=self._ends,
             ignore_eos=True,
             logprob_token_ids=[self._actions.stop_token],
             detokenize=False,
@@ -282,8 +283,8 @@ class VLLMEngine(RolloutEngine):
             if token == stop:
                 return row.completion(self._actions)
             row.append(token, log_q, from_tool=False)
-        if self._desk is not None and row.tokens[-1] in self._desk.triggers:
-            row.call = self._desk.ask(row.tokens)
+        if self._desk is not None:
+            row.call = self._desk.ask(row.tokens, row.from_tool)
         return None
 
 

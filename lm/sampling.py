@@ -289,8 +289,8 @@ class Sampler:
                     left.append(slot)
                     continue
                 row.append(choice.token[slot], choice.log_q[slot], from_tool=False)
-                if self._desk is not None and row.tokens[-1] in self._desk.triggers:
-                    row.call = self._desk.ask(row.tokens)
+                if self._desk is not None:
+                    row.call = self._desk.ask(row.tokens, row.from_tool)
             if self._force_stop(row):
                 left.append(slot)
         return left

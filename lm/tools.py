@@ -1,7 +1,7 @@
 """Tools that speak into a completion while it is being sampled.
 
-A tool is asked whenever the policy has chosen one of its triggers, so as often as the policy calls
-it in one completion. What it says must follow from the tokens before: it is a transition of the
+A tool is asked whenever the policy calls it, so as often as it is called in one completion. That it
+is called, and what it says then, follows from the tokens before: it is a transition of the
 environment, of probability 1, and no action of the policy.
 
 Each call is made in a thread of its own, so that it delays only the row that waits for it. A call
@@ -11,29 +11,95 @@ that fails, or whose answer is late, ends that row: there is no completion, and 
 import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
+
+from lm.spelling import ANY_WORD, spell
 
 _Call = tuple["Future[list[int]]", tuple[int, ...]]
 _POLL_S = 0.01
+_HALF = "\N{REPLACEMENT CHARACTER}"  # what decoding shows for a part of a character
 
 
 class Tool(Protocol):
-    """Speaks into a completion after certain tokens."""
+    """Speaks into a completion after certain tokens, or a certain text."""
 
     @property
-    def triggers(self) -> frozenset[int]:
-        """Tokens after which `output` is asked, when the policy has chosen them."""
+    def triggers(self) -> Collection[int]:
+        """Tokens that call the tool, when the policy has chosen them; all, or as a TriggerText."""
 
     def output(self, completion: Sequence[int]) -> list[int]:
-        """Tokens to insert after `completion`, which ends with a trigger; [] for none.
+        """Tokens to insert after `completion`, which calls the tool; [] for none.
 
         May be asked by several threads at once.
         """
+
+
+class TriggerText(Collection[int]):
+    """Calls a tool behind a text, however tokens spell it; holds those that may complete it.
+
+    A token completes the text if that is in what the policy has written since the tool last spoke,
+    and ends in what the token adds. Where the token goes on behind it, as ">." does behind
+    "</search>", the tool speaks behind the whole token.
+    """
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        """Raises ValueError for no text."""
+        if not text:
+            raise ValueError("a tool is called behind a text, and this one is empty")
+        self.text, self._tokenizer = text, tokenizer
+        # A token's text is that behind another word: some tokenizers drop a space at the beginning.
+        self._before = spell(tokenizer, ANY_WORD)
+        self._shown = len(tokenizer.decode(list(self._before)))
+        ends = tuple(text[at:] for at in range(len(text)))
+        self._tokens = frozenset(
+            token
+            for token, added in enumerate(self._added([n]) for n in range(len(tokenizer)))
+            if added.startswith(ends) or text in added or (_HALF in added and not text.isascii())
+        )
+
+    def __contains__(self, token: object) -> bool:
+        return token in self._tokens
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def completed(self, written: Sequence[int]) -> bool:
+        """Whether the last of these tokens completes the text."""
+        before, after = self._added(written[:-1]), self._added(written)
+        stood = len(before.rstrip(_HALF))
+        return after.find(self.text, max(0, stood - len(self.text) + 1)) >= 0
+
+    def _added(self, tokens: Sequence[int]) -> str:
+        together: str = self._tokenizer.decode([*self._before, *tokens])
+        return together[self._shown :]
+
+
+def is_called(tool: Tool, tokens: Sequence[int], from_tool: Sequence[bool]) -> bool:
+    """Whether the newest of a completion's tokens calls the tool.
+
+    None that the tool inserted does, nor is it part of a text that does.
+    """
+    if from_tool[-1] or tokens[-1] not in tool.triggers:
+        return False
+    if not isinstance(tool.triggers, TriggerText):
+        return True
+    spoke = next((at for at in reversed(range(len(tokens))) if from_tool[at]), -1)
+    return tool.triggers.completed(tokens[spoke + 1 :])
+
+
+def insertion(tool: Tool | None, tokens: Sequence[int], from_tool: Sequence[bool]) -> list[int]:
+    """What is inserted after a completion so far: [] where no tool is called, or says nothing."""
+    if tool is None or not is_called(tool, tokens, from_tool):
+        return []
+    return list(tool.output(tuple(tokens)))
 
 
 class ToolFailed(RuntimeError):
@@ -91,15 +157,17 @@ class ToolDesk:
     """
 
     def __init__(self, tool: Tool, *, vocab_size: int, timeout_s: float) -> None:
-        self.triggers = tool.triggers
         self._tool, self._vocab_size, self._timeout_s = tool, vocab_size, timeout_s
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._threads = 0
         self._open: list[Future[list[int]]] = []
         weakref.finalize(self, self._calls.put, None)
 
-    def ask(self, tokens: Sequence[int]) -> ToolCall:
-        """Start to ask what is to be inserted after `tokens`; returns at once."""
+    def ask(self, tokens: Sequence[int], from_tool: Sequence[bool]) -> ToolCall | None:
+        """Start to ask what is to be inserted after a completion so far; None where its newest
+        token does not call the tool. Returns at once."""
+        if not is_called(self._tool, tokens, from_tool):
+            return None
         self._open = [answer for answer in self._open if not answer.done()]
         answer: Future[list[int]] = Future()
         self._open.append(answer)

@@ -170,7 +170,10 @@ class QuestionsConfig(HeldOutConfig, Lengths):
     """The token that ends Z, as text; None: the one that Y begins with, or the end-of-text token
     where Y begins with the answer."""
     tools: tuple[str, ...] = Field((), max_length=1)
-    """Speaks into Z behind "=": "calculator", or "module:function" of your own."""
+    """Speaks into Z: "calculator", behind "=", or "module:function" of your own."""
+    tool_behind: str | None = Field(None, min_length=1)
+    """Text behind which a function of your own is called, such as "</search>", however tokens spell
+    it; None: "=" at the end of a token."""
     tool_deadline_s: float = Field(5.0, gt=0, description="Longest call of a function of your own.")
     max_len: int = Field(64, ge=1, description="Tokens at which it must stop.")
 
@@ -182,6 +185,15 @@ class QuestionsConfig(HeldOutConfig, Lengths):
                 f'there is no tool {odd[0]!r}: write "calculator" or "module:function"'
             )
         return names
+
+    @model_validator(mode="after")
+    def _check_trigger(self) -> Self:
+        if self.tool_behind is not None and self.tools in ((), ("calculator",)):
+            raise ValueError(
+                f"tool_behind ({self.tool_behind!r}) says where a function of your own is called: "
+                'name one in tools, as "module:function"'
+            )
+        return self
 
     @property
     def reward_kind(self) -> RewardKind:

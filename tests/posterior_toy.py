@@ -15,6 +15,7 @@ from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits
+from lm.tools import TriggerText
 from tasks.posterior.ceiling import PriorCeiling
 from tasks.posterior.enumeration import PrefixTree
 from tests.naive_rewards import naive_log_rewards
@@ -38,6 +39,42 @@ class Doubling:
     def output(self, completion: Sequence[int]) -> list[int]:
         return [CALL, 4 + len(completion) % 2] if len(completion) > 1 else []
 
+    def is_called(self, tokens: Sequence[int], marks: Sequence[bool]) -> bool:
+        """Whether the newest token, which the policy chose, calls it."""
+        return tokens[-1] == CALL
+
+
+class Magic:
+    """Called by "aba", which is spelled by three tokens, or by two, of which the second goes on.
+    Says nothing, half of that, or all, as the length has it."""
+
+    PIECES = ("", "a", "b", "ba.", "", "")
+
+    def __init__(self) -> None:
+        self.triggers = TriggerText(self, "aba")
+
+    def __len__(self) -> int:
+        return len(self.PIECES)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [5]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(self.PIECES[token] for token in token_ids)
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        return ([1, 2], [3], [1], [])[len(completion) % 4]
+
+    def is_called(self, tokens: Sequence[int], marks: Sequence[bool]) -> bool:
+        """By hand, a character at a time."""
+        text, calls = "", False
+        for token, inserted in zip(tokens, marks, strict=True):
+            text, calls = "" if inserted else text, False
+            for character in "" if inserted else self.PIECES[token]:
+                text += character
+                calls |= text.endswith("aba")
+        return calls
+
 
 @dataclass(frozen=True, kw_only=True)
 class Toy:
@@ -45,7 +82,7 @@ class Toy:
 
     min_len: int = 0
     max_len: int = 4
-    tool: Doubling | None = None
+    tool: Doubling | Magic | None = None
     stop_after_tool: bool = False
     stop_behind: frozenset[int] | None = None
     stop_every: int = 1
@@ -94,7 +131,7 @@ class Toy:
                 return
             tokens.append(choice)
             marks.append(False)
-            if self.tool is not None and choice == CALL:
+            if self.tool is not None and self.tool.is_called(tokens, marks):
                 said = self.tool.output(tokens)
                 tokens += said
                 marks += [True] * len(said)

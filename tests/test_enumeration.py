@@ -13,7 +13,7 @@ from lm.sampling import Request, Sampler
 from lm.scoring import completion_log_probs
 from tasks.posterior.ceiling import FunctionCeiling, PriorCeiling
 from tasks.posterior.enumeration import PrefixTree, Support
-from tests.posterior_toy import VOCAB_SIZE, Doubling, Toy
+from tests.posterior_toy import VOCAB_SIZE, Doubling, Magic, Toy
 from tests.sampling_toy import enumerable_policy
 
 TOYS = {
@@ -29,6 +29,7 @@ TOYS = {
     "stop behind, tool": Toy(tool=Doubling(), stop_behind=frozenset({2}), min_len=1, max_len=5),
     "stop every": Toy(stop_every=2, min_len=1, max_len=4),
     "stop every, tool": Toy(tool=Doubling(), stop_every=2, max_len=5),
+    "tool behind a text": Toy(tool=Magic()),
     "Y begins legally": Toy(answer=(1, 5), tool=Doubling()),
     "Y alone is legal": Toy(answer=(2,), min_len=1),
 }
@@ -72,7 +73,7 @@ def test_probabilities_are_those_of_the_scorer() -> None:
     np.testing.assert_allclose(support.log_q_KN[0], log_q.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["tool, min_len 2", "stop after tool"])
+@pytest.mark.parametrize("name", ["tool, min_len 2", "stop after tool", "tool behind a text"])
 def test_the_sampler_draws_what_the_tree_says(name: str) -> None:
     toy, count = TOYS[name], 20_000
     support = enumerated(toy.tree())

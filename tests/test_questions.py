@@ -151,6 +151,23 @@ def test_a_function_of_ones_own_speaks_too(tmp_path: Path) -> None:
         build_own(tools=("no_module:tool",)).check_evaluation()
 
 
+def test_a_function_is_called_behind_a_text_however_it_is_spelled(tmp_path: Path) -> None:
+    shown = "<b>no</b>, so <b>yes</b> YES and <b>well</b> WELL"
+    data = write(tmp_path, [ROWS[0] | {"rationale": shown}])
+    own: dict[str, Any] = {"tools": ("tests.verifier_toy:answers",), "tool_deadline_s": 20.0}
+    task = build(data, tool_behind="</b>", **own)
+    (demonstration,) = task.demonstrations
+    marked = zip(demonstration.completion, demonstration.from_tool, strict=True)
+    said = [token for token, by_tool in marked if by_tool]
+    assert tokenizer.decode(said) == " YES WELL"
+    with pytest.raises(DataError, match="which says ' YES' behind ' so <b>yes</b>'"):
+        wrong = [ROWS[0] | {"rationale": "so <b>yes</b> NO"}]
+        build(write(tmp_path, wrong), tool_behind="</b>", **own)
+    for changes in ({"legal": "so <b>yeslwnad, YESWLAND."}, {"legal": "</b", "stop": ">"}):
+        with pytest.raises(TokenizerUnfit, match=r"task\.tool_behind: .* ends '</b>', so the tool"):
+            build(write(tmp_path, ROWS[1:]), tool_behind="</b>", **own, **changes)
+
+
 def test_no_call_of_a_tool_is_late_for_others_before_it(tmp_path: Path) -> None:
     pondering, texts = ("tests.verifier_toy:ponders",), [f" {n} =" for n in range(20)]
     tool = build(write(tmp_path, ROWS[1:]), tools=pondering, tool_deadline_s=1.0).tool
@@ -179,6 +196,9 @@ def test_no_call_of_a_tool_is_late_for_others_before_it(tmp_path: Path) -> None:
         ({"revision": "main"}, "pattern"),
         ({"min_len": 9, "max_len": 8}, "must not exceed"),
         ({"tools": ("abacus",)}, "there is no tool 'abacus'"),
+        ({"tools": ("my:tool",), "tool_behind": ""}, "at least 1 character"),
+        ({"tool_behind": "</b>"}, "name one in tools"),
+        ({"tools": ("calculator",), "tool_behind": "</b>"}, "name one in tools"),
     ],
 )
 def test_a_mistake_in_the_settings_is_told(changes: dict[str, Any], told: str) -> None:

@@ -1,10 +1,20 @@
-"""The calculator: two terms, no evaluation, no crash."""
+"""The calculator: two terms, no evaluation, no crash. A text that calls, however it is spelled."""
+
+import itertools
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.config.file import PROJECT_ROOT
+from lm.config import LMConfig
+from lm.hub import load_tokenizer
+from lm.sampling import Request, Sampler
+from lm.tools import TriggerText, insertion, is_called
 from tasks.arithmetic.calculator import Calculator
+from tests.posterior_toy import Magic, Toy
+from tests.sampling_toy import CALL, Echo
 
 
 class CharacterCodec:
@@ -80,3 +90,70 @@ def test_what_is_no_sum_of_two_terms_gets_no_output(text: str) -> None:
 def test_no_text_makes_it_fail_or_write_anything_but_a_number(text: str) -> None:
     output = calculate(text)
     assert output == "" or output.removeprefix(" ").removeprefix("-").isdigit()
+
+
+TOKENIZER = load_tokenizer(LMConfig(model=str(PROJECT_ROOT / "seed_lm/model")))
+
+
+def calls(trigger: TriggerText, tokens: list[int]) -> list[str]:
+    """What stands there each time that the text is completed."""
+    return [
+        TOKENIZER.decode(tokens[:length])
+        for length in range(1, len(tokens) + 1)
+        if tokens[length - 1] in trigger and trigger.completed(tokens[:length])
+    ]
+
+
+@pytest.mark.parametrize("text", ["</search>", "r", " the", ", ", "=", "aa", "é!", "«»", "\n"])
+def test_a_text_is_completed_once_however_it_is_spelled(text: str) -> None:
+    trigger = TriggerText(TOKENIZER, text)
+    for before, behind in itertools.product(("", "an a", "<</search", "é"), ("", " there", ">.")):
+        whole = before + text + behind
+        bytes_alone = [TOKENIZER.convert_tokens_to_ids(token) for token in _bytes_of(whole)]
+        for spelled in (TOKENIZER.encode(whole), bytes_alone):
+            assert TOKENIZER.decode(spelled) == whole
+            ends = [at for at in range(len(whole) + 1) if whole[:at].endswith(text)]
+            # Of two that end in one token only one call comes.
+            told = {TOKENIZER.decode(spelled[:n]) for n in range(len(spelled) + 1)}
+            expected = {min(t for t in map(len, told) if t >= end) for end in ends}
+            found = calls(trigger, spelled)
+            assert {len(one) for one in found} == expected, (whole, found)
+
+
+def _bytes_of(text: str) -> list[str]:
+    """Of each byte the token that byte-level tokenizers have for it."""
+    pieces = TOKENIZER.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [character for piece, _ in pieces for character in piece]
+
+
+def test_half_a_character_completes_nothing_and_its_rest_does() -> None:
+    trigger, tokens = TriggerText(TOKENIZER, "é"), TOKENIZER.encode("é")
+    assert len(tokens) == 2 and [trigger.completed(tokens[:n]) for n in (1, 2)] == [False, True]
+
+
+def test_no_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="this one is empty"):
+        TriggerText(TOKENIZER, "")
+
+
+def test_which_tokens_are_a_tools_follows_from_the_tokens_alone() -> None:
+    toy, tool = Toy(max_len=12, min_len=8), Magic()
+    sampler = Sampler(toy.model, toy.actions, tool, max_rows=64)
+    drawn = sampler.sample([Request(prompt=(5, 2))] * 400, torch.Generator().manual_seed(0))
+    calls_of = []
+    for completion in drawn:
+        tokens, marks, number = completion.tokens.tolist(), list[bool](), 0
+        while len(marks) < len(tokens):
+            marks.append(False)
+            said = insertion(tool, tokens[: len(marks)], marks)
+            called = tool.is_called(tokens[: len(marks)], marks)
+            assert said == (tool.output(tokens[: len(marks)]) if called else [])
+            marks += [True] * len(said)
+            number += called
+        assert marks == completion.from_tool.tolist()
+        calls_of.append(number)
+    assert max(calls_of) >= 2  # in one completion
+    assert [is_called(Echo(), [2, CALL], [False, by_tool]) for by_tool in (False, True)] == [
+        True,
+        False,
+    ]

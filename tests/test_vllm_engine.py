@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes, save_adapter
 from lm.config import LMConfig, LoRAConfig
 from lm.export import export_policy
+from lm.hub import load_tokenizer
 from lm.model import CausalLM, attach_adapter, load_base
 from lm.sampling import Completion, Request
 from lm.spelling import spell
-from lm.tools import Tool, ToolFault
+from lm.tools import Tool, ToolFault, TriggerText, is_called
 from seed_lm import toy
 from tests.environment import MODEL
 from tests.sampling_toy import exact_probabilities, worst_disagreement
@@ -58,7 +59,7 @@ TOLERANCE_NATS = 1e-4
 class Interjection:
     """Behind CALL it writes three tokens, one of them no action of the policy's; else nothing."""
 
-    triggers = frozenset({CALL, MUTE})
+    triggers: Collection[int] = frozenset({CALL, MUTE})
 
     def output(self, completion: Sequence[int]) -> list[int]:
         return [7, CALL, 30 + len(completion) % 9] if completion[-1] == CALL else []
@@ -74,6 +75,16 @@ class Aside:
         return self._text
 
 
+class Indefinite(Interjection):
+    """Behind "at", of two tokens, it writes the beginning of another; after any "t" vLLM stops."""
+
+    def __init__(self) -> None:
+        self.triggers = TriggerText(load_tokenizer(LMConfig(model=SEED_LM)), "at")
+
+    def output(self, completion: Sequence[int]) -> list[int]:
+        return [7, MUTE] if len(completion) % 3 else []
+
+
 def law(min_len: int, max_len: int, **narrower: Any) -> ActionSpace:
     rules = {"legal_tokens": LEGAL} | narrower
     return ActionSpace(stop_token=STOP, min_len=min_len, max_len=max_len, **rules)
@@ -82,6 +93,7 @@ def law(min_len: int, max_len: int, **narrower: Any) -> ActionSpace:
 LAWS: dict[str, tuple[ActionSpace, Tool | None]] = {
     "min_len": (law(4, 24), None),
     "tool": (law(2, 24), Interjection()),
+    "behind a text": (law(2, 24), Indefinite()),
     "stop after tool": (law(0, 16, stop_after_tool=True), Interjection()),
     "stop behind": (law(1, 16, stop_behind=frozenset({50, 51, 52})), None),
     "stop every": (law(2, 17, stop_every=5), Interjection()),
@@ -138,6 +150,10 @@ def test_what_it_records_is_what_the_learner_computes(name: str, lora: LoRAConfi
         for completion in drawn:
             actions.check(completion.tokens.tolist(), completion.from_tool.tolist())
     if tool is not None:
+        for completion in drawn:  # each insertion stands behind a call
+            tokens, marks = completion.tokens.tolist(), completion.from_tool.tolist()
+            begun = (n for n in range(1, len(marks)) if marks[n] and not marks[n - 1])
+            assert all(is_called(tool, tokens[:n], marks[:n]) for n in begun)
         assert any(completion.from_tool.any() for completion in drawn)
         assert not all(completion.from_tool.any() for completion in drawn)
 

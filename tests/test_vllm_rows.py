@@ -15,7 +15,7 @@ from actors.protocols import RolloutEngine
 from lm.actions import ActionSpace
 from lm.sampling import Completion, Request
 from lm.tools import Tool, ToolFault
-from tests.posterior_toy import Doubling, Toy
+from tests.posterior_toy import Doubling, Magic, Toy
 from tests.sampling_toy import (
     CALL,
     MUTE,
@@ -69,10 +69,15 @@ def test_what_it_records_is_what_the_learner_computes(
     assert any(one.from_tool.any() for one in drawn) == (tool is not None)
 
 
+@pytest.mark.parametrize(
+    "toy",
+    [Toy(tool=Doubling(), min_len=1, max_len=3), Toy(tool=Magic())],
+    ids=["behind a token", "behind a text"],
+)
 def test_samples_follow_the_exact_distribution_with_a_tool(
-    ours: ModuleType, tmp_path: Path
+    ours: ModuleType, tmp_path: Path, toy: Toy
 ) -> None:
-    toy, count = Toy(tool=Doubling(), min_len=1, max_len=3), 1500
+    count = 1500
     engine = engine_of(
         ours,
         Path(save_model(toy.model, tmp_path, words=6)),
@@ -86,6 +91,7 @@ def test_samples_follow_the_exact_distribution_with_a_tool(
     assert seen.keys() <= exact.keys()
     common = {z: p for z, p in exact.items() if p * count >= 5}
     chi2 = sum((seen[z] - p * count) ** 2 / (p * count) for z, p in common.items())
+    assert any(one.from_tool.any() for one in drawn)
     assert chi2 < len(common) + 4 * math.sqrt(2 * len(common)), (chi2, len(common))
 
 

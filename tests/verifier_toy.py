@@ -48,6 +48,12 @@ def shouts(text: str) -> str:
     return " " + text.split()[-2].upper() if "?" not in text else ""
 
 
+def answers(text: str) -> str:
+    """In capitals what the newest tag holds; nothing where that is "no"."""
+    asked = text.rpartition("<b>")[2].partition("</b>")[0]
+    return "" if asked == "no" else f" {asked.upper()}"
+
+
 def ponders(text: str) -> str:
     """For a while, or for ever where there is an x."""
     time.sleep(60 if "x" in text else 0.2)

@@ -1,12 +1,12 @@
-"""Tools that speak into a rationale while it is being sampled, behind "=": a calculator, or a
-function of somebody's own."""
+"""Tools that speak into a rationale while it is being sampled: a calculator behind "=", or a
+function of somebody's own behind any text."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from lm.spelling import spell, spell_after
-from lm.tools import ToolFailed
+from lm.tools import ToolFailed, TriggerText
 from reward.verifiers import CheckPool, Failure
 from tasks.task import Tokenizer
 
@@ -48,9 +48,14 @@ class FunctionTool:
     not count the wait for a free process.
     """
 
-    def __init__(self, tokenizer: Tokenizer, name: str, *, deadline_s: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, name: str, *, behind: str | None = None, deadline_s: float
+    ) -> None:
+        """`behind`: the text that calls it; None: any token that ends with "="."""
         self._tokenizer, self._name = tokenizer, name
-        self.triggers = _equals_signs(tokenizer)
+        self.triggers: Collection[int] = (
+            _equals_signs(tokenizer) if behind is None else TriggerText(tokenizer, behind)
+        )
         processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
         self._pool = CheckPool([(name, None)], _as_text, processes=processes, deadline_s=deadline_s)
 

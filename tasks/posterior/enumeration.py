@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from lm.actions import ActionSpace
 from lm.next_action import NextLogits, Prefix
-from lm.tools import Tool
+from lm.tools import Tool, insertion
 from tasks.posterior.ceiling import Ceiling
 
 # Prefixes of one batch: few at first, when the heaviest are still to be found.
@@ -169,9 +169,8 @@ class PrefixTree:
         tokens = (*node.tokens, token)
         if node.pending:
             return _Node(tokens, (*node.from_tool, True), node.pending[1:])
-        tool = self.tool
-        said = tool.output(tokens) if tool is not None and token in tool.triggers else ()
-        return _Node(tokens, (*node.from_tool, False), tuple(said))
+        from_tool = (*node.from_tool, False)
+        return _Node(tokens, from_tool, tuple(insertion(self.tool, tokens, from_tool)))
 
     def _grow(self, number_N: NDArray[np.intp], visited: _Frontier) -> None:
         """Put the children of visited nodes into the frontier; reach where they may stop."""

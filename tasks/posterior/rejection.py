@@ -26,7 +26,7 @@ from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.model import CausalLM, context_limit
 from lm.sampling import Request, Sampler
-from lm.tools import Tool
+from lm.tools import Tool, insertion
 from tasks.posterior.bounds import Interval
 from tasks.posterior.weights import Completed
 
@@ -147,8 +147,7 @@ class Reader:
             if illegal or ends:
                 break
             from_tool.append(False)
-            if self._tool is not None and token in self._tool.triggers:
-                pending = self._tool.output(text[: len(from_tool)])
+            pending = insertion(self._tool, text[: len(from_tool)], from_tool)
         return from_tool, pending
 
 

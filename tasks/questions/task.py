@@ -20,7 +20,7 @@ from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.hub import ask_hub
 from lm.spelling import ANY_WORD, TokenizerUnfit, chat_text, control_tokens, spell, spell_after
-from lm.tools import Tool
+from lm.tools import Tool, insertion
 from reward.checks import canonical
 from reward.terms import RewardTerms
 from tasks.arithmetic.calculator import Calculator, FunctionTool
@@ -168,8 +168,24 @@ class _Spelling:
         for name in config.tools:
             self.tool = Calculator(tokenizer)
             if name != "calculator":
-                self.tool = FunctionTool(tokenizer, name, deadline_s=config.tool_deadline_s)
+                self.tool = FunctionTool(
+                    tokenizer, name, behind=config.tool_behind, deadline_s=config.tool_deadline_s
+                )
         self.actions = self._action_space()
+        if config.tool_behind is not None:
+            self._check_trigger(config.tool_behind)
+
+    def _check_trigger(self, text: str) -> None:
+        """Raise TokenizerUnfit for a `task.tool_behind` that the policy never writes."""
+        assert self.tool is not None
+        chosen = set(self.actions.legal_tokens or ()) - {self.actions.stop_token}
+        written = set(text) <= set(self._config.legal or text)
+        if not (written and chosen.intersection(self.tool.triggers)):
+            raise TokenizerUnfit(
+                f"task.tool_behind: no token that this task's policy may choose ends {text!r}, so "
+                "the tool would never be called; name a text of legal characters (task.legal) that "
+                "is not the one it stops by (task.stop)"
+            )
 
     def asked(self, row: Question) -> _Asked:
         """Raises ValueError for a row that cannot be spelled as the templates have it."""
@@ -202,9 +218,7 @@ class _Spelling:
         while len(from_tool) < len(tokens):
             from_tool.append(False)
             place = len(from_tool)
-            if self.tool is None or tokens[place - 1] not in self.tool.triggers:
-                continue
-            said = self.tool.output(tokens[:place])
+            said = insertion(self.tool, tokens[:place], from_tool)
             if list(tokens[place : place + len(said)]) != said:
                 raise ValueError(
                     f"its rationale goes on otherwise than the tool, which says "
