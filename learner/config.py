@@ -64,8 +64,10 @@ class LearnerConfig(Frozen):
     trajectory that is learned from. None: learned from the first draws, at most 1e-3 in float32 and
     0.25 in bfloat16 or TF32, which round more."""
     agreement_check_share: float = Field(0.05, ge=0, le=1)
-    """Share of what is drawn that is compared with the learner's log q; at least one trajectory of
-    each actor and version, and everything in the first three draws."""
+    """Share of an actor's versions of which a trajectory is compared with the learner's log q under
+    that version, once it has agreed for long; and of the draw that brings it. 1: everything is. In
+    the first three draws everything is, and an actor that is new, was wrong or has changed is
+    compared at once, then 1, 2, 4 .. versions later."""
     agreement_max_share: float = Field(0.25, ge=0, le=1)
     """Share of what was drawn lately that may disagree before the run ends; 1: all."""
 

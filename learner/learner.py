@@ -130,7 +130,7 @@ class Learner:
         parts = self._split(groups)
         if self.log_z is not None and self.completed_steps == 0:
             self._start_log_z(self.log_z, parts, temperature)
-        tally = Tally(self.version)
+        tally = Tally(groups, self.version)
         losses = [
             loss
             for batch, factor in parts
@@ -143,7 +143,9 @@ class Learner:
         metrics = describe_groups(groups, self.version) | describe_quality(groups, temperature)
         metrics |= describe_cost(groups, against_base=self.objective.traits.needs_base)
         metrics |= tally.gathered(self.engine)
-        metrics |= {} if self.gate is None else self.gate.metrics()
+        if self.gate is not None:
+            self.gate.hear(groups, tally.gaps, self.version)
+            metrics |= self.gate.metrics()
         self.version += 1
         self.completed_steps += 1
         computed_s = monotonic()

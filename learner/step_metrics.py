@@ -1,15 +1,18 @@
 """The metrics of one optimizer step: loss, agreement, batch, cost, and bounds of log Z."""
 
+import math
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import log_q_differences
+from learner.agreement.comparison import Gap, Pair, log_q_differences, pair_of
 from learner.batch import Batch, content, members
 from learner.engine import Engine
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
@@ -20,15 +23,20 @@ Floats = NDArray[np.float64]
 class Tally:
     """Adds up over micro-batches and ranks what only the forward passes know: loss and agreement.
 
-    Agreement is over the trajectories of the version that is being updated, whose comparison comes
-    free; the gate sees to the others.
+    The agreement in the metrics is over what the version that is being updated has sampled itself:
+    there the comparison comes free.
     """
 
-    def __init__(self, version: int) -> None:
+    def __init__(self, groups: Sequence[Group], version: int) -> None:
         self._version = version
         self.loss = 0.0  # of this rank
+        self.gaps: dict[Pair, Gap] = {}  # of who sampled the groups, once they are gathered
+        sampled = (t for t in members(groups) if t.behaviour != "demonstration")
+        self._pairs = sorted({pair_of(t) for t in sampled})  # on all ranks the same
         self._row_sums: defaultdict[str, float] = defaultdict(float)
         self._rows = self._gap_sum = self._gap_count = self._gap_max = 0.0
+        # Decisions, and sums of log q recomputed - recorded and of its square.
+        self._moments: Floats = np.zeros((len(self._pairs), 3))
 
     def add(
         self, batch: Batch, inputs: ObjectiveInput, value: ObjectiveValue, *, factor: float
@@ -39,7 +47,7 @@ class Tally:
         self._rows += counted * len(batch.trajectories)
         for name, total in value.row_sums.items():
             self._row_sums[name] += counted * total.item()
-        if counted:
+        if counted and self._pairs:
             self._compare(batch, inputs)
 
     def gathered(self, engine: Engine) -> dict[str, float]:
@@ -47,8 +55,15 @@ class Tally:
         names = sorted(self._row_sums)
         sums = [self.loss, self._rows, self._gap_sum, self._gap_count]
         sums += [self._row_sums[name] for name in names]
-        gap_max, *everyones = np.array(engine.gather([self._gap_max, *sums])).T
-        loss, rows, gap_sum, gap_count, *row_sums = (float(values.sum()) for values in everyones)
+        gap_max, *everyones = np.array(
+            engine.gather([self._gap_max, *sums, *self._moments.ravel().tolist()])
+        ).T
+        loss, rows, gap_sum, gap_count, *rest = (float(values.sum()) for values in everyones)
+        row_sums, moments_P3 = rest[: len(names)], np.reshape(rest[len(names) :], (-1, 3))
+        self.gaps = {
+            pair: Gap(int(count), math.sqrt(square / count), total / count)
+            for pair, (count, total, square) in zip(self._pairs, moments_P3, strict=True)
+        }
         metrics = {"loss/value": loss}
         metrics |= {f"loss/{n}": total / rows for n, total in zip(names, row_sums, strict=True)}
         if gap_count:
@@ -57,18 +72,20 @@ class Tally:
         return metrics
 
     def _compare(self, batch: Batch, inputs: ObjectiveInput) -> None:
-        rows = [
-            row
-            for row, t in enumerate(batch.trajectories)
-            if t.policy_version == self._version and t.behaviour != "demonstration"
-        ]
-        if not rows:
-            return
         difference_BN, counted_BN = log_q_differences(batch, inputs.log_pf_BT, inputs.log_stop_BS)
-        gap_K = difference_BN[rows][counted_BN[rows]].abs()
-        self._gap_sum += gap_K.sum().item()
-        self._gap_count += gap_K.numel()
-        self._gap_max = max(self._gap_max, gap_K.max().item())
+        squares_BN = difference_BN.double().square()
+        of_rows = [counted_BN.sum(1), difference_BN.double().sum(1), squares_BN.sum(1)]
+        moments_B3 = torch.stack([t.double() for t in of_rows], dim=1).cpu().numpy()
+        own = []
+        for row, trajectory in enumerate(batch.trajectories):
+            if trajectory.behaviour != "demonstration":
+                self._moments[bisect_left(self._pairs, pair_of(trajectory))] += moments_B3[row]
+                own += [row] if trajectory.policy_version == self._version else []
+        if own:
+            gap_K = difference_BN[own][counted_BN[own]].abs()
+            self._gap_sum += gap_K.sum().item()
+            self._gap_count += gap_K.numel()
+            self._gap_max = max(self._gap_max, gap_K.max().item())
 
 
 def describe_groups(groups: Sequence[Group], version: int) -> dict[str, float]:

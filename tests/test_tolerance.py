@@ -1,6 +1,6 @@
 """What rounding explains and what it does not: in float32, in bfloat16, and over 2,000 tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 
+from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from cluster.config.project import PROJECT_ROOT
-from learner.agreement.comparison import Comparison, compare
+from learner.agreement.comparison import Comparison, Gap, compare, pair_of
 from learner.agreement.gate import AgreementGate
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine, read_quarantine
@@ -211,14 +212,80 @@ DAMAGES: dict[str, Callable[[Actor], None]] = {
 }
 
 
-def moved(model: Any, seed: int) -> bytes:
+def moved(model: Any, seed: int, scale: float = 0.05) -> bytes:
     """The adapter after a few steps; its bytes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return adapter_bytes(model)
+
+
+def gate_of(learner: Actor, folder: Path) -> AgreementGate:
+    return AgreementGate(
+        replay=QueueReplay(),
+        model=learner.model,
+        actions=learner.actions,
+        past=PastPolicies(learner.model, max_age=9),
+        quarantine=Quarantine(folder),
+        config=make_config(agreement_max_share=1.0),
+        warn=print,
+    )
+
+
+def learn_from(gate: AgreementGate, learner: Actor, groups: Sequence[Group], version: int) -> None:
+    """Let the gate hear what the learner's own pass has shown, under the weights of now."""
+    trajectories = [t for group in groups for t in group.fresh]
+    found = compare(
+        learner.model, learner.actions, trajectories, learner_version=version, token_budget=4096
+    )
+    gaps: dict[tuple[str, int], Gap] = {}
+    for pair in {pair_of(t) for t in trajectories}:
+        own = [outcome for outcome in found if pair_of(outcome.trajectory) == pair]
+        weights = [outcome.decisions for outcome in own]
+        squares = np.average([outcome.rms_nats**2 for outcome in own], weights=weights)
+        mean = np.average([outcome.mean_nats for outcome in own], weights=weights)
+        gaps[pair] = Gap(sum(weights), float(np.sqrt(squares)), float(mean))
+    gate.hear(groups, gaps, version)
+
+
+@pytest.mark.parametrize("lag", [0, 2])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_who_agreed_for_long_and_is_damaged_now_is_named_long_before_it_is_due(
+    damage: str, lag: int, tmp_path: Path
+) -> None:
+    learner = Actor("learner", "float32", seed=9)
+    actors = [Actor(f"actor-{index}", "float32", seed=index) for index in range(2)]
+    gate, adapters, drawn = gate_of(learner, tmp_path), [], 0
+    gate.tolerance.restore({"draws": 3, "squares": {}})
+    record = {"since": 0, "last": 0, "gap": 20, "heard": 0.0, "changed": False}
+    gate.schedule.restore([], {actor.name: dict(record) for actor in actors})
+    moved(learner.model, 99, scale=0.2)
+    for version in range(1, 14):
+        adapters.append(moved(learner.model, version, scale=0.02))
+        gate.keep(version, adapters[-1])
+        if version < 6:
+            for actor in actors:
+                load_adapter_bytes(actor.model, adapters[-1])
+            continue
+        if version == 8:
+            DAMAGES[damage](actors[1])
+        sampled_at = version - lag
+        for actor in actors:
+            load = getattr(actor, "load", lambda data, a=actor: load_adapter_bytes(a.model, data))
+            load(adapters[sampled_at - 1])
+        groups = [as_group(actor.group(sampled_at, 5)) for actor in actors]
+        admitted = draw(gate, QueueReplay(*groups, *groups), version, 2)
+        drawn += 5 * (version >= 8)
+        learn_from(gate, learner, admitted, version)
+        wrong = list(read_quarantine(tmp_path))
+        if wrong:
+            break
+    assert {outcome.trajectory.actor for outcome in wrong} == (
+        set() if damage == "none" else {"actor-1"}
+    )
+    assert damage == "none" or drawn <= 20
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -228,15 +295,7 @@ def test_damage_is_named_within_20_trajectories_and_nobody_else_is(
 ) -> None:
     learner = Actor("learner", dtype, seed=9)
     actors = [Actor(f"actor-{index}", dtype, seed=index) for index in range(2)]
-    gate = AgreementGate(
-        replay=QueueReplay(),
-        model=learner.model,
-        actions=learner.actions,
-        past=PastPolicies(learner.model, max_age=9),
-        quarantine=Quarantine(tmp_path),
-        config=make_config(agreement_max_share=1.0),
-        warn=print,
-    )
+    gate = gate_of(learner, tmp_path)
     for version in range(6):
         adapter = moved(learner.model, version)
         gate.keep(version, adapter)

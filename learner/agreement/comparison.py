@@ -14,9 +14,24 @@ from buffer.trajectory import Trajectory
 from learner.batch import Batch, check_actions, collate, row_log_probs, split_rows
 from lm.actions import ActionSpace
 
+Pair = tuple[str, int]  # an actor, and the policy version that it claims
+
+
+def pair_of(trajectory: Trajectory) -> Pair:
+    return trajectory.actor, trajectory.policy_version
+
 
 def _nothing() -> NDArray[np.float32]:
     return np.zeros(0, dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """How far log q recomputed is from log q recorded, over decisions of several trajectories."""
+
+    decisions: int
+    rms_nats: float
+    mean_nats: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

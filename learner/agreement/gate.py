@@ -1,25 +1,25 @@
 """The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
 import msgpack
-import numpy as np
 from torch import nn
 
 from buffer.replay import BufferStarved, DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
-from learner.agreement.comparison import Comparison, compare, num_decisions
+from learner.agreement.comparison import Comparison, Gap, Pair, compare, pair_of
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine
+from learner.agreement.schedule import Schedule
 from learner.agreement.tolerance import Disagreement, Tolerance, rounding_of
+from learner.batch import members
 from learner.config import LearnerConfig
 from lm.actions import ActionSpace
 
-Pair = tuple[str, int]  # an actor, and the policy version that it claims
 Compared = dict[Trajectory, Comparison]
 
 
@@ -27,11 +27,12 @@ Compared = dict[Trajectory, Comparison]
 class _Counts:
     """What became of the sampled trajectories of one step; demonstrations are none.
 
-    checked + vouched + unchecked = all of them.
+    checked + vouched + unchecked = all of them. `quarantined` counts those, too, that were vouched
+    for and found to be wrong after the step.
     """
 
     checked: int = 0  # compared
-    vouched: int = 0  # not, but another of the same actor and version agreed
+    vouched: int = 0  # not, but `Schedule.vouches` for them
     unchecked: int = 0  # neither
     quarantined: int = 0
     admitted_max_nats: float = 0.0  # largest root mean square of what was compared and let through
@@ -42,27 +43,22 @@ class _Counts:
 class AgreementGate:
     """A `Replay` in front of another, without what disagrees with the learner's own log q.
 
-    A trajectory of version v is recomputed with the adapter that was published as v. All of them
-    would cost one more forward pass of everything. In the first draws they all are, so that the
-    tolerance is learned from them; in each later draw these are compared:
-
-    - of every actor and version among the fresh trajectories, the one with the most decisions;
-      likewise of those that only replay brings, unless an earlier comparison vouches for them;
-    - everything of an actor of which one of these disagrees;
-    - everything of an actor and version that have ever disagreed;
-    - of the others of these versions, whose weights are in place by then, as many as bring what is
-      compared to about `agreement_check_share` of the draw.
+    A trajectory of version v is recomputed with the adapter that was published as v. Of the first
+    draws all are, so that the tolerance is learned from them; later, what `Schedule` chooses. Where
+    one of these disagrees, so is everything of its actor in that draw.
 
     What disagrees by more than the tolerance goes into quarantine. An actor whose every completion
-    is wrong is caught at the first group of it that is drawn, before anything of it is let through;
-    damage that shows in few completions, when one of them is compared.
+    is wrong from its first on is caught before anything of it is let through. One that has agreed
+    before is caught after the first step that learns from it, where what it sampled under the
+    weights of that step is wrong as the learner's own pass has it; sooner than it is due, where it
+    differs more than it did; and with the next version that is due in any case, at most
+    1 / `agreement_check_share` versions later. No more of what was found wrong is let through.
 
     A version that is not kept, being too old, cannot be recomputed: its trajectories count as
     unchecked and are let through, unless their actor has disagreed at just that version.
 
     Only rank 0 of the learner uses it. It leaves the model and the random numbers of the run as
     they were, bit for bit: while all agree, a run is the same with and without it.
-
     """
 
     replay: Replay  # where groups come from, and what is wrong is discarded
@@ -72,15 +68,17 @@ class AgreementGate:
     quarantine: Quarantine
     config: LearnerConfig
     warn: Callable[[str], None]  # takes a line when an actor disagrees at a version the first time
-    _agreed: set[Pair] = field(default_factory=set, init=False)
     _wrong: set[Pair] = field(default_factory=set, init=False)
     _counts: _Counts = field(default_factory=_Counts, init=False)
 
     def __post_init__(self) -> None:
         config = self.config
+        # The model's own weights are what is published, unless that is rounded.
+        self._publishes_itself = config.publish_dtype == "float32"
         self.tolerance = Tolerance(
             rounding_of(self.model), fixed_nats=config.agreement_tolerance_nats
         )
+        self.schedule = Schedule(config.agreement_check_share)
         self._disagreement = Disagreement(
             max_share=config.agreement_max_share, tolerance=self.tolerance
         )
@@ -88,7 +86,7 @@ class AgreementGate:
     def keep(self, version: int, adapter: bytes) -> None:
         """Remember the adapter that is published as `version`."""
         self.past.keep(version, adapter)
-        self._agreed = {pair for pair in self._agreed if pair[1] in self.past}
+        self.schedule.keep(self.past)
 
     def draw(self, request: DrawRequest) -> list[Group]:
         """As the replay behind it, without what is quarantined; the model holds the version asked.
@@ -120,6 +118,27 @@ class AgreementGate:
             self._counts.seconds += monotonic() - started_s
         return admitted
 
+    def hear(self, groups: Sequence[Group], gaps: Mapping[Pair, Gap], version: int) -> None:
+        """Take in what a step says of the groups that it learned from.
+
+        Args:
+            gaps: from the learner's own log q, under `version`, which it has left since.
+        """
+        started_s = monotonic()
+        doubted = {
+            pair
+            for pair, gap in gaps.items()
+            if pair[1] == version and self._publishes_itself and not self.tolerance.admits(gap)
+        }
+        rows = [t for t in _sampled(members(groups)) if pair_of(t) in doubted]
+        if wrong := self._judge(self._compare(rows, version + 1)):
+            self._disagreement.note(0, list(wrong.values()))
+            self._counts.quarantined += len(wrong)
+            self._shut_away(wrong)
+            self.replay.discard([t for g in groups for t in g.replayed if t in wrong])
+        self.schedule.hear(gaps, version)
+        self._counts.seconds += monotonic() - started_s
+
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         self.replay.discard(trajectories)
 
@@ -128,18 +147,20 @@ class AgreementGate:
 
         Not the share of what was wrong lately: that is counted anew.
         """
-        known = [sorted(self._agreed), sorted(self._wrong)]
+        agreed, records = self.schedule.save()
+        known = [agreed, sorted(self._wrong), records]
         data: bytes = msgpack.packb([self.past.save(), known, self.tolerance.save()])
         return data
 
     def restore(self, data: bytes) -> None:
         """Know what was known at the moment of `save`."""
-        adapters, (agreed, wrong), *tolerance = msgpack.unpackb(
+        adapters, (agreed, wrong, *records), *tolerance = msgpack.unpackb(
             data, strict_map_key=False, use_list=False
         )
         for version, adapter in adapters.items():
             self.past.keep(version, adapter)
-        self._agreed, self._wrong = set(agreed), set(wrong)
+        self.schedule.restore(agreed, *records)
+        self._wrong = set(wrong)
         for learned in tolerance:  # checkpoints of before it was learned have none
             self.tolerance.restore(learned)
 
@@ -178,39 +199,28 @@ class AgreementGate:
             compared = self._compare(sampled, version)
             self.tolerance.calibrate(compared.values())
         else:
-            compared = self._compare(self._choose(fresh, replayed, version), version)
+            chosen = self.schedule.choose(fresh, replayed, wrong=self._wrong, version=version)
+            compared = self._compare(chosen, version)
         suspects = {
             t.actor for t, outcome in compared.items() if not self.tolerance.admits(outcome)
         }
         rest = [t for t in sampled if t.actor in suspects and t not in compared]
         compared |= self._compare(rest, version)
-        wrong = {
-            t: outcome for t, outcome in compared.items() if not self.tolerance.admits(outcome)
-        }
-        wrong_pairs = self._wrong | {_pair(t) for t in wrong}
-        lost = [t for t in sampled if t not in compared and _pair(t) in wrong_pairs]
+        wrong = self._judge(compared)
+        wrong_pairs = self._wrong | {pair_of(t) for t in wrong}
+        lost = [t for t in sampled if t not in compared and pair_of(t) in wrong_pairs]
         wrong |= {t: Comparison(trajectory=t, learner_version=version) for t in lost}
-        self._agreed |= {_pair(t) for t in compared}
-        self._agreed -= wrong_pairs
         self._count(sampled, compared, wrong)
         return wrong
 
-    def _choose(
-        self, fresh: Sequence[Trajectory], replayed: Sequence[Trajectory], version: int
-    ) -> list[Trajectory]:
-        """What to compare before anything is known of this draw."""
-        sampled = (*fresh, *replayed)
-        probes = _most_telling(fresh)
-        strangers = [t for t in replayed if _pair(t) not in probes.keys() | self._agreed]
-        chosen = dict.fromkeys([*probes.values(), *_most_telling(strangers).values()])
-        chosen |= dict.fromkeys(t for t in sampled if _pair(t) in self._wrong)
-        versions = {t.policy_version for t in chosen}
-        rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
-        # The version is the seed, so that a resumed run chooses as the uninterrupted one.
-        lots = np.random.default_rng(version).random(len(rest))
-        wanted = self.config.agreement_check_share * len(sampled) - len(chosen)
-        share = wanted / max(len(rest), 1)
-        return [*chosen, *(t for t, lot in zip(rest, lots, strict=True) if lot < share)]
+    def _judge(self, compared: Compared) -> Compared:
+        """Those that are wrong; the schedule learns of all."""
+        wrong = {
+            t: outcome for t, outcome in compared.items() if not self.tolerance.admits(outcome)
+        }
+        pairs = {pair_of(t) for t in wrong}
+        self.schedule.note({pair_of(t) for t in compared} - pairs - self._wrong, pairs)
+        return wrong
 
     def _compare(self, trajectories: Sequence[Trajectory], version: int) -> Compared:
         """A comparison for each whose version the model holds or held."""
@@ -219,8 +229,7 @@ class AgreementGate:
             by_version.setdefault(trajectory.policy_version, []).append(trajectory)
         compared: Compared = {}
         for sampled_at, same in by_version.items():
-            # The model's own weights are what was published, unless that was rounded.
-            own = sampled_at == version and self.config.publish_dtype == "float32"
+            own = sampled_at == version and self._publishes_itself
             if not own and sampled_at not in self.past:
                 continue
             with nullcontext() if own else self.past.as_of(sampled_at):
@@ -236,7 +245,9 @@ class AgreementGate:
 
     def _count(self, sampled: Sequence[Trajectory], compared: Compared, wrong: Compared) -> None:
         others = [t for t in sampled if t not in compared]
-        vouched = sum(_pair(t) in self._agreed for t in others)
+        vouched = sum(
+            t.policy_version in self.past and self.schedule.vouches(pair_of(t)) for t in others
+        )
         admitted = [outcome.rms_nats for t, outcome in compared.items() if t not in wrong]
         counts = self._counts
         counts.checked += len(compared)
@@ -252,7 +263,7 @@ class AgreementGate:
         evidence = self.quarantine.keep(list(wrong.values()))
         by_pair: dict[Pair, list[Comparison]] = {}
         for trajectory, outcome in wrong.items():
-            by_pair.setdefault(_pair(trajectory), []).append(outcome)
+            by_pair.setdefault(pair_of(trajectory), []).append(outcome)
         for pair in [pair for pair in by_pair if pair not in self._wrong]:
             self._wrong.add(pair)
             self.warn(
@@ -265,12 +276,3 @@ class AgreementGate:
 def _sampled(trajectories: Iterable[Trajectory]) -> list[Trajectory]:
     """Without demonstrations, which no policy sampled."""
     return [t for t in trajectories if t.behaviour != "demonstration"]
-
-
-def _pair(trajectory: Trajectory) -> Pair:
-    return trajectory.actor, trajectory.policy_version
-
-
-def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
-    """Of each actor and version, the trajectory with the most decisions to compare."""
-    return {_pair(t): t for t in sorted(trajectories, key=num_decisions)}

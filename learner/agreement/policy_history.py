@@ -27,7 +27,7 @@ class PastPolicies:
         self._max_bytes = max_bytes
         self._adapters: dict[int, bytes] = {}  # oldest first
 
-    def __contains__(self, version: int) -> bool:
+    def __contains__(self, version: object) -> bool:
         return version in self._adapters
 
     def keep(self, version: int, adapter: bytes) -> None:

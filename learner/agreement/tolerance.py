@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from learner.agreement.comparison import Comparison
+from learner.agreement.comparison import Comparison, Gap
 from learner.broadcast import Unrecoverable
 
 # The largest d_i grows with the number of decisions, the root mean square does not: an honest
@@ -88,7 +88,7 @@ class Tolerance:
                 of_actor[0] += outcome.rms_nats**2 * outcome.decisions
                 of_actor[1] += outcome.decisions
 
-    def admits(self, outcome: Comparison) -> bool:
+    def admits(self, outcome: Comparison | Gap) -> bool:
         """Whether rounding explains it; never where the recomputation gave NaN."""
         decisions = outcome.decisions
         return outcome.rms_nats <= self._rms_nats(decisions) and abs(

@@ -1,0 +1,132 @@
+"""Which trajectories are compared: few of actors that agreed so far, and soon those that changed.
+
+A comparison is a forward pass for a row that shares its prompt with nobody. An actor that agrees is
+compared again 1, 2, 4, 8 .. versions later, at most 1 / share; in between its record vouches for
+it. Nobody is unheard in between: the learner computes log q of all that it learns from, under its
+own weights. Of what those weights sampled, that is the comparison. Of older versions it differs by
+what the policy has moved since, and an actor that suddenly differs more is compared at once.
+"""
+
+import math
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from buffer.trajectory import Trajectory
+from learner.agreement.comparison import Gap, Pair, num_decisions, pair_of
+
+# Of what is heard of an actor to what was heard when it last agreed, above which it is compared.
+_GROWTH = 1.5
+
+
+@dataclass(slots=True)
+class _Record:
+    """Of an actor whose last comparison agreed."""
+
+    since: int  # the version with which agreement began
+    last: int  # the last version that was compared
+    gap: int = 1  # versions to the next comparison
+    heard: float = 0.0  # how far it seemed to be moved then, nats; 0: not heard since
+    changed: bool = False  # it is heard to differ more by now
+
+    @property
+    def due(self) -> int:
+        """The first version that it does not vouch for; of all actors the same, where it can be,
+        since comparisons of one version share the change of weights."""
+        return self.last + 1 if self.changed else (self.last // self.gap + 1) * self.gap
+
+
+class Schedule:
+    """Says what to compare; is told what came of it and what the learner's own pass has shown.
+
+    Args:
+        share: of an actor's versions, and of the draw in which one is compared; 1: everything.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._agreed: set[Pair] = set()  # compared themselves
+        self._records: dict[str, _Record] = {}
+
+    def vouches(self, pair: Pair) -> bool:
+        """Whether this actor agreed at this version, or has a record that reaches so far."""
+        actor, version = pair
+        record = self._records.get(actor)
+        return pair in self._agreed or (record is not None and record.since <= version < record.due)
+
+    def choose(
+        self,
+        fresh: Sequence[Trajectory],
+        replayed: Sequence[Trajectory],
+        *,
+        wrong: Set[Pair],
+        version: int,
+    ) -> list[Trajectory]:
+        """What of a draw to compare, before anything is known of it.
+
+        - Of every actor and version that nothing vouches for, the one with the most decisions.
+        - Everything of those that have ever been `wrong`.
+        - Of the others of these versions, whose weights are in place by then, as many as bring it
+          to about the share.
+        """
+        sampled = [*fresh, *replayed]
+        if self._share == 1:
+            return sampled
+        probes = _most_telling(replayed) | _most_telling(fresh)
+        chosen = dict.fromkeys(t for pair, t in probes.items() if not self.vouches(pair))
+        chosen |= dict.fromkeys(t for t in sampled if pair_of(t) in wrong)
+        versions = {t.policy_version for t in chosen}
+        rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
+        # The version is the seed, so that a resumed run chooses as the uninterrupted one.
+        lots = np.random.default_rng(version).random(len(rest))
+        share = (self._share * len(sampled) - len(chosen)) / max(len(rest), 1)
+        return [*chosen, *(t for t, lot in zip(rest, lots, strict=True) if lot < share)]
+
+    def note(self, agreed: Iterable[Pair], wrong: Set[Pair]) -> None:
+        """Learn what comparisons have said: who `agreed`, and of whom something was `wrong`."""
+        liars = {actor for actor, _ in wrong}
+        for actor in liars:
+            self._records.pop(actor, None)
+        newest = dict(sorted(pair for pair in agreed if pair[0] not in liars))
+        for actor, version in newest.items():
+            record = self._records.setdefault(actor, _Record(since=version, last=version))
+            if version >= record.due:
+                record.last, record.heard, record.changed = version, 0.0, False
+                longest = round(1 / self._share) if self._share else 2 * record.gap
+                record.gap = min(2 * record.gap, longest)
+        self._agreed = (self._agreed | set(agreed)) - wrong
+
+    def hear(self, gaps: Mapping[Pair, Gap], version: int) -> None:
+        """Bring forward who differs more from the learner, of `version`, than when it agreed."""
+        moved: dict[str, list[float]] = {}  # by actor: sum of squares, decisions
+        for (actor, sampled_at), gap in gaps.items():
+            if sampled_at < version:
+                of_actor = moved.setdefault(actor, [0.0, 0])
+                # Steps go different ways: the square grows as their number does.
+                of_actor[0] += gap.rms_nats**2 * gap.decisions / (version - sampled_at)
+                of_actor[1] += gap.decisions
+        for actor, (squares, decisions) in moved.items():
+            record, heard = self._records.get(actor), math.sqrt(squares / decisions)
+            if record is not None:
+                record.heard = record.heard or heard
+                # Never false of NaN.
+                record.changed |= not heard <= _GROWTH * record.heard
+
+    def keep(self, versions: Container[int]) -> None:
+        """Forget who agreed at others, which cannot be compared any more."""
+        self._agreed = {pair for pair in self._agreed if pair[1] in versions}
+
+    def save(self) -> list[Any]:
+        return [sorted(self._agreed), {name: asdict(each) for name, each in self._records.items()}]
+
+    def restore(self, agreed: Iterable[Pair], records: Mapping[str, Any] | None = None) -> None:
+        """Know what was known at the moment of `save`; earlier checkpoints have no records."""
+        self._agreed = set(agreed)
+        self._records = {name: _Record(**each) for name, each in (records or {}).items()}
+
+
+def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
+    """Of each actor and version, the trajectory with the most decisions to compare."""
+    return {pair_of(t): t for t in sorted(trajectories, key=num_decisions)}

@@ -1,0 +1,129 @@
+"""Which trajectories the gate compares, and when: the law by itself, without a model."""
+
+from collections.abc import Mapping, Sequence
+
+from buffer.trajectory import Trajectory
+from learner.agreement.comparison import Gap, Pair, pair_of
+from learner.agreement.schedule import Schedule
+from tests.learner_toy import make_trajectory
+
+
+def rows(actor: str, version: int, lengths: Sequence[int] = (1, 3, 2)) -> list[Trajectory]:
+    """Trajectories of an actor; the second is the longest."""
+    return [
+        make_trajectory("long", (1,) * length, policy_version=version, actor=actor)
+        for length in lengths
+    ]
+
+
+def play(
+    schedule: Schedule,
+    versions: Mapping[str, Sequence[int]],
+    *,
+    wrong: frozenset[Pair] = frozenset(),
+) -> dict[str, list[int]]:
+    """Draw after draw, each of one version of an actor; the versions that were compared."""
+    compared: dict[str, list[int]] = {actor: [] for actor in versions}
+    draws = sorted((version, actor) for actor, each in versions.items() for version in each)
+    for version, actor in draws:
+        chosen = schedule.choose(rows(actor, version), [], wrong=wrong, version=version)
+        pairs = {pair_of(t) for t in chosen}
+        schedule.note(pairs - wrong, pairs & wrong)
+        compared[actor] += [version] * bool(pairs)
+    return compared
+
+
+def heard(actor: str, version: int, rms_nats: float) -> dict[Pair, Gap]:
+    return {(actor, version): Gap(decisions=100, rms_nats=rms_nats, mean_nats=0.0)}
+
+
+def test_who_agrees_is_compared_ever_less_often_down_to_the_share() -> None:
+    assert play(Schedule(0.05), {"a": range(101)}) == {
+        "a": [0, 1, 2, 4, 8, 16, 20, 40, 60, 80, 100]
+    }
+    assert play(Schedule(0.0), {"a": range(101)}) == {"a": [0, 1, 2, 4, 8, 16, 32, 64]}
+    assert play(Schedule(1.0), {"a": range(9)}) == {"a": list(range(9))}
+
+
+def test_actors_that_skip_versions_come_back_to_the_versions_of_the_others() -> None:
+    compared = play(Schedule(0.05), {"a": range(101), "b": range(3, 101), "c": range(0, 101, 4)})
+    assert compared["b"][-4:] == compared["c"][-4:] == compared["a"][-4:] == [40, 60, 80, 100]
+    # Who has none of a version that is due is compared at the next that it has.
+    assert play(Schedule(0.05), {"d": range(1, 101, 3)})["d"][-3:] == [61, 82, 100]
+
+
+def test_the_longest_of_what_nobody_vouches_for_is_compared_and_all_that_has_been_wrong() -> None:
+    schedule = Schedule(0.0)
+    fresh, replayed = rows("a", 1), [*rows("a", 0), *rows("b", 0)]
+    chosen = schedule.choose(fresh, replayed, wrong=frozenset(), version=1)
+    assert set(chosen) == {fresh[1], replayed[1], replayed[4]}
+    schedule.note({("a", 0), ("a", 1)}, frozenset())
+    assert schedule.choose(fresh, replayed, wrong=frozenset(), version=1) == [replayed[4]]
+    # What has been wrong is compared whole, whoever vouches.
+    chosen = schedule.choose(fresh, replayed, wrong={("a", 0)}, version=1)
+    assert set(chosen) == {replayed[4], *replayed[:3]}
+
+
+def test_a_share_of_the_draw_is_compared_with_what_is_due() -> None:
+    fresh = [t for _ in range(100) for t in rows("a", 5)]
+    of_others = rows("b", 4) * 20
+    schedule = Schedule(0.2)
+    schedule.note({("b", 4)}, frozenset())
+    chosen = schedule.choose(fresh, of_others, wrong=frozenset(), version=5)
+    assert 40 < len(chosen) < 110 and {pair_of(t) for t in chosen} == {("a", 5)}
+    assert chosen == schedule.choose(fresh, of_others, wrong=frozenset(), version=5)
+    schedule.note({("a", 5)}, frozenset())
+    assert schedule.choose(fresh, of_others, wrong=frozenset(), version=5) == []
+
+
+def test_one_that_was_wrong_begins_anew_and_nothing_from_before_is_vouched_for() -> None:
+    schedule = Schedule(0.05)
+    play(schedule, {"a": range(21), "b": range(21)})
+    assert [schedule.vouches(("a", version)) for version in (3, 19, 39, 40)] == [True] * 3 + [False]
+    liar = frozenset({("a", 40)})
+    compared = play(schedule, {"a": range(40, 51), "b": range(21, 51)}, wrong=liar)
+    assert compared == {"a": [40, 41, 42, 44, 48], "b": [40]}
+    # Only what was compared itself, of the time when it may have been wrong already.
+    assert not any(schedule.vouches(("a", version)) for version in (3, 19, 39, 40))
+    assert schedule.vouches(("a", 20)) and schedule.vouches(("a", 43))
+    assert schedule.vouches(("b", 39))
+
+
+def test_who_differs_more_than_when_it_agreed_is_compared_at_once() -> None:
+    schedule = Schedule(0.05)
+    play(schedule, {"a": range(21), "b": range(21)})
+    for version, (of_a, of_b) in enumerate([(0.1, 0.1), (0.14, 0.14), (0.1, 0.16)], start=22):
+        schedule.hear(heard("a", version - 1, of_a) | heard("b", version - 1, of_b), version)
+    assert schedule.vouches(("a", 25)) and not schedule.vouches(("b", 25))
+    assert not schedule.vouches(("b", 21)) and schedule.vouches(("b", 20))
+    assert play(schedule, {"a": range(25, 41), "b": range(25, 41)}) == {"a": [40], "b": [25, 40]}
+    # It agreed: from now on this much is usual.
+    for version in (42, 43):
+        schedule.hear(heard("b", version - 1, 0.2), version)
+    assert schedule.vouches(("b", 44))
+    schedule.hear(heard("b", 43, float("nan")), 44)
+    assert not schedule.vouches(("b", 44))
+
+
+def test_four_steps_move_the_policy_by_twice_what_one_does_and_its_own_version_by_nothing() -> None:
+    schedule = Schedule(0.05)
+    play(schedule, {"a": range(21)})
+    schedule.hear(heard("a", 21, 1e-6), 21)
+    for age, rms_nats in ((1, 0.1), (4, 0.2), (4, 0.29)):
+        schedule.hear(heard("a", 25 - age, rms_nats), 25)
+        assert schedule.vouches(("a", 25))
+    schedule.hear(heard("a", 21, 0.31), 25)
+    assert not schedule.vouches(("a", 25))
+
+
+def test_a_schedule_goes_on_from_where_it_was_saved() -> None:
+    schedule, restored = Schedule(0.05), Schedule(0.05)
+    play(schedule, {"a": range(10), "b": range(10)})
+    schedule.hear(heard("a", 9, 0.1) | heard("b", 9, 0.1), 10)
+    restored.restore(*schedule.save())
+    for each in (schedule, restored):
+        each.hear(heard("a", 9, 0.2) | heard("b", 9, 0.14), 10)
+    versions = {"a": range(10, 50), "b": range(10, 50)}
+    assert play(schedule, versions) == play(restored, versions)
+    schedule.keep(range(12, 50))
+    assert all(version >= 12 for _, version in schedule.save()[0])
