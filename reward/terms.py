@@ -80,7 +80,7 @@ class RewardTerms:
     def scores(self, items: Sequence[ScoreItem]) -> list[list[float | None]]:
         """Of each item's last stop state by each verifier; None where a check failed."""
         verdicts = self.judge(items)
-        verdicts.wait(_PATIENCE_S, strict=False)
+        verdicts.wait(_PATIENCE_S, strict=False, last=True)
         found: list[list[float | None]] = [[None] * len(self.verifiers) for _ in items]
         for place, number, _, score in verdicts.scores():  # stop states in their order
             found[place][number] = None if isinstance(score, Failure) else score
@@ -149,11 +149,14 @@ class Verdicts:
     portions: "list[Future[list[Any]]]"
     pool: CheckPool
 
-    def wait(self, timeout_s: float, *, strict: bool, since_s: float | None = None) -> None:
+    def wait(
+        self, timeout_s: float, *, strict: bool, last: bool = False, since_s: float | None = None
+    ) -> None:
         """Raise TimeoutError where they are not all made in time, and CheckFailed where a verifier
         failed all its checks and is broken (CheckPool.is_broken); if `strict`, where one failed.
 
         Args:
+            last: see CheckPool.is_broken.
             since_s: from when on `timeout_s` counts, by the monotonic clock; None: from now.
         """
         deadline = timeout_s + (monotonic() if since_s is None else since_s)
@@ -170,7 +173,7 @@ class Verdicts:
         broken: list[Any] = []
         for number, its in answers.items():
             failed = all(isinstance(one, Failure) for one in its.values())
-            if self.pool.is_broken(number, failed=failed):
+            if self.pool.is_broken(number, failed=failed, last=last):
                 broken += its.values()
         asked = found if strict else broken
         if failures := [one for one in asked if isinstance(one, Failure)]:

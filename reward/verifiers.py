@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 Call = tuple[Any, ...]  # number of the check, text, and for a verifier the record as JSON
 _ATTEMPTS = 3
 _GIVEN_UP = 12  # processes that a check has ended before it gave any value
-_FAILED_SCORINGS = 16  # in a row, of which a check failed the whole: then it counts as broken
+# Scorings in a row of which a check failed the whole, after which it counts as broken: one that has
+# given values, and one that has given none.
+_FAILED_SCORINGS = 16
+_FAILED_AT_FIRST = 3
 _BLOCK = 64  # calls that a process is handed at once: their answers fit into a pipe
 _START_S = 120.0  # longest import of the functions' modules
 _GRACE_S = 5.0  # by which a process ends itself before it is ended
@@ -95,14 +98,17 @@ class CheckPool:
         """Start a process, so that what cannot be used is told now; raises UnusableCheck."""
         self._idle.append(self._process())
 
-    def is_broken(self, check: int, *, failed: bool) -> bool:
+    def is_broken(self, check: int, *, failed: bool, last: bool = False) -> bool:
         """Whether a check will not get better, by its whole life.
 
         Args:
             failed: whether it has failed all its calls of one more scoring.
+            last: no other scoring will tell more of one that has given no value.
         """
         self._lost[check] = self._lost[check] + 1 if failed else 0
-        return failed and (check not in self._sound or self._lost[check] >= _FAILED_SCORINGS)
+        if check in self._sound:
+            return self._lost[check] >= _FAILED_SCORINGS
+        return failed and (last or self._lost[check] >= _FAILED_AT_FIRST)
 
     def _make(self, calls: Sequence[Call]) -> list[Any]:
         """A value or a Failure for each."""

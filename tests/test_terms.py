@@ -383,8 +383,17 @@ def test_a_verifier_that_failed_on_one_row_ends_a_run_only_where_it_fails_on_and
         built.judge(bad).wait(30.0, strict=False)
     with pytest.raises(CheckFailed, match=r"1 of 1 checks failed, .* ValueError: no verdict"):
         built.judge(bad).wait(30.0, strict=False)
-    with pytest.raises(CheckFailed, match="1 of 1 checks"):  # it has never given a value
-        terms().judge(bad).wait(30.0, strict=False)
+    unknown = terms()  # it has never given a value
+    for _ in range(2):
+        unknown.judge(bad).wait(30.0, strict=False)
+    with pytest.raises(CheckFailed, match="1 of 1 checks"):
+        unknown.judge(bad).wait(30.0, strict=False)
+    # A sound one that cannot judge what an actor asks first is no broken one.
+    unlucky = terms()
+    for asked in (bad, bad, fine, bad, bad, bad):
+        unlucky.judge(asked).wait(30.0, strict=False)
+    with pytest.raises(CheckFailed, match="1 of 1 checks"):  # of an evaluation, which asks once
+        terms().scores(bad)
 
 
 def test_a_verifier_that_never_gives_a_value_ends_the_run_beside_one_that_does(
@@ -396,6 +405,8 @@ def test_a_verifier_that_never_gives_a_value_ends_the_run_beside_one_that_does(
     built = RewardTerms(changed.reward, lambda tokens: "raises")
     record = json.dumps({"answer": "1", "marker": str(tmp_path / "seen")})
     items = [ScoreItem.of([1], [2], stops=[1], answer=[1], record=record)]
+    for _ in range(2):
+        built.judge(items).wait(30.0, strict=False)
     with pytest.raises(CheckFailed, match=r"1 of 1 checks failed, .*misbehaves: ValueError"):
         built.judge(items).wait(30.0, strict=False)
 
