@@ -1,5 +1,7 @@
 """Places on a real Ray cluster: taken by whole groups, shared in fractions, and given up."""
 
+import itertools
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,9 +10,15 @@ import pytest
 import ray
 from ray.util import placement_group_table
 
+from cluster.config.file import load_config
 from cluster.config.placement import ClusterConfig, GroupPlacement
-from cluster.distributed.launcher import GroupLaunch
+from cluster.distributed import launcher
+from cluster.distributed.launcher import GroupLaunch, Launcher
+from cluster.distributed.reward_worker import RewardWorker
+from cluster.distributed.worker import Member, RunContext
 from cluster.distributed.worker_group import Phase, WorkerGroup
+from reward.replica import ReplicaStats, RewardReplica
+from tests.light_run import context
 from tests.light_worker import LightWorker
 
 pytestmark = pytest.mark.slow
@@ -69,3 +77,41 @@ def test_places_are_shared_by_fractions_taken_whole_and_given_up() -> None:
     poll_until(next_one, Phase.FAILED)
     next_one.kill()
     assert held() == 0
+
+
+def test_a_reward_worker_says_how_it_is_while_scorings_hold_all_their_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Held(RewardReplica):
+        """Never answers, and says how many ask."""
+
+        def __init__(self) -> None:
+            self.requests = itertools.count()
+            self.asking = 0
+
+        def score(self, items: Any) -> Any:
+            self.asking = next(self.requests) + 1
+            threading.Event().wait()
+
+        def stats(self) -> ReplicaStats:
+            return ReplicaStats(queued_requests=self.asking)
+
+    class HeldWorker(RewardWorker):  # here, and not importable: it travels to Ray whole
+        def __init__(self, context: RunContext, member: Member) -> None:
+            super().__init__(context, member)
+            self._replica = Held()
+
+    monkeypatch.setattr(launcher, "RewardWorker", HeldWorker)
+    config = load_config("tasks/toy.toml", [])
+    launch = Launcher(config, "held").launch(context(config, None), "reward-0", incarnation=0)
+    ray.get(launch.ready, timeout=60)
+    (worker,) = launch.create()
+    threads = HeldWorker.concurrency_groups["scoring"]
+    scores = [worker.score.remote([]) for _ in range(threads + 8)]  # held while they run
+    deadline = time.monotonic() + 180
+    while ray.get(worker.status.remote(), timeout=180)["queued_requests"] < threads:
+        assert time.monotonic() < deadline
+    ray.get([worker.progress.remote(), worker.stop.remote()], timeout=60)
+    assert not ray.wait(scores, timeout=0)[0]
+    ray.kill(worker)
+    launch.give_up()

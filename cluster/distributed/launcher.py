@@ -19,7 +19,7 @@ from cluster.distributed.evaluation_worker import EvaluationWorker
 from cluster.distributed.learner_worker import LearnerWorker
 from cluster.distributed.reward_worker import RewardWorker
 from cluster.distributed.rollout_worker import RolloutWorker
-from cluster.distributed.worker import Member, RunContext, Worker
+from cluster.distributed.worker import CONCURRENCY, Member, RunContext, Worker
 
 # Of the driver's environment, as far as it is set. Ray shows it to whoever asks: no secrets.
 CARRIED = ("DS_ACCELERATOR", "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE")
@@ -112,14 +112,14 @@ class Launcher:
         member = Member(name=name, index=int(index or 0), incarnation=incarnation, gpus=claim.gpus)
 
         def create(places: list[dict[str, Any]]) -> list[ActorHandle]:
-            remote = ray.remote(worker)
+            remote = ray.remote(concurrency_groups=dict(worker.concurrency_groups))(worker)
             ranks: list[ActorHandle] = []
             for rank, place in reversed(list(enumerate(places))):  # rank 0 knows the others
                 each = replace(member, rank=rank, num_ranks=num_ranks, peers=tuple(ranks))
                 options = place | {
                     "name": each.full_name,
                     "namespace": self.namespace,
-                    "max_concurrency": worker.concurrency,
+                    "max_concurrency": CONCURRENCY,
                     "runtime_env": {"env_vars": process_environment(claim)},
                 }
                 ranks.insert(0, remote.options(**options).remote(context, each, *arguments))

@@ -1,11 +1,13 @@
 """The process of one rank of a reward replica."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
+
+import ray
 
 from cluster.distributed.clients import RemotePeer
 from cluster.distributed.worker import Meeting, Member, RunContext, Worker
@@ -46,9 +48,9 @@ class CallCounter:
 class RewardWorker(Worker):
     """One rank of a reward replica; rank 0 answers the actors and leads the others."""
 
-    # An unanswered `score` holds a thread, and an actor has 16 or so: `status`, `progress` and
-    # `stop` must not queue behind those of all actors.
-    concurrency = 256
+    # An unanswered `score` holds a thread, and an actor has 16 or so. `status`, `progress` and
+    # `stop` have threads of their own, so they never queue behind scorings.
+    concurrency_groups: ClassVar[Mapping[str, int]] = {"scoring": 128}
 
     def __init__(self, context: RunContext, member: Member) -> None:
         super().__init__(context, member)
@@ -64,6 +66,7 @@ class RewardWorker(Worker):
             peers = [RemotePeer(handle) for handle in member.peers]
             self._replica = RewardReplica(self._shard, peers, config.reward, name=member.full_name)
 
+    @ray.method(concurrency_group="scoring")
     def score(self, items: list[Any]) -> list[Any]:
         """Log-rewards of the items (rank 0 only)."""
         with self._calls.count():

@@ -3,6 +3,7 @@
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
@@ -24,6 +25,7 @@ from cluster.run.session import BufferAddress
 from lm.process_group import Rendezvous, bytes_moved
 
 HUB_TOKEN = "HF_TOKEN"
+CONCURRENCY = 4
 _PROGRESS_BYTES = 64 * 2**20
 
 
@@ -76,7 +78,8 @@ class Worker:
     `run` and `status` are each kind's own, and `status` and `stop` come from another thread.
     """
 
-    concurrency: ClassVar[int] = 4  # calls at a time
+    # Calls at a time of Ray's concurrency groups; a method that names none shares CONCURRENCY.
+    concurrency_groups: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, context: RunContext, member: Member) -> None:
         if context.hub_token is not None:
