@@ -3,8 +3,10 @@
 *pipelined*, the strongest simple alternative: the commands of a group in one MULTI, with the same
 record on the same server, appendfsync always: per trajectory the payload, a rank, an arrival and a
 trim. *naive*: the same, one command per round trip. Neither has a quota per prompt, deduplication
-that counts or a near-duplicate rule, which ours has switched on. Rounds of the three alternate;
-figures are medians. `ratio` is pipelined / ours, `naive_ratio` naive / ours.
+that counts or a near-duplicate rule, which ours has switched on. *decoding* is ours, except that it
+fetches and decodes every payload of a prompt to plan an add or a draw. Rounds of all four
+alternate; figures are medians. `ratio` is pipelined / ours, `naive_ratio` naive / ours,
+`decoding_ratio` decoding / ours.
 
     python bench/replay.py [--json] [--repeats N]
 """
@@ -29,23 +31,51 @@ from buffer.connection import connect
 from buffer.redis_store import RedisStore
 from buffer.replay import DrawRequest, ReplayBuffer
 from buffer.server import RedisServer
+from buffer.store import Stored
 from buffer.trajectory import Trajectory, pack, unpack
 
-NUM_PROMPTS = 32
-NUM_GROUPS = 16
 NUM_REPLAYED = 4
 CONFIG = BufferConfig(capacity=20_000, quota_per_prompt=50)
+RATIOS = {"ratio": "pipelined", "naive_ratio": "naive", "decoding_ratio": "decoding"}
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One workload: groups of `group` trajectories with completions of `length` tokens."""
+    """Groups of `group` trajectories of `length` tokens; a draw takes those of half the prompts."""
 
     group: int
     length: int
+    prompts: int = 32
 
 
-CASES = (Case(group=16, length=40), Case(group=16, length=250), Case(group=64, length=40))
+CASES = (
+    Case(group=16, length=40),
+    Case(group=16, length=250),
+    Case(group=64, length=40),
+    Case(group=16, length=2000, prompts=4),
+)
+
+
+class DecodingStore(RedisStore):
+    """Learns from whole trajectories what there is of a prompt."""
+
+    def read_completions(self, prompt: str, shortest: int, longest: int) -> Stored:
+        found = [each.completion.astype("<i4").tobytes() for each in self._decoded(prompt)]
+        (revision,) = self.read(("HGET", "revision", prompt))
+        (ranked,) = super().rank([prompt])
+        return int(revision or 0), [
+            (id, score, tokens) for (id, score), tokens in zip(ranked, found, strict=True)
+        ]
+
+    def rank(self, prompts: Sequence[str]) -> list[list[tuple[str, float]]]:
+        return [
+            [(each.id, each.terminal_log_reward) for each in self._decoded(prompt)]
+            for prompt in prompts
+        ]
+
+    def _decoded(self, prompt: str) -> list[Trajectory]:
+        (ranked,) = super().rank([prompt])
+        return [unpack(payload or b"") for payload in self.peek([id for id, _ in ranked])]
 
 
 class NaiveBuffer:
@@ -128,42 +158,48 @@ def measure(client: redis.Redis, case: Case, repeats: int) -> list[dict[str, obj
     """Rows for add and draw of one workload, on an emptied server."""
     client.flushall()
     rng = np.random.default_rng(0)
-    ours = ReplayBuffer(RedisStore(client, run="bench"), config=CONFIG)
+    buffers = {
+        "ours": ReplayBuffer(RedisStore(client, run="bench"), config=CONFIG),
+        "decoding": ReplayBuffer(DecodingStore(client, run="decoding"), config=CONFIG),
+    }
+    num_groups = case.prompts // 2
     others = {"pipelined": PipelinedBuffer(client), "naive": NaiveBuffer(client)}
     request = DrawRequest(
-        num_groups=NUM_GROUPS, num_replayed=NUM_REPLAYED, version=0, rng=rng, timeout_s=1.0
+        num_groups=num_groups, num_replayed=NUM_REPLAYED, version=0, rng=rng, timeout_s=1.0
     )
     times: dict[str, list[float]] = defaultdict(list)
     # Enough rounds first to fill every prompt to its quota, which is the slowest state of an add.
-    warm_up = -(-CONFIG.quota_per_prompt * NUM_PROMPTS // (NUM_GROUPS * case.group)) + 1
+    warm_up = -(-CONFIG.quota_per_prompt * case.prompts // (num_groups * case.group)) + 1
     for turn in range(warm_up + repeats):
-        for i in range(NUM_GROUPS):
-            prompt = (turn * NUM_GROUPS + i) % NUM_PROMPTS
+        for i in range(num_groups):
+            prompt = (turn * num_groups + i) % case.prompts
             group = [random_trajectory(rng, prompt, case.length) for _ in range(case.group)]
-            times["ours add"].append(elapsed_ms(partial(ours.add, group)))
+            for name, buffer in buffers.items():
+                times[f"{name} add"].append(elapsed_ms(partial(buffer.add, group)))
             if i == 0 or turn == 0:
                 for name, other in others.items():
                     times[f"{name} add"].append(elapsed_ms(partial(other.add, group)))
-        times["ours draw"].append(elapsed_ms(partial(ours.draw, request)))
-        num_fresh, num_replayed = NUM_GROUPS * case.group, NUM_GROUPS * NUM_REPLAYED
+        for name, buffer in buffers.items():
+            times[f"{name} draw"].append(elapsed_ms(partial(buffer.draw, request)))
+        num_fresh, num_replayed = num_groups * case.group, num_groups * NUM_REPLAYED
         for name, other in others.items():
             draw = partial(other.draw, num_fresh, num_replayed, rng)
             times[f"{name} draw"].append(elapsed_ms(draw))
     median = {name: statistics.median(values[-repeats:]) for name, values in times.items()}
     size = len(pack(random_trajectory(rng, 0, case.length)))
-    return [
-        {
+    rows: list[dict[str, object]] = []
+    for what in ("add", "draw"):
+        taken_ms = {name: median[f"{name} {what}"] for name in (*buffers, *others)}
+        row: dict[str, object] = {
             "what": what,
             "group": case.group,
+            "length": case.length,
             "bytes": size,
-            "ours_ms": round(median[f"ours {what}"], 2),
-            "pipelined_ms": round(median[f"pipelined {what}"], 2),
-            "naive_ms": round(median[f"naive {what}"], 2),
-            "ratio": round(median[f"pipelined {what}"] / median[f"ours {what}"], 2),
-            "naive_ratio": round(median[f"naive {what}"] / median[f"ours {what}"], 2),
         }
-        for what in ("add", "draw")
-    ]
+        row |= {f"{name}_ms": round(value, 2) for name, value in taken_ms.items()}
+        ratios = {key: taken_ms[name] / taken_ms["ours"] for key, name in RATIOS.items()}
+        rows.append(row | {key: round(value, 2) for key, value in ratios.items()})
+    return rows
 
 
 def main() -> None:
@@ -183,10 +219,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"rows": rows}))
         return
-    print(f"add one group; draw {NUM_GROUPS} groups with {NUM_REPLAYED} replayed each")
-    print("".join(f"{name:>14}" for name in rows[0]))
+    print(f"add one group; draw groups of half the prompts with {NUM_REPLAYED} replayed each")
+    print("".join(f"{name:>15}" for name in rows[0]))
     for row in rows:
-        print("".join(f"{value!s:>14}" for value in row.values()))
+        print("".join(f"{value!s:>15}" for value in row.values()))
 
 
 if __name__ == "__main__":
