@@ -11,7 +11,8 @@ import pytest
 from buffer.replay import Group
 from buffer.trajectory import Trajectory
 from cluster.reports.plots import draw_curves
-from cluster.run.display import figures
+from cluster.run.directory import first_state
+from cluster.run.display import known
 from learner.step_metrics import describe_quality
 from tests.learner_toy import ACTIONS, FixedReplay, make_learner, make_trajectory
 
@@ -114,4 +115,5 @@ def test_what_is_logged_is_drawn_and_shown(tmp_path: Path) -> None:
     row = describe_quality([group(*PAIR)], 1.0)
     files = draw_curves([{"step": 1.0, **row}], tmp_path)
     assert [file.name for file in files] == ["elbo.png", "iwae_gap.png"]
-    assert list(figures(row)) == [("ELBO", "-4.75 nats")]
+    state = first_state("r", steps=1).model_copy(update={"metrics": row})
+    assert list(known(state)) == [("ELBO", "-4.75 nats")]

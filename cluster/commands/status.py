@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
-from cluster.run.display import duration, facts, parts, phase
+from cluster.run.display import facts, parts, phase, silence
 
 _WATCH_S = 1.0
 _POLL_S = 0.1  # where a driver's answer is waited for
@@ -70,7 +70,7 @@ def in_full(run: RunDirectory, state: RunState) -> Table:
         *facts(state),
         ("driver", f"process {state.pid} on {state.host}"),
         ("ray", state.address or "none: one process"),
-        ("heartbeat", f"{_silence(state)} ago"),
+        ("heartbeat", f"{silence(state)} ago"),
     ]
     if state.message:
         rows.append(("last event", state.message))
@@ -115,13 +115,9 @@ def standing(state: RunState | None) -> str:
         return "its state cannot be read"
     return (
         f"driver {state.pid} on {state.host} was {state.phase} at step {state.step} with "
-        f"{parts(state) or 'no parts'}, last heard {_silence(state)} ago"
+        f"{parts(state) or 'no parts'}, last heard {silence(state)} ago"
     )
 
 
 def _states() -> list[RunState]:
     return [state for directory in all_runs() if (state := directory.state()) is not None]
-
-
-def _silence(state: RunState) -> str:
-    return duration(max(0.0, time.time() - state.heartbeat_s))

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.config, arguments.overrides)
     progress = Console(stderr=True)
     rows, comparison = Experiment(
-        config,
+        config=config,
         engines=arguments.engine or (config.actors.engine,),
         actors=arguments.actors,
         replicas=arguments.reward_replicas,
@@ -87,38 +87,29 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(kw_only=True)
 class Experiment:
-    """Measurements of one configuration with real or simulated models.
+    """Measurements of one configuration with real or simulated models."""
 
-    Args:
-        engines: of the rollout actors, each measured with every number of them.
-        replicas: of the reward model; None: as configured.
-        address: of a Ray cluster; None: one on this machine, for the experiment.
-    """
+    config: RunConfig
+    engines: Sequence[str]  # of the rollout actors, each measured with every number of them
+    actors: Sequence[int]
+    replicas: int | None  # of the reward model; None: as configured
+    simulated: bool
+    address: str | None  # of a Ray cluster; None: one on this machine, for the experiment
+    report: Callable[[str], None]
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        engines: Sequence[str],
-        actors: Sequence[int],
-        replicas: int | None,
-        simulated: bool,
-        address: str | None,
-        report: Callable[[str], None],
-    ) -> None:
+    def __post_init__(self) -> None:
+        config = self.config
         if config.rollout_actors == 0:
             raise UserError(
                 f'learner.objective "{config.learner.objective}" starts no rollout actors: there '
                 f"is nothing to measure; choose another objective"
             )
-        if simulated and len(engines) > 1:
+        if self.simulated and len(self.engines) > 1:
             raise UserError("--simulate takes the place of any engine: compare them without it")
-        self._engines, self._counts = engines, actors
-        self._simulated = simulated
-        self._report = report
         self._root = RUNS / new_name(f"throughput-{config.task_name}")
-        self._config = self._prepared(config, replicas, address)
+        self.config = self._prepared()
 
     def run(self) -> tuple[list[Row], Comparison]:
         """Every engine with every number of actors, then both modes with the first.
@@ -127,26 +118,26 @@ class Experiment:
             UserError: the cluster cannot hold the largest number.
             StartFailed, RunFailed: a part did not come up, or died.
         """
-        largest = self._config.changed({"cluster.actors": max(self._counts)})
+        largest = self.config.changed({"cluster.actors": max(self.actors)})
         directory, address = RunDirectory(self._root.name), largest.cluster.address
-        if self._simulated:
+        if self.simulated:
             load_simulated_task(largest)
         else:
-            for engine in self._engines:
+            for engine in self.engines:
                 used = largest.changed({"actors.engine": engine})
                 check_before_start(used, directory, resume=False, address=address, local=False)
         namespace = namespace_of(directory.name)
         if address is None:
-            connect_ray(self._config, None, namespace)
+            connect_ray(self.config, None, namespace)
         else:
-            self._config = join_cluster(self._config, address, namespace)
+            self.config = join_cluster(self.config, address, namespace)
         try:
             if not may_grow():
                 check_fit(largest, living_nodes())
             rows: list[Row] = []
-            for engine in self._engines:
+            for engine in self.engines:
                 of_engine: list[Row] = []
-                for actors in self._counts:
+                for actors in self.actors:
                     rate_of_one = of_engine[0].trajectories_per_s if of_engine else None
                     of_engine.append(self._row(engine, actors, rate_of_one))
                 rows += of_engine
@@ -155,13 +146,14 @@ class Experiment:
             leave_cluster()
             shutil.rmtree(self._root, ignore_errors=True)
 
-    def _prepared(self, config: RunConfig, replicas: int | None, address: str | None) -> RunConfig:
+    def _prepared(self) -> RunConfig:
         """No checkpoints, no end, no replacing of what dies, and a Redis of its own."""
-        parts = max(self._counts) + config.reward.replicas * config.reward.ranks
+        config = self.config
+        parts = max(self.actors) + config.reward.replicas * config.reward.ranks
         start_s = _START_S + _START_S_PER_PART * (parts + config.learner.ranks)
         config = config.changed(
             {
-                "cluster.address": address,
+                "cluster.address": self.address,
                 "cluster.max_restarts": 0,
                 "cluster.start_timeout_s": max(config.cluster.start_timeout_s, start_s),
                 "learner.steps": _NEVER,
@@ -169,17 +161,17 @@ class Experiment:
                 "learner.checkpoint_every_s": float(_NEVER),
                 "buffer.url": None,
                 "buffer.password_file": None,
-                "reward.replicas": replicas or config.reward.replicas,
+                "reward.replicas": self.replicas or config.reward.replicas,
             }
         )
-        return self._waiting(config) if self._simulated else config
+        return self._waiting(config) if self.simulated else config
 
     def _waiting(self, config: RunConfig) -> RunConfig:
         """Processes that only wait need no GPU, and as many as were asked for fit on any core."""
         changes = {
             "learner.log_z": "group",
             "lora": simulated_lora(config.throughput.simulation),
-            "cluster.actors": max(self._counts),
+            "cluster.actors": max(self.actors),
         }
         for part in ("actor_placement", "reward_placement", "learner_placement"):
             cpus = getattr(config.cluster, part).cpus or 0.25
@@ -190,7 +182,7 @@ class Experiment:
         needed = math.ceil(sum(part.number * part.claim.cpus for part in demands_of(config)))
         offered = config.cluster.cpus or os.cpu_count() or 1
         if needed > offered:
-            self._report(
+            self.report(
                 f"Ray is told of {needed} CPUs (there are {offered}): simulated parts wait more "
                 f"than they compute"
             )
@@ -205,17 +197,17 @@ class Experiment:
             RunDirectory(f"{self._root.name}-{name}", root=self._root),
             warm_up=warm_up,
             steps=steps,
-            parts=SimulatedParts() if self._simulated else Parts(),
+            parts=SimulatedParts() if self.simulated else Parts(),
             synchronous=synchronous,
-            report=self._report,
+            report=self.report,
         )
 
     def _row(self, engine: str, actors: int, rate_of_one: float | None) -> Row:
-        settings, replicas = self._config.throughput, self._config.reward_replicas
-        config = self._config.changed({"cluster.actors": actors, "actors.engine": engine})
+        settings, replicas = self.config.throughput, self.config.reward_replicas
+        config = self.config.changed({"cluster.actors": actors, "actors.engine": engine})
         # Steps of the learner in which every actor delivers one batch.
         turn = math.ceil(actors * config.actors.groups_per_batch / config.learner.groups_per_step)
-        self._report(f"measuring {actors} actor{'s' if actors > 1 else ''} ({engine})")
+        self.report(f"measuring {actors} actor{'s' if actors > 1 else ''} ({engine})")
         trial = self._measure(
             config,
             f"{engine}-{actors}",
@@ -226,7 +218,7 @@ class Experiment:
         stages = stages_of(trial, actors=actors, replicas=replicas, rate=rate.median)
         bottleneck = bottleneck_of(stages)
         overhead = None
-        if self._simulated and bottleneck == "sampling":
+        if self.simulated and bottleneck == "sampling":
             overhead = overhead_of(
                 actors=actors,
                 batch=config.actors.batch_size,
@@ -250,16 +242,16 @@ class Experiment:
 
     def _comparison(self) -> Comparison:
         """One actor, in both modes, each step learning from one batch of it."""
-        config = self._config.changed(
+        config = self.config.changed(
             {
                 "cluster.actors": 1,
-                "actors.engine": self._engines[0],
-                "actors.groups_per_batch": self._config.learner.groups_per_step,
+                "actors.engine": self.engines[0],
+                "actors.groups_per_batch": self.config.learner.groups_per_step,
                 "actors.lag_versions": 0,
                 "learner.publish_every_steps": 1,
             }
         )
-        if self._simulated:
+        if self.simulated:
             balanced_ms = config.throughput.simulation.balanced_ms
             waits = {
                 "decode_step_ms": balanced_ms / decode_steps(config),
@@ -271,7 +263,7 @@ class Experiment:
         rows = {}
         for mode in ("asynchronous", "synchronous"):
             synchronous = mode == "synchronous"
-            self._report(f"measuring 1 actor, {mode}")
+            self.report(f"measuring 1 actor, {mode}")
             unstored = 1 if synchronous else config.actors.max_unstored
             config = config.changed({"actors.max_unstored": unstored})
             rows[mode] = self._measure(

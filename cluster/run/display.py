@@ -1,7 +1,7 @@
 """How figures of a run are named and written for people: the same live, in status and in plots."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from cluster.run.directory import RunState
@@ -42,20 +42,15 @@ FIGURES = (
 )
 
 
-def figures(metrics: Mapping[str, float]) -> Iterator[tuple[str, str]]:
-    """Label and value of every figure that is known yet."""
-    for figure in FIGURES:
-        if figure.key in metrics:
-            yield figure.label, figure.write(metrics[figure.key])
-
-
 def known(state: RunState) -> Iterator[tuple[str, str]]:
     """The figures that say something of the run as it is: outside of training no time is left, and
     where the learner imitates, nobody rolls out."""
     hidden = {TIME_LEFT_S} if state.phase != "training" else set()
     if state.desired and not any(state.desired.values()):
         hidden |= {TRAJECTORIES_PER_S, BUFFER_SIZE}
-    return figures({key: value for key, value in state.metrics.items() if key not in hidden})
+    for figure in FIGURES:
+        if figure.key in state.metrics and figure.key not in hidden:
+            yield figure.label, figure.write(state.metrics[figure.key])
 
 
 def facts(state: RunState) -> Iterator[tuple[str, str]]:
@@ -78,8 +73,13 @@ def phase(state: RunState) -> str:
     """The phase; says so where the driver is gone without a good-bye."""
     if state.ended or state.driver() is not None:
         return state.phase
-    age = duration(max(0.0, time.time() - state.heartbeat_s))
-    return f"{state.phase}? (no driver on this machine; last heard from {state.host} {age} ago)"
+    heard = f"last heard from {state.host} {silence(state)} ago"
+    return f"{state.phase}? (no driver on this machine; {heard})"
+
+
+def silence(state: RunState) -> str:
+    """How long ago the driver wrote it."""
+    return duration(max(0.0, time.time() - state.heartbeat_s))
 
 
 def inspector_address(run: str, port: int = INSPECTOR_PORT) -> str:

@@ -296,10 +296,8 @@ class LocalSession:
         self, adapter: Path | None, report: Callable[[str], None], *, step: int
     ) -> "Future[Evaluation]":
         pending: Future[Evaluation] = Future()
-        found = evaluate(
-            self.config, adapter=adapter, step=step, language_model=self._language_model
-        )
-        pending.set_result(found)
+        given = self._language_model
+        pending.set_result(evaluate(self.config, adapter=adapter, step=step, language_model=given))
         return pending
 
     def close(self) -> None:
