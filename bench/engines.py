@@ -2,10 +2,12 @@
 
 All draw groups from the same law under the same adapter: completions of one length, or "ragged", of
 20 to 500 tokens as the model ends its sentences. The engines stream, as actors have them, and
-record log-probabilities; generate draws batch after batch, has the adapter folded in, and keeps
-none. One thread. Without vLLM there are no rows of it.
+record log-probabilities. "batches" is the native sampler where all rows wait for the longest, and
+`times_batches` the ratio to it, in this one run. generate draws batch after batch, too, has the
+adapter folded in, and keeps no log-probabilities. One thread. Without vLLM there are no rows of it.
 
     python bench/engines.py [--json] [--repeats N] [--models FOLDER ...] [--lengths 50 200 ragged]
+                            [--engines native batches ...]
 """
 
 import argparse
@@ -27,7 +29,7 @@ from lm.adapter import adapter_bytes
 from lm.config import LMConfig, LoRAConfig
 from lm.merged import MergedModel
 from lm.model import CausalLM, attach_adapter, load_base, vocab_size
-from lm.sampling import Request
+from lm.sampling import Request, Sampler
 from lm.spelling import spell
 
 SEED_LM = str(Path(__file__).resolve().parent.parent / "seed_lm" / "model")
@@ -39,6 +41,7 @@ TEXTS = (
     "There was one more thing that the old gardener",
 )
 RAGGED = "ragged"
+ENGINES = ("native", "batches", "generate", "vllm")
 SHORTEST, LONGEST, STEP = 20, 500, 8  # tokens; ragged completions may end at every STEP-th
 
 
@@ -90,6 +93,17 @@ def streamed_by(engine: RolloutEngine, prompts: Sequence[tuple[int, ...]]) -> Ca
     return draw
 
 
+def batched_by(sampler: Sampler, prompts: Sequence[tuple[int, ...]]) -> Callable[[int], int]:
+    """Likewise batch after batch, each to its end."""
+    requests = [Request(prompt=prompt) for prompt in prompts]
+
+    def draw(seed: int) -> int:
+        drawn = sampler.sample(requests, torch.Generator().manual_seed(seed))
+        return sum(len(one.tokens) for one in drawn)
+
+    return draw
+
+
 def generated_by(
     model: CausalLM, actions: ActionSpace, prompts: Sequence[tuple[int, ...]]
 ) -> Callable[[int], int]:
@@ -116,7 +130,9 @@ def generated_by(
     return draw
 
 
-def measure(model: str, length: str, rows: int, repeats: int) -> list[dict[str, object]]:
+def measure(
+    model: str, length: str, rows: int, repeats: int, engines: Sequence[str]
+) -> list[dict[str, object]]:
     """A row for each engine: the fastest of `repeats` rounds, in each of which all take a turn."""
     lm = LMConfig(model=model, device="cpu")
     base, adapter = load_base(lm), adapter_of(lm)
@@ -136,14 +152,16 @@ def measure(model: str, length: str, rows: int, repeats: int) -> list[dict[str, 
     MergedModel(plain).load(adapter)
     sides = {
         "native": streamed_by(native, prompts),
+        "batches": batched_by(Sampler(plain.model, actions, None, max_rows=rows), prompts),
         "generate": generated_by(plain.model, actions, prompts),
     }
-    if importlib.util.find_spec("vllm") is not None:
+    if "vllm" in engines and importlib.util.find_spec("vllm") is not None:
         settings = ActorConfig(engine="vllm", max_rows=rows)
         width = max(len(prompt) for prompt in spelled)
         vllm = vllm_engine(lm, settings, actions, None, lora=LORA, longest_prompt=width, seed=0)
         vllm.load(adapter)
         sides["vllm"] = streamed_by(vllm, prompts)
+    sides = {engine: draw for engine, draw in sides.items() if engine in engines}
     torch.set_num_threads(1)
     best = dict.fromkeys(sides, 0.0)
     for round_ in range(repeats + 1):  # the first, in which caches are filled, does not count
@@ -153,7 +171,10 @@ def measure(model: str, length: str, rows: int, repeats: int) -> list[dict[str, 
             best[engine] = max(best[engine], rate if round_ else 0.0)
     case = {"model": Path(model).name if model != SEED_LM else "seed_lm", "rows": rows}
     return [
-        {"engine": engine} | case | {"length": length, "tokens_per_s": round(rate, 1)}
+        {"engine": engine}
+        | case
+        | {"length": length, "tokens_per_s": round(rate, 1)}
+        | ({"times_batches": round(rate / best["batches"], 2)} if "batches" in best else {})
         for engine, rate in best.items()
     ]
 
@@ -164,13 +185,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="timed rounds")
     parser.add_argument("--models", nargs="+", default=[SEED_LM], help="folders of base models")
     parser.add_argument("--lengths", nargs="+", default=["50", "200", "500", RAGGED])
+    parser.add_argument("--engines", nargs="+", default=ENGINES, choices=ENGINES)
     parser.add_argument("--rows", type=int, default=32, help="completions under way at once")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = []
     for model in arguments.models:
         for length in arguments.lengths:
-            rows = measure(model, length, arguments.rows, arguments.repeats)
+            rows = measure(model, length, arguments.rows, arguments.repeats, arguments.engines)
             found += rows
             if not arguments.json:
                 for row in rows:

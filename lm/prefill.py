@@ -66,29 +66,38 @@ def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
     return shared if len(prompts) > 1 and shared >= _WORTH_A_PASS else 0
 
 
+def kept_prompts(max_rows: int) -> int:
+    """Prompts that are kept, at most, beside so many rows."""
+    return max(min(max_rows, 8), max_rows // 8)
+
+
 class PromptStore:
     """Prefills of the prompts that were asked last, for as long as the weights stay the same."""
 
     def __init__(self, model: nn.Module, *, max_prompts: int) -> None:
         self._model = model
-        self._max_prompts = max_prompts
+        self.max_prompts = max_prompts
         self._kept: dict[tuple[int, ...], tuple[Prefill, int]] = {}  # oldest pass first
 
     def __contains__(self, prompt: tuple[int, ...]) -> bool:
         return prompt in self._kept
 
     def take(self, prompts: Sequence[tuple[int, ...]]) -> list[tuple[Prefill, int]]:
-        """Of each its prefill and its row in it; runs the model for prompts that are not kept."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+        """Of each its prefill and its row in it; runs the model for prompts that are not kept.
+
+        Of `prompts` at most `max_prompts` differ.
+        """
+        found = {prompt: self._kept[prompt] for prompt in prompts if prompt in self._kept}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        # A pass goes as a whole, for its prompts share their memory.
+        while self._kept and len(self._kept) + len(new) > self.max_prompts:
+            oldest = next(prefill for prefill, _ in self._kept.values())
+            self._kept = {p: at for p, at in self._kept.items() if at[0] is not oldest}
         if new:
             prefill = Prefill.run(self._model, new)
-            self._kept |= {prompt: (prefill, row) for row, prompt in enumerate(new)}
-        taken = [self._kept[prompt] for prompt in prompts]
-        # A pass goes as a whole, for its prompts share their memory.
-        for passed in dict.fromkeys(prefill for prefill, _ in self._kept.values()):
-            if len(self._kept) > self._max_prompts and all(passed is not p for p, _ in taken):
-                self._kept = {p: at for p, at in self._kept.items() if at[0] is not passed}
-        return taken
+            read = {prompt: (prefill, row) for row, prompt in enumerate(new)}
+            found, self._kept = found | read, self._kept | read
+        return [found[prompt] for prompt in prompts]
 
     def clear(self) -> None:
         """Forget all: the weights have changed."""

@@ -14,7 +14,7 @@ from lm.action_distribution import ActionDistribution
 from lm.actions import NO_TOKEN, ActionSpace
 from lm.cache import BLOCK, SlotCache, decode_step
 from lm.model import context_limit, require_context, text_prefix_of, vocab_size
-from lm.prefill import Prefill, PromptStore
+from lm.prefill import Prefill, PromptStore, kept_prompts
 from lm.tools import Tool, ToolCall, ToolDesk, ToolFault, wait_for_any
 
 
@@ -146,7 +146,7 @@ class Sampler:
         self._desk: ToolDesk | None = None
         if tool is not None:
             self._desk = ToolDesk(tool, vocab_size=self._vocab_size, timeout_s=tool_timeout_s)
-        self._store = PromptStore(self._model, max_prompts=max_rows)
+        self._store = PromptStore(self._model, max_prompts=kept_prompts(max_rows))
         self._numbers = itertools.count()
         self._cache: SlotCache | None = None
         self.abort()
@@ -232,19 +232,31 @@ class Sampler:
         """Give free slots to rows whose tool has spoken, and to waiting ones."""
         heard = [pair for pair in self._parked if pair[0].call is None or pair[0].call.over]
         self._parked = [pair for pair in self._parked if pair not in heard]
-        placed = [(row, prefill, 0) for row, prefill in heard]
-        free = self._max_rows - len(self._rows) - len(self._parked) - len(placed)
+        self._place([(row, prefill, 0) for row, prefill in heard])
+        free = self._max_rows - len(self._rows) - len(self._parked)
         # Prompts are worth reading together, so a few empty slots wait for company.
         known = bool(self._waiting) and self._waiting[0].prompt in self._store
-        if self._waiting and free >= (1 if known else max(1, self._max_rows // 8)):
-            new = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        if free < (1 if known else max(1, self._max_rows // 8)):
+            return
+        while new := self._next(self._max_rows - len(self._rows) - len(self._parked)):
             taken = self._store.take([row.prompt for row in new])
-            placed += [(row, *place) for row, place in zip(new, taken, strict=True)]
-        if placed:
-            self._logits_NV = torch.cat([self._logits_NV, self._place(placed)])
+            self._place([(row, *place) for row, place in zip(new, taken, strict=True)])
 
-    def _place(self, placed: Sequence[tuple[Row, Prefill, int]]) -> Tensor:
-        """Write rows into the next slots, each from its row of a prefill; [K, V] their logits."""
+    def _next(self, most: int) -> list[Row]:
+        """Waiting rows, at most so many, and of no more prompts than are kept."""
+        new: list[Row] = []
+        prompts: set[tuple[int, ...]] = set()
+        while self._waiting and len(new) < most:
+            prompts.add(self._waiting[0].prompt)
+            if len(prompts) > self._store.max_prompts:
+                break
+            new.append(self._waiting.popleft())
+        return new
+
+    def _place(self, placed: Sequence[tuple[Row, Prefill, int]]) -> None:
+        """Write rows into the next slots, each from its row of a prefill."""
+        if not placed:
+            return
         longest = max(len(row.prompt) for row, _, _ in placed) + self._actions.max_len
         cache = self._cache
         if cache is None:
@@ -254,7 +266,7 @@ class Sampler:
         of_prefill: dict[Prefill, list[tuple[Row, int]]] = {}
         for row, prefill, source in placed:
             of_prefill.setdefault(prefill, []).append((row, source))
-        logits = []
+        logits = [self._logits_NV]
         for prefill, pairs in of_prefill.items():
             first = len(self._rows)
             slots = torch.arange(first, first + len(pairs), device=self._device)
@@ -262,7 +274,7 @@ class Sampler:
             cache.write(slots, prefill.states, sources)
             logits.append(prefill.logits_UV[sources])
             self._rows.extend(row for row, _ in pairs)
-        return torch.cat(logits)
+        self._logits_NV = torch.cat(logits)
 
     def _act(self, generator: torch.Generator) -> list[int]:
         """One action per row: a tool's token, a chosen one, or ⊤. Returns the slots they leave."""

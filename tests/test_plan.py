@@ -189,6 +189,9 @@ def test_an_actor_of_vllm_is_planned_as_vllm_is_told(capsys: pytest.CaptureFixtu
     # At least a layer's input, the two halves of its MLP, and their product.
     wide = shape.config.hidden_size + 3 * shape.config.intermediate_size
     assert vllm["prompts"] > 2048 * 2 * wide / 2**20
+    # Of ours at least the keys of the prompts that are kept, an eighth of the rows.
+    kept = kv_cache_bytes(shape, rows=8, columns=longest - task.actions.max_len)
+    assert config.actors.max_rows == 64 and native["prompts"] > kept / 2**20
     assert found["vllm"]["evaluator"] == found["native"]["evaluator"]  # samples by our own
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lm.actions import ActionSpace
 from lm.cache import SlotCache
+from lm.prefill import Prefill
 from lm.sampling import Completion, Ended, Request, Sampler
 from lm.tools import ToolFault
 from tests.sampling_toy import (
@@ -67,6 +68,34 @@ def test_what_is_asked_while_others_are_under_way_is_drawn_from_the_same_law(
     monkeypatch.setattr(model, "forward", forward)
     assert all(isinstance(one, Completion) for one in completions)
     assert worst_disagreement(model, ACTIONS, requests, completions) < 1e-4  # type: ignore[arg-type]
+
+
+def test_few_prompts_are_kept_and_a_group_shares_one(
+    tiny_lm: Callable[[str], PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, generator = tiny_lm("llama"), torch.Generator().manual_seed(0)
+    sampler, read = Sampler(model, ACTIONS, None, max_rows=64), list[int]()
+    run = Prefill.run
+
+    def counting(model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> Prefill:
+        read.append(len(prompts))
+        return run(model, prompts)
+
+    monkeypatch.setattr(Prefill, "run", counting)
+    groups = [[Request(prompt=(2, 5, n % 20, 3 + n // 20))] * 12 for n in range(40)]
+    requests = [request for group in groups for request in group]
+    numbers, ended = sampler.submit(requests), dict[int, Any]()
+    while not sampler.idle:
+        ended |= sampler.step(generator)
+        assert len(sampler._store._kept) <= 8
+    assert sum(read) == len(groups)  # though places for a part of a group become free at a time
+    drawn = [ended[number] for number in numbers]
+    assert worst_disagreement(model, ACTIONS, requests, drawn) < 1e-4
+    read.clear()
+    alone = [group[0] for group in groups]
+    numbers = sampler.submit(alone)
+    sampler.step(generator)
+    assert read == [8] * 5  # 40 at once, not in one pass
 
 
 def test_prompts_are_read_anew_under_other_weights(

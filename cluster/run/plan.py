@@ -24,6 +24,7 @@ from lm.model import (
     is_large,
     vocab_size,
 )
+from lm.prefill import kept_prompts
 from reward.memory import longest_items, scoring_bytes
 from tasks.registry import build_task
 from tasks.task import Task
@@ -183,6 +184,9 @@ def _sampler_memory(
         memory["prompts"] = prefill_bytes(base, tokens=_VLLM_PREFILL)
     else:
         memory["cache"] = kv_cache_bytes(base, rows=rows, columns=columns)
+        kept, longest = kept_prompts(rows), _longest_prompt(task)
+        memory["prompts"] = kv_cache_bytes(base, rows=kept, columns=longest)
+        memory["prompts"] += prefill_bytes(base, tokens=kept * longest)
         if config.lm.dtype == "float32":  # where the adapter is folded in, and those before kept
             memory["adapted weights"] = _adapted_bytes(policy)
     return {cause: _mb(size) for cause, size in memory.items()}
