@@ -63,7 +63,7 @@ class LearnerConfig(Frozen):
     """Largest root mean square of log q recomputed - recorded, over the tokens and stop states of a
     trajectory that is learned from. None: learned from the first draws, at most 1e-3 in float32 and
     0.25 in bfloat16 or TF32, which round more."""
-    agreement_check_share: float = Field(0.05, ge=0, le=1)
+    agreement_check_share: float = Field(0.02, ge=0, le=1)
     """Share of an actor's versions of which a trajectory is compared with the learner's log q under
     that version, once it has agreed for long; and of the draw that brings it. 1: everything is. In
     the first three draws everything is, and an actor that is new, was wrong or has changed is
