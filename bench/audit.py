@@ -230,11 +230,11 @@ def check_fresh(contents: Contents, config: BufferConfig) -> Iterator[str]:
             yield f"group {number} of version {version} ranks as {found}"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 1 where something does not add up."""
     parser = argparse.ArgumentParser(description="Recounts the replay buffer of a run.")
     parser.add_argument("run", help="name of a run, which may have ended")
-    directory = find_run(parser.parse_args().run)
+    directory = find_run(parser.parse_args(arguments).run)
     config = load_config(str(directory.config_file))
     with BufferKeeper(config, directory) as keeper:
         url, password = keeper.address

@@ -1,17 +1,24 @@
 """Damage in the store is reported, counted and put aside."""
 
+from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 import pytest
 import redis
 
-from bench.audit import audit_buffer
+from bench.audit import audit_buffer, main
 from buffer.config import BufferConfig
+from buffer.connection import connect
 from buffer.redis_store import ForeignKeys, RedisStore
 from buffer.replay import ReplayBuffer
+from buffer.server import RedisServer
 from buffer.trajectory import pack
+from cluster.config.file import load_config, resolved_toml
+from cluster.run.directory import RunDirectory
 from tests.buffer_toy import random_trajectory, replay_of, toy_request, toy_trajectory
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_damaged_payloads_go_to_quarantine_and_the_learner_goes_on(client: redis.Redis) -> None:
@@ -106,3 +113,26 @@ def test_a_buffer_of_the_format_before_is_ranked_anew_and_kept(client: redis.Red
     audit = audit_buffer(later)
     assert audit.ok and audit.replay_size == 3, audit.discrepancies
     assert client.hget(f"{prefix}:meta", "format") == b"2"
+
+
+def test_the_buffer_of_a_run_that_has_ended_is_recounted_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config, directory = load_config(str(ROOT / "tasks/toy.toml")), RunDirectory("ended")
+    directory.path.mkdir(parents=True)
+    directory.config_file.write_text(resolved_toml(config))
+    for hidden, expected in (
+        (0, "all that was accepted is accounted for"),
+        (1, "4 trajectories offered, 3 stored or counted as gone"),
+    ):
+        server = RedisServer.start(directory.buffer, run="ended", config=config.buffer)
+        with connect(server.url, password=server.password, timeout_s=10.0) as client:
+            if not hidden:
+                buffer = ReplayBuffer(RedisStore(client, run="ended"), config=config.buffer)
+                buffer.add([toy_trajectory((1, 2))] * 2)
+                buffer.add([toy_trajectory((7, 8, 9, 3))])
+            client.hincrby("{amortize:ended}:meta", "offered", hidden)
+        server.stop(timeout_s=20.0)
+        assert main(["ended"]) == hidden
+        assert capsys.readouterr().out.splitlines()[-1] == expected
