@@ -37,7 +37,9 @@ HOSTILE = [
 ]
 
 
-def measurement(*, right: bool, text: str = "1 + 2 = 3", unseen: float | None = 0.5) -> Evaluation:
+def measurement(
+    *, right: bool | None, text: str = "1 + 2 = 3", unseen: float | None = 0.5
+) -> Evaluation:
     def metric(label: str, value: float | None, items: int = 40, **changes: Any) -> Metric:
         fields = {"format": ".1%", "better": "higher", "group": "3"} | changes
         return Metric(label=label, value=value, items=items, **fields)
@@ -56,12 +58,12 @@ def measurement(*, right: bool, text: str = "1 + 2 = 3", unseen: float | None = 
     )
 
 
-def page(tmp_path: Path, text: str) -> str:
+def page(tmp_path: Path, text: str, *, right: bool | None = True) -> str:
     path = tmp_path / "report.html"
     write_report(
         path,
         Scores(
-            before=measurement(right=False, text=text), after=measurement(right=True, text=text)
+            before=measurement(right=False, text=text), after=measurement(right=right, text=text)
         ),
         title=text,
         facts={text: text},
@@ -87,6 +89,17 @@ class Elements(HTMLParser):
 def test_nothing_that_a_model_writes_becomes_markup(tmp_path: Path, text: str) -> None:
     harmless = Elements(page(tmp_path, "harmless")).found
     assert Elements(page(tmp_path, text)).found == harmless
+
+
+def test_an_example_that_nobody_can_judge_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    marks = {
+        right: [
+            page(tmp_path, "run", right=right).count(f'class="{mark}"')
+            for mark in ("right", "wrong")
+        ]
+        for right in (True, False, None)
+    }
+    assert marks == {True: [1, 1], False: [0, 2], None: [0, 1]}
 
 
 def test_characters_that_hide_or_turn_text_are_written_out() -> None:

@@ -15,6 +15,7 @@ from cluster.run.directory import RunDirectory, write_whole
 
 _COLUMNS = 3  # of panels in the figure
 _MOST_PANELS = 9
+_MOST_LEVEL = 4  # names of bars that stand beside each other unturned
 # Family of methods -> colour and marker.
 _STYLES = {
     "base": ("#7b828b", "o"),
@@ -141,5 +142,7 @@ def draw(table: Table, path: Path) -> Path:
         )
         axes.set_title(name, fontsize=10)
         axes.tick_params(labelsize=8)
+        if len(found) > _MOST_LEVEL:
+            axes.tick_params("x", rotation=30)
     figure.savefig(path)
     return path

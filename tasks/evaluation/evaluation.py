@@ -56,7 +56,7 @@ class Example(Frozen):
     rationale: str
     answer: str
     truth: str
-    right: bool
+    right: bool | None  # None: nobody can tell
 
 
 class Evaluation(Frozen):

@@ -63,7 +63,7 @@ class Infilling(SentenceTask):
                     rationale=group[0].text,
                     answer=item.ending,
                     truth=item.middle,
-                    right=group[0].text == item.middle,
+                    right=True if group[0].text == item.middle else None,
                 )
                 for item, group in zip(items[: context.settings.examples], written, strict=False)
             ),
