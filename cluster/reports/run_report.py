@@ -50,7 +50,8 @@ def show_conclusion(directory: RunDirectory, scores: Scores) -> None:
         console.print(Text(f"\n{new.question} ({new.truth})", style="bold"))
         for label, example in [*([("before", old)] if old else []), ("after", new)]:
             told = f"{example.rationale} -> {example.answer or 'no answer'}"
-            console.print(Text(f"  {label:<7}{told}{'  (wrong)' if example.right is False else ''}"))
+            verdict = "  (wrong)" if example.right is False else ""
+            console.print(Text(f"  {label:<7}{told}{verdict}"))
     console.print(Text(f"report: {directory.report_file}\nadapter: {directory.adapter}"))
     state = directory.state()
     if state is not None and state.step < state.steps:
