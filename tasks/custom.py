@@ -71,11 +71,25 @@ def _fault(config: CustomTask, task: Task) -> str:
         return "a log_reward goes with reward_kind 'function', and with no other"
     if not task.prompts:
         return "it has no prompts: give one at least"
+    if any(task.held_out.values()) and not _measures(task):
+        return (
+            "it holds out data, and says neither what an answer is nor how else to measure: derive "
+            "it from tasks.task.QuestionTask too, or define evaluate_held_out"
+        )
     if config.tests and not task.held_out.get("test"):
         return "it holds out no test data (PlainTask.held_out): leave task.tests and --data out"
     if (config.validation or config.validation_share) and not task.held_out.get("validation"):
         return "it holds out no validation data: leave task.validation and validation_share out"
     return _prompt_fault(task.prompts, kind)
+
+
+def _measures(task: Task) -> bool:
+    """Whether it can measure what it holds out."""
+    if not isinstance(task, PlainTask) or isinstance(task, QuestionTask):
+        return True
+    own = type(task)
+    inherited = own.evaluate is PlainTask.evaluate
+    return not (inherited and own.evaluate_held_out is PlainTask.evaluate_held_out)
 
 
 def _prompt_fault(prompts: Sequence[Prompt], kind: RewardKind) -> str:

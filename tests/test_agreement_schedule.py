@@ -83,9 +83,8 @@ def test_one_that_was_wrong_begins_anew_and_nothing_from_before_is_vouched_for()
     liar = frozenset({("a", 40)})
     compared = play(schedule, {"a": range(40, 51), "b": range(21, 51)}, wrong=liar)
     assert compared == {"a": [40, 41, 42, 44, 48], "b": [40]}
-    # Only what was compared itself, of the time when it may have been wrong already.
-    assert not any(schedule.vouches(("a", version)) for version in (3, 19, 39, 40))
-    assert schedule.vouches(("a", 20)) and schedule.vouches(("a", 43))
+    assert not any(schedule.vouches(("a", version)) for version in (3, 19, 20, 39, 40))
+    assert schedule.vouches(("a", 43))
     assert schedule.vouches(("b", 39))
 
 
@@ -103,6 +102,17 @@ def test_who_differs_more_than_when_it_agreed_is_compared_at_once() -> None:
     assert schedule.vouches(("b", 44))
     schedule.hear(heard("b", 43, float("nan")), 44)
     assert not schedule.vouches(("b", 44))
+
+
+def test_who_breaks_within_a_version_that_agreed_is_compared_again_at_that_version() -> None:
+    schedule = Schedule(0.05)
+    play(schedule, {"a": range(21)})
+    schedule.hear(heard("a", 20, 0.1), 21)
+    assert schedule.vouches(("a", 20))
+    schedule.hear(heard("a", 20, 0.3), 22)
+    assert not schedule.vouches(("a", 20)) and schedule.vouches(("a", 19))
+    fresh = rows("a", 20)
+    assert schedule.choose(fresh, [], wrong=frozenset(), version=22) == [fresh[1]]
 
 
 def test_four_steps_move_the_policy_by_twice_what_one_does_and_its_own_version_by_nothing() -> None:

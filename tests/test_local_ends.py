@@ -1,18 +1,22 @@
 """How a run in one process ends, or is refused, where it cannot go on."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from buffer.memory import MemoryStore
 from cluster.config.file import ConfigError, load_config
 from cluster.config.project import UserError
+from cluster.run import local
 from cluster.run.directory import RunDirectory
 from cluster.run.local import LocalRun
 from cluster.run.preflight import check_before_start, check_model_and_data
 from cluster.run.session import BufferAddress
-from learner.engine import NonFiniteUpdate, trainable_parameters
+from learner.config import LearnerConfig
+from learner.engine import NonFiniteUpdate, TorchEngine, trainable_parameters
 from lm.adapter import adapter_bytes, save_adapter
 from lm.model import attach_adapter, load_base
 
@@ -53,7 +57,16 @@ def test_a_learner_that_diverged_leaves_the_last_good_checkpoint_and_no_adapter(
     assert (tmp_path / "test" / "adapter").exists()
 
 
-def test_a_run_may_start_from_an_adapter_and_learns_on_from_there(tmp_path: Path) -> None:
+def test_a_run_may_start_from_an_adapter_and_learns_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []  # by engines, of which DeepSpeed's copies the weights as it begins
+
+    def make_engine(model: nn.Module, config: LearnerConfig) -> TorchEngine:
+        seen.append(adapter_bytes(model))
+        return TorchEngine(model, config)
+
+    monkeypatch.setattr(local, "TorchEngine", make_engine)
     config = load_config("tasks/toy.toml")
     base = load_base(config.lm)
     trained = attach_adapter(base, config.lora, seed=1)
@@ -63,7 +76,7 @@ def test_a_run_may_start_from_an_adapter_and_learns_on_from_there(tmp_path: Path
     save_adapter(trained, tmp_path / "adapter", base.fingerprint)
     settings = [f"learner.start_from={tmp_path / 'adapter'}", "learner.steps=1"]
     run = start(tmp_path, *settings)
-    assert adapter_bytes(run._learner.model) == adapter_bytes(trained)
+    assert seen == [adapter_bytes(run._learner.model)] == [adapter_bytes(trained)]
     assert run.learner_status == {"step": 0, "version": 1}  # 0 is the base
     while not run.finished:
         run.tick()
@@ -73,6 +86,7 @@ def test_a_run_may_start_from_an_adapter_and_learns_on_from_there(tmp_path: Path
     assert row["policy/age_max_versions"] == 0
     learned = adapter_bytes(run._learner.model)
     assert learned != adapter_bytes(trained)
+    shutil.rmtree(tmp_path / "adapter")
     again = start(tmp_path, *settings)  # its checkpoint has the last word
     assert adapter_bytes(again._learner.model) == learned
 

@@ -50,7 +50,7 @@ class RewardWorker(Worker):
 
     # An unanswered `score` holds a thread, and an actor has 16 or so. `status`, `progress` and
     # `stop` have threads of their own, so they never queue behind scorings.
-    concurrency_groups: ClassVar[Mapping[str, int]] = {"scoring": 128}
+    concurrency_groups: ClassVar[Mapping[str, int]] = {"scoring": 256}
 
     def __init__(self, context: RunContext, member: Member) -> None:
         super().__init__(context, member)

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,4 +86,5 @@ def _in_line(character: str) -> str:
         return "\\n"
     # Not printable: controls, directions of writing, halves of characters, ends of lines.
     is_ours = character in (_TOOL_BEGINS, _TOOL_ENDS, "|", "\\")
-    return character if character.isprintable() and not is_ours else f"\\u{{{ord(character):x}}}"
+    shown = character.isprintable() or unicodedata.category(character) == "Zs"
+    return character if shown and not is_ours else f"\\u{{{ord(character):x}}}"

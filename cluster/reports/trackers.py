@@ -132,7 +132,7 @@ class MLflow:
         self._client.log_batch(self._id, metrics=metrics)
 
     def table(self, grid: Grid, step: int) -> None:
-        by_column = dict(zip(grid.header, map(list, zip(*grid.rows, strict=True)), strict=True))
+        by_column = {name: [row[at] for row in grid.rows] for at, name in enumerate(grid.header)}
         self._client.log_dict(self._id, by_column, f"{grid.title}/{step:08d}.json")
 
     def close(self) -> None:

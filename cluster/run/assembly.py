@@ -230,6 +230,8 @@ def build_learner(
         identity=identity_of(config, base, task),
         keep=config.learner.checkpoints_kept,
     )
+    # Before the engine, which may keep weights of its own.
+    version = 0 if store.latest() else _start(config, base, model, gate)
     learner = Learner(
         model=model,
         actions=learned.actions,
@@ -243,7 +245,7 @@ def build_learner(
         log_z=log_z,
         gate=gate,
         companion=companion,
-        version=_start(config, base, model, gate),
+        version=version,
     )
     learner.take_up()
     return learner

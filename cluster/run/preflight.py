@@ -66,6 +66,8 @@ def check_before_start(
         check_memory_here(config)
     # The cluster's nodes have the GPUs; this machine need not have one.
     elsewhere = config if here else config.changed({"lm.device": "cpu"})
+    if any(directory.checkpoints.glob("step-*")):  # which a run that goes on starts from
+        elsewhere = elsewhere.changed({"learner.start_from": None})
     weights = check_model_and_data(elsewhere, fetch=here)
     identity = identity_of_run(config, weights)
     if resume:
@@ -172,7 +174,8 @@ def check_start(config: RunConfig, base: LanguageModel, folder: Path) -> None:
         load_adapter_bytes(policy, read_adapter(folder, base.fingerprint))
     except AdapterMismatch as error:
         raise UserError(
-            f"learner.start_from = {str(folder)!r}: {error}; give [lora] the shape of that adapter"
+            f"learner.start_from = {str(folder)!r}: {error}; [lora] must have that adapter's "
+            "shape, and lm.model its base"
         ) from error
 
 

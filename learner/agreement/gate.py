@@ -114,7 +114,11 @@ class AgreementGate:
             if not drawn:
                 return []
             started_s = monotonic()
-            admitted += self._admit(drawn, request.version)
+            known = len(self._wrong)
+            agreed = self._admit(drawn, request.version)
+            if admitted and len(self._wrong) > known:  # some of it may be of who was vouched for
+                admitted = self._admit(admitted, request.version)
+            admitted += agreed
             self._counts.seconds += monotonic() - started_s
         return admitted
 

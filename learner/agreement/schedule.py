@@ -89,30 +89,37 @@ class Schedule:
         liars = {actor for actor, _ in wrong}
         for actor in liars:
             self._records.pop(actor, None)
-        newest = dict(sorted(pair for pair in agreed if pair[0] not in liars))
+        honest = sorted(pair for pair in agreed if pair[0] not in liars)
+        newest = dict(honest)
         for actor, version in newest.items():
             record = self._records.setdefault(actor, _Record(since=version, last=version))
             if version >= record.due:
                 record.last, record.heard, record.changed = version, 0.0, False
                 longest = round(1 / self._share) if self._share else 2 * record.gap
                 record.gap = min(2 * record.gap, longest)
-        self._agreed = (self._agreed | set(agreed)) - wrong
+        # At which of its versions an actor broke, nobody knows.
+        self._agreed = {pair for pair in self._agreed if pair[0] not in liars} | set(honest)
 
     def hear(self, gaps: Mapping[Pair, Gap], version: int) -> None:
         """Bring forward who differs more from the learner, of `version`, than when it agreed."""
         moved: dict[str, list[float]] = {}  # by actor: sum of squares, decisions
+        oldest: dict[str, int] = {}
         for (actor, sampled_at), gap in gaps.items():
             if sampled_at < version:
                 of_actor = moved.setdefault(actor, [0.0, 0])
                 # Steps go different ways: the square grows as their number does.
                 of_actor[0] += gap.rms_nats**2 * gap.decisions / (version - sampled_at)
                 of_actor[1] += gap.decisions
+                oldest[actor] = min(oldest.get(actor, sampled_at), sampled_at)
         for actor, (squares, decisions) in moved.items():
             record, heard = self._records.get(actor), math.sqrt(squares / decisions)
             if record is not None:
                 record.heard = record.heard or heard
-                # Never false of NaN.
-                record.changed |= not heard <= _GROWTH * record.heard
+                if not heard <= _GROWTH * record.heard:  # or NaN
+                    record.changed = True
+                    # It may have broken within a version that agreed: what was heard is due.
+                    record.last = min(record.last, oldest[actor] - 1)
+                    self._agreed = {pair for pair in self._agreed if pair[0] != actor}
 
     def keep(self, versions: Container[int]) -> None:
         """Forget who agreed at others, which cannot be compared any more."""

@@ -118,6 +118,7 @@ class Reader:
             raise ValueError("the answer Y is empty: no text can be told from one that ends in Y")
         self._actions, self._tool, self._answer = actions, tool, answer
         self._legal = None if actions.legal_tokens is None else frozenset(actions.legal_tokens)
+        self._said: dict[tuple[int, ...], Sequence[int]] = {}  # by the tool, behind a beginning
 
     def read(self, text: Tokens) -> Reading:
         from_tool, pending = self._beginning(text)
@@ -147,8 +148,16 @@ class Reader:
             if illegal or ends:
                 break
             from_tool.append(False)
-            pending = insertion(self._tool, text[: len(from_tool)], from_tool)
+            pending = self._insertion(tuple(text[: len(from_tool)]), from_tool)
         return from_tool, pending
+
+    def _insertion(self, beginning: tuple[int, ...], from_tool: Sequence[bool]) -> Sequence[int]:
+        """What the tool says behind it, asked once: a text is read anew whenever it has grown."""
+        if self._tool is None:
+            return ()
+        if beginning not in self._said:
+            self._said[beginning] = insertion(self._tool, beginning, from_tool)
+        return self._said[beginning]
 
 
 def _agree(one: Tokens, other: Tokens) -> bool:
