@@ -230,7 +230,6 @@ def build_learner(
         identity=identity_of(config, base, task),
         keep=config.learner.checkpoints_kept,
     )
-    # Before the engine, which may keep weights of its own.
     version = 0 if store.latest() else _start(config, base, model, gate)
     learner = Learner(
         model=model,
@@ -254,7 +253,10 @@ def build_learner(
 def _start(
     config: RunConfig, base: LanguageModel, model: nn.Module, gate: AgreementGate | None
 ) -> int:
-    """The version of the weights that learning starts with, once they are in `model`."""
+    """The version of the weights that learning starts with, once they are in `model`.
+
+    Before there is an engine: DeepSpeed's copies them as it begins.
+    """
     if config.learner.start_from is None:
         return 0
     if gate is not None:  # actors sample with these until they have fetched others
