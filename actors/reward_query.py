@@ -40,7 +40,14 @@ class RewardQuery:
         """The question for one completion at its stop states, [S] prefix lengths."""
         answer = (self.stop_token,) if self.kind == "stop" else prompt.answer
         context = (*self.context, *prompt.scored_prompt)
-        return ScoreItem.of(context, completion, stops=stops, answer=answer, record=prompt.record)
+        return ScoreItem.of(
+            context,
+            completion,
+            stops=stops,
+            answer=answer,
+            record=prompt.record,
+            shared=len(self.context),
+        )
 
     def asked(self, items: Sequence[ScoreItem]) -> list[ScoreItem]:
         """What to ask a scorer for `items`: where wrong answers have a price, for those as well."""

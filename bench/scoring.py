@@ -4,7 +4,8 @@
 is read once, and behind its keys and values the copies of Y are the rows of one batch. *naive*: an
 ordinary pass over every text X z_1:t Y, timed once. All score the same items on the same random
 weights, with a stop state after every token. `group` rationales share each context of `context`
-tokens, which cached and naive read once for every rationale. Rounds of the others alternate;
+tokens, which cached and naive read once for every rationale; all contexts begin with `head` tokens.
+Rounds of the others alternate;
 figures are medians per rationale. `ratio` is ours to the better of one pass and cached,
 `naive_ratio` to naive, above 1 where ours is faster; `difference` is the largest between any two
 scores, in nats.
@@ -71,6 +72,7 @@ class Case:
     answer: int = 6
     contexts: int = 4
     group: int = 1
+    head: int = 0  # of `context`
 
 
 CASES = (
@@ -80,6 +82,7 @@ CASES = (
         for answer in (6, 20)
     ),
     Case(shape="llama 2.6M", length=20, contexts=1, group=8),
+    Case(shape="llama 2.6M", context=170, head=140, length=20, group=6),
     Case(shape="gpt2 2.5M", length=20),
     Case(shape="gpt2 2.5M", length=40),
     Case(shape="gpt2 2.5M", length=20, contexts=1, group=8),
@@ -99,8 +102,9 @@ def random_items(case: Case) -> list[ScoreItem]:
         return rng.integers(0, 1000, size, dtype=np.int32)
 
     items = []
+    head = draw(case.head)
     for _ in range(case.contexts):
-        context, answer = draw(case.context), draw(case.answer)
+        context, answer = np.append(head, draw(case.context - case.head)), draw(case.answer)
         for _ in range(case.group):
             items.append(
                 ScoreItem(
@@ -108,6 +112,7 @@ def random_items(case: Case) -> list[ScoreItem]:
                     completion=draw(case.length),
                     stops=np.arange(case.length + 1, dtype=np.int32),
                     answer=answer,
+                    shared=case.head,
                 )
             )
     return items
@@ -185,6 +190,7 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
         "answer": case.answer,
         "contexts": case.contexts,
         "group": case.group,
+        "head": case.head,
         "ours_ms": round(1e3 * ours_s / len(items), 2),
         "one_pass_ms": round(1e3 * one_pass_s / len(items), 2),
         "cached_ms": round(1e3 * cached_s / len(items), 2),

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from lm.cache import whole_cache
 
-_WORTH_A_PASS = 16  # tokens
+WORTH_A_PASS = 16  # tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +23,14 @@ class Prefill:
     def width(self) -> int:
         """P."""
         return self.states[0].shape[2]
+
+    def cache(self, number: int, *, copies: int) -> DynamicCache:
+        """What texts go on from that begin with prompt `number`, the longest of its pass."""
+        states = [of_layer[[number] * copies] for of_layer in self.states]
+        cache = whole_cache()
+        for layer, (keys, values) in enumerate(zip(states[::2], states[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        return cache
 
     @staticmethod
     def run(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> "Prefill":
@@ -63,7 +72,7 @@ def shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
     first, last = min(prompts), max(prompts)  # where these two agree, so do all between them
     most = min(map(len, prompts)) - 1
     shared = next((place for place in range(most) if first[place] != last[place]), most)
-    return shared if len(prompts) > 1 and shared >= _WORTH_A_PASS else 0
+    return shared if len(prompts) > 1 and shared >= WORTH_A_PASS else 0
 
 
 def kept_prompts(max_rows: int) -> int:

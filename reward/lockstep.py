@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lm.model import CausalLM
+from lm.prefill import PromptStore
 from reward.packed import edge_log_probs, score_limits
 from reward.packing import MicroBatch, lay_out
 from reward.request import ScoreItem, ScoreLimits
@@ -45,9 +46,10 @@ class UnshardedRank:
     def __init__(self, model: CausalLM) -> None:
         self.limits: ScoreLimits = score_limits(model)
         self._model = model.eval().requires_grad_(False)
+        self._heads = PromptStore(model, max_prompts=1)  # for good: the model is frozen
 
     def forward(self, share: Sequence[MicroBatch]) -> Iterator[NDArray[np.float32]]:
-        return (edge_log_probs(self._model, batch) for batch in share)
+        return (edge_log_probs(self._model, batch, self._heads) for batch in share)
 
 
 # Stands where a rank has no micro-batch left: every pass is a collective of all ranks.

@@ -19,6 +19,7 @@ from lm.cache import whole_cache
 from lm.chunked_head import OutputHead, head_replaced, target_log_probs
 from lm.model import CausalLM, context_limit, text_prefix_of, vocab_size
 from lm.packing import Indices, pad
+from lm.prefill import WORTH_A_PASS, PromptStore
 from reward.packing import MicroBatch, gather_scores, lay_out
 from reward.request import ScoreItem, ScoreLimits, Tokens, check_item
 from reward.row import Columns
@@ -35,7 +36,9 @@ def suffix_log_rewards(
     for item in items:
         check_item(item, limits)
     layout = lay_out(items, token_budget)
-    return gather_scores(items, layout, [edge_log_probs(model, batch) for batch in layout.batches])
+    heads = PromptStore(model, max_prompts=1)
+    edges = [edge_log_probs(model, batch, heads) for batch in layout.batches]
+    return gather_scores(items, layout, edges)
 
 
 def score_limits(model: CausalLM) -> ScoreLimits:
@@ -44,25 +47,34 @@ def score_limits(model: CausalLM) -> ScoreLimits:
 
 
 @torch.no_grad()
-def edge_log_probs(model: CausalLM, batch: MicroBatch) -> NDArray[np.float32]:
+def edge_log_probs(
+    model: CausalLM, batch: MicroBatch, heads: PromptStore | None = None
+) -> NDArray[np.float32]:
     """Log-probability of every edge of the micro-batch's rows, row after row, in nats.
 
-    Always `batch.num_passes` forward passes, so ranks that hold shards of one model stay in step.
+    Always `batch.num_passes` forward passes, so ranks that hold shards of one model stay in step;
+    and one more for a head of the contexts that is not among `heads` yet, which keeps it.
     """
     device, num_rows = model.device, len(batch.rows)
     # The last context token is the first column of every row; what precedes it is shared. Where
     # nothing does, the token itself stands there, masked.
     prefix = text_prefix_of(model)
     contexts = batch.contexts
-    heads = [[*prefix, *text[:-1].tolist()] or text.tolist() for text in contexts.values()]
-    head_ids_CP = torch.from_numpy(pad(heads)).to(device)
-    cache = whole_cache()
-    model(input_ids=head_ids_CP, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache, kept = whole_cache(), 0
+    head = (*prefix, *batch.head)
+    if heads is not None and len(head) >= WORTH_A_PASS:
+        [(prefill, number)] = heads.take([head])
+        cache, kept = prefill.cache(number, copies=len(contexts)), len(head)
+    tails = [
+        [*prefix, *text[:-1].tolist()][kept:] or text[-1:].tolist() for text in contexts.values()
+    ]
+    tail_ids_CP = torch.from_numpy(pad(tails)).to(device)
+    model(input_ids=tail_ids_CP, past_key_values=cache, use_cache=True, logits_to_keep=1)
     slots = {key: slot for slot, key in enumerate(contexts)}
     context_of_row = [slots[row.context.tobytes()] for row in batch.rows]
     cache.batch_select_indices(torch.tensor(context_of_row, device=device))
 
-    head_width = head_ids_CP.shape[1]
+    head_width = kept + tail_ids_CP.shape[1]
     past_BK = np.tile(np.arange(head_width), (num_rows, 1))  # positions of what is cached
     first_edges = np.cumsum([0, *(row.num_edges for row in batch.rows[:-1])])
     targets = np.concatenate([tokens for row in batch.rows for tokens in row.targets])

@@ -37,6 +37,12 @@ class MicroBatch:
         return {row.context.tobytes(): row.context for row in self.rows}
 
     @property
+    def head(self) -> tuple[int, ...]:
+        """What all contexts begin with, such as worked questions; () where they do not."""
+        heads = {row.head.tobytes(): row.head for row in self.rows}
+        return tuple(next(iter(heads.values())).tolist()) if len(heads) == 1 else ()
+
+    @property
     def num_passes(self) -> int:
         needed = 2
         if self.portion is not None:
@@ -121,7 +127,7 @@ def _build_rows(items: Sequence[ScoreItem]) -> tuple[list[ScoredRow], list[ItemE
     for number in sorted(range(len(items)), key=keys.__getitem__):
         item = items[number]
         if not rows or not rows[-1].takes(item):
-            rows.append(ScoredRow(item.context, item.answer))
+            rows.append(ScoredRow(item.context, item.answer, shared=item.shared))
         edges[number] = ItemEdges(rows[-1], *rows[-1].add(item))
     return rows, [edges[number] for number in range(len(items))]
 

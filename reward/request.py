@@ -26,6 +26,9 @@ class ScoreItem:
     stops: NDArray[np.int32]  # [S] strictly increasing prefix lengths t, 0 <= t <= L
     answer: Tokens  # [A] Y, A >= 1
     record: str = ""  # JSON object that verifiers get; nothing to the LM
+    shared: int = (
+        0  # tokens at the head of the context that other items have too: no score's matter
+    )
 
     @classmethod
     def of(
@@ -36,11 +39,12 @@ class ScoreItem:
         stops: Sequence[int] | Tokens,
         answer: Sequence[int],
         record: str = "",
+        shared: int = 0,
     ) -> Self:
         """From any rows of integers."""
         rows = {"context": context, "completion": completion, "stops": stops, "answer": answer}
         arrays = {name: np.asarray(row, dtype=np.int32) for name, row in rows.items()}
-        return cls(**arrays, record=record)
+        return cls(**arrays, record=record, shared=shared)
 
     @property
     def key(self) -> bytes:

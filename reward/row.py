@@ -35,8 +35,9 @@ class ScoredRow:
     Grows by rationales in lexicographic order: each shares most with the last one.
     """
 
-    def __init__(self, context: Tokens, answer: Tokens) -> None:
+    def __init__(self, context: Tokens, answer: Tokens, *, shared: int) -> None:
         self.context = context  # [P] x_1 .. x_P
+        self.head = context[: min(shared, len(context) - 1)]  # what other rows begin with too
         self.stem = TokenTree(first_position=len(context) - 1)
         self.stem.add(context[-1:])
         self.copy_width = len(answer) - 1

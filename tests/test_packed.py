@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from lm.prefill import PromptStore
 from reward.packed import (
     edge_log_probs,
     score_limits,
     suffix_log_rewards,
 )
-from reward.packing import lay_out
+from reward.packing import gather_scores, lay_out
 from reward.request import BadItem, ScoreItem
 from tests.naive_rewards import naive_log_rewards
 from tests.tiny_lm import ARCHITECTURES, VOCAB_SIZE
@@ -68,6 +69,12 @@ def mixed_items(seed: int, count: int = 24) -> list[ScoreItem]:
     return items
 
 
+def behind_a_head(items: Sequence[ScoreItem], size: int) -> list[ScoreItem]:
+    """With `size` tokens, said to be shared, in front of every context."""
+    head = np.random.default_rng(size).integers(0, VOCAB_SIZE, size, dtype=np.int32)
+    return [replace(i, context=np.append(head, i.context), shared=size) for i in items]
+
+
 def assert_same(got: Sequence[NDArray], expected: Sequence[NDArray], nats: float = NATS) -> None:
     for mine, theirs in zip(got, expected, strict=True):
         assert mine.dtype == np.float32
@@ -113,6 +120,46 @@ def test_portions_equal_naive_on_every_architecture(
         assert max(batch.num_passes for batch in batches) > 4
         scores = suffix_log_rewards(model, items, token_budget=200)
     assert_same(scores, naive_log_rewards(model, items))
+
+
+@pytest.mark.parametrize("portion", [8, 384])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_all_contexts_begin_with_is_read_once(
+    tiny_lm: LM, architecture: str, portion: int
+) -> None:
+    model, size = tiny_lm(architecture), 20
+    plain = mixed_items(seed=6)
+    items = behind_a_head(plain, size)
+    heads = PromptStore(model, max_prompts=1)
+    read: list[int] = []  # tokens, of each pass
+    forward = model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    with (
+        mock.patch("reward.packing.ONE_PASS_WIDTH", 20 if portion == 8 else 512),
+        mock.patch("reward.packing.PORTION", portion),
+        mock.patch.object(model, "forward", counted),
+    ):
+        layout = lay_out(items, token_budget=300)
+        edges = [edge_log_probs(model, batch, heads) for batch in layout.batches]
+    assert_same(gather_scores(items, layout, edges), naive_log_rewards(model, items))
+    assert len(layout.batches) > 1
+    passes = sum(batch.num_passes for batch in layout.batches)
+    assert len(read) == passes + 1  # the head's
+    longest = max(len(i.context) for i in plain)
+    assert read[0] == size and read[1] <= longest  # and what is behind it by itself
+
+
+def test_contexts_that_begin_otherwise_are_read_whole(tiny_lm: LM) -> None:
+    model = tiny_lm("llama")
+    items = behind_a_head(mixed_items(seed=7), 20) + behind_a_head(mixed_items(seed=8), 24)
+    items += mixed_items(seed=9)
+    assert_same(suffix_log_rewards(model, items, 2000), naive_log_rewards(model, items))
+    short = [replace(one, shared=len(one.context)) for one in items]  # more than is before Z
+    assert_same(suffix_log_rewards(model, short, 300), naive_log_rewards(model, short))
 
 
 def test_passes_made_for_other_ranks_change_no_score(tiny_lm: LM) -> None:
@@ -291,6 +338,8 @@ def test_texts_longer_than_a_layers_window_are_scored_within_it(windows: tuple[i
     assert score_limits(model).max_length == 64
     items = mixed_items(seed=5)
     assert max(len(one.context) + len(one.completion) for one in items) > 2 * window
+    assert_same(suffix_log_rewards(model, items, 300), naive_log_rewards(model, items))
+    items = behind_a_head(items, 20)
     assert_same(suffix_log_rewards(model, items, 300), naive_log_rewards(model, items))
 
 

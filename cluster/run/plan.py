@@ -207,6 +207,8 @@ def _scorer_memory(
     )
     passes = {"passes": _mb(scoring_bytes(base, items, config.reward.token_budget))}
     if ranks == 1:
+        if context:  # read once, and kept
+            passes["worked examples"] = _mb(kv_cache_bytes(base, rows=1, columns=context))
         return {"weights": weights_mb} | passes
     return {"shard of the weights": weights_mb / ranks} | passes
 
