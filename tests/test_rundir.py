@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,35 @@ def test_stop_names_a_driver_that_does_not_end() -> None:
         assert "no driver any more: it died at step 4" in stop(RunDirectory("a"), timeout_s=5)
     finally:
         end(driver)
+
+
+def test_stop_tells_at_once_why_a_state_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.commands.status._REWRITTEN_S", 0.1)
+    run = RunDirectory("a")
+    run.path.mkdir(parents=True)
+    elsewhere = first_state("a", steps=1).model_copy(update={"host": "another-machine"})
+
+    def spoil() -> None:
+        while not run.stop_request.exists():
+            time.sleep(0.01)
+        run.state_file.write_text('{"run": "a"')
+
+    run.write_state(elsewhere)
+    spoiler = threading.Thread(target=spoil)
+    spoiler.start()
+    began_s = time.monotonic()
+    with pytest.raises(UserError, match=r"'a': .*state\.json cannot be read \(the file: "):
+        stop(run, timeout_s=20)
+    assert time.monotonic() - began_s < 5
+    spoiler.join()
+    run.state_file.write_text(elsewhere.model_dump_json().replace("starting", "asleep"))
+    with pytest.raises(UserError, match=r"cannot be read \(phase: must be "):
+        stop(run, timeout_s=20)
+    run.state_file.unlink()
+    run.state_file.mkdir()
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        stop(run, timeout_s=20)
+    assert run.state() is None
 
 
 def test_stop_does_not_signal_a_process_that_is_not_the_driver() -> None:

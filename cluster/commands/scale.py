@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from cluster.commands.status import known_state, lost, standing, states
+from cluster.commands.status import lost, standing, states
 from cluster.config.project import UserError
 from cluster.run.directory import (
     RunDirectory,
@@ -49,7 +49,7 @@ def scale(
     """
     if not request.numbers:
         raise UserError("nothing to change: give --actors, --reward-replicas or both")
-    state = known_state(directory)
+    state = directory.known_state()
     if not _can_scale(state):
         raise UserError(
             f"run {directory.name!r} cannot be scaled: {standing(state)}; 'amortize train ... "

@@ -13,12 +13,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, RunState, all_runs, find_run
 from cluster.run.display import facts, parts, phase, silence
 
 _WATCH_S = 1.0
 _POLL_S = 0.1  # where a driver's answer is waited for
+_REWRITTEN_S = 5.0  # within which a driver that goes on writes its state again
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,11 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.watch:
         watch(run)
     elif not arguments.json:
-        Console().print(listing() if run is None else in_full(run, known_state(run)))
+        Console().print(listing() if run is None else in_full(run, run.known_state()))
     elif run is None:
         print(json.dumps({"runs": [plain(state) for state in _states()]}))
     else:
-        print(json.dumps(plain(known_state(run))))
+        print(json.dumps(plain(run.known_state())))
     return 0
 
 
@@ -42,7 +42,7 @@ def watch(run: RunDirectory | None) -> None:
             live.update(listing(), refresh=True)
             time.sleep(_WATCH_S)
         while True:
-            state = known_state(run)
+            state = run.known_state()
             live.update(in_full(run, state), refresh=True)
             if state.ended or lost(state):
                 return
@@ -87,20 +87,18 @@ def plain(state: RunState) -> dict[str, Any]:
     return state.model_dump(mode="json") | {"driver_alive": state.driver() is not None}
 
 
-def known_state(directory: RunDirectory) -> RunState:
-    """What the run's driver wrote; raises UserError where it cannot be read."""
-    state = directory.state()
-    if state is None:
-        raise UserError(f"run {directory.name!r} has no readable {directory.state_file}")
-    return state
-
-
 def states(directory: RunDirectory, timeout_s: float) -> Iterator[RunState]:
-    """What the run's driver says, again and again, for as long as it is waited for."""
-    deadline_s = time.monotonic() + timeout_s
-    while time.monotonic() <= deadline_s:
+    """What the run's driver says, again and again, for as long as it is waited for.
+
+    Raises UserError where that cannot be read, and no driver makes it good by writing anew.
+    """
+    began_s = read_s = time.monotonic()
+    while (now := time.monotonic()) - began_s <= timeout_s:
         if (state := directory.state()) is not None:
+            read_s = now
             yield state
+        elif now - read_s > _REWRITTEN_S:
+            directory.known_state()
         time.sleep(_POLL_S)
 
 

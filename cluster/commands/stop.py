@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import signal
 
-from cluster.commands.status import known_state, lost, standing, states
+from cluster.commands.status import lost, standing, states
 from cluster.config.project import UserError
 from cluster.run.directory import RunDirectory, all_runs, find_run
 
@@ -40,7 +40,7 @@ def stop(directory: RunDirectory, *, timeout_s: float = STOP_TIMEOUT_S) -> str:
     Raises:
         UserError: it still goes on after `timeout_s`; says who and what.
     """
-    state = known_state(directory)
+    state = directory.known_state()
     if state.ended:
         return f"run {directory.name!r} has ended already: {state.phase} at step {state.step}"
     if lost(state):

@@ -10,7 +10,7 @@ from torch import nn
 from actors.weight_sources import Published, PublishedWeights
 from cluster.distributed.worker import Meeting, Worker
 from cluster.run import assembly
-from cluster.run.directory import check_shared
+from cluster.run.directory import check_seen, check_shared
 from learner.config import LearnerConfig
 from learner.engine import Engine
 from learner.learner import WeightSink
@@ -77,6 +77,10 @@ class LearnerWorker(Worker):
         """Build policy and engine, join the other ranks, go back to the last checkpoint if any."""
         context, config = self._context, self._config
         check_shared(context.directory.path, node=self._node)
+        if not any(context.directory.checkpoints.glob("step-*")):  # which have the last word
+            check_seen("learner.start_from", config.learner.start_from, node=self._node)
+        if config.learner.traits.trains_model:
+            check_seen("em.policy", config.em.policy, node=self._node)
         self._waited_s = 0.0
         self._reports = {"rows": Outbox(), "events": Outbox()}
         self._base, task = context.parts.learner_base(config)

@@ -194,9 +194,23 @@ class RunDirectory:
     def state(self) -> RunState | None:
         """What the driver last wrote; None before it wrote anything readable."""
         try:
-            return RunState.model_validate_json(self.state_file.read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return self.known_state()
+        except UserError:
             return None
+
+    def known_state(self) -> RunState:
+        """What the driver last wrote; raises UserError where that cannot be read, and says why."""
+        try:
+            return RunState.model_validate_json(self.state_file.read_bytes())
+        except OSError as error:
+            why = str(error.strerror)
+        except ValidationError as error:
+            first = error.errors()[0]
+            why = f"{next(iter(first['loc']), 'the file')}: {mistake(first)}"
+        raise UserError(
+            f"run {self.name!r}: its driver's {self.state_file} cannot be read ({why}), so that "
+            "nobody knows whether it goes on"
+        )
 
     def _driven_elsewhere(self) -> UserError:
         state = self.state()
@@ -245,6 +259,15 @@ def check_shared(path: Path, *, node: str) -> None:
         raise UserError(
             f"node {node} does not see {path}, where the run's checkpoints and adapter belong: "
             f"mount one folder on every node, and name it in AMORTIZE_RUNS"
+        )
+
+
+def check_seen(key: str, folder: str | None, *, node: str) -> None:
+    """Raise UserError unless this `node` sees the adapter that the setting `key` names, if any."""
+    if folder is not None and not (Path(folder) / "adapter_config.json").is_file():
+        raise UserError(
+            f"node {node} sees no adapter in {key} = {folder!r}, which it has to read: keep it "
+            "in a folder that every node mounts, such as that of the runs (AMORTIZE_RUNS)"
         )
 
 
