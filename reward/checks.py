@@ -14,12 +14,13 @@ too long ends the process, whatever it is doing. Imports nothing but the standar
 
 import faulthandler
 import importlib
+import inspect
 import json
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -33,7 +34,13 @@ _GROUPED = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # a comma between th
 _LONGEST_EXPONENT = 1000  # of a number that is spelled in full
 _LONGEST_REASON = 300
 
+_PLACES = "it is looked for where Python looks: run the command in its folder, or set PYTHONPATH"
+
 Check = Callable[..., Any]  # of the text, and of the record where it is a verifier
+
+
+class Misfit(TypeError):
+    """A function that takes other arguments than it is given."""
 
 
 def canonical(answer: str) -> str:
@@ -54,10 +61,31 @@ def last_number(text: str) -> str | None:
     return canonical(found[-1]) if found else None
 
 
-def check_of(name: str, pattern: str | None) -> Check:
-    """A built-in check, or the function that `name` leads to; raises whatever its import raises."""
+def misfit(function: object, given: Sequence[str]) -> str:
+    """Why `function` cannot be called with these arguments, told by their names; "" if it can."""
+    called = f"it is called with {' and '.join(given)}"
+    if not callable(function):
+        return f"it is a {type(function).__name__}, and no function: {called}"
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a function in C that tells none
+        return ""
+    try:
+        signature.bind(*given)
+    except TypeError as error:
+        return f"it takes {signature}, and {called}: {error}"
+    return ""
+
+
+def check_of(name: str, pattern: str | None, given: Sequence[str]) -> Check:
+    """A built-in check, or the function that `name` leads to; raises whatever its import raises.
+
+    Raises Misfit where it cannot be called with what is `given`.
+    """
     if (function := FUNCTION.fullmatch(name)) is not None:
         found: Check = getattr(importlib.import_module(function[1]), function[2])
+        if fault := misfit(found, given):
+            raise Misfit(fault)
         return found
     expression = None if pattern is None else re.compile(pattern, re.DOTALL)
 
@@ -78,16 +106,23 @@ def check_of(name: str, pattern: str | None) -> Check:
     return lambda text, record: equal(text, record, canonical if name == "exact" else last_number)
 
 
-def serve(specifications: list[tuple[str, str | None]], deadline_s: float) -> int:
-    """Answer calls [number of a check, text, record as JSON] until none comes; the exit status."""
+def serve(
+    specifications: list[tuple[str, str | None]], given: Sequence[str], deadline_s: float
+) -> int:
+    """Answer calls [number of a check, text, record as JSON] until none comes; the exit status.
+
+    Args:
+        given: the names of what stands behind the number.
+    """
     # What a function reads and prints are not the calls and the answers.
     calls, answers = os.fdopen(os.dup(0), "r"), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     try:
-        checks = [check_of(*each) for each in specifications]
+        checks = [check_of(*each, given) for each in specifications]
     except Exception as error:  # whatever a module does when it is imported
-        answers.write(json.dumps({"error": _told(error)}) + "\n")
+        told = str(error) if isinstance(error, Misfit) else f"{_told(error)}; {_PLACES}"
+        answers.write(json.dumps({"error": told}) + "\n")
         return 1
     answers.write(json.dumps({"value": "ready"}) + "\n")
     for line in calls:
@@ -111,4 +146,4 @@ def _told(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(json.loads(sys.argv[1]), float(sys.argv[2])))
+    sys.exit(serve(*map(json.loads, sys.argv[1:])))

@@ -35,7 +35,7 @@ _GRACE_S = 5.0  # by which a process ends itself before it is ended
 
 
 class UnusableCheck(ValueError):
-    """A function that is not there, or whose module cannot be imported."""
+    """A function that is not there, that takes other arguments, or that cannot be imported."""
 
 
 class CheckFailed(RuntimeError):
@@ -54,6 +54,7 @@ class CheckPool:
 
     Args:
         specifications: name and pattern of each check.
+        given: what each call tells a check, by name.
         accept: what a value becomes; a ValueError says why it is none.
         deadline_s: of each call.
     """
@@ -63,6 +64,7 @@ class CheckPool:
         specifications: Sequence[tuple[str, str | None]],
         accept: Callable[[Any], Any],
         *,
+        given: Sequence[str] = ("text", "record"),
         processes: int,
         deadline_s: float,
     ) -> None:
@@ -72,6 +74,7 @@ class CheckPool:
         self._lost: Counter[int] = Counter()  # scorings in a row that a check failed as a whole
         self._specifications = list(specifications)
         self._accept = accept
+        self._given = list(given)
         self._deadline_s = deadline_s
         self._processes = processes
         self._threads = ThreadPoolExecutor(processes, thread_name_prefix="checks")
@@ -169,19 +172,22 @@ class CheckPool:
             return Failure(str(error))
 
     def _process(self) -> "_Process":
-        return _Process(self._specifications, self._deadline_s)
+        return _Process(self._specifications, self._given, self._deadline_s)
 
 
 class _Process:
     """One process, which has imported the functions; raises UnusableCheck where it cannot."""
 
-    def __init__(self, specifications: list[tuple[str, str | None]], deadline_s: float) -> None:
+    def __init__(
+        self, specifications: list[tuple[str, str | None]], given: list[str], deadline_s: float
+    ) -> None:
         self._deadline_s = deadline_s
         # The working directory last, where a file may bear the name of an installed module.
         places = [os.path.abspath(place) for place in (*filter(None, sys.path), os.getcwd())]
         environment = {"PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"}
+        arguments = (specifications, given, deadline_s)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "reward.checks", json.dumps(specifications), str(deadline_s)],
+            [sys.executable, "-m", "reward.checks", *map(json.dumps, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -193,10 +199,7 @@ class _Process:
         if "error" in started:
             self.end()
             names = ", ".join(name for name, _ in specifications if ":" in name)
-            raise UnusableCheck(
-                f"{names}: {started['error']}; it is looked for where Python looks: run the "
-                "command in its folder, or set PYTHONPATH"
-            )
+            raise UnusableCheck(f"{names}: {started['error']}")
 
     def ask(self, calls: Sequence[Call]) -> list[dict[str, Any]]:
         """What the process says of each, up to the one that ended it."""

@@ -1,10 +1,11 @@
 """What a user's own task is made from: a class of settings that builds the task."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardKind
+from reward.checks import misfit
 from tasks.custom_config import CustomTaskConfig
 from tasks.evaluation.accuracy import evaluate_answers
 from tasks.evaluation.context import EvaluationContext
@@ -54,6 +55,8 @@ def build_own(config: CustomTask, tokenizer: Tokenizer) -> Task:
     Raises:
         UnfitTask: it lacks something, or contradicts its settings.
     """
+    if fault := misfit(config.build, ("tokenizer",)):
+        raise UnfitTask(f"task {config.name}: build: {fault}")
     task = config.build(tokenizer)
     if fault := _fault(config, task):
         raise UnfitTask(f"task {config.name}: {fault}")
@@ -71,6 +74,9 @@ def _fault(config: CustomTask, task: Task) -> str:
         return "a log_reward goes with reward_kind 'function', and with no other"
     if not task.prompts:
         return "it has no prompts: give one at least"
+    for name, function, given in _called(task):
+        if fault := misfit(function, given):
+            return f"{name}: {fault}"
     if any(task.held_out.values()) and not _measures(task):
         return (
             "it holds out data, and says neither what an answer is nor how else to measure: derive "
@@ -81,6 +87,22 @@ def _fault(config: CustomTask, task: Task) -> str:
     if (config.validation or config.validation_share) and not task.held_out.get("validation"):
         return "it holds out no validation data: leave task.validation and validation_share out"
     return _prompt_fault(task.prompts, kind)
+
+
+def _called(task: Task) -> Iterator[tuple[str, object, tuple[str, ...]]]:
+    """What a run calls of a task: by which name, and with which arguments."""
+    yield "verdict", task.verdict, ("prompt", "completion")
+    yield "valid", task.valid, ("completion",)
+    yield "check_evaluation", task.check_evaluation, ("split",)
+    yield "evaluate", task.evaluate, ("context",)
+    if task.log_reward is not None:
+        yield "log_reward", task.log_reward, ("item",)
+    if task.tool is not None:
+        yield "tool.output", task.tool.output, ("completion",)
+    if isinstance(task, QuestionTask):
+        yield "parse_answer", task.parse_answer, ("text",)
+    if isinstance(task, PlainTask):
+        yield "evaluate_held_out", task.evaluate_held_out, ("context",)
 
 
 def _measures(task: Task) -> bool:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,6 +175,10 @@ def test_a_task_that_no_run_could_work_on_is_refused(
         ({"prompts": (first, replace(second, key=first.key))}, "keys must differ"),
         ({"prompts": (replace(first, prompt=()),)}, "has no tokens"),
         ({"prompts": (replace(first, answer=()),)}, "has no answer"),
+        (
+            {"tool": SimpleNamespace(triggers=(), output=lambda: [])},
+            r"tool\.output: it takes \(\), and it is called with completion: too many",
+        ),
     )
     for changes, expected in cases:
         made = replace(task, **changes) if changes else object()
@@ -182,6 +187,10 @@ def test_a_task_that_no_run_could_work_on_is_refused(
             with pytest.raises(UnfitTask, match=expected) as refusal:
                 build_task(config.task, tokenizer, seed=config.seed)
         assert "task last_word:LastWord: " in str(refusal.value)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(config.task), "build", lambda self, tokenizer, seed: task)
+        with pytest.raises(UnfitTask, match=r"build: it takes .*, and .* missing .*'seed'"):
+            build_task(config.task, tokenizer, seed=config.seed)
     config = load_config("last_word.toml", ["task.tests=['x.json']"])
     with pytest.raises(UnfitTask, match=r"leave task.tests and --data out"):
         build_task(config.task, tokenizer, seed=config.seed)

@@ -233,6 +233,21 @@ def test_a_verifier_that_is_not_there_is_told_before_a_run_starts(
         pool("tests.verifier_toy:nothing").start()
 
 
+def test_a_verifier_that_takes_other_arguments_is_told_before_a_run_starts(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    unfit = (
+        'reward.terms=[{kind="likelihood"}, {kind="verifier", check="tests.verifier_toy:shouts"}]'
+    )
+    assert main(["train", "tasks/toy.toml", "--local", "--dry-run", unfit]) == 1
+    told = capsys.readouterr().err
+    assert "shouts: it takes (text: str) -> str, and it is called with text and record" in told
+    assert "PYTHONPATH" not in told
+    with pytest.raises(UnusableCheck, match=r"verifier_toy:time: it is a module, and no function"):
+        pool("tests.verifier_toy:time").start()
+    pool("builtins:divmod").start()  # whose parameters have other names
+
+
 def pool(*names: str, deadline_s: float = 1.0, pattern: str | None = None) -> CheckPool:
     return CheckPool(
         [(name, pattern) for name in names], as_score, processes=2, deadline_s=deadline_s

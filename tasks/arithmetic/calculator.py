@@ -57,7 +57,9 @@ class FunctionTool:
             _equals_signs(tokenizer) if behind is None else TriggerText(tokenizer, behind)
         )
         processes = min(_MOST_PROCESSES, os.cpu_count() or 1)
-        self._pool = CheckPool([(name, None)], _as_text, processes=processes, deadline_s=deadline_s)
+        self._pool = CheckPool(
+            [(name, None)], _as_text, given=("text",), processes=processes, deadline_s=deadline_s
+        )
 
     def check(self) -> None:
         """Raise UnusableCheck where there is no such function."""
