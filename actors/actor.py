@@ -22,7 +22,7 @@ from actors.weight_sources import PublishedWeights, WeightSource
 from buffer.trajectory import MAX_GROUP, Trajectory, pack, pack_group, read_array, unpack_group
 from lm.adapter import AdapterMismatch, checksum
 from lm.sampling import Request
-from lm.tools import ToolFault
+from lm.tools import FAILED_IN_A_ROW, ToolFault
 
 _POLL_S = 0.02
 _UNSEEN_S = 5.0  # without a look at the buffer, after which it may have been drawn from unseen
@@ -31,9 +31,6 @@ _DRAIN_S = 20.0
 # Groups differ in time by this, which unix seconds in float64 still resolve: the buffer takes equal
 # bytes for one group sent twice, and a peaked policy samples equal groups.
 _GROUP_APART_S = 1e-6
-
-# In a row, after which a tool counts as broken.
-_FAILED_GROUPS = 16
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +97,7 @@ class RolloutActor:
     weights: WeightSource
     config: ActorConfig
     rng: np.random.Generator
+    awaits_weights: bool = False  # what it samples itself is of published weights, never its first
     stats: ActorStats = field(default_factory=ActorStats, init=False)
     _under_way: dict[int, tuple[AskedGroup, int]] = field(default_factory=dict, init=False)
     _ended: list[AskedGroup] = field(default_factory=list, init=False)  # not submitted to a scorer
@@ -118,6 +116,11 @@ class RolloutActor:
         Args:
             in_turns: one `step` after the other, rather than taking places as they become free.
         """
+        while self.awaits_weights and not stop():
+            if (first := self.weights.newer_than(-1)) is not None:
+                self._take(first)
+                break
+            self._pause()
         while not stop():
             if in_turns:
                 if self._has_room():
@@ -291,7 +294,7 @@ class RolloutActor:
                 continue
             self.stats.unscored += len(group.completions)
             self._failed_groups += 1
-            if self._failed_groups >= _FAILED_GROUPS:  # it will not get better
+            if self._failed_groups >= FAILED_IN_A_ROW:
                 raise group.faults[0].error
         if whole := [group for group in groups if not group.faults]:
             items = [

@@ -101,7 +101,7 @@ class LaggingWeights:
         self._newest = -1
 
     def newer_than(self, version: int) -> PublishedWeights | None:
-        """What is to be taken instead of `version`; None to keep that."""
+        """What is to be taken instead of `version`, of which -1 is none; None to keep that."""
         if (fresh := self._source.newer_than(self._newest)) is not None:
             self._seen.append(fresh)
             self._newest = fresh.version
@@ -112,7 +112,7 @@ class LaggingWeights:
         if oldest is None or self._seen[oldest].version <= version:
             return None
         is_due = self._newest - self._seen[oldest].version >= self._lag
-        must_go = self._newest - version > self._max_lag
+        must_go = version < 0 or self._newest - version > self._max_lag
         return self._seen[oldest] if is_due or must_go else None
 
 

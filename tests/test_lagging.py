@@ -77,6 +77,12 @@ def test_an_actor_that_joins_late_begins_with_what_there_is() -> None:
         publish(store, newest)
         held.append(polled(weights, held[-1]))
     assert held == [40, 40, 40, 40, 41, 42, 43]
+    store = WeightStore[bytes]()
+    weights = LaggingWeights(store, lag=3, max_lag=9)
+    assert weights.newer_than(-1) is None
+    publish(store, 1)
+    assert polled(weights, 0) == 0  # which it began with
+    assert polled(weights, -1) == 1  # one that has none takes what there is
 
 
 def test_a_lag_that_the_buffer_would_not_tolerate_is_refused() -> None:

@@ -116,6 +116,29 @@ def test_a_completion_is_of_one_version_and_says_which() -> None:
     assert len(groups) * 3 == policy.submitted
 
 
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_an_actor_that_awaits_weights_samples_nothing_before_there_are_some(in_turns: bool) -> None:
+    shelf, policy = Shelf(), Ragged()
+    policy.held, turns = False, count()
+
+    def stop() -> bool:
+        if (turn := next(turns)) == 3:
+            assert policy.submitted == 0
+            shelf.newest = PublishedWeights(1, b"start", checksum(b"start"))
+        return turn >= 20
+
+    config = STREAMING.model_copy(update={"max_rows": 12})
+    parts = {"weights": shelf, "policy": policy, "scorer": quick(), "config": config}
+    actor, made = make_actor(awaits_weights=True, **parts)
+    actor.run(stop, in_turns=in_turns)
+    assert policy.loaded == [b"start"] and policy.submitted > 6
+    assert {t.policy_version for group in made["buffer"].groups for t in group} == {1}
+    turns, shelf.newest = count(), None
+    unused = make_actor(awaits_weights=True, **(parts | {"policy": Ragged()}))[1]["policy"]
+    make_actor(awaits_weights=True, **(parts | {"policy": unused}))[0].run(lambda: next(turns) > 2)
+    assert unused.submitted == 0
+
+
 def test_max_unstored_counts_completions() -> None:
     policy = Ragged()
     config = STREAMING.model_copy(update={"max_unstored": 9})

@@ -83,6 +83,8 @@ def build_actor(
         weights=weights,
         config=config.actors,
         rng=np.random.default_rng(behaviour_seed),
+        # Of the base: with a start of its own the policy was never that.
+        awaits_weights=config.learner.traits.on_policy and config.learner.start_from is not None,
     )
 
 
