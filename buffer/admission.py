@@ -18,7 +18,7 @@ from buffer.config import BufferConfig
 COUNTED = ("offered", "duplicates", "near_rejected", "near_replaced", "evicted_quota")
 # Tokens from which on an edit distance costs more than a bound of it.
 _LONG = 512
-_BUCKETS = 4096
+_BUCKETS = 4096  # at most
 
 
 class Item(NamedTuple):
@@ -160,11 +160,14 @@ def _bag_differences(
     """[N, M] tokens, in any order, that one completion of a pair has and the other lacks, or fewer.
 
     An edit changes it by 2, or by 1 if it changes the length by 1: so half its sum with the
-    difference of lengths bounds the edit distance from below (Bartolini et al. 2002).
+    difference of lengths bounds the edit distance from below (Bartolini et al. 2002). Over a small
+    vocabulary long completions hold about the same tokens: the bound, though true, excludes next to
+    nothing there, and the exact distances of all are taken.
     """
     # Tokens that share a bucket can only hide a difference.
+    buckets = min(_BUCKETS, 1 + max(int(each.max(initial=0)) for each in (*rows, *columns)))
     row_NB, column_MB = (
-        np.stack([np.bincount(each % _BUCKETS, minlength=_BUCKETS) for each in side]).astype("i4")
+        np.stack([np.bincount(each % buckets, minlength=buckets) for each in side]).astype("i4")
         for side in (rows, columns)
     )
     return np.stack([np.abs(column_MB - row_B).sum(axis=1) for row_B in row_NB])
