@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
 from bench.audit import audit_buffer, contents_of
-from buffer.admission import near_duplicates
+from buffer.admission import Item, Plan, Put, near_duplicates
 from buffer.config import BufferConfig
+from buffer.memory import MemoryStore
 from buffer.replay import BufferStarved, Group, ReplayBuffer
 from buffer.trajectory import Trajectory
 from tests.buffer_toy import MakeStore, replay_of, toy_request, toy_trajectory
@@ -144,6 +145,40 @@ class Model:
 
 def draw(buffer: ReplayBuffer, num_groups: int, version: int) -> list[Group]:
     return buffer.draw(toy_request(num_groups, version=version))
+
+
+REWARDS = st.one_of(st.sampled_from([-2.0, -1.0, 0.0]), st.floats(-50, 50, width=32))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(REWARDS, min_size=1, max_size=5), min_size=1, max_size=4), st.data())
+def test_in_memory_the_lowest_by_a_plain_sort_make_room(
+    rewards: list[list[float]], data: st.DataObject
+) -> None:
+    """That is, by log-reward less that of their prompt's best, which itself stays to the last."""
+    store, size = MemoryStore(), sum(map(len, rewards))
+    prompts = {f"p{p}": {f"{n}-{p}": r for n, r in enumerate(rs)} for p, rs in enumerate(rewards)}
+
+    def put(prompt: str, capacity: int, **items: float) -> None:
+        made = [Put(Item(id, np.zeros(1, np.int32), reward)) for id, reward in items.items()]
+        change = Plan(prompt, 0, tuple(made), (), Counter(), False)
+        assert store.commit(change, None, SMALL.model_copy(update={"capacity": capacity})).fate
+
+    for prompt, items in prompts.items():
+        put(prompt, size, **items)
+    assert store.rank([*prompts]) == [
+        sorted(items.items(), key=lambda item: (item[1], item[0])) for items in prompts.values()
+    ]
+    ranked = []
+    for items in prompts.values():
+        best = max(items, key=lambda id: (items[id], id))
+        ranked += [
+            (id == best, 0.0 if id == best else r - items[best], id) for id, r in items.items()
+        ]
+    room = data.draw(st.integers(1, size))
+    put("another", room)
+    kept = {id for items in store.rank([*prompts]) for id, _ in items}
+    assert kept == {id for *_, id in sorted(ranked)[size - room :]}
 
 
 TOKENS = st.lists(st.integers(0, 2), max_size=7)
