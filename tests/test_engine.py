@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from buffer.replay import DrawRequest
+from cluster.config.file import load_config
+from cluster.run.assembly import build_learner, load_task
+from cluster.run.directory import RunDirectory
 from learner.broadcast import RankZeroFailed
 from learner.checkpoint import Checkpoints
 from learner.engine import NonFiniteUpdate, TorchEngine
-from lm.adapter import adapter_bytes
+from lm.adapter import adapter_bytes, save_adapter
+from lm.model import attach_adapter
 from lm.process_group import RankLost
 from tests.learner_toy import Published, UniformReplay, make_config, make_learner
 from tests.ranks import run_ranks, wait_for
@@ -107,6 +111,48 @@ def lose_rank_one(place: Any, engine: Any, learner: Any, model: Any, folder: Pat
     else:
         wait_for((folder / "lost").exists)
     return monotonic() - start_s
+
+
+def start_rank(place: Any, folder: Path) -> None:
+    """The first step of a learner with a start, at a learning rate of 0."""
+    from learner import deepspeed_engine
+
+    engines: list[Any] = []
+
+    def make_engine(model: Any, settings: Any) -> Any:
+        engines.append(deepspeed_engine.DeepSpeedEngine(model, settings, place))
+        return engines[0]
+
+    config = load_config("tasks/toy.toml", [f"learner.start_from={folder / 'start'}"])
+    base, task = load_task(config)
+    learner = build_learner(
+        config,
+        base=base,
+        task=task,
+        directory=RunDirectory("started", root=folder),
+        make_engine=make_engine,
+        buffer=UniformReplay(),
+        weights=Published(),
+        warn=print,
+        gated=False,
+    )
+    loss = next(iter(adapter_parameters(learner.model))).sum
+    engines[0].update([loss], learning_rate=0.0)
+    (folder / f"kept-{place.rank}").write_bytes(adapter_bytes(learner.model))
+    engines[0].close()
+
+
+def test_deepspeed_ranks_keep_what_they_start_from_after_their_first_step(tmp_path: Path) -> None:
+    config = load_config("tasks/toy.toml")
+    base, _ = load_task(config)
+    started = attach_adapter(base, config.lora, seed=1)
+    with torch.no_grad():
+        for parameter in adapter_parameters(started):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save_adapter(started, tmp_path / "start", base.fingerprint)
+    run_ranks(start_rank, 2, tmp_path, TIMEOUT_S)
+    for rank in range(2):
+        assert (tmp_path / f"kept-{rank}").read_bytes() == adapter_bytes(started)
 
 
 def adapter_parameters(model: Any) -> list[torch.Tensor]:
