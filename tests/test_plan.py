@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -136,6 +138,47 @@ def test_the_cache_of_the_sampler_is_as_large_as_planned(folder: Path) -> None:
     assert cache is not None
     held = sum(buffer.nbytes for buffer in cache._buffers)
     assert held == kv_cache_bytes(weightless(folder), rows=5, columns=15)
+
+
+def test_rows_that_wait_for_tools_are_held_beside_the_cache_and_planned(folder: Path) -> None:
+    real = AutoModelForCausalLM.from_config(llama())
+    freeze(real)
+    actions = ActionSpace(stop_token=0, legal_tokens=None, min_len=12, max_len=12)
+    spoken = threading.Event()
+    tool: Any = SimpleNamespace(triggers=range(1536), output=lambda _: [spoken.wait()][:0])
+    sampler = Sampler(real, actions, tool, max_rows=5, steady=False)
+    sampler.submit([Request(prompt=(1, 2, 3))] * 5)
+    while len(sampler._parked) < 5:
+        sampler.step(torch.Generator().manual_seed(0))
+    spoken.set()
+    waiting = [prefill for _, prefill in sampler._parked]
+    states = sum(states.nbytes for prefill in waiting for states in prefill.states)
+    columns = sampler._parked[0][0].position + 1
+    assert states == kv_cache_bytes(weightless(folder), rows=5, columns=columns) > 0
+    logits = sum(prefill.logits_UV.nbytes for prefill in waiting)
+    assert logits == 5 * 1536 * 4
+    config = load_config(CONFIG, [f"lm.model={folder}"])  # with a calculator
+    actor = plan_run(config, on_gpu=True).parts[0].memory_mb
+    planned_mb = actor["cache"] + config.actors.max_rows * 1536 * 4 / 2**20
+    assert actor["rows that wait for tools"] == pytest.approx(planned_mb)
+    toy = plan_run(load_config("tasks/toy.toml"), on_gpu=True).parts[0]
+    assert "rows that wait for tools" not in toy.memory_mb
+
+
+def test_the_evaluator_is_planned_with_its_own_rows_and_answers() -> None:
+    def memory(*words: str) -> list[dict[str, float]]:
+        plan = plan_run(load_config(CONFIG, words), on_gpu=True)
+        return [dict(plan.parts[place].memory_mb) for place in (0, -1)]
+
+    actor, evaluator = memory("evaluation.max_rows=128", "actors.max_rows=64")
+    same_actor, smaller = memory("evaluation.max_rows=64", "actors.max_rows=64")
+    assert same_actor == actor
+    for cause in ("cache", "draws"):
+        assert evaluator[cause] == pytest.approx(2 * smaller[cause])
+    assert smaller["draws"] == actor["draws"] and smaller["cache"] > actor["cache"]
+    crowded = load_config(CONFIG, ["evaluation.max_rows=40960"])
+    with pytest.raises(UserError, match=r"evaluator needs .* lower evaluation\.max_rows"):
+        check_memory(plan_run(crowded, on_gpu=True), 8 * 1024)
 
 
 def test_weights_are_never_made(folder: Path) -> None:

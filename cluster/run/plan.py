@@ -27,7 +27,7 @@ from lm.model import (
 from lm.prefill import kept_prompts
 from reward.memory import longest_items, scoring_bytes
 from tasks.registry import build_task
-from tasks.task import Task
+from tasks.task import QuestionTask, Task
 
 # Of a process, in MB: Python with torch, transformers and Ray, as it stands before it loads a
 # model, and what CUDA keeps of a device for itself. Measured.
@@ -47,9 +47,10 @@ REMEDIES = {
     "adapted weights": "narrow lora.targets",
     "adapter and optimizer": "lower lora.rank",
     "passes": "lower the section's token_budget, or set learner.checkpointing = true",
-    "cache": "lower actors.max_rows or task.max_len",
+    "cache": "lower {rows} or task.max_len",
+    "rows that wait for tools": "lower {rows} or task.max_len",
     "prompts": 'take lm.dtype = "bfloat16" or a smaller lm.model',
-    "draws": "lower actors.max_rows",
+    "draws": "lower {rows}",
 }
 
 
@@ -72,6 +73,12 @@ class PartPlan:
     def largest(self) -> str:
         """The cause that takes most."""
         return max(self.memory_mb, key=lambda cause: self.memory_mb[cause])
+
+    @property
+    def remedy(self) -> str:
+        """What makes that smaller."""
+        section = "evaluation" if self.part == "evaluator" else "actors"
+        return REMEDIES[self.largest].format(rows=f"{section}.max_rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +103,8 @@ class Plan:
         shares = ((part, min(part.placement.gpus or 1.0, 1.0) * device_mb) for part in self.parts)
         return [
             f"{part.part} needs {_gb(part.total_mb)} and has {_gb(share)}; most of it is "
-            f"{part.largest} ({_gb(part.memory_mb[part.largest])}): {REMEDIES[part.largest]}, or "
-            "give it more of a GPU"
+            f"{part.largest} ({_gb(part.memory_mb[part.largest])}): {part.remedy}, or give "
+            "it more of a GPU"
             for part, share in shares
             if part.total_mb > share
         ]
@@ -122,10 +129,9 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
     policy = attach_adapter(unidentified, config.lora, config.seed)
     adapter_mb = _mb(sum(p.nbytes for p in policy.parameters() if p.requires_grad))
     shared = {"weights": weights_mb, "adapter": 2 * adapter_mb}
-    sampler, actor = (
-        shared | _sampler_memory(config, base, policy, task, vllm=vllm)
-        for vllm in (False, config.actors.engine == "vllm")
-    )
+    adapted = _adapted_bytes(policy) if config.lm.dtype == "float32" else 0
+    actor = shared | _actor_memory(config, base, task, adapted)
+    evaluator = shared | _evaluator_memory(config, base, task, adapted)
     learner = _learner_memory(config, policy, task, weights_mb)
     cluster, scorers = config.cluster, config.reward_replicas * config.reward.ranks
     published_mb = adapter_mb / (2 if config.learner.publish_dtype == "bfloat16" else 1)
@@ -134,7 +140,7 @@ def plan_run(config: RunConfig, *, on_gpu: bool) -> Plan:
         ("rollout actor", config.rollout_actors, cluster.actor_placement, actor, published_mb),
         ("reward rank", scorers, cluster.reward_placement, scorer, 0.0),
         ("learner rank", config.learner.ranks, cluster.learner_placement, learner, learner_sends),
-        ("evaluator", 1, cluster.actor_placement, sampler, 0.0),
+        ("evaluator", 1, cluster.actor_placement, evaluator, 0.0),
     )
     return Plan(
         model=config.lm.model,
@@ -173,22 +179,56 @@ def check_memory(plan: Plan, device_mb: float) -> None:
         )
 
 
-def _sampler_memory(
-    config: RunConfig, base: CausalLM, policy: Any, task: Task, *, vllm: bool
-) -> dict[str, float]:
+def _actor_memory(config: RunConfig, base: CausalLM, task: Task, adapted: int) -> dict[str, float]:
     """Above weights and adapter; of vLLM without the CUDA graphs that it captures."""
-    rows, columns = config.actors.max_rows, _longest_prompt(task) + task.actions.max_len
-    memory = {"draws": draw_bytes(base, rows=rows)}
-    if vllm:
-        memory["cache"] = vllm_cache_bytes(base, max_rows=rows, columns=columns)
-        memory["prompts"] = prefill_bytes(base, tokens=_VLLM_PREFILL)
-    else:
-        memory["cache"] = kv_cache_bytes(base, rows=rows, columns=columns)
-        kept, longest = kept_prompts(rows), _longest_prompt(task)
-        memory["prompts"] = kv_cache_bytes(base, rows=kept, columns=longest)
-        memory["prompts"] += prefill_bytes(base, tokens=kept * longest)
-        if config.lm.dtype == "float32":  # where the adapter is folded in, and those before kept
-            memory["adapted weights"] = _adapted_bytes(policy)
+    rows, prompt = config.actors.max_rows, _longest_prompt(task)
+    columns = prompt + task.actions.max_len
+    if config.actors.engine == "native":
+        memory = _sampler_memory(base, rows=rows, prompt=prompt, columns=columns, adapted=adapted)
+        if task.tool is not None:  # all of them, while the cache stays as large as it was
+            logits = 4 * rows * vocab_size(base)
+            waiting = kv_cache_bytes(base, rows=rows, columns=columns) + logits
+            memory["rows that wait for tools"] = _mb(waiting)
+        return memory
+    return {
+        "draws": _mb(draw_bytes(base, rows=rows)),
+        "cache": _mb(vllm_cache_bytes(base, max_rows=rows, columns=columns)),
+        "prompts": _mb(prefill_bytes(base, tokens=_VLLM_PREFILL)),
+    }
+
+
+def _evaluator_memory(
+    config: RunConfig, base: CausalLM, task: Task, adapted: int
+) -> dict[str, float]:
+    """Above weights and adapter, of what is drawn; worked examples are not foreseen."""
+    held_out = [item.prompt for files in task.held_out.values() for file in files for item in file]
+    prompt = max(len(each.prompt) for each in (*task.prompts, *held_out))
+    columns = prompt + task.actions.max_len
+    if isinstance(task, QuestionTask):  # the LM answers behind X Z
+        prompt = len(task.reward_query.context) + columns
+        columns = prompt + task.answer_actions.max_len
+    rows = config.evaluation.max_rows
+    return _sampler_memory(base, rows=rows, prompt=prompt, columns=columns, adapted=adapted)
+
+
+def _sampler_memory(
+    base: CausalLM, *, rows: int, prompt: int, columns: int, adapted: int
+) -> dict[str, float]:
+    """Of our own sampler above weights and adapter: `rows` texts of so many columns.
+
+    Args:
+        prompt: tokens of the longest.
+        adapted: bytes of the weights that an adapter is folded into, which are kept as they were.
+    """
+    kept = kept_prompts(rows)
+    memory = {
+        "draws": draw_bytes(base, rows=rows),
+        "cache": kv_cache_bytes(base, rows=rows, columns=columns),
+        "prompts": kv_cache_bytes(base, rows=kept, columns=prompt)
+        + prefill_bytes(base, tokens=kept * prompt),
+    }
+    if adapted:
+        memory["adapted weights"] = adapted
     return {cause: _mb(size) for cause, size in memory.items()}
 
 
