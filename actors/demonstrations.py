@@ -1,5 +1,6 @@
 """Demonstrations into the replay buffer: known rationales, scored like any other trajectory."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ from actors.rollout import IsCorrect, join
 from buffer.trajectory import Trajectory
 from lm.actions import ActionSpace
 from lm.sampling import Completion, Request
+from lm.tools import ToolFault
 from reward.request import ScoreItem
+
+_log = logging.getLogger(__name__)
 
 DEMONSTRATION = "demonstration"  # behaviour of the records
 _ORIGIN = {"actor": "data", "policy_version": 0, "behaviour": DEMONSTRATION, "temperature": 1.0}
@@ -43,17 +47,25 @@ def hinted_demonstrations(
 ) -> list[Demonstration]:
     """What `policy` writes behind each hint, in so many draws at temperature 1: the different ones.
 
-    The objectives learn off policy, so that it need not be the policy's own in front of X.
+    The objectives learn off policy, so that it need not be the policy's own in front of X. What a
+    tool ended is left out; raises what it raised where it ended all.
     """
     drawn = [hint for hint in hints for _ in range(draws)]
-    completions = policy.sample([Request(prompt=hint.shown, temperature=1.0) for hint in drawn])
+    ended = policy.attempt([Request(prompt=hint.shown, temperature=1.0) for hint in drawn])
+    faults = [one for one in ended if isinstance(one, ToolFault)]
+    if faults and len(faults) == len(ended):
+        raise faults[0].error
+    if faults:
+        told = (len(faults), len(ended), faults[0].reason)
+        _log.warning("a tool ended %d of %d draws behind hints: %s", *told)
     found = [
         Demonstration(
             prompt=hint.prompt,
             completion=tuple(completion.tokens.tolist()),
             from_tool=tuple(completion.from_tool.tolist()),
         )
-        for hint, completion in zip(drawn, completions, strict=True)
+        for hint, completion in zip(drawn, ended, strict=True)
+        if isinstance(completion, Completion)
     ]
     return list(dict.fromkeys(found))
 

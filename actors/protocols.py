@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Ended, Request
-from lm.tools import ToolFault
+from lm.tools import ToolFault, unfailing
 from reward.request import ScoreItem
 
 
@@ -28,14 +28,15 @@ class RolloutEngine(Protocol):
         """
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """One completion for each request, in order, while nothing else is under way.
+        """As `attempt`, all of them; raises what a tool raised where it ended one."""
+        return unfailing(self.attempt(requests))
 
-        Raises what a tool raised.
-        """
+    def attempt(self, requests: Sequence[Request]) -> list[Completion | ToolFault]:
+        """What each request ends with, in order, while nothing else is under way."""
         numbers, ended = self.submit(requests), dict[int, Completion | ToolFault]()
         while len(ended) < len(numbers):
             ended |= self.poll()
-        return [completed(ended[number]) for number in numbers]
+        return [ended[number] for number in numbers]
 
 
 class PendingScores(Protocol):
@@ -63,10 +64,3 @@ class TrajectorySink(Protocol):
 
     def depth(self) -> int:
         """Groups stored that the learner has not drawn yet."""
-
-
-def completed(ended: Completion | ToolFault) -> Completion:
-    """The completion; raises what a tool raised where there is none."""
-    if isinstance(ended, ToolFault):
-        raise ended.error
-    return ended

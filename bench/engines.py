@@ -23,7 +23,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from actors.config import ActorConfig
 from actors.engine import NativeEngine, vllm_engine
-from actors.protocols import RolloutEngine, completed
+from actors.protocols import RolloutEngine
 from lm.actions import ActionSpace
 from lm.adapter import adapter_bytes
 from lm.config import LMConfig, LoRAConfig
@@ -31,6 +31,7 @@ from lm.merged import MergedModel
 from lm.model import CausalLM, attach_adapter, load_base, vocab_size
 from lm.sampling import Request, Sampler
 from lm.spelling import spell
+from lm.tools import unfailing
 
 SEED_LM = str(Path(__file__).resolve().parent.parent / "seed_lm" / "model")
 LORA = LoRAConfig(rank=16, alpha=16)
@@ -87,7 +88,7 @@ def streamed_by(engine: RolloutEngine, prompts: Sequence[tuple[int, ...]]) -> Ca
             engine.submit(list(islice(asked, len(prompts) - under_way)))
             ended = engine.poll()
             under_way, left = len(prompts) - len(ended), left - len(ended)
-            tokens += sum(len(completed(one).tokens) for _, one in ended)
+            tokens += sum(len(one.tokens) for one in unfailing([one for _, one in ended]))
         return tokens
 
     return draw

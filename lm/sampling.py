@@ -2,8 +2,9 @@
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from lm.action_distribution import ActionDistribution
 from lm.actions import NO_TOKEN, ActionSpace
 from lm.cache import BLOCK, SlotCache, decode_step
-from lm.model import context_limit, require_context, text_prefix_of, vocab_size
+from lm.model import require_context, text_prefix_of, vocab_size
 from lm.prefill import Prefill, PromptStore, kept_prompts
-from lm.tools import Tool, ToolCall, ToolDesk, ToolFault, wait_for_any
+from lm.tools import (
+    Tool,
+    ToolCall,
+    ToolDesk,
+    ToolFault,
+    drawn_again,
+    unfailing,
+    wait_for_any,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +150,7 @@ class Sampler:
         self._max_rows, self._steady = max_rows, steady
         self._device = next(model.parameters()).device
         self._text_prefix = text_prefix_of(model)
-        self._vocab_size, self._context_limit = vocab_size(model), context_limit(model)
+        self._vocab_size = vocab_size(model)
         self._distribution = ActionDistribution(actions, self._vocab_size, self._device)
         self._desk: ToolDesk | None = None
         if tool is not None:
@@ -169,28 +178,22 @@ class Sampler:
         assert self.idle, "weights must not change while completions are under way"
         self._store.clear()
 
-    @torch.inference_mode()
     def sample(self, requests: Sequence[Request], generator: torch.Generator) -> list[Completion]:
-        """One completion per request, in their order, while nothing else is under way.
+        """As `attempt`, all of them; raises what a tool raised where it ended one twice."""
+        return unfailing(self.attempt(requests, generator))
 
-        One that a tool ended is drawn once more. Raises as `submit` and `step`, and what a tool
-        raised the second time.
-        """
-        places = dict(zip(self.submit(requests), range(len(requests)), strict=True))
-        done: dict[int, Completion] = {}
-        again: set[int] = set()
-        while not self.idle:
-            for number, ended in self.step(generator):
-                place = places[number]
-                if isinstance(ended, Completion):
-                    done[place] = ended
-                elif place not in again:
-                    again.add(place)
-                    places |= {other: place for other in self.submit([requests[place]])}
-                else:
-                    self.abort()
-                    raise ended.error
-        return [done[place] for place in range(len(requests))]
+    def attempt(
+        self,
+        requests: Sequence[Request],
+        generator: torch.Generator,
+        progress: Callable[[int], None] = lambda ended: None,
+    ) -> list[Completion | ToolFault]:
+        """`drawn_again`, while nothing else is under way; gives all up where it raises."""
+        try:
+            return drawn_again(requests, self.submit, partial(self.step, generator), progress)
+        except BaseException:
+            self.abort()
+            raise
 
     def submit(self, requests: Sequence[Request]) -> list[int]:
         """Let requests wait for places; their numbers.
@@ -335,9 +338,7 @@ class Sampler:
         movers = sorted(set(range(kept, len(rows))) - set(left))
         if holes:
             assert self._cache is not None
-            self._cache.move(
-                torch.tensor(movers, device=self._device), torch.tensor(holes, device=self._device)
-            )
+            self._cache.move(*(torch.tensor(at, device=self._device) for at in (movers, holes)))
         for hole, mover in zip(holes, movers, strict=True):
             rows[hole] = rows[mover]
         del rows[kept:]

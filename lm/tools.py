@@ -11,17 +11,19 @@ that fails, or whose answer is late, ends that row: there is no completion, and 
 import operator
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from lm.spelling import ANY_WORD, spell
 
 _Call = tuple["Future[list[int]]", tuple[int, ...]]
 _POLL_S = 0.01
+# Completions, or groups of them, that a tool has ended one after the other: it will not get better.
+FAILED_IN_A_ROW = 16
 _HALF = "\N{REPLACEMENT CHARACTER}"  # what decoding shows for a part of a character
 
 
@@ -116,6 +118,55 @@ class ToolFault:
     def reason(self) -> str:
         """One line for people."""
         return f"{type(self.error).__name__}: {self.error}"
+
+
+T = TypeVar("T")
+_Request = TypeVar("_Request")
+
+
+def drawn_again(
+    requests: Sequence[_Request],
+    submit: Callable[[Sequence[_Request]], list[int]],
+    step: Callable[[], "list[tuple[int, T | ToolFault]]"],
+    progress: Callable[[int], None] = lambda ended: None,
+) -> "list[T | ToolFault]":
+    """What each request ends with, in order; one that a tool ended is made once more.
+
+    If that is ended again, it alone has no completion. Raises what a tool raised that ended
+    FAILED_IN_A_ROW so, one after the other.
+
+    Args:
+        submit, step: of a sampler: the numbers of requests, and what has ended since, by number.
+        progress: told after each step how many have ended.
+    """
+    places = dict(zip(submit(requests), range(len(requests)), strict=True))
+    done: dict[int, T | ToolFault] = {}
+    again: set[int] = set()
+    failed = 0
+    while len(done) < len(requests):
+        for number, ended in step():
+            place = places[number]
+            if not isinstance(ended, ToolFault):
+                done[place], failed = ended, 0
+            elif place not in again:
+                again.add(place)
+                places |= {other: place for other in submit([requests[place]])}
+            else:
+                done[place], failed = ended, failed + 1
+                if failed >= FAILED_IN_A_ROW:
+                    raise ended.error
+        progress(len(done))
+    return [done[place] for place in range(len(requests))]
+
+
+def unfailing(ended: "Sequence[T | ToolFault]") -> list[T]:
+    """All of them; raises what a tool raised where it ended one."""
+    found: list[T] = []
+    for one in ended:
+        if isinstance(one, ToolFault):
+            raise one.error
+        found.append(one)
+    return found
 
 
 class ToolCall:

@@ -11,8 +11,14 @@ from numpy.typing import NDArray
 
 from actors.actor import LearnerStalled, RolloutActor
 from actors.config import ActorConfig
-from actors.demonstrations import Demonstration, seed_demonstrations
+from actors.demonstrations import (
+    Demonstration,
+    Hint,
+    hinted_demonstrations,
+    seed_demonstrations,
+)
 from actors.prompts import Prompt, PromptStream
+from actors.protocols import RolloutEngine
 from actors.reward_query import RewardQuery
 from actors.rollout import plan_groups
 from actors.weight_sources import PublishedWeights
@@ -251,6 +257,24 @@ def test_behaviour_is_mixed_in_the_configured_shares() -> None:
     assert abs((temperatures == 1.0).mean() - 0.25) < 0.02
     tempered = temperatures[temperatures != 1.0]
     assert 0.5 <= tempered.min() < 0.51 and 1.99 < tempered.max() <= 2.0
+
+
+def test_a_draw_behind_a_hint_that_a_tool_ended_is_left_out() -> None:
+    class Failing(ScriptedPolicy, RolloutEngine):
+        def __init__(self, sound: int) -> None:
+            super().__init__()
+            self.sound = sound
+
+        def ended(self, number: int, request: Request) -> Completion | ToolFault:
+            if number >= self.sound:
+                return ToolFault(KeyError("nine"))
+            return super().ended(number, request)
+
+    hints = [Hint(prompt=PROMPTS[0], shown=(token,)) for token in (3, 4, 5)]
+    found = hinted_demonstrations(hints, Failing(4), draws=2)
+    assert [one.completion for one in found] == [(3, 3), (4, 4)]
+    with pytest.raises(KeyError, match="nine"):
+        hinted_demonstrations(hints, Failing(0), draws=2)
 
 
 def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:

@@ -16,6 +16,7 @@ from lm.config import LMConfig
 from lm.model import load_base
 from lm.sampling import Completion, Request
 from lm.spelling import spell, spell_after
+from lm.tools import ToolFault
 from seed_lm import arithmetic_files
 from seed_lm.worked_sums import OPERATORS, is_held_out
 from tasks.arithmetic.data import load_demonstrations, load_items
@@ -24,6 +25,7 @@ from tasks.arithmetic.task import Arithmetic, build_arithmetic
 from tasks.config import ArithmeticConfig
 from tasks.evaluation.accuracy import (
     Voted,
+    lost,
     spread_metrics,
     vote,
     vote_metrics,
@@ -277,6 +279,19 @@ def item(task: Arithmetic, text: str, *, unseen: bool = True) -> TestQuestion:
         group=str(len(expression.operands)),
         unseen=unseen,
     )
+
+
+def test_a_rationale_that_a_tool_ended_is_a_vote_for_none(task: Arithmetic) -> None:
+    question = item(task, "Question: 1 + 1 - 3 = ? Answer:")
+    told = Script(task.tokenizer, lambda text, number: " -1.")
+    asked, z = question.prompt.prompt, tuple(spell(task.tokenizer, " 1 + 1 = 2, 2 - 3 = -1"))
+    ways: dict[str, Any] = {"decode": task.tokenizer.decode, "parse": task.parse_answer}
+    [voted] = vote([question], [asked], [[None, z, None]], answer=told.sample, **ways)
+    assert voted.answers == (None, -1, None) and not voted.right
+    assert voted.rationales[0] == "" and voted.share_right == 1 / 3
+    drawn: Any = [[ToolFault(KeyError("nine")), told.sample([Request(prompt=asked)])[0]]]
+    said = "1 of 2 rationales were ended by a tool, and lead to no answer: KeyError: 'nine'"
+    assert (lost(drawn), lost(drawn[:0])) == (said, "")
 
 
 def ask(

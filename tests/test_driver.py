@@ -2,6 +2,8 @@
 
 import errno
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 
 from buffer.stats import Counters, ReplayStats
+from cluster.commands.train import stop_on_signal
 from cluster.config.file import load_config
 from cluster.run.directory import RunDirectory, RunState
 from cluster.run.driver import Driver, read_scores
@@ -68,7 +71,7 @@ class EndlessSession:
     """Trains at once and evaluates for ever."""
 
     address = ""
-    closed = False
+    in_process = closed = False
 
     def open(self) -> None:
         """Nothing is needed."""
@@ -76,7 +79,7 @@ class EndlessSession:
     def start(self, report: object, stop: object) -> Any:
         return TrainedRun()
 
-    def evaluate(self, adapter: Path | None, report: object, *, step: int) -> Endless:
+    def evaluate(self, adapter: Path | None, report: object, progress: Any, *, step: int) -> Any:
         return Endless()
 
     def close(self) -> None:
@@ -114,6 +117,57 @@ def test_a_run_that_is_stopped_while_it_is_measured_ends_as_stopped(
     assert phases[-2:] == ["evaluating", "stopped"] and session.closed
 
 
+class MeasuringSession(EndlessSession):
+    """Measures in this process, for as long as `work` takes."""
+
+    in_process = True
+
+    def __init__(self, work: Callable[[Callable[[str], None]], None]) -> None:
+        self.work, self.started = work, False
+
+    def start(self, report: object, stop: object) -> Any:
+        self.started = True
+        return TrainedRun()
+
+    def evaluate(self, adapter: Path | None, report: object, progress: Any, *, step: int) -> Any:
+        self.work(progress)
+        raise AssertionError("it measured to its end")
+
+
+@pytest.mark.parametrize("asked_by", ["signal", "file"])
+@pytest.mark.parametrize("before", [None, BASE])
+def test_what_a_process_measures_by_itself_is_ended_at_once_and_shown_until_then(
+    asked_by: str, before: Evaluation | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.run.driver._TELL_EVERY_S", 0.0)
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    if before is not None:
+        directory.scores_file.write_text(Scores(before=before).model_dump_json())
+    told: list[str] = []
+    states: list[RunState] = []
+    terminal: Any = SimpleNamespace(event=told.append, show=states.append)
+
+    def work(progress: Callable[[str], None]) -> None:
+        progress("3 of 9 texts")
+        if asked_by == "signal":
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the signal was not heeded")
+        directory.stop_request.touch()
+        progress("4 of 9 texts")
+
+    session = MeasuringSession(work)
+    driver = Driver(load_config("tasks/toy.toml"), directory, session, terminal, BUFFER, NOBODY)
+    with stop_on_signal(driver.request_stop):
+        assert driver.drive() == Scores(before=before)
+    what = "the base language model" if before is None else "the policy"
+    state = directory.state()
+    assert state is not None and state.phase == "stopped"
+    assert state.message == f"stopped on request while measuring {what}: --resume begins that anew"
+    assert "... 3 of 9 texts" in told and "... 4 of 9 texts" not in told
+    assert session.closed and session.started == (before is not None)
+
+
 def test_scores_of_another_version_are_told_and_count_for_nothing(tmp_path: Path) -> None:
     directory = RunDirectory("r", root=tmp_path)
     directory.path.mkdir()
@@ -149,7 +203,7 @@ def test_a_run_that_its_time_limit_ended_says_so(tmp_path: Path) -> None:
         def start(self, report: object, stop: object) -> Any:
             return Unfinished()
 
-        def evaluate(self, adapter: Path | None, report: object, *, step: int) -> Any:
+        def evaluate(self, adapter: Path | None, *_: object, step: int) -> Any:
             return Measured()
 
     directory = RunDirectory("r", root=tmp_path)

@@ -149,6 +149,8 @@ def test_a_function_of_ones_own_speaks_too(tmp_path: Path) -> None:
         silent.output(spell(tokenizer, " 1 ="))
     with pytest.raises(UnusableCheck, match="no_module:tool"):
         build_own(tools=("no_module:tool",)).check_evaluation()
+    with pytest.raises(UnusableCheck, match=r"hangs: it takes \(text.*and it is called with text:"):
+        build_own(tools=("tests.verifier_toy:hangs",)).check_evaluation()
 
 
 def test_a_function_is_called_behind_a_text_however_it_is_spelled(tmp_path: Path) -> None:

@@ -198,6 +198,24 @@ def test_a_completion_that_a_tool_ended_is_drawn_once_more(
         Sampler(model, ACTIONS, Unsteady([3.0]), max_rows=16).sample(requests, generator)
 
 
+def test_a_completion_that_a_tool_ends_twice_is_lost_alone(
+    tiny_lm: Callable[[str], PreTrainedModel],
+) -> None:
+    model, generator = tiny_lm("llama"), torch.Generator().manual_seed(0)
+    requests, tool = mixed_requests(200), Fragile()
+    sampler = Sampler(model, ACTIONS, tool, max_rows=16)
+    ended = sampler.attempt(requests, generator)
+    faults = [one for one in ended if isinstance(one, ToolFault)]
+    assert {one.reason for one in faults} == {"KeyError: 'nine'"} and 1 < len(faults) < 40
+    kept = [n for n, one in enumerate(ended) if isinstance(one, Completion)]
+    whole = [one for one in ended if isinstance(one, Completion)]
+    assert worst_disagreement(model, ACTIONS, [requests[n] for n in kept], whole) < 1e-4
+    assert sampler.idle
+    with pytest.raises(KeyError, match="nine"):
+        sampler.sample(requests, generator)
+    assert sampler.idle
+
+
 def called(completion: Completion) -> list[int]:
     """Where the policy called."""
     chosen = np.isin(completion.tokens, [CALL, MUTE]) & ~completion.from_tool

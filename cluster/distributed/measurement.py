@@ -27,6 +27,7 @@ class RemoteMeasurement:
     report: Callable[[str], None]  # takes a line for people each time that one is replaced
     beside: bool = True  # whether there may be a place beside the parts of the run
     alone: Callable[[], bool] = lambda: True  # whether these have ended
+    progress: Callable[[str], None] = lambda stage: None  # is told what is being done
 
     def __post_init__(self) -> None:
         self._stages = self._launches = 0
@@ -45,6 +46,8 @@ class RemoteMeasurement:
         group, before = self._group, self._group.phase
         phase = group.poll()
         stages = group.status.get("stages", 0)
+        if stages != self._stages:
+            self.progress(f"{self.name}: {group.status.get('stage', '')}")
         if phase is not Phase.RUNNING or stages != self._stages:
             self._stages, self._progressed_s = stages, time.monotonic()
         if phase is Phase.FAILED and before is Phase.PLACING and not self.alone():

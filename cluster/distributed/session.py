@@ -33,6 +33,7 @@ class RaySession:
     cluster: str | None
     parts: Parts = field(default_factory=Parts)
     synchronous: bool = False
+    in_process = False
 
     def __post_init__(self) -> None:
         self.address = self.cluster or "started for this run"
@@ -92,7 +93,12 @@ class RaySession:
         return self._run
 
     def evaluate(
-        self, adapter: Path | None, report: Callable[[str], None], *, step: int
+        self,
+        adapter: Path | None,
+        report: Callable[[str], None],
+        progress: Callable[[str], None],
+        *,
+        step: int,
     ) -> RemoteMeasurement:
         """Measure in a process of its own, which ends with the answer.
 
@@ -110,7 +116,7 @@ class RaySession:
             return self._run is not None and self._run.over
 
         beside = alone() or may_grow() or has_place_for_evaluator(self.config, living_nodes())
-        return RemoteMeasurement(name, launch, self.config.cluster, report, beside, alone)
+        return RemoteMeasurement(name, launch, self.config.cluster, report, beside, alone, progress)
 
     def end_services(self) -> None:
         """End what `open` started, of a session whose cluster goes on without it."""

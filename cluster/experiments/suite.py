@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from cluster.commands.train import train
+from cluster.commands.train import stop_on_signal, train
 from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import UserError, told
 from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Result, result_of
 from cluster.run.directory import RunDirectory, find_run, new_name, write_whole
-from cluster.run.driver import read_scores
+from cluster.run.driver import Stopped, read_scores
 from cluster.run.evaluation import evaluate
 from cluster.run.mirror import begun_elsewhere, fetch
+from cluster.run.terminal import stages
 from learner.demonstrations import NoDemonstrations
 from tasks.evaluation.evaluation import Evaluation, Scores
 
@@ -117,7 +118,7 @@ class Suite:
             if step.found(scores) is not None:
                 check_same_settings(directory, step.config)
             elif not step.trained:
-                scores = _measure(step.config, directory, before)
+                scores = self._measure(step.config, directory, before)
             else:
                 if len(steps) > 1:
                     self.console.print(f"── {step.title} (run {step.run})", soft_wrap=True)
@@ -142,17 +143,28 @@ class Suite:
             results.append(result_of(step.run, found, step.config, method=step.title))
         return results
 
+    def _measure(
+        self, config: RunConfig, directory: RunDirectory, before: Evaluation | None
+    ) -> Scores:
+        """Measure the LM without an adapter, unless it is known what that would find; nothing where
+        that is stopped on request."""
+        directory.begin(resume=directory.config_file.exists())
+        try:
+            write_whole(directory.config_file, resolved_toml(config))
+            if before is None:
+                with stages(self.console) as progress, stop_on_signal(_end_measuring):
+                    before = evaluate(config, adapter=None, step=0, progress=progress)
+            scores = Scores(before=before)
+            write_whole(directory.scores_file, scores.model_dump_json(indent=2))
+        except Stopped:
+            return Scores()
+        finally:
+            directory.end()
+        return scores
 
-def _measure(config: RunConfig, directory: RunDirectory, before: Evaluation | None) -> Scores:
-    """Measure the LM without an adapter, unless it is known what that would find."""
-    directory.begin(resume=directory.config_file.exists())
-    try:
-        write_whole(directory.config_file, resolved_toml(config))
-        scores = Scores(before=before or evaluate(config, adapter=None, step=0))
-        write_whole(directory.scores_file, scores.model_dump_json(indent=2))
-    finally:
-        directory.end()
-    return scores
+
+def _end_measuring() -> None:
+    raise Stopped("measuring the base language model")
 
 
 def _measured_alike(config: RunConfig) -> str:

@@ -1,8 +1,10 @@
 """The driver of one run: steps it, shows it, records it, and ends it, whatever happens."""
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 from pydantic import ValidationError
@@ -28,6 +30,11 @@ from tasks.evaluation.evaluation import Evaluation, Scores
 
 _TICK_S = 0.1
 _STATE_EVERY_S = 1.0
+_TELL_EVERY_S = 10.0  # how far a measurement is
+
+
+class Stopped(BaseException):
+    """What was being done, and was ended on request at once, for nothing is lost by that."""
 
 
 class Audience(Protocol):
@@ -62,13 +69,18 @@ class Driver:
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
         self._stop_requested = False
+        self._alone = ""  # what this process does by itself, and a request ends at once
+        self._told_s = float("-inf")
         self._unwritten: list[dict[str, float]] = []
         self._disk_errors: set[str] = set()
         self._scores = read_scores(directory, terminal.event)
 
     def request_stop(self) -> None:
-        """Checkpoint and end as soon as the step under way is done."""
+        """Checkpoint and end as soon as the step under way is done; before the first, and once all
+        are, at once: this raises Stopped, in the thread that works."""
         self._stop_requested = True
+        if self._alone and threading.current_thread() is threading.main_thread():
+            raise Stopped(self._alone)
 
     def drive(self) -> Scores:
         """Measure the base, train, measure the policy; what was measured.
@@ -81,6 +93,10 @@ class Driver:
             self._session.open()
             self._train()
             self._end(measured=self._measure())
+            return self._scores
+        except Stopped as stopped:
+            message = f"stopped on request while {stopped}: --resume begins that anew"
+            self._enter("stopped", message=message)
             return self._scores
         except BaseException as error:
             self._enter("failed", message=first_line(error))
@@ -104,11 +120,13 @@ class Driver:
         before = None
         if self._scores.before is None:
             self._event("measuring the base language model, before training")
-            before = self._session.evaluate(None, self._event, step=0)
+            with self._ended_at_once("measuring the base language model"):
+                before = self._session.evaluate(None, self._event, self._hear, step=0)
         parts = {"actors": self._config.rollout_actors, "replicas": self._config.reward_replicas}
         wanted = ["learner 1", *(f"{kind} {number}" for kind, number in parts.items() if number)]
         self._event(f"waiting until every part has loaded the model: {', '.join(wanted)}")
-        run = self._session.start(self._event, self._asked_to_stop)
+        with self._ended_at_once("loading the model"):
+            run = self._session.start(self._event, self._asked_to_stop)
         with MetricsLog(self._directory.metrics_file) as log:
             try:
                 while not (run.finished or self._should_end()):
@@ -139,13 +157,36 @@ class Driver:
             return False
         self._enter("evaluating")
         self._event("measuring the policy")
-        pending = self._session.evaluate(
-            self._directory.adapter, self._event, step=self._state.step
-        )
+        with self._ended_at_once("measuring the policy"):
+            pending = self._session.evaluate(
+                self._directory.adapter, self._event, self._hear, step=self._state.step
+            )
         if not self._waited_for(pending):
             return False
         self._keep(after=pending.result())
         return True
+
+    @contextmanager
+    def _ended_at_once(self, doing: str) -> Iterator[None]:
+        """Within, a request to stop ends what this process does by raising Stopped."""
+        self._alone = doing if self._session.in_process else ""
+        try:
+            self._hear("")
+            yield
+        finally:
+            self._alone = ""
+
+    def _hear(self, stage: str) -> None:
+        """Be told what is being done, however often: it is shown now and then, and may be ended."""
+        if self._asked_to_stop() and self._alone:
+            raise Stopped(self._alone)
+        now = time.monotonic()
+        if not stage:
+            self._told_s = now
+        elif now - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now
+            self._event(f"... {stage}")
+        self._show()
 
     def _forget_older_policy(self) -> None:
         """Keep no measurement of a policy that has learned on since."""

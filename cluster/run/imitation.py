@@ -6,7 +6,6 @@ joint  Z Y behind X, with Z ~ q(Z | X) of another run's policy: the M-step of EM
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
 from cluster.run.evaluation import evaluation_context
 from learner.demonstrations import DemonstrationDraws
+from learner.learner import StoppedWaiting
 from learner.objectives.base import Objective
 from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood
 from lm.actions import ActionSpace
@@ -41,7 +41,11 @@ def imitation(config: RunConfig, base: LanguageModel, task: Task) -> Learned:
     """
     if config.learner.traits.trains_model:
         actions = any_text(base.tokenizer, min_len=0, max_len=context_limit(base.model))
-        later = LaterDraws(lambda: _draws(config, task, list(rationales(config, task)), actions))
+
+        def make(stop: Callable[[], bool]) -> Replay:
+            return _draws(config, task, list(rationales(config, task, stop)), actions)
+
+        later = LaterDraws(make)
         return Learned(replay=later, actions=actions, objective=TextLikelihood())
     if task.answered:
         actions = any_text(base.tokenizer, min_len=0, max_len=context_limit(base.model))
@@ -57,15 +61,23 @@ def learns_texts(config: RunConfig, task: Task) -> bool:
     return traits.trains_model or (traits.imitates and bool(task.answered))
 
 
-def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:
+def rationales(
+    config: RunConfig, task: Task, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Demonstration]:
     """Texts Z Y behind X as the frozen LM reads it: `em.rationales` for every prompt of the task.
 
     Z is drawn at temperature 1 from the policy in `em.policy`, a function of `seed`.
 
-    Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM.
+    Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM; and
+    StoppedWaiting once `stop()` holds.
     """
+
+    def heed(stage: str) -> None:
+        if stop():
+            raise StoppedWaiting(f"the learner was stopped while it drew rationales: {stage}")
+
     number, context = config.em.rationales, task.reward_query.context
-    policy = evaluation_context(config, Path(str(config.em.policy)))
+    policy = evaluation_context(config, Path(str(config.em.policy)), progress=heed)
     shown = [prompt.prompt for prompt in task.prompts]
     drawn = policy.draw(task.actions, shown, number, tool=task.tool, seed=config.seed)
     asked = [(prompt, z) for prompt, same in zip(task.prompts, drawn, strict=True) for z in same]
@@ -81,11 +93,18 @@ def rationales(config: RunConfig, task: Task) -> Iterator[Demonstration]:
 class LaterDraws:
     """A `Replay` that is made with the first draw: by rank 0 alone, when the run is up."""
 
-    def __init__(self, make: Callable[[], Replay]) -> None:
-        self._make = functools.cache(make)
+    def __init__(self, make: Callable[[Callable[[], bool]], Replay]) -> None:
+        """`make` is told how to ask whether to stop, and raises StoppedWaiting then."""
+        self._make = make
+        self._made: Replay | None = None
 
     def draw(self, request: DrawRequest) -> list[Group]:
-        return self._make().draw(request)
+        if self._made is None:
+            try:
+                self._made = self._make(request.stop)
+            except StoppedWaiting:
+                return []
+        return self._made.draw(request)
 
     def discard(self, trajectories: Sequence[Trajectory]) -> None:
         """Nothing disagrees with a text: no policy sampled it."""

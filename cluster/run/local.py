@@ -272,6 +272,7 @@ class LocalSession:
     directory: RunDirectory
     buffer: BufferAddress
     address: str = ""
+    in_process = True
 
     def __post_init__(self) -> None:
         self._language_model = assembly.shared_model(self.config)
@@ -293,11 +294,23 @@ class LocalSession:
         )
 
     def evaluate(
-        self, adapter: Path | None, report: Callable[[str], None], *, step: int
+        self,
+        adapter: Path | None,
+        report: Callable[[str], None],
+        progress: Callable[[str], None],
+        *,
+        step: int,
     ) -> "Future[Evaluation]":
+        """Measured when it returns; see `Session.evaluate`."""
         pending: Future[Evaluation] = Future()
-        given = self._language_model
-        pending.set_result(evaluate(self.config, adapter=adapter, step=step, language_model=given))
+        found = evaluate(
+            self.config,
+            adapter=adapter,
+            step=step,
+            progress=progress,
+            language_model=self._language_model,
+        )
+        pending.set_result(found)
         return pending
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ class Session(Protocol):
     """Brings a run up and takes it down."""
 
     address: str  # of the Ray cluster; empty without Ray
+    in_process: bool  # whether `start` and `evaluate` do their work before they return
 
     def open(self) -> None:
         """Get what every run needs, before any part of it starts."""
@@ -81,9 +82,19 @@ class Session(Protocol):
         """Start every part of the run; `stop` ends waits of parts in this process."""
 
     def evaluate(
-        self, adapter: Path | None, report: Callable[[str], None], *, step: int
+        self,
+        adapter: Path | None,
+        report: Callable[[str], None],
+        progress: Callable[[str], None],
+        *,
+        step: int,
     ) -> PendingMeasurement:
-        """Begin to measure the base (None) or an adapter after that many optimizer steps."""
+        """Begin to measure the base (None) or an adapter after that many optimizer steps.
+
+        Args:
+            report: takes a line that stays.
+            progress: is told what is being done, again and again.
+        """
 
     def close(self) -> None:
         """Leave nothing behind."""

@@ -13,8 +13,9 @@ from itertools import combinations
 
 from rapidfuzz.distance import Levenshtein
 
-from lm.sampling import Request
-from tasks.evaluation.context import Draw, EvaluationContext
+from lm.sampling import Completion, Request
+from lm.tools import ToolFault
+from tasks.evaluation.context import Attempts, Draw, EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric, mean_of
 from tasks.evaluation.few_shot import worked_examples
 from tasks.task import Answer, QuestionTask, TestQuestion
@@ -29,7 +30,8 @@ class Voted:
 
     item: TestQuestion
     rationales: tuple[str, ...]
-    answers: tuple[Answer | None, ...]  # None: the text after the rationale was no answer
+    # None: the text after the rationale was no answer, or a tool ended the rationale.
+    answers: tuple[Answer | None, ...]
 
     @property
     def answer(self) -> Answer | None:
@@ -68,11 +70,10 @@ def evaluate_answers(
     shots = worked_examples(task, tokenizer, count=context.shots, seed=context.seed)
     context.progress(f"drawing {settings.samples} rationales for each of {len(items)} questions")
 
-    def draw(texts: Sequence[Tokens], temperature: float) -> list[list[Tokens]]:
-        drawn = context.draw(
+    def draw(texts: Sequence[Tokens], temperature: float) -> Attempts:
+        return context.attempt(
             task.actions, texts, settings.samples, tool=task.tool, temperature=temperature
         )
-        return [[tuple(z.tokens.tolist()) for z in same] for same in drawn]
 
     asked = [(*shots, *item.prompt.prompt) for item in items]
     asked_few = [(*shots, *item.prompt.prompt) for item in few]
@@ -81,7 +82,10 @@ def evaluate_answers(
     voted = vote(
         [*items, *few],
         [*asked, *asked_few],
-        drawn,
+        [
+            [tuple(z.tokens.tolist()) if isinstance(z, Completion) else None for z in same]
+            for same in drawn
+        ],
         answer=context.drawing(context.language_model.base.model, task.answer_actions),
         decode=tokenizer.decode,
         parse=task.parse_answer,
@@ -94,6 +98,7 @@ def evaluate_answers(
         temperature=context.temperature,
         groups=groups,
         metrics=vote_metrics(voted, settings.samples) | spread_metrics(spread, settings.samples),
+        note=lost(drawn),
         examples=tuple(_examples(voted, settings.examples)),
     )
 
@@ -101,7 +106,7 @@ def evaluate_answers(
 def vote(
     items: Sequence[TestQuestion],
     asked: Sequence[Tokens],
-    rationales: Sequence[Sequence[Tokens]],
+    rationales: Sequence[Sequence[Tokens | None]],
     *,
     answer: Draw,
     decode: Callable[[list[int]], str],
@@ -113,12 +118,13 @@ def vote(
 
     Args:
         asked: the text that each item's rationales stand behind.
+        rationales: None of what has none, which is a vote for no answer.
         answer: draws Y of the base LM.
         context: token ids in front of the text when the base LM answers.
         lead: what every answer begins with, which the LM need not say.
     """
     pairs = [(x, z) for x, same in zip(asked, rationales, strict=True) for z in same]
-    distinct = list(dict.fromkeys(pairs))
+    distinct = list(dict.fromkeys((x, z) for x, z in pairs if z is not None))
     replies = answer(
         [
             Request(prompt=(*context, *x, *z, *lead), temperature=GREEDY_TEMPERATURE)
@@ -132,11 +138,22 @@ def vote(
     return [
         Voted(
             item=item,
-            rationales=tuple(decode(list(z)).strip() for z in same),
-            answers=tuple(answer_of[x, z] for z in same),
+            rationales=tuple(decode(list(z or ())).strip() for z in same),
+            answers=tuple(None if z is None else answer_of[x, z] for z in same),
         )
         for item, x, same in zip(items, asked, rationales, strict=True)
     ]
+
+
+def lost(drawn: Attempts) -> str:
+    """How many rationales tools have ended, for people; "" for none."""
+    faults = [one for same in drawn for one in same if isinstance(one, ToolFault)]
+    if not faults:
+        return ""
+    return (
+        f"{len(faults)} of {sum(map(len, drawn))} rationales were ended by a tool, and lead to no "
+        f"answer: {faults[0].reason}"
+    )
 
 
 def vote_metrics(voted: Sequence[Voted], samples: int) -> dict[str, Metric]:

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,12 +11,13 @@ from lm.actions import ActionSpace
 from lm.model import CausalLM
 from lm.sampling import Completion, Request, Sampler
 from lm.shared import SharedModel
-from lm.tools import Tool
+from lm.tools import Tool, ToolFault, unfailing
 from reward.terms import RewardTerms
 from tasks.evaluation.config import EvaluationConfig, PosteriorConfig
 from tasks.held_out import Split
 
 Draw = Callable[[Sequence[Request]], list[Completion]]  # one for each request, in order
+Attempts = list[list[Completion | ToolFault]]  # behind each text
 Item = TypeVar("Item")
 
 
@@ -48,6 +48,12 @@ class EvaluationContext:
         return self.settings.shots if self.adapter is None else 0
 
     def draw(
+        self, actions: ActionSpace, texts: Sequence[tuple[int, ...]], count: int, **settings: Any
+    ) -> list[list[Completion]]:
+        """As `attempt`, all of them; raises what a tool raised where it ended one twice."""
+        return [unfailing(same) for same in self.attempt(actions, texts, count, **settings)]
+
+    def attempt(
         self,
         actions: ActionSpace,
         texts: Sequence[tuple[int, ...]],
@@ -57,8 +63,9 @@ class EvaluationContext:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int | None = None,
-    ) -> list[list[Completion]]:
-        """`count` completions of the policy behind each text; see `drawing`.
+    ) -> Attempts:
+        """`count` completions of the policy behind each text, or what a tool ended them with; see
+        `drawing`.
 
         Raises FileNotFoundError, AdapterMismatch: no adapter there, or one of another base.
         """
@@ -68,7 +75,8 @@ class EvaluationContext:
             for _ in range(count)
         ]
         with self.language_model.with_adapter(self.adapter) as model:
-            drawn = self.drawing(model, actions, tool, seed=seed)(requests)
+            sampler, generator = self._sampler(model, actions, tool, seed)
+            drawn = sampler.attempt(requests, generator, self._counting(len(requests)))
         return [drawn[at : at + count] for at in range(0, len(drawn), count)]
 
     def drawing(
@@ -80,10 +88,20 @@ class EvaluationContext:
         seed: int | None = None,
     ) -> Draw:
         """Draws from `model` by the seed; None: that of the settings."""
+        sampler, generator = self._sampler(model, actions, tool, seed)
+        return lambda requests: unfailing(
+            sampler.attempt(requests, generator, self._counting(len(requests)))
+        )
+
+    def _counting(self, number: int) -> Callable[[int], None]:
+        return lambda ended: self.progress(f"{ended} of {number} texts")
+
+    def _sampler(
+        self, model: CausalLM, actions: ActionSpace, tool: Tool | None, seed: int | None
+    ) -> tuple[Sampler, torch.Generator]:
         generator = torch.Generator(device=model.device)
         generator.manual_seed(self.settings.seed if seed is None else seed)
-        sampler = Sampler(model, actions, tool, max_rows=self.settings.max_rows)
-        return partial(sampler.sample, generator=generator)
+        return Sampler(model, actions, tool, max_rows=self.settings.max_rows), generator
 
     def items(
         self, held_out: Mapping[Split, Sequence[Sequence[Item]]], *, at_most: int | None = None

@@ -19,14 +19,15 @@ from actors.prompts import Prompt, key_of
 from actors.reward_query import RewardQuery
 from lm.actions import ActionSpace
 from lm.hub import ask_hub
+from lm.sampling import Completion
 from lm.spelling import ANY_WORD, TokenizerUnfit, chat_text, control_tokens, spell, spell_after
-from lm.tools import Tool, insertion
+from lm.tools import Tool, ToolFault, insertion
 from reward.checks import canonical
 from reward.terms import RewardTerms
 from tasks.arithmetic.calculator import Calculator, FunctionTool
 from tasks.config import QuestionsConfig
 from tasks.custom import PlainTask
-from tasks.evaluation.accuracy import evaluate_answers
+from tasks.evaluation.accuracy import evaluate_answers, lost
 from tasks.evaluation.context import EvaluationContext
 from tasks.evaluation.evaluation import Evaluation, Example, Metric
 from tasks.held_out import Split, check_apart, read_splits
@@ -78,43 +79,55 @@ class Questions(PlainTask, QuestionTask):
             found = Evaluation(task=self.name, temperature=context.temperature, metrics={})
         if context.terms is None or not context.terms.verifiers:
             return found
-        metrics, examples = self._judged(context, context.terms)
+        metrics, examples, note = self._judged(context, context.terms)
         return found.with_metrics(metrics).model_copy(
-            update={"examples": found.examples or examples}
+            update={"examples": found.examples or examples, "note": found.note or note}
         )
 
     def _judged(
         self, context: EvaluationContext, terms: RewardTerms
-    ) -> tuple[dict[str, Metric], tuple[Example, ...]]:
-        """Mean scores of rationales by each verifier, and the first of some questions."""
+    ) -> tuple[dict[str, Metric], tuple[Example, ...], str]:
+        """Mean scores of rationales by each verifier, the first of some questions, and a note."""
         items, number = context.items(self.held_out), context.settings.samples
         context.progress(f"judging {number} rationales for each of {len(items)} questions")
-        temperature = context.settings.temperature
         asked = [item.prompt.prompt for item in items]
-        drawn = context.draw(self.actions, asked, number, tool=self.tool, temperature=temperature)
-        scores_NV = terms.scores(
-            [
-                self.reward_query.item(item.prompt, z.tokens, z.stops[-1:])
-                for item, same in zip(items, drawn, strict=True)
-                for z in same
-            ]
-        )
+        heat = context.settings.temperature
+        drawn = context.attempt(self.actions, asked, number, tool=self.tool, temperature=heat)
+        whole = {
+            (place, at): self.reward_query.item(items[place].prompt, z.tokens, z.stops[-1:])
+            for place, same in enumerate(drawn)
+            for at, z in enumerate(same)
+            if isinstance(z, Completion)  # of what a tool ended there is no score
+        }
+        scores = dict(zip(whole, terms.scores(list(whole.values())), strict=True))
+        unknown: list[float | None] = [None] * len(terms.verifiers)
+        scores_NV = [
+            scores.get((place, at), unknown)
+            for place, same in enumerate(drawn)
+            for at in range(len(same))
+        ]
         mean = partial(Metric.mean, items=len(items), samples=number, shown="chart")
         metrics = {}
         for place, term in enumerate(terms.verifiers):
             scores_N = [scores_V[place] for scores_V in scores_NV]
             metrics[f"verified {place}"] = mean(f"score of verifier {term.check}", scores_N)
         first = zip(items, drawn, scores_NV[::number], strict=True)
-        return metrics, tuple(
+        examples = tuple(
             Example(
                 question=item.prompt.text,
-                rationale=self.tokenizer.decode(same[0].tokens.tolist()).strip(),
+                rationale=self._text(same[0]),
                 answer="" if scores_V[0] is None else f"score {scores_V[0]:g}",
                 truth=str(item.answer),
                 right=scores_V[0] == 1,
             )
             for item, same, scores_V in islice(first, context.settings.examples)
         )
+        return metrics, examples, lost(drawn)
+
+    def _text(self, drawn: Completion | ToolFault) -> str:
+        if isinstance(drawn, ToolFault):
+            return drawn.reason
+        return self.tokenizer.decode(drawn.tokens.tolist()).strip()
 
 
 def build_questions(config: QuestionsConfig, tokenizer: Tokenizer) -> Questions:
