@@ -1,5 +1,6 @@
 """What holds for every test: its environment, its pace, its time, and where it may be skipped."""
 
+import gc
 import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from tests.environment import ALL, OwnEnvironment
 
 # Plugins are imported after this module, and so is all of ours, in the tests' own environment.
 ENVIRONMENT = OwnEnvironment()
-pytest_plugins = ["tests.tiny_lm", "tests.stores"]
+PLUGINS = ("tests.tiny_lm", "tests.stores")
+# A fifth of the time of all imports would go to looking for garbage among them.
+gc.disable()
 
 settings.register_profile(
     "any machine",
@@ -32,6 +35,28 @@ def own_working_directory() -> Iterator[None]:
     os.chdir(ENVIRONMENT.working_directory)
     yield
     os.chdir(before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the plugins where tests run: who only hands tests out to workers needs no torch."""
+    if not config.getoption("numprocesses", default=None):
+        for name in PLUGINS:
+            config.pluginmanager.import_plugin(name)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file without a test of the pace that is asked for, where few files have one."""
+    pace = config.getoption("pace")
+    if pace in (None, "fast") or collection_path.suffix != ".py":
+        return None
+    return f"mark.{pace}" not in collection_path.read_text(encoding="utf-8") or None
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, but not in what was imported, which stays."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
