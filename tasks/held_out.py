@@ -7,7 +7,7 @@ those of the test split.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, overload
 
 from pydantic import Field
 
@@ -36,6 +36,30 @@ class NothingToMeasure(ValueError):
     """A validation split that is empty, of a task that is measured on held-out data."""
 
 
+class Items(Sequence[Item], Generic[Record, Item]):
+    """Items to measure on, each made when it is first asked for: most processes measure nothing."""
+
+    def __init__(self, records: Sequence[Record], make: Callable[[Record], Item]) -> None:
+        self._records = records
+        self._make = make
+        self._made: dict[int, Item] = {}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        places = range(len(self._records))[index]
+        if isinstance(places, range):
+            return [self[place] for place in places]
+        if places not in self._made:
+            self._made[places] = self._make(self._records[places])
+        return self._made[places]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Splits(Generic[Record]):
     """What a task trains on, and what it is measured on."""
@@ -46,7 +70,7 @@ class Splits(Generic[Record]):
     def made(self, make: Callable[[Record], Item]) -> dict[Split, Sequence[Sequence[Item]]]:
         """What is held out, each record as an item to measure on."""
         return {
-            split: tuple(tuple(map(make, file)) for file in files)
+            split: tuple(Items(file, make) for file in files)
             for split, files in self.held_out.items()
         }
 

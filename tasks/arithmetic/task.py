@@ -8,6 +8,7 @@ calculator), Y '. The answer is 2.' (Hu et al. 2024, section 4.4). The policy st
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from actors.demonstrations import Demonstration
 from actors.prompts import Prompt
@@ -78,13 +79,17 @@ def build_arithmetic(config: ArithmeticConfig, tokenizer: Tokenizer) -> Arithmet
     splits = read_splits(config, others, load_items, lambda item: item.expression.question)
     questions = [(item, config.demonstration_weight) for item in worked]
     questions += [(item, config.question_weight) for item in splits.training]
+    # A few numbers are the answers of all questions.
+    answer_of = cache(lambda number: spell_after(tokenizer, _STEP, answer_text(number)))
     prompts: dict[str, Prompt] = {}
     for item, weight in questions:  # a question that comes again counts where it came first
-        prompts.setdefault(item.expression.text, _prompt(item, weight, tokenizer))
+        prompts.setdefault(
+            item.expression.text, _prompt(item, weight, tokenizer, answer_of(item.answer))
+        )
 
     def test_question(item: Item) -> TestQuestion:
         return TestQuestion(
-            prompt=_prompt(item, 1.0, tokenizer),
+            prompt=_prompt(item, 1.0, tokenizer, answer_of(item.answer)),
             answer=item.answer,
             group=str(len(item.expression.operands)),
             unseen=item.expression.text not in prompts,
@@ -150,12 +155,12 @@ def demonstrate(
     return Demonstration(prompt=prompt, completion=tuple(tokens), from_tool=tuple(from_tool))
 
 
-def _prompt(item: Item, weight: float, tokenizer: Tokenizer) -> Prompt:
+def _prompt(item: Item, weight: float, tokenizer: Tokenizer, answer: tuple[int, ...]) -> Prompt:
     return Prompt(
         key=item.expression.text,
         text=item.expression.question,
         prompt=spell(tokenizer, item.expression.question),
-        answer=spell_after(tokenizer, _STEP, answer_text(item.answer)),
+        answer=answer,
         weight=weight,
     )
 
