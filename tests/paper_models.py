@@ -4,7 +4,7 @@ GPT-2 and GPT-J spell with a byte-level BPE whose tokens begin with a space and 
 among them. GPT-2 ties its embeddings; GPT-J's are wider than its tokenizer, its head has a bias.
 """
 
-from collections.abc import Iterable
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -33,9 +33,10 @@ SHARES = (Share(WorkedSums(), 1.0), Share(RandomIntegers(), 0.2), Share(Scenes()
 def save_model(architecture: str, folder: Path) -> None:
     """A `gpt2` or a `gptj`, or a sentence encoder (`bert`), with its tokenizer."""
     encoder = architecture == "bert"
-    raw = byte_level_bpe(islice(documents(SHARES, "paper"), 400))
     special = {"pad_token": END_OF_TEXT} if encoder else {"eos_token": END_OF_TEXT}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END_OF_TEXT, **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=byte_level_bpe(), bos_token=END_OF_TEXT, **special
+    )
     torch.manual_seed(0)
     match architecture:
         case "gpt2":
@@ -69,7 +70,8 @@ def save_model(architecture: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def byte_level_bpe(texts: Iterable[str]) -> Tokenizer:
+@cache
+def byte_level_bpe() -> Tokenizer:
     """As GPT-2's: every byte can be spelled, and a word's first token begins with its space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,5 +82,5 @@ def byte_level_bpe(texts: Iterable[str]) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(islice(documents(SHARES, "paper"), 400), trainer)
     return tokenizer

@@ -45,8 +45,8 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         assert done.returncode == 0 and "evaluate" in done.stdout
         return time.monotonic() - began
 
-    # The best of a few, since other tests may have the machine.
-    assert min(seconds() for _ in range(5)) < 0.5
+    # Any of a few, since other tests may have the machine.
+    assert any(seconds() < 0.5 for _ in range(5))
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "status", "inspect", "scale", "stop"])
