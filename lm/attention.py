@@ -1,9 +1,14 @@
-"""The attention masks of passes in which a row holds several texts, or columns of other rows."""
+"""Attention of passes in which a row holds several texts, or columns of other rows: its masks, and
+transformers' "sdpa" where a mask meets heads that share keys and values.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lm.model import model_config
 
@@ -51,3 +56,45 @@ def _additive(model: nn.Module, sees_RQK: Tensor) -> Tensor:
     dtype = next(model.parameters()).dtype
     mask_RQK = torch.zeros(sees_RQK.shape, dtype=dtype, device=sees_RQK.device)
     return mask_RQK.masked_fill_(~sees_RQK, torch.finfo(dtype).min)[:, None]
+
+
+def _grouped_attention(
+    module: nn.Module,
+    query_RHQD: Tensor,
+    key_RGKD: Tensor,
+    value_RGKD: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own, which copies keys and values for each of the H / G heads that share them
+    where there is a mask, a third of a decoding pass on a CPU. The kernel needs no copies, and
+    computes the same bit for bit; with gradients it is the slower one.
+    """
+    shared = key_RGKD.shape[1] < query_RHQD.shape[1]
+    copied = query_RHQD.device.type != "cpu" or query_RHQD.requires_grad
+    if copied or not shared or attention_mask is None:
+        return sdpa_attention_forward(
+            module,
+            query_RHQD,
+            key_RGKD,
+            value_RGKD,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            **rest,
+        )
+    out_RHQD = scaled_dot_product_attention(
+        query_RHQD,
+        key_RGKD,
+        value_RGKD,
+        attn_mask=attention_mask,
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=True,
+    )
+    return out_RHQD.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("sdpa", _grouped_attention)

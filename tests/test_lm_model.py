@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,14 +18,18 @@ from huggingface_hub import constants
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
     T5Config,
 )
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lm.adapter import adapter_bytes
+from lm.attention import attention_mask
 from lm.config import LMConfig, LoRAConfig
 from lm.hub import ModelNotFound, ModelUnusable, ask_hub, load_model_config, load_tokenizer
 from lm.merged import MergedModel, check_adaptable
@@ -101,6 +106,39 @@ def test_the_kernel_of_attention_is_the_one_asked_for(folder: Path) -> None:
     assert len({base.fingerprint for base in bases.values()}) == 1
     for base in bases.values():
         probe(base.model, "tiny")
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_heads_that_share_keys_attend_as_transformers_lets_them_without_its_copies(
+    tiny_lm: Callable[[str], PreTrainedModel], copies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_lm("llama")
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    ids_RQ = torch.arange(12).view(2, 6)
+    sees_RQK = torch.ones(2, 6, 6).tril().bool()
+    sees_RQK[1, :, 2] = False
+    sees_RQK[1, 2, 2] = True
+    position_RQ = torch.arange(6).expand(2, 6)
+    mask = attention_mask(model, sees_RQK, position_RQ, position_RQ)
+
+    def logits(kernel: Any, **inputs: Any) -> torch.Tensor:
+        AttentionInterface.register("sdpa", kernel)
+        return model(attention_mask=mask, **inputs).logits
+
+    with torch.set_grad_enabled(copies):  # with gradients transformers' own is the faster one
+        monkeypatch.setattr(
+            sdpa_attention, "repeat_kv", spy := Mock(wraps=sdpa_attention.repeat_kv)
+        )
+        ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids_RQ)}
+        mine = logits(ours, **inputs)
+        assert spy.called == copies
+        try:
+            theirs = logits(sdpa_attention.sdpa_attention_forward, **inputs)
+        finally:
+            AttentionInterface.register("sdpa", ours)
+    assert spy.called
+    assert torch.equal(mine, theirs)
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="the package is installed")
