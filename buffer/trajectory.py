@@ -86,6 +86,10 @@ class Trajectory:
         """Log-reward of the whole completion, nats: the priority in replay."""
         return float(self.log_reward[-1])
 
+    def log_weight(self, reward_temperature: float) -> float:
+        """log R / T - log q of the whole completion, nats."""
+        return self.terminal_log_reward / reward_temperature - self.log_q
+
 
 def check_scalars(trajectory: Trajectory) -> None:
     for name in ("task", "prompt_key", "actor"):

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from buffer.replay import Group
-from buffer.trajectory import Trajectory
 from learner.agreement.comparison import Gap, Pair, log_q_differences, pair_of
 from learner.batch import Batch, content, members
 from learner.engine import Engine
@@ -156,7 +155,7 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
     can tell is left out. T is `reward_temperature`.
     """
     on_policy = [[t for t in group.fresh if t.behaviour == "on_policy"] for group in groups]
-    of_groups = [np.array([log_weight(t, reward_temperature) for t in ts]) for ts in on_policy]
+    of_groups = [np.array([t.log_weight(reward_temperature) for t in ts]) for ts in on_policy]
     metrics = {}
     if known := [row_K for row_K in of_groups if len(row_K)]:
         metrics["posterior/elbo_nats"] = _mean([row_K.mean() for row_K in known])
@@ -169,11 +168,6 @@ def describe_quality(groups: Sequence[Group], reward_temperature: float) -> dict
             "posterior/ess_share": _mean([ess_share(row_K) for row_K in several]),
         }
     return metrics
-
-
-def log_weight(trajectory: Trajectory, reward_temperature: float) -> float:
-    """log R / T - log q of one trajectory by its own record, nats."""
-    return trajectory.terminal_log_reward / reward_temperature - trajectory.log_q
 
 
 def ess_share(log_weight_K: Floats) -> float:

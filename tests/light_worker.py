@@ -1,12 +1,11 @@
-"""Processes with a worker's life, or a reward replica's, and no model in them."""
+"""Processes with a worker's life, or a reward replica's, and no model in them.
+
+What needs torch for its errors alone is in tests/light_failures.py: many processes start from here.
+"""
 
 import os
 import threading
 from typing import Any
-
-from learner.broadcast import Unrecoverable
-from reward.replica import ScoreFailed
-from reward.verifiers import CheckFailed
 
 
 class LightWorker:
@@ -65,37 +64,6 @@ class BrokenWorker(CountingWorker):
     def start(self, _: None) -> None:
         """Raise OSError."""
         raise OSError("no such model")
-
-
-class UnjudgedWorker(CountingWorker):
-    """An actor whose verifier fails always."""
-
-    def run(self) -> dict[str, int]:
-        """Raise CheckFailed."""
-        raise CheckFailed("reward.terms: 8 of 8 checks failed")
-
-
-class LastWords(CountingWorker):
-    """A learner that fails before anybody has heard of its only step."""
-
-    def run(self) -> dict[str, int]:
-        """Raise Unrecoverable."""
-        raise Unrecoverable("no use")
-
-    def reports_since(self, kind: str, count: int) -> list[Any]:
-        """The step, or a warning."""
-        reports: dict[str, list[Any]] = {
-            "rows": [{"progress/step": 1.0}],
-            "events": ["it does not look good"],
-        }
-        return reports[kind][count:]
-
-
-class Failing:
-    """A reward replica whose passes fail."""
-
-    def score(self, items: list[Any]) -> list[Any]:
-        raise ScoreFailed("broken")
 
 
 class Answering:

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,8 +47,13 @@ HOMES = {
     "peft": {"lm/"},
     "vllm": {"actors/"},
 }
-# Parses the arguments first, so that --help imports nothing heavy.
-IMPORTS_LATE = {"cluster/__main__.py"}
+# Heavy libraries are imported where they are needed, which few processes of a run come to.
+IMPORTS_LATE = {
+    "cluster/__main__.py",  # parses the arguments first, so that --help imports nothing heavy
+    "cluster/distributed/parts.py",
+    "tasks/posterior/bounds.py",
+    "tasks/sentences/metrics.py",
+}
 CLUSTER_FILES = {"__init__.py", "__main__.py", "cli.py"}
 LONGEST_FILE = 350
 LONGEST_FUNCTION = 60
@@ -57,6 +62,13 @@ THIN_FILE = 40
 MOST_THIN_FILES = 12
 LEAST_MEDIAN = 105
 FORBIDDEN_NAMES = {"utils.py", "common.py", "helpers.py", "types.py"}
+# Module that a process begins with -> libraries that take it seconds to import, for nothing.
+NEEDLESS = {
+    "cluster.distributed.launcher": {"deepspeed", "nltk", "scipy.stats", "matplotlib", "vllm"},
+    "cluster.distributed.services": {"torch", "transformers"},
+    "cluster.inspector.command": {"torch", "peft", "deepspeed", "nltk", "scipy"},
+    "tests.light_worker": {"torch", "ray"},
+}
 WITHOUT_TORCH = [
     "buffer.replay",
     "buffer.trajectory",
@@ -104,7 +116,11 @@ def test_imports_point_downwards(package: str) -> None:
 
 def imported_modules(path: Path) -> Iterator[str]:
     """Dotted names of the modules that a file imports."""
-    for node in ast.walk(parsed(path)):
+    return modules_in(ast.walk(parsed(path)))
+
+
+def modules_in(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -194,6 +210,25 @@ def test_pyproject_ships_exactly_the_packages_there_are() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == set(MAY_IMPORT)
     assert "Private :: Do Not Upload" in project["project"]["classifiers"]
+
+
+def begun_with(module: str) -> set[str]:
+    """Modules, and packages around them, that our own files import when a process begins so."""
+    found: set[str] = set()
+    ahead = {module}
+    while ahead:
+        parts = ahead.pop().split(".")
+        names = {".".join(parts[: number + 1]) for number in range(len(parts))} - found
+        found |= names
+        for file in (ROOT / f"{name.replace('.', '/')}.py" for name in names):
+            if file.exists():
+                ahead.update(modules_in(parsed(file).body))
+    return found
+
+
+@pytest.mark.parametrize("module", NEEDLESS)
+def test_a_process_begins_without_what_it_does_not_need(module: str) -> None:
+    assert not begun_with(module) & NEEDLESS[module]
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)

@@ -13,8 +13,8 @@ import pytest
 from buffer.stats import Counters, ReplayStats
 from cluster.commands.train import stop_on_signal
 from cluster.config.file import load_config
-from cluster.run.directory import RunDirectory, RunState
-from cluster.run.driver import Driver, read_scores
+from cluster.run.directory import RunDirectory, RunState, read_scores
+from cluster.run.driver import Driver
 from tasks.evaluation.evaluation import Evaluation, Metric, Scores
 
 TV = Metric(label="total variation", value=0.5, better="lower", items=1)

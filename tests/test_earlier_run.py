@@ -10,8 +10,7 @@ import torch
 from cluster.config.file import load_config
 from cluster.config.validation import ConfigError
 from cluster.run.assembly import identity_of, load_task
-from cluster.run.directory import RunDirectory
-from cluster.run.driver import read_scores
+from cluster.run.directory import RunDirectory, read_scores
 from learner.checkpoint import CheckpointMismatch, Checkpoints, Snapshot
 
 WRITTEN = Path(__file__).parent / "run_before_move"

@@ -1,6 +1,5 @@
-"""A run is given other numbers of actors and replicas while it goes on; nothing else notices."""
+"""A run over Ray that loses its learner, and is given other numbers of actors and replicas."""
 
-import json
 import os
 import re
 import subprocess
@@ -22,6 +21,7 @@ from buffer.server import RedisServer
 from cluster.config.project import PROJECT_ROOT
 from cluster.run.directory import RunDirectory, RunState
 from cluster.run.display import TRAJECTORIES
+from cluster.run.metrics_log import read_metrics
 from tests.buffer_toy import replay_of
 
 GROUP_SIZE = 4
@@ -31,11 +31,13 @@ SETTINGS = [
     "actors.max_ready_groups=6",
     "learner.groups_per_step=2",
     "learner.steps=100000",
+    "learner.checkpoint_every_steps=100000",
     "cluster.actors=1",
     "cluster.cpus=4",
 ]
 TIMEOUT_S = 240.0
 PARTS = ("LearnerWorker", "RolloutWorker", "RewardWorker")
+LOST_STEPS = 3  # at least, of the first learner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -80,6 +82,9 @@ class LiveRun:
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
             time.sleep(0.1)
+
+    def rows(self) -> list[dict[str, float]]:
+        return read_metrics(self.directory.metrics_file)
 
     def pids(self) -> dict[str, set[int]]:
         """Of the run's parts by class, as Ray titles its workers."""
@@ -129,8 +134,25 @@ def numbers(state: RunState) -> tuple[dict[str, int], dict[str, int]]:
     return state.desired, state.actual
 
 
-def test_actors_and_replicas_come_and_go_and_nothing_is_lost(run: LiveRun) -> None:
-    run.wait(lambda: run.directory.state() is not None and run.state().version >= 5)
+def lose_learner(run: LiveRun) -> int:
+    """Kill the learner before it has left a checkpoint, until another learns; rows of the first."""
+    run.wait(lambda: len(run.rows()) >= LOST_STEPS)
+    [pid] = run.pids()["LearnerWorker"]
+    psutil.Process(pid).kill()
+    assert not list(run.directory.checkpoints.glob("step-*"))
+
+    def others() -> list[int]:
+        begins = [at for at, row in enumerate(run.rows()) if row["progress/step"] == 1]
+        return begins[1:]
+
+    run.wait(lambda: bool(others()))
+    assert run.log().count("replacing it") == 1, run.log()
+    return others()[0]
+
+
+def test_a_learner_is_replaced_and_parts_come_and_go_and_nothing_is_lost(run: LiveRun) -> None:
+    lost = lose_learner(run)
+    run.wait(lambda: run.state().version >= 5)
     first = run.pids_of(1, 1, 1)
 
     version = run.state().version
@@ -155,10 +177,14 @@ def test_actors_and_replicas_come_and_go_and_nothing_is_lost(run: LiveRun) -> No
     run.verb("stop")
     assert run.process.wait(TIMEOUT_S) == 0, run.log()
     assert (run.state().phase, run.state().killed) == ("stopped", ()), run.log()
-    assert "replacing" not in run.log() and "killed" not in run.log(), run.log()
-    lines = run.directory.metrics_file.read_text().splitlines()
-    steps = [json.loads(line)["progress/step"] for line in lines]
-    assert steps == list(range(1, run.state().step + 1))
+    assert run.log().count("replacing") == 1 and "killed" not in run.log(), run.log()
+    rows = run.rows()
+    steps = [row["progress/step"] for row in rows]
+    assert lost >= LOST_STEPS
+    assert steps == [*range(1, lost + 1), *range(1, run.state().step + 1)]
+    versions = [row["policy/version"] for row in rows]
+    assert versions == sorted(set(versions)), "a version came twice"
+    assert not any(row["agreement/quarantined"] for row in rows)
     left = set(re.findall(r"(\S+) has left", run.log()))
     assert left == {"actor-2", "actor-3", "reward-1"}
     check_buffer(run, version=version)

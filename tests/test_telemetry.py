@@ -21,7 +21,8 @@ from cluster.distributed.clients import RemoteRegistry, RemoteScorer
 from cluster.distributed.services import ReplicaRegistry
 from cluster.distributed.telemetry import INSTRUMENTS, Source, Telemetry
 from reward.replica import ReplicaStats
-from tests.light_worker import Answering, Failing
+from tests.light_failures import Failing
+from tests.light_worker import Answering
 
 ALL = [each for group in INSTRUMENTS.values() for each in group]
 DASHBOARD = json.loads((PROJECT_ROOT / "cluster/grafana.json").read_text(encoding="utf-8"))

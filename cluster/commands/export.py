@@ -5,8 +5,7 @@ from pathlib import Path
 
 from cluster.config.file import load_config
 from cluster.reports.model_card import model_card
-from cluster.run.directory import find_run
-from cluster.run.driver import read_scores
+from cluster.run.directory import find_run, read_scores
 from cluster.run.imitation import learns_texts
 from cluster.run.preflight import check_adapter
 from lm.export import DTYPES, check_push, check_target, export_policy, push

@@ -86,8 +86,9 @@ class LearnerWorker(Worker):
         self._base, task = context.parts.learner_base(config)
 
         def make_engine(model: nn.Module, settings: LearnerConfig) -> Engine:
-            rendezvous = self._meet(meeting, settings.collective_timeout_s)
-            return context.parts.engine(config, model, settings, rendezvous)
+            return context.parts.engine(
+                config, model, settings, lambda: self._meet(meeting, settings.collective_timeout_s)
+            )
 
         self._buffer = self._connect_buffer()
         self._publisher = BackgroundPublisher(self._weight_store())

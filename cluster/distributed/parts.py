@@ -1,4 +1,7 @@
-"""What processes of a distributed run are built from: models, or an experiment's stand-ins."""
+"""What processes of a distributed run are built from: models, or an experiment's stand-ins.
+
+DeepSpeed is imported by the processes that need it: it takes seconds, and there are few of them.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,13 +12,11 @@ from actors.protocols import RolloutEngine
 from cluster.config.schema import RunConfig
 from cluster.run import assembly
 from learner.config import LearnerConfig
-from learner.deepspeed_engine import DeepSpeedEngine
 from learner.engine import Engine
 from lm.hub import load_tokenizer
 from lm.model import LanguageModel, load_base
 from lm.process_group import Rendezvous
 from lm.spelling import Decode
-from reward.deepspeed_rank import RewardRank
 from reward.lockstep import Rank, UnshardedRank
 from tasks.registry import build_task
 from tasks.task import Task
@@ -47,6 +48,8 @@ class Parts:
         """One rank of a replica; `meet` gives up the port that was kept free, and names it."""
         if config.reward.ranks == 1:
             return UnshardedRank(load_base(config.lm).model)
+        from reward.deepspeed_rank import RewardRank
+
         return RewardRank(config.lm, meet)
 
     def learner_base(self, config: RunConfig) -> tuple[LanguageModel, Task]:
@@ -54,7 +57,13 @@ class Parts:
         return assembly.load_task(config)
 
     def engine(
-        self, config: RunConfig, model: nn.Module, settings: LearnerConfig, rendezvous: Rendezvous
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        settings: LearnerConfig,
+        meet: Callable[[], Rendezvous],
     ) -> Engine:
-        """What takes the optimizer steps of one learner rank."""
-        return DeepSpeedEngine(model, settings, rendezvous)
+        """What takes the optimizer steps of one learner rank; `meet` as of a reward rank."""
+        from learner.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, settings, meet())

@@ -12,8 +12,7 @@ from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Choice, Trial
 from cluster.experiments.methods import EM, GFLOWNET, member, method, said_of
 from cluster.experiments.suite import Suite
-from cluster.run.directory import RunDirectory
-from cluster.run.driver import read_scores
+from cluster.run.directory import RunDirectory, read_scores
 from tasks.evaluation.evaluation import Evaluation, mean_of
 
 

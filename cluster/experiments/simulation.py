@@ -170,10 +170,14 @@ class SimulatedParts(Parts):
         return base, load_simulated_task(config)
 
     def engine(
-        self, config: RunConfig, model: nn.Module, settings: LearnerConfig, rendezvous: Rendezvous
+        self,
+        config: RunConfig,
+        model: nn.Module,
+        settings: LearnerConfig,
+        meet: Callable[[], Rendezvous],
     ) -> SimulatedEngine:
         """The real one, whose updates wait."""
-        engine = super().engine(config, model, settings, rendezvous)
+        engine = super().engine(config, model, settings, meet)
         return SimulatedEngine(engine, update_s=config.throughput.simulation.update_ms / 1e3)
 
 

@@ -14,8 +14,8 @@ from cluster.config.file import load_config, resolved_toml
 from cluster.config.project import UserError, told
 from cluster.config.schema import RunConfig
 from cluster.experiments.comparison import Result, result_of
-from cluster.run.directory import RunDirectory, find_run, new_name, write_whole
-from cluster.run.driver import Stopped, read_scores
+from cluster.run.directory import RunDirectory, find_run, new_name, read_scores, write_whole
+from cluster.run.driver import Stopped
 from cluster.run.evaluation import evaluate
 from cluster.run.mirror import begun_elsewhere, fetch
 from cluster.run.terminal import stages

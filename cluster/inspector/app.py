@@ -19,8 +19,7 @@ from cluster.inspector.detail import Gone, read_detail
 from cluster.inspector.pages import POLICY, environment_of
 from cluster.inspector.queries import BadQuery, parse_query
 from cluster.reports.score_table import after_title, pairs, rows
-from cluster.run.directory import RunDirectory
-from cluster.run.driver import read_scores
+from cluster.run.directory import RunDirectory, read_scores
 from lm.hub import load_tokenizer
 
 # A person waits for a page, not a run: short.

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from buffer.browser import ReplayBrowser
 from buffer.trajectory import Trajectory
 from cluster.inspector.rows import Row, row_of, tool_spans
-from learner.step_metrics import log_weight
 from lm.spelling import Decode, split_text
 
 
@@ -118,4 +117,4 @@ def estimate_log_z(trajectories: Sequence[Trajectory], *, temperature: float) ->
     Demonstrations, which no policy sampled, do not count; NaN of them alone.
     """
     sampled = [t for t in trajectories if t.behaviour != "demonstration"]
-    return float(np.mean([log_weight(t, temperature) for t in sampled])) if sampled else math.nan
+    return float(np.mean([t.log_weight(temperature) for t in sampled])) if sampled else math.nan

@@ -5,8 +5,10 @@ import fcntl
 import os
 import re
 import socket
+import sys
 import time
 import uuid
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +17,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from cluster.config.project import UserError
+from tasks.evaluation.evaluation import Scores
 from tasks.records import mistake
 
 # On a cluster: a folder outside of the job's copy of the code, which every node sees.
@@ -251,6 +254,22 @@ def take_scale_request(directory: RunDirectory) -> ScaleRequest | None:
 def merged_folder(adapter: Path) -> Path:
     """Where an M-step leaves its language model: beside its adapter, which is folded into it."""
     return adapter.with_name("model")
+
+
+def read_scores(
+    directory: RunDirectory, warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+) -> Scores:
+    """What earlier sittings of the run have measured; `warn` is told of a file that is no such."""
+    if not directory.scores_file.exists():
+        return Scores()
+    try:
+        return Scores.model_validate_json(directory.scores_file.read_bytes())
+    except ValidationError:
+        warn(
+            f"{directory.scores_file} is of another version of amortize and counts for nothing: "
+            "what it held is measured again"
+        )
+        return Scores()
 
 
 def check_shared(path: Path, *, node: str) -> None:

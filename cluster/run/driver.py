@@ -1,13 +1,10 @@
 """The driver of one run: steps it, shows it, records it, and ends it, whatever happens."""
 
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
-
-from pydantic import ValidationError
 
 from cluster.config.project import UserError
 from cluster.config.schema import RunConfig
@@ -17,6 +14,7 @@ from cluster.run.directory import (
     ScaleAnswer,
     ScaleRequest,
     first_state,
+    read_scores,
     take_scale_request,
     write_whole,
 )
@@ -328,19 +326,3 @@ class Driver:
 def _is_up(run: Run) -> bool:
     counts = run.counts()
     return counts["actual"] == counts["desired"] and bool(run.learner_status)
-
-
-def read_scores(
-    directory: RunDirectory, warn: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
-) -> Scores:
-    """What earlier sittings of the run have measured; `warn` is told of a file that is no such."""
-    if not directory.scores_file.exists():
-        return Scores()
-    try:
-        return Scores.model_validate_json(directory.scores_file.read_bytes())
-    except ValidationError:
-        warn(
-            f"{directory.scores_file} is of another version of amortize and counts for nothing: "
-            "what it held is measured again"
-        )
-        return Scores()

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.special import logsumexp
+from scipy.special import logsumexp, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -140,7 +139,7 @@ class _Mean:
 
     @property
     def interval(self) -> Interval:
-        half = float(stats.t.ppf(1 - _TAIL, self.independent - 1)) * self.error
+        half = float(stdtrit(self.independent - 1, 1 - _TAIL)) * self.error
         return Interval(self.value, self.value - half, self.value + half)
 
 
@@ -157,6 +156,8 @@ class _Moments:
         log_weight_M: Floats, draw_M: NDArray[np.integer] | None, rng: np.random.Generator
     ) -> "_Moments":
         """Resample whole draws, which are single weights where `draw_M` is None."""
+        from scipy import stats  # late: takes half a second, and only who evaluates needs it
+
         top = float(log_weight_M.max())
         weight_M = np.exp(log_weight_M - top)
         draw_M = _numbered(len(weight_M), draw_M)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtri
 
 from actors.prompts import Prompt
 from actors.reward_query import RewardQuery
@@ -188,6 +188,6 @@ def log_mean(count_D: Sequence[int]) -> Interval | None:
     mean = count.mean() if len(count) else 0.0
     if mean == 0.0:
         return None
-    half = float(norm.ppf(0.975)) * float(count.std() / mean) / math.sqrt(len(count))
+    half = float(ndtri(0.975)) * float(count.std() / mean) / math.sqrt(len(count))
     value = math.log(mean)
     return Interval(value, value - half, value + half)
