@@ -1,7 +1,7 @@
 """Whether the whole distributed job ends at the exact posterior, also under fire.
 
 Each row is one run of `amortize train` on the enumerable toy (Ray, Redis, DeepSpeed, asynchronous),
-with the total variation of what it learned to the exact posterior, from `amortize posterior`:
+with the total variation of what it learned to the exact posterior, as the run itself measures it:
 
     plain   nothing special
     stale   actors are held so far behind that groups are drawn at the edge of `buffer.max_age`
@@ -37,7 +37,6 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
 }
 KILL_EVERY_S = (8.0, 20.0)  # from one to the next, uniform; a new actor needs some seconds
 RUN_TIMEOUT_S = 900.0
-VERB_TIMEOUT_S = 300.0
 _POLL_S = 0.2
 
 
@@ -85,14 +84,14 @@ def run_condition(condition: str, seed: int, folder: Path, overrides: Sequence[s
     if process.returncode:
         raise RunEndedBadly(f"{condition}, seed {seed}: {log.read_text()[-4000:]}")
     seconds = time.monotonic() - began_s
-    used = f"runs/{RUN}/config.toml"
-    measured = json.loads(ask("posterior", used, "--run", RUN, "--json", folder=folder))
+    scores = json.loads((folder / "runs" / RUN / "scores.json").read_text())
+    after, before = (scores[when]["metrics"]["tv"]["value"] for when in ("after", "before"))
     steps = [json.loads(line) for line in metrics.read_text().splitlines()]
     return Row(
         condition=condition,
         seed=seed,
-        tv=round(measured["tv"], 4),
-        base_tv=round(measured["base"]["tv"], 4),
+        tv=round(after, 4),
+        base_tv=round(before, 4),
         steps=len(steps),
         age_mean=round(statistics.mean(row["policy/age_mean_versions"] for row in steps), 1),
         age_max=max(row["policy/age_max_versions"] for row in steps),
@@ -137,21 +136,6 @@ def wait(process: subprocess.Popen[bytes], *, during: Callable[[], None]) -> Non
             raise RunEndedBadly(f"a run took more than {RUN_TIMEOUT_S:.0f} s")
         during()
         time.sleep(_POLL_S)
-
-
-def ask(*arguments: str, folder: Path) -> str:
-    """What a verb prints; raises RunEndedBadly."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster", *arguments],
-        cwd=folder,
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=VERB_TIMEOUT_S,
-    )
-    if done.returncode:
-        raise RunEndedBadly(f"{' '.join(arguments)}: {done.stderr[-4000:]}")
-    return done.stdout
 
 
 def end_family(process: subprocess.Popen[bytes]) -> None:

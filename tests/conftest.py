@@ -75,25 +75,34 @@ def pytest_runtest_makereport(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--pace", choices=("fast", "slow", "beside"), help="only tests of this pace")
+    parser.addoption("--pace", choices=("fast", "slow"), help="only tests of this pace")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give slow tests the time that they need, and keep tests of one pace where asked to."""
+    """Give slow tests the time that they need, and keep tests of one pace where asked to.
+
+    The slow ones that may take longest come first, so that whoever runs several at once is not left
+    with a long one in the end.
+    """
     for item in items:
-        if pace_of(item) != "fast" and item.get_closest_marker("timeout") is None:
+        if pace_of(item) == "slow" and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
     if (pace := config.getoption("pace")) is None:
         return
     chosen: dict[bool, list[pytest.Item]] = {True: [], False: []}
     for item in items:
         chosen[pace_of(item) == pace].append(item)
+    if pace == "slow":
+        chosen[True].sort(key=time_limit_s, reverse=True)
     items[:] = chosen[True]
     config.hook.pytest_deselected(items=chosen[False])
 
 
 def pace_of(item: pytest.Item) -> str:
-    """Of the slow tests, those that leave room for another run beside it."""
-    if item.get_closest_marker("slow") is None:
-        return "fast"
-    return "slow" if item.get_closest_marker("beside") is None else "beside"
+    return "fast" if item.get_closest_marker("slow") is None else "slow"
+
+
+def time_limit_s(item: pytest.Item) -> float:
+    limit = item.get_closest_marker("timeout")
+    assert limit is not None
+    return float(limit.args[0])

@@ -252,7 +252,6 @@ SMALL = [
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_the_command_compares_and_does_not_repeat_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

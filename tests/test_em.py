@@ -63,7 +63,6 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_em_and_its_comparison_run_each_step_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,6 @@ def hostile(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_the_tests_pass_in_any_environment_and_leave_nothing_there(tmp_path: Path) -> None:
     variables = hostile(tmp_path)
     standing = tmp_path / "elsewhere"

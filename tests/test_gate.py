@@ -474,7 +474,6 @@ def learned_by_ranks(folder: Path, *, gated: bool) -> list[tuple[Any, dict[str, 
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 @pytest.mark.timeout(300)
 def test_deepspeed_ranks_behind_the_gate_take_the_steps_without_it_bit_for_bit(
     tmp_path: Path,

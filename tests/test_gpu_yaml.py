@@ -33,7 +33,7 @@ LAUNCH_TIMEOUT_S = 60.0
 IMAGE = "ami-0123456789abcdef0"
 WORKERS = {"actor": "g6.2xlarge", "reward": "g6.12xlarge", "learner": "g6e.2xlarge"}
 
-pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 class Recorder:

@@ -23,7 +23,7 @@ from buffer.replay import ReplayBuffer
 from buffer.trajectory import Trajectory
 from tests.inspector_toy import HOSTILE, filled, make_run, spelled, sums
 
-pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = next(

@@ -170,7 +170,6 @@ def inspecting(finished: RunDirectory) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_the_verb_shows_a_finished_run_without_ray_and_ends_in_order(
     finished: RunDirectory, inspecting: subprocess.Popen[str]
 ) -> None:

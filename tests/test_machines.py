@@ -139,7 +139,6 @@ def test_one_gpu_has_shares_for_all_parts_of_the_papers_runs(file: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 @pytest.mark.parametrize(("task", "shape"), SHAPES.items(), ids=list(SHAPES))
 def test_one_gpu_of_48_gb_has_memory_for_all_parts_of_the_papers_runs(
     task: str, shape: PretrainedConfig, tmp_path: Path

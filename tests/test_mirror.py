@@ -318,7 +318,6 @@ def test_the_head_on_aws_asks_for_buckets_in_the_region_of_its_machines() -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_a_run_goes_on_where_only_the_bucket_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

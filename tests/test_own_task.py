@@ -60,7 +60,6 @@ def test_the_page_needs_fewer_lines_than_it_promises() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_the_page_runs_as_it_stands(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = commands(PAGE)
     assert [line.split()[1] for line in lines] == [
@@ -232,14 +231,17 @@ def prompts(config):
     task = build_task(config.task, load_tokenizer(config.lm), seed=0)
     return [prompt.text for prompt in task.prompts]
 
-for name in ("last_word:LastWord", "mine.words:LastWord"):  # a file, and a module of a package
-    config = load_config("last_word.toml", ["cluster.cpus=1", f"task.name={name}"])
-    connect_ray(config, None, "amortize-own")
-    (job,) = global_worker.gcs_client.get_all_job_info().values()
-    assert job.config.metadata["inspector"] == "http://127.0.0.1:8000/inspect/own/"
+names = ("last_word:LastWord", "mine.words:LastWord")  # a file, and a module of a package
+of_file, of_package = (load_config("last_word.toml", [f"task.name={name}"]) for name in names)
+terms = ({"kind": "likelihood"}, {"kind": "verifier", "check": names[0]})
+config = of_package.changed({"cluster.cpus": 1, "reward.terms": terms})  # needs both modules
+connect_ray(config, None, "amortize-own")
+(job,) = global_worker.gcs_client.get_all_job_info().values()
+assert job.config.metadata["inspector"] == "http://127.0.0.1:8000/inspect/own/"
+for config in (of_file, of_package):
     found = ray.get(ray.remote(prompts).options(num_cpus=0).remote(config), timeout=100)
     assert found == list(config.task.beginnings), found
-    ray.shutdown()
+ray.shutdown()
 """
 
 

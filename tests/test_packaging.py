@@ -58,7 +58,6 @@ def test_every_import_of_the_packages_is_a_declared_dependency() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_the_wheel_holds_code_and_data_and_works_outside_the_tree(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run(

@@ -52,7 +52,7 @@ SSHD = (
 WHOLE = {"actors": 1, "replicas": 1}
 TIMEOUT_S = 150.0
 
-pytestmark = [pytest.mark.slow, pytest.mark.beside, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True, slots=True)

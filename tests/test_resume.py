@@ -98,7 +98,6 @@ def kill_after(runs: Path, run: str, step: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 def test_a_run_killed_at_any_step_goes_on_bit_for_bit(tmp_path: Path) -> None:
     whole = subprocess.run(
         command("whole"), cwd=ROOT, env=environment(tmp_path), capture_output=True, check=False

@@ -25,7 +25,6 @@ METHODS = {
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 @pytest.mark.parametrize("kind", METHODS)
 def test_all_methods_stand_in_one_table_and_one_figure(
     kind: str,

@@ -72,7 +72,6 @@ def test_the_templates_are_in_the_wheel() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 @pytest.mark.timeout(900)
 def test_the_page_runs_as_it_stands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -99,7 +98,6 @@ def test_the_page_runs_as_it_stands(
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 @pytest.mark.timeout(600)
 def test_a_folder_with_a_task_of_its_own_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["init", "mine", "--task"]) == 0

@@ -427,7 +427,6 @@ def test_a_verifier_that_never_gives_a_value_ends_the_run_beside_one_that_does(
 
 
 @pytest.mark.slow
-@pytest.mark.beside
 @pytest.mark.timeout(1200)
 def test_training_ends_at_the_posterior_of_likelihood_and_verifier() -> None:
     verifier = '{kind="verifier", check="regex", pattern="ab|d$", weight=2.0}'
