@@ -96,7 +96,7 @@ def test_em_and_its_comparison_run_each_step_once(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_em_runs_on_ray(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster", "em", "tasks/toy.toml", *SMALL, "--run", "r",
                "--rounds", "1", "--json", "cluster.actors=1"]  # fmt: skip
@@ -106,7 +106,7 @@ def test_em_runs_on_ray(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(PROJECT_ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert list(json.loads(done.stdout)["table"]) == ["E-step 1", "M-step 1"]
