@@ -4,16 +4,7 @@ from typing import Any
 
 from learner.broadcast import Unrecoverable
 from reward.replica import ScoreFailed
-from reward.verifiers import CheckFailed
 from tests.light_worker import CountingWorker
-
-
-class UnjudgedWorker(CountingWorker):
-    """An actor whose verifier fails always."""
-
-    def run(self) -> dict[str, int]:
-        """Raise CheckFailed."""
-        raise CheckFailed("reward.terms: 8 of 8 checks failed")
 
 
 class LastWords(CountingWorker):

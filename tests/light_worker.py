@@ -7,6 +7,8 @@ import os
 import threading
 from typing import Any
 
+from reward.verifiers import CheckFailed
+
 
 class LightWorker:
     """Meets, starts, and runs until stopped."""
@@ -64,6 +66,14 @@ class BrokenWorker(CountingWorker):
     def start(self, _: None) -> None:
         """Raise OSError."""
         raise OSError("no such model")
+
+
+class UnjudgedWorker(CountingWorker):
+    """An actor whose verifier fails always."""
+
+    def run(self) -> dict[str, int]:
+        """Raise CheckFailed."""
+        raise CheckFailed("reward.terms: 8 of 8 checks failed")
 
 
 class Answering:

@@ -8,9 +8,9 @@ import ray
 from cluster.config.project import UserError
 from learner.broadcast import Unrecoverable
 from reward.verifiers import CheckFailed
-from tests.light_failures import LastWords, UnjudgedWorker
+from tests.light_failures import LastWords
 from tests.light_run import LightRun
-from tests.light_worker import BrokenWorker, DeafWorker
+from tests.light_worker import BrokenWorker, DeafWorker, UnjudgedWorker
 
 pytestmark = pytest.mark.slow
 
