@@ -41,9 +41,13 @@ class ActionDistribution:
             return token_X
         return torch.searchsorted(self.id_C, token_X).clamp_max_(len(self.id_C) - 1)
 
-    def log_q(self, logits_XV: Tensor, may_stop_X: NDArray[np.bool_]) -> Tensor:
-        """[X, C] nats, float32 at least, columns as `id_C`, X any shape; a closed ⊤ is -inf."""
-        logits_XC = logits_XV if self.every_token else logits_XV[..., self.id_C]
+    def log_q(self, logits: Tensor, may_stop_X: NDArray[np.bool_]) -> Tensor:
+        """[X, C] nats, float32 at least, columns as `id_C`, X any shape; a closed ⊤ is -inf.
+
+        Args:
+            logits: [X, V], or [X, C] where no others were computed.
+        """
+        logits_XC = logits if logits.shape[-1] == len(self.id_C) else logits[..., self.id_C]
         logits_XC = logits_XC.to(torch.promote_types(logits_XC.dtype, torch.float32))
         if not may_stop_X.all():
             closed_X = torch.from_numpy(~may_stop_X).to(logits_XC.device)

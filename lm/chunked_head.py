@@ -62,6 +62,23 @@ class OutputHead:
         """[N, C], in float32 at least, with these rows of the module's weight and bias."""
         return self._finished(nn.functional.linear(hidden_ND, weight_CD, bias_C))
 
+    def logits_of(self, hidden_ND: Tensor, id_C: Tensor) -> Tensor:
+        """[N, C] of these tokens, in float32 at least; of others too where the head is adapted."""
+        if not self.frozen_linear:
+            return self.logits(hidden_ND)[:, id_C]
+        bias_V = self.module.bias
+        bias_C = None if bias_V is None else bias_V[id_C]
+        return self.linear_logits(hidden_ND, self.module.weight[id_C], bias_C)
+
+    def log_probs_of(self, hidden_ND: Tensor, token_NK: Tensor) -> Tensor:
+        """[N, K] log p of K tokens in each state, nothing masked, nats, chunk by chunk."""
+        parts = []
+        for chunk in _chunks(len(hidden_ND), max(1, CHUNK_ENTRIES // self.vocab_size)):
+            logits_NV = self.logits(hidden_ND[chunk])
+            log_total_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
+            parts.append(logits_NV.gather(1, token_NK[chunk]) - log_total_N1)
+        return torch.cat(parts)
+
     def slope(self, logits: Tensor) -> Tensor | float:
         """d logits / d module(hidden), at these logits."""
         capped = 0.0 if self.softcap is None else (logits / self.softcap).square()

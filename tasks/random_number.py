@@ -8,7 +8,7 @@ less by a factor for each token of anything else, such as '007', '101' or '3 7'.
 import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +43,13 @@ class RandomNumber(PlainTask):
 
     def log_reward_ceiling(self, prefix: Sequence[int], length: int) -> float:
         """Largest log R in nats of a Z of `length` tokens that begins with `prefix`."""
-        start = tuple(prefix)
-        reachable = any(len(z) == length and z[: len(start)] == start for z in self.numbers)
+        reachable = (tuple(prefix), length) in self._beginnings
         return 0.0 if reachable else -self.penalty_nats * max(length, 1)
+
+    @cached_property
+    def _beginnings(self) -> set[tuple[tuple[int, ...], int]]:
+        """Of every valid Z, with its length."""
+        return {(z[:end], len(z)) for z in self.numbers for end in range(len(z) + 1)}
 
 
 def log_reward(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -40,11 +41,15 @@ def test_any_common_beginning_will_do(tiny_lm: MakeLM, prefixes: list[tuple[int,
 
 def test_unmasked_probabilities_are_those_of_the_vocabulary(tiny_lm: MakeLM) -> None:
     model = tiny_lm("gpt2")
-    log_p = NextLogits(model).token_log_probs(PREFIXES)
+    every = np.tile(np.arange(VOCAB_SIZE), (len(PREFIXES), 1))
+    log_p = NextLogits(model).token_log_probs(PREFIXES, every)
     assert log_p.shape == (len(PREFIXES), VOCAB_SIZE)
     torch.testing.assert_close(log_p.exp().sum(1), torch.ones(len(PREFIXES)))
     expected = plain_logits(model, PREFIXES[1]).log_softmax(0)
     torch.testing.assert_close(log_p[1], expected, rtol=0, atol=1e-4)
+    some = np.array([[n, 3] for n in range(len(PREFIXES))])
+    found = NextLogits(model).token_log_probs(PREFIXES, some)
+    assert found.tolist() == log_p.gather(1, torch.from_numpy(some)).tolist()
 
 
 @pytest.mark.parametrize("legal", [(3, 4, 9, 17), None])

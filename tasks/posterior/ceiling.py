@@ -17,6 +17,7 @@ from reward.terms import RewardTerms
 from tasks.task import Task
 
 Floats = NDArray[np.float64]
+Tokens = NDArray[np.int64]
 _NEXT_TO_NOTHING = -25.0  # nats below the bound on everything
 
 
@@ -52,16 +53,19 @@ class PriorCeiling:
         places = self.actions.max_len - self.actions.min_len + 1 if chosen else 1
         self.of_everything = math.log(places) / self.temperature + self.more
 
-    def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
-        """[N, V] over the completions that begin with a prefix and each next token; one pass.
+    def of_children(
+        self, prefixes: Sequence[Prefix], log_bound_N: Floats, token_NC: Tokens
+    ) -> Floats:
+        """[N, C] over the completions that begin with a prefix and one of C next tokens; one pass.
 
         Args:
             prefixes: tokens of completions, tool text included; without the prompt.
             log_bound_N: what this ceiling said of each prefix itself.
+            token_NC: the next tokens of each.
         """
         texts = [(*self.context, *prefix) for prefix in prefixes]
-        log_p_NV = self.model.token_log_probs(texts).cpu().numpy().astype(np.float64)
-        return log_bound_N[:, None] + log_p_NV / self.temperature
+        log_p_NC = self.model.token_log_probs(texts, token_NC).cpu().numpy().astype(np.float64)
+        return log_bound_N[:, None] + log_p_NC / self.temperature
 
 
 @runtime_checkable
@@ -86,24 +90,23 @@ class FunctionCeiling:
 
     def __post_init__(self) -> None:
         choices = set(self.actions.columns(self.vocab_size).tolist()) - {self.actions.stop_token}
-        self._choices = sorted(choices)
         self._log_choices = math.log(len(choices))
         self.of_everything = self._below((), length=0)
 
-    def of_children(self, prefixes: Sequence[Prefix], log_bound_N: Floats) -> Floats:
-        """As PriorCeiling; -inf where the policy has no such choice."""
-        bound_NV = np.full((len(prefixes), self.vocab_size), -np.inf)
-        for bound_V, prefix in zip(bound_NV, prefixes, strict=True):
+    def of_children(
+        self, prefixes: Sequence[Prefix], log_bound_N: Floats, token_NC: Tokens
+    ) -> Floats:
+        """As PriorCeiling, of next tokens that the policy may choose."""
+        bound_NC = np.empty(token_NC.shape)
+        for bound_C, prefix, token_C in zip(bound_NC, prefixes, token_NC.tolist(), strict=True):
             length = len(prefix) + 1
             # What bounds the prefix bounds its children: next to nothing is not worth the asking.
             every = self._below(prefix, length=length)
             if every + self._log_choices < self.of_everything + _NEXT_TO_NOTHING:
-                bound_V[self._choices] = every
+                bound_C[:] = every
             else:
-                bound_V[self._choices] = [
-                    self._below((*prefix, token), length=length) for token in self._choices
-                ]
-        return bound_NV
+                bound_C[:] = [self._below((*prefix, token), length=length) for token in token_C]
+        return bound_NC
 
     def _below(self, prefix: Prefix, *, length: int) -> float:
         """Over the completions that begin with some `length` tokens that begin with `prefix`."""

@@ -22,7 +22,7 @@ from tasks.posterior.ceiling import Ceiling
 # Prefixes of one batch: few at first, when the heaviest are still to be found.
 _SMALLEST_BATCH, _LARGEST_BATCH = 64, 1024
 _BATCH_SHARE = 0.25  # of those visited so far
-_LARGEST_TABLE = 1 << 22  # of prefixes by vocabulary: bounds memory
+_LARGEST_TABLE = 1 << 22  # of prefixes by actions: bounds memory
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,7 +159,7 @@ class PrefixTree:
 
     def _batch_size(self) -> int:
         wanted = max(_SMALLEST_BATCH, round(_BATCH_SHARE * len(self._nodes)))
-        most = min(_LARGEST_BATCH, max(1, _LARGEST_TABLE // self.vocab_size))
+        most = min(_LARGEST_BATCH, max(1, _LARGEST_TABLE // len(self._token_C)))
         return min(wanted, most, self.max_nodes - len(self._nodes))
 
     def _child(self, parent: int, token: int) -> _Node:
@@ -189,23 +189,23 @@ class PrefixTree:
         log_q_KNC += visited.log_q_KM[:, :, None]
         for at in np.flatnonzero(may_stop_N):
             self._reach(nodes[at], log_q_KNC[:, at, self._stop_column])
-        bound_NV = np.full((len(nodes), self.vocab_size), np.inf)
-        if self.ceiling is not None:
-            tokens = [node.tokens for node in nodes]
-            bound_NV = self.ceiling.of_children(tokens, visited.log_bound_M)
         at_B, free_B = np.flatnonzero(speaking_N), np.flatnonzero(~speaking_N)
         said_B = np.array([nodes[at].pending[0] for at in at_B], dtype=np.int64)
+        token_NC = np.tile(self._token_C, (len(nodes), 1))
+        token_NC[at_B] = said_B[:, None]
+        bound_NC = np.full(token_NC.shape, np.inf)
+        if self.ceiling is not None:
+            tokens = [node.tokens for node in nodes]
+            bound_NC = self.ceiling.of_children(tokens, visited.log_bound_M, token_NC)
         choices = len(self._token_C)
-        spoken = _Frontier(
-            number_N[at_B], said_B, visited.log_q_KM[:, at_B], bound_NV[at_B, said_B]
-        )
+        spoken = _Frontier(number_N[at_B], said_B, visited.log_q_KM[:, at_B], bound_NC[at_B, 0])
         chosen = _Frontier(
             np.repeat(number_N[free_B], choices),
             np.tile(self._token_C, len(free_B)),
             np.delete(log_q_KNC[:, free_B], self._stop_column, axis=2).reshape(
                 len(self.policies), -1
             ),
-            bound_NV[np.ix_(free_B, self._token_C)].reshape(-1),
+            bound_NC[free_B].reshape(-1),
         )
         self._frontier = self._frontier.join(spoken, chosen)
 
