@@ -54,7 +54,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_finish() -> None:
     """Look for garbage from now on, but not in what was imported, which stays."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

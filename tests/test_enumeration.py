@@ -75,7 +75,7 @@ def test_probabilities_are_those_of_the_scorer() -> None:
 
 @pytest.mark.parametrize("name", ["tool, min_len 2", "stop after tool", "tool behind a text"])
 def test_the_sampler_draws_what_the_tree_says(name: str) -> None:
-    toy, count = TOYS[name], 20_000
+    toy, count = TOYS[name], 10_000
     support = enumerated(toy.tree())
     sampler = Sampler(toy.model, toy.actions, toy.tool, max_rows=4096)
     request = Request(prompt=toy.prompt.prompt)

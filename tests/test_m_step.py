@@ -186,7 +186,7 @@ def m_step(config: RunConfig, folder: Path, *, broken: str = "") -> tuple[float,
     before = log_likelihood(base.model, task)
     texts = texts_of(base.model, task)
     model = attach_adapter(base, config.lora, seed=1)
-    settings = make_config(learning_rate=2e-3, weight_decay=0.0, warmup_steps=0)
+    settings = make_config(learning_rate=4e-3, weight_decay=0.0, warmup_steps=0)
     learner = Learner(
         model=model,
         actions=whole_texts(task),
@@ -197,7 +197,7 @@ def m_step(config: RunConfig, folder: Path, *, broken: str = "") -> tuple[float,
         weights=Published(),
         rng=np.random.default_rng(0),
     )
-    for _ in range(25):
+    for _ in range(12):
         learner.step()
     save_merged(config.lm, adapter_bytes(model), folder)
     return before, log_likelihood(load_base(LMConfig(model=str(folder))).model, task)

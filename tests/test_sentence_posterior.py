@@ -47,14 +47,14 @@ def test_a_trained_policy_samples_sentences_in_proportion_to_their_rewards(
     config = sentence_config(
         kind,
         tmp_path,
-        "learner.steps=120",
+        "learner.steps=60",
         f"learner.reward_temperature={{start={temperature}, end={temperature}, steps=1}}",
     )
     directory = RunDirectory("run", root=tmp_path)
     train(config, directory, resume=False, address=None, local=True)
     found = assessed(config, directory.adapter)
     assert found.base.tv is not None and found.tv is not None
-    assert found.base.tv > 0.6 and found.tv < 0.2  # 0.10 and 0.08
+    assert found.base.tv > 0.6 and found.tv < 0.2  # 0.07 and 0.14
 
 
 @both_tasks
