@@ -211,7 +211,6 @@ def measure(case: Case) -> dict[str, object]:
                 first = learner.gate.tolerance.calibrating
                 with spending.on({"learning": 1.0}):
                     wrong += learner.step()["agreement/quarantined"]
-                    learner.publish()
                 steps.append((first, spending.seconds - before))
     return row_of(case, steps) | {"compared": dict(compared), "quarantined": wrong}
 
