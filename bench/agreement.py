@@ -76,7 +76,7 @@ class Spending:
     """CPU seconds of this thread, each second counted once: for the innermost that is open."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds = dict.fromkeys(("learning", *CAUSES), 0.0)
         self._open: list[Mapping[str, float]] = []
         self._since_s = 0.0
 
@@ -207,18 +207,22 @@ def measure(case: Case) -> dict[str, object]:
                     archive.age = int(rng.integers(5)) if case.age is None else case.age
                     actor.step()
                     actor.flush()
-                before = Counter(spending.seconds)
+                before = dict(spending.seconds)
                 first = learner.gate.tolerance.calibrating
                 with spending.on({"learning": 1.0}):
                     wrong += learner.step()["agreement/quarantined"]
-                steps.append((first, spending.seconds - before))
+                spent = {name: s - before[name] for name, s in spending.seconds.items()}
+                steps.append((first, spent))
     return row_of(case, steps) | {"compared": dict(compared), "quarantined": wrong}
 
 
-def row_of(case: Case, steps: list[tuple[bool, Counter[str]]]) -> dict[str, object]:
+def row_of(case: Case, steps: list[tuple[bool, dict[str, float]]]) -> dict[str, object]:
     """Shares in per cent, of a run that goes on as it did behind its first draws."""
     first, steady = (
-        sum((spent for is_first, spent in steps if is_first == which), Counter[str]())
+        {
+            name: sum(spent[name] for is_first, spent in steps if is_first == which)
+            for name in ("learning", *CAUSES)
+        }
         for which in (True, False)
     )
     number = sum(is_first for is_first, _ in steps)

@@ -97,9 +97,9 @@ def simulate(
             true = claimed + late(actor, step)
             noise = GROUP_SPREAD * rng.normal() + ROW_SPREAD * rng.normal(size=GROUP).mean()
             gaps[f"a{actor}", step - claimed] = gap(level + slope * math.log(true) + noise)
-        for actor in hearing.take(gaps, step):
-            alarms.append((step - 10, actor))
-            hearing.forget(actor)
+        for changed in hearing.take(gaps, step):
+            alarms.append((step - 10, changed))
+            hearing.forget(changed)
     return alarms
 
 
