@@ -5,7 +5,7 @@ with the total variation of what it learned to the exact posterior, as the run i
 
     plain   nothing special
     stale   actors are held so far behind that groups are drawn at the edge of `buffer.max_age`
-    kills   at random moments a random rollout actor is killed, all run long
+    kills   at random steps a random rollout actor is killed, all run long
 
     python bench/posterior.py [--json] [--seeds N] [--conditions plain stale kills]
 """
@@ -35,7 +35,7 @@ OVERRIDES: dict[str, tuple[str, ...]] = {
     "stale": (f"buffer.max_age={MAX_AGE}", f"actors.lag_versions={LAG}"),
     "kills": ("cluster.max_restarts=1000",),
 }
-KILL_EVERY_S = (8.0, 20.0)  # from one to the next, uniform; a new actor needs some seconds
+KILL_EVERY_STEPS = (30, 90)  # from one to the next, uniform: as many on any machine
 RUN_TIMEOUT_S = 900.0
 _POLL_S = 0.2
 
@@ -101,7 +101,7 @@ def run_condition(condition: str, seed: int, folder: Path, overrides: Sequence[s
 
 
 class Killer:
-    """Kills a rollout actor of a run now and then, once the run has stepped.
+    """Kills a rollout actor of a run now and then.
 
     Args:
         pid: of the run's driver, whose descendants alone are touched.
@@ -113,19 +113,19 @@ class Killer:
         self._metrics = metrics
         self._driver = psutil.Process(pid)
         self._rng = rng
-        self._next_s = time.monotonic() + rng.uniform(*KILL_EVERY_S)
+        self._next_step = rng.uniform(*KILL_EVERY_STEPS)
 
     def maybe_kill(self) -> None:
         """Kill one if it is time and one lives."""
-        started = self._metrics.exists() and self._metrics.stat().st_size
-        if not started or time.monotonic() < self._next_s:
+        step = self._metrics.read_bytes().count(b"\n") if self._metrics.exists() else 0
+        if step < self._next_step:
             return
         actors = [p for p in descendants(self._driver) if "RolloutWorker" in title(p)]
         if not actors:
             return
         self._rng.choice(actors).kill()
         self.kills += 1
-        self._next_s = time.monotonic() + self._rng.uniform(*KILL_EVERY_S)
+        self._next_step = step + self._rng.uniform(*KILL_EVERY_STEPS)
 
 
 def wait(process: subprocess.Popen[bytes], *, during: Callable[[], None]) -> None:

@@ -32,6 +32,7 @@ SETTINGS = [
     "learner.groups_per_step=2",
     "learner.steps=100000",
     "learner.checkpoint_every_steps=100000",
+    "learner.checkpoint_every_s=100000",
     "cluster.actors=1",
     "cluster.cpus=4",
 ]

@@ -24,5 +24,5 @@ def test_the_job_ends_at_the_posterior_with_the_staleness_at_its_bound(tmp_path:
 
 def test_it_does_with_actors_killed_at_random(tmp_path: Path) -> None:
     row = run_condition("kills", 0, tmp_path, QUICK)
-    assert row.kills >= 1, row  # the quicker the machine, the fewer
+    assert row.kills >= 2, row
     assert row.tv <= LARGEST_TV, row
