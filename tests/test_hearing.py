@@ -10,6 +10,7 @@ from learner.agreement.comparison import Gap, Pair
 from learner.agreement.hearing import (
     _AT_FIRST,
     _DRIFT,
+    _LEAST_NOISE,
     _LIMIT_NATS,
     _SHIFT,
     _SLOPE,
@@ -147,3 +148,17 @@ def test_not_a_number_is_a_change_and_what_is_not_fresh_says_nothing() -> None:
     for step in range(6, 20):
         assert set(hearing.take({("b", step - 1): gap(-4.0)}, step)) == set()
     assert hearing._doubts["b"].nats < _LIMIT_NATS
+
+
+@pytest.mark.parametrize("noise, age, steps", [(0.5, 1, 5000), (1e-30, 3, 50)])
+def test_what_hardly_varies_leaves_every_number_finite(noise: float, age: int, steps: int) -> None:
+    hearing = Hearing()
+    belief = _AT_FIRST.seeing(math.log(age), -4.0, 24 / noise)
+    hearing.restore(belief, 0, [noise, 0.02], {})
+    for step in range(5, 5 + steps):
+        assert not hearing.take({("a", step - age): gap(-4.0, fresh=24)}, step)
+    assert hearing._noise >= _LEAST_NOISE
+    assert all(map(math.isfinite, (*hearing._belief, hearing._doubts["a"].nats)))
+    # Whom it doubts it still says.
+    late = {("a", 5 + steps - age): gap(-2.0, fresh=24)}
+    assert set(hearing.take(late, 5 + steps)) == {"a"}

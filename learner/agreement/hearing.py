@@ -30,7 +30,12 @@ _SLOPE, _SLOPE_SPREAD, _SLOPE_DRIFT = 0.75, 0.2, 0.01
 # x that is further from what was expected, in standard deviations, is taken for nearer.
 _CLIP = 2.0
 _CLIPPED_SQUARE = 0.9205  # mean of the square of a standard normal number that is clipped there
+# Variance of x of one trajectory, below which it is not learned: log q is rounded in any case.
+_LEAST_NOISE = 1e-3
 _NOISE_RATES = (0.1, 0.02)  # at which the noise is learned, at first and at last
+
+
+_Observation = tuple[float, float, float]  # logarithm of the age, x, weight
 
 
 class Belief(NamedTuple):
@@ -43,7 +48,7 @@ class Belief(NamedTuple):
     y1: float
 
     def seeing(self, log_age: float, x: float, weight: float) -> "Belief":
-        """After an observation of level + slope * log_age; a negative weight takes it back."""
+        """After an observation of level + slope * log_age."""
         a, b, c, y0, y1 = self
         of_slope = weight * log_age
         return Belief(
@@ -102,15 +107,14 @@ class Hearing:
             actor: [self._bounded(before, math.log(version - at), gap) for at, gap in each]
             for actor, each in heard.items()
         }
-        self._belief, self._version = before, version
-        for observations in seen.values():
-            for observation in observations:
-                self._belief = self._belief.seeing(*observation)
-        return {
-            actor: self._doubts[actor].since
-            for actor, each in heard.items()
-            if self._weigh(actor, each, seen[actor]) > _LIMIT_NATS
-        }
+        self._belief, self._version = _after(before, seen), version
+        changed = {}
+        for actor, each in heard.items():
+            # Added up: what is taken away again leaves the rounding of what was there.
+            others = _after(before, {name: seen[name] for name in seen if name != actor})
+            if self._weigh(actor, each, others) > _LIMIT_NATS:
+                changed[actor] = self._doubts[actor].since
+        return changed
 
     def forget(self, actor: str) -> None:
         """No evidence is left against this actor."""
@@ -128,39 +132,42 @@ class Hearing:
         doubts: Mapping[str, Any],
     ) -> None:
         """Know what was known at the moment of `save`."""
-        self._belief, self._version = Belief(*belief), version
-        self._noise, self._noise_rate = noise
+        variance, self._noise_rate = noise
+        # What was learned with less noise than this may have lost all its digits.
+        self._belief = Belief(*belief) if variance >= _LEAST_NOISE else _AT_FIRST
+        self._version, self._noise = version, max(variance, _LEAST_NOISE)
         self._doubts.update((actor, _Doubt(*doubt)) for actor, doubt in doubts.items())
 
-    def _weigh(
-        self,
-        actor: str,
-        heard: Sequence[tuple[int, Gap]],
-        seen: Sequence[tuple[float, float, float]],
-    ) -> float:
-        """The evidence against this actor once it is heard, nats."""
-        others = self._belief
-        for log_age, x, weight in seen:
-            others = others.seeing(log_age, x, -weight)
+    def _weigh(self, actor: str, heard: Sequence[tuple[int, Gap]], others: Belief) -> float:
+        """The evidence against this actor once it is heard beside the others, nats."""
         doubt = self._doubts[actor]
-        for (sampled_at, gap), (log_age, _, _) in zip(heard, seen, strict=True):
+        for sampled_at, gap in heard:
             doubt.since = min(doubt.since, sampled_at) if doubt.nats > 0 else sampled_at
             if not math.isfinite(gap.moved):
                 doubt.nats = math.inf
                 continue
-            mean, variance = others.expects(log_age)
+            mean, variance = others.expects(math.log(self._version - sampled_at))
             variance += self._noise / gap.fresh
             excess = gap.moved - mean
             doubt.nats = max(doubt.nats + _SHIFT / variance * (excess - _SHIFT / 2), 0.0)
             surprise = min(excess**2 / variance, _CLIP**2) - _CLIPPED_SQUARE
-            self._noise *= math.exp(self._noise_rate * surprise)
+            learned = self._noise * math.exp(self._noise_rate * surprise)
+            self._noise = max(learned, _LEAST_NOISE)
             self._noise_rate = max(self._noise_rate / (1 + self._noise_rate), _NOISE_RATES[1])
         return doubt.nats
 
-    def _bounded(self, before: Belief, log_age: float, gap: Gap) -> tuple[float, float, float]:
+    def _bounded(self, before: Belief, log_age: float, gap: Gap) -> _Observation:
         """What `Belief.seeing` takes of a gap: who is far off shifts nobody else's norm."""
         weight = gap.fresh / self._noise
         mean, variance = before.expects(log_age)
         most = _CLIP * math.sqrt(variance + 1 / weight)
         excess = gap.moved - mean if math.isfinite(gap.moved) else 0.0
         return log_age, mean + max(-most, min(most, excess)), weight
+
+
+def _after(belief: Belief, seen: Mapping[str, Sequence[_Observation]]) -> Belief:
+    """The belief after all that these actors have shown."""
+    for observations in seen.values():
+        for observation in observations:
+            belief = belief.seeing(*observation)
+    return belief
