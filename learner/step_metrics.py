@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 
 from buffer.replay import Group
-from learner.agreement.comparison import Gap, Pair, log_q_differences, movement, pair_of
+from learner.agreement.comparison import Gap, Pair, log_q_differences, pair_of
 from learner.batch import Batch, content, members
 from learner.engine import Engine
 from learner.objectives.base import ObjectiveInput, ObjectiveValue
@@ -32,12 +32,10 @@ class Tally:
         self.gaps: dict[Pair, Gap] = {}  # of who sampled the groups, once they are gathered
         sampled = (t for t in members(groups) if t.behaviour != "demonstration")
         self._pairs = sorted({pair_of(t) for t in sampled})  # on all ranks the same
-        self._fresh = {t for group in groups for t in group.fresh}
         self._row_sums: defaultdict[str, float] = defaultdict(float)
         self._rows = self._gap_sum = self._gap_count = self._gap_max = 0.0
-        # Decisions, sums of log q recomputed - recorded and of its square; of what is fresh alone
-        # the number, and the sum of `movement`.
-        self._moments: Floats = np.zeros((len(self._pairs), 5))
+        # Decisions, and sums of log q recomputed - recorded and of its square.
+        self._moments: Floats = np.zeros((len(self._pairs), 3))
 
     def add(
         self, batch: Batch, inputs: ObjectiveInput, value: ObjectiveValue, *, factor: float
@@ -60,14 +58,10 @@ class Tally:
             engine.gather([self._gap_max, *sums, *self._moments.ravel().tolist()])
         ).T
         loss, rows, gap_sum, gap_count, *rest = (float(values.sum()) for values in everyones)
-        row_sums, moments_P5 = rest[: len(names)], np.reshape(rest[len(names) :], (-1, 5))
+        row_sums, moments_P3 = rest[: len(names)], np.reshape(rest[len(names) :], (-1, 3))
         self.gaps = {
-            pair: Gap(
-                int(count), math.sqrt(square / count), total / count, int(rows), moved / (rows or 1)
-            )
-            for pair, (count, total, square, rows, moved) in zip(
-                self._pairs, moments_P5.tolist(), strict=True
-            )
+            pair: Gap(int(count), math.sqrt(square / count), total / count)
+            for pair, (count, total, square) in zip(self._pairs, moments_P3, strict=True)
         }
         metrics = {"loss/value": loss}
         metrics |= {f"loss/{n}": total / rows for n, total in zip(names, row_sums, strict=True)}
@@ -78,15 +72,13 @@ class Tally:
 
     def _compare(self, batch: Batch, inputs: ObjectiveInput) -> None:
         difference_BN, counted_BN = log_q_differences(batch, inputs.log_pf_BT, inputs.log_stop_BS)
-        exact_BN = difference_BN.double()
-        of_rows = [counted_BN.sum(1), exact_BN.sum(1), exact_BN.square().sum(1)]
-        of_rows += [torch.ones_like(of_rows[1]), movement(batch, difference_BN, counted_BN)]
-        moments_B5 = torch.stack([t.double() for t in of_rows], dim=1).cpu().numpy()
-        moments_B5[[t not in self._fresh for t in batch.trajectories], 3:] = 0.0
+        squares_BN = difference_BN.double().square()
+        of_rows = [counted_BN.sum(1), difference_BN.double().sum(1), squares_BN.sum(1)]
+        moments_B3 = torch.stack([t.double() for t in of_rows], dim=1).cpu().numpy()
         own = []
         for row, trajectory in enumerate(batch.trajectories):
             if trajectory.behaviour != "demonstration":
-                self._moments[bisect_left(self._pairs, pair_of(trajectory))] += moments_B5[row]
+                self._moments[bisect_left(self._pairs, pair_of(trajectory))] += moments_B3[row]
                 own += [row] if trajectory.policy_version == self._version else []
         if own:
             gap_K = difference_BN[own][counted_BN[own]].abs()

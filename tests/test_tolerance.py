@@ -14,7 +14,6 @@ from buffer.trajectory import Trajectory
 from cluster.config.project import PROJECT_ROOT
 from learner.agreement.comparison import Comparison, Gap, compare, pair_of
 from learner.agreement.gate import AgreementGate
-from learner.agreement.hearing import Hearing
 from learner.agreement.policy_history import PastPolicies
 from learner.agreement.quarantine import Quarantine, read_quarantine
 from learner.agreement.tolerance import Rounding, Tolerance, rounding_of
@@ -235,31 +234,6 @@ def gate_of(learner: Actor, folder: Path) -> AgreementGate:
     )
 
 
-def moved_since(rows: Sequence[Trajectory], found: Sequence[Comparison]) -> float:
-    """The mean of `movement`, by what was recomputed of these."""
-    logs = []
-    for row, outcome in zip(rows, found, strict=True):
-        recorded = np.concatenate([row.behaviour_log_prob, row.behaviour_log_stop]).astype(float)
-        now = np.concatenate([outcome.log_q_token, outcome.log_q_stop]).astype(float)
-        spread = (1 - np.exp(recorded)).sum() + 1e-2
-        logs.append(np.log((np.abs(now - recorded).sum() + 1e-6) / spread))
-    return float(np.mean(logs))
-
-
-def heard_for_long(names: Sequence[str]) -> list[Any]:
-    """State of a hearing that heard these, two versions old, up to version 5: as noisy as here."""
-    hearing, rng = Hearing(), np.random.default_rng(0)
-    for version in range(3, 64):
-        moved = -1.4 + rng.normal(0, 0.35 / 5**0.5, size=len(names))
-        gaps = {
-            (name, version - 2): Gap(80, 0.2, 0.0, 5, x)
-            for name, x in zip(names, moved.tolist(), strict=True)
-        }
-        hearing.take(gaps, version)
-    belief, _, *rest = hearing.save()
-    return [belief, 5, *rest]
-
-
 def learn_from(gate: AgreementGate, learner: Actor, groups: Sequence[Group], version: int) -> None:
     """Let the gate hear what the learner's own pass has shown, under the weights of now."""
     trajectories = [t for group in groups for t in group.fresh]
@@ -272,10 +246,7 @@ def learn_from(gate: AgreementGate, learner: Actor, groups: Sequence[Group], ver
         weights = [outcome.decisions for outcome in own]
         squares = np.average([outcome.rms_nats**2 for outcome in own], weights=weights)
         mean = np.average([outcome.mean_nats for outcome in own], weights=weights)
-        rows = [t for t in trajectories if pair_of(t) == pair]
-        gaps[pair] = Gap(
-            sum(weights), float(np.sqrt(squares)), float(mean), len(rows), moved_since(rows, own)
-        )
+        gaps[pair] = Gap(sum(weights), float(np.sqrt(squares)), float(mean))
     gate.hear(groups, gaps, version)
 
 
@@ -288,9 +259,8 @@ def test_who_agreed_for_long_and_is_damaged_now_is_named_long_before_it_is_due(
     actors = [Actor(f"actor-{index}", "float32", seed=index) for index in range(2)]
     gate, adapters, drawn = gate_of(learner, tmp_path), [], 0
     gate.tolerance.restore({"draws": 3, "squares": {}})
-    record = {"since": 0, "last": 0, "gap": 20, "changed": False}
-    names = [actor.name for actor in actors]
-    gate.schedule.restore([], {name: dict(record) for name in names}, heard_for_long(names))
+    record = {"since": 0, "last": 0, "gap": 20, "heard": 0.0, "changed": False}
+    gate.schedule.restore([], {actor.name: dict(record) for actor in actors})
     moved(learner.model, 99, scale=0.2)
     for version in range(1, 14):
         adapters.append(moved(learner.model, version, scale=0.02))

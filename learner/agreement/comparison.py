@@ -32,8 +32,6 @@ class Gap:
     decisions: int
     rms_nats: float
     mean_nats: float
-    fresh: int = 0  # trajectories, of those that were not drawn before
-    moved: float = 0.0  # of these the mean of `movement`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,16 +71,6 @@ def log_q_differences(
     recomputed_BN = torch.cat([log_pf_BT, log_stop_BS], dim=1).detach()
     recorded_BN = torch.cat([batch.behaviour_log_prob_BT, batch.behaviour_log_stop_BS], dim=1)
     return (recomputed_BN - recorded_BN).masked_fill(~counted_BN, 0.0), counted_BN
-
-
-def movement(batch: Batch, difference_BN: Tensor, counted_BN: Tensor) -> Tensor:
-    """How far the policy seems to have moved since each trajectory was sampled: [B], a logarithm.
-
-    Of sum |d| / sum (1 - q), over its decisions: a logit that moves by s moves log q by s (1 - q).
-    """
-    recorded_BN = torch.cat([batch.behaviour_log_prob_BT, batch.behaviour_log_stop_BS], dim=1)
-    open_BN = (1 - recorded_BN.exp()).masked_fill(~counted_BN, 0.0)
-    return torch.log((difference_BN.abs().sum(1) + 1e-6) / (open_BN.sum(1) + 1e-2))
 
 
 @torch.no_grad()

@@ -4,18 +4,21 @@ A comparison is a forward pass for a row that shares its prompt with nobody. An 
 compared again 1, 2, 4, 8 .. versions later, at most 1 / share; in between its record vouches for
 it. Nobody is unheard in between: the learner computes log q of all that it learns from, under its
 own weights. Of what those weights sampled, that is the comparison. Of older versions it differs by
-what the policy has moved since, and an actor that differs by more is compared at once.
+what the policy has moved since, and an actor that suddenly differs more is compared at once.
 """
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from buffer.trajectory import Trajectory
 from learner.agreement.comparison import Gap, Pair, num_decisions, pair_of
-from learner.agreement.hearing import Hearing
+
+# Of what is heard of an actor to what was heard when it last agreed, above which it is compared.
+_GROWTH = 1.5
 
 
 @dataclass(slots=True)
@@ -25,7 +28,8 @@ class _Record:
     since: int  # the version with which agreement began
     last: int  # the last version that was compared
     gap: int = 1  # versions to the next comparison
-    changed: bool = False  # so it was heard since
+    heard: float = 0.0  # how far it seemed to be moved then, nats; 0: not heard since
+    changed: bool = False  # it is heard to differ more by now
 
     @property
     def due(self) -> int:
@@ -45,7 +49,6 @@ class Schedule:
         self._share = share
         self._agreed: set[Pair] = set()  # compared themselves
         self._records: dict[str, _Record] = {}
-        self._hearing = Hearing()
 
     def alarmed(self, actor: str) -> bool:
         """Whether it was heard to have changed, and has not been compared since."""
@@ -114,51 +117,49 @@ class Schedule:
         liars = {actor for actor, _ in wrong}
         for actor in liars:
             self._records.pop(actor, None)
-            self._hearing.forget(actor)
         honest = sorted(pair for pair in agreed if pair[0] not in liars)
         newest = dict(honest)
         for actor, version in newest.items():
             record = self._records.setdefault(actor, _Record(since=version, last=version))
             if version >= record.due:
-                record.last, record.changed = version, False
-                self._hearing.forget(actor)
+                record.last, record.heard, record.changed = version, 0.0, False
                 longest = round(1 / self._share) if self._share else 2 * record.gap
                 record.gap = min(2 * record.gap, longest)
         # At which of its versions an actor broke, nobody knows.
         self._agreed = {pair for pair in self._agreed if pair[0] not in liars} | set(honest)
 
     def hear(self, gaps: Mapping[Pair, Gap], version: int) -> None:
-        """Bring forward who differs from the learner, of `version`, by more than is usual."""
-        for actor, oldest in self._hearing.take(gaps, version).items():
-            if (record := self._records.get(actor)) is not None:
-                record.changed = True
-                # It may have broken within a version that agreed: what was heard is due.
-                record.last = min(record.last, oldest - 1)
-                self._agreed = {pair for pair in self._agreed if pair[0] != actor}
+        """Bring forward who differs more from the learner, of `version`, than when it agreed."""
+        moved: dict[str, list[float]] = {}  # by actor: sum of squares, decisions
+        oldest: dict[str, int] = {}
+        for (actor, sampled_at), gap in gaps.items():
+            if sampled_at < version:
+                of_actor = moved.setdefault(actor, [0.0, 0])
+                # Steps go different ways: the square grows as their number does.
+                of_actor[0] += gap.rms_nats**2 * gap.decisions / (version - sampled_at)
+                of_actor[1] += gap.decisions
+                oldest[actor] = min(oldest.get(actor, sampled_at), sampled_at)
+        for actor, (squares, decisions) in moved.items():
+            record, heard = self._records.get(actor), math.sqrt(squares / decisions)
+            if record is not None:
+                record.heard = record.heard or heard
+                if not heard <= _GROWTH * record.heard:  # or NaN
+                    record.changed = True
+                    # It may have broken within a version that agreed: what was heard is due.
+                    record.last = min(record.last, oldest[actor] - 1)
+                    self._agreed = {pair for pair in self._agreed if pair[0] != actor}
 
     def keep(self, versions: Container[int]) -> None:
         """Forget who agreed at others, which cannot be compared any more."""
         self._agreed = {pair for pair in self._agreed if pair[1] in versions}
 
     def save(self) -> list[Any]:
-        records = {name: asdict(record) for name, record in self._records.items()}
-        return [sorted(self._agreed), records, self._hearing.save()]
+        return [sorted(self._agreed), {name: asdict(each) for name, each in self._records.items()}]
 
-    def restore(
-        self,
-        agreed: Iterable[Pair],
-        records: Mapping[str, Any] | None = None,
-        hearing: Sequence[Any] | None = None,
-    ) -> None:
-        """Know what was known at the moment of `save`; earlier checkpoints have less."""
+    def restore(self, agreed: Iterable[Pair], records: Mapping[str, Any] | None = None) -> None:
+        """Know what was known at the moment of `save`; earlier checkpoints have no records."""
         self._agreed = set(agreed)
-        names = [field.name for field in fields(_Record)]
-        self._records = {
-            actor: _Record(**{name: record[name] for name in names})
-            for actor, record in (records or {}).items()
-        }
-        if hearing is not None:
-            self._hearing.restore(*hearing)
+        self._records = {name: _Record(**each) for name, each in (records or {}).items()}
 
 
 def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
