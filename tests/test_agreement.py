@@ -7,9 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -26,15 +24,11 @@ from buffer.trajectory import Trajectory
 from cluster.config.file import load_config
 from cluster.config.project import PROJECT_ROOT
 from cluster.config.schema import RunConfig
-from cluster.distributed.parts import RolloutParts
-from cluster.distributed.rollout_worker import RolloutWorker
-from cluster.distributed.worker import Meeting, Member
 from cluster.run import assembly as roles
 from cluster.run.directory import RunDirectory
 from cluster.run.session import BufferAddress
 from cluster.run.weight_store import WeightStore
 from learner.agreement.quarantine import read_quarantine
-from learner.agreement.schedule import Schedule
 from learner.agreement.tolerance import SamplersDisagree
 from learner.engine import TorchEngine
 from learner.learner import Learner
@@ -43,8 +37,6 @@ from lm.sampling import Ended, Request
 from reward.lockstep import UnshardedRank
 from reward.replica import RewardReplica
 from tests.damaged_run import DAMAGED
-from tests.learner_toy import make_trajectory
-from tests.light_run import context
 
 STEPS = 6
 SMALL = [
@@ -268,26 +260,6 @@ def test_past_the_share_the_run_stops_and_says_who_and_when(
     assert cast.learner.completed_steps >= 3
     kept = read_quarantine(tmp_path / "mixed/quarantine")
     assert {outcome.trajectory.actor for outcome in kept} == {DAMAGED}
-
-
-def test_the_replacement_of_an_actor_signs_as_itself_and_earns_a_record_of_its_own(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    signed: list[str] = []
-    monkeypatch.setattr(roles, "build_actor", lambda _, **given: signed.append(given["name"]))
-    monkeypatch.setattr(RolloutWorker, "_connect_buffer", lambda _: None)
-    parts: Any = SimpleNamespace(rollout=lambda _: RolloutParts(None, None, None))  # type: ignore[arg-type]
-    run = replace(context(load_config("tasks/toy.toml"), None), parts=parts, synchronous=True)
-    for incarnation in range(2):
-        member = Member(name=DAMAGED, index=1, incarnation=incarnation)
-        RolloutWorker(run, member)._build(Meeting("", 0))
-    predecessor, successor = signed
-    assert predecessor == DAMAGED
-    schedule = Schedule(0.05)
-    schedule.note({(predecessor, 7)}, frozenset())
-    rows = [make_trajectory("long", (1,), policy_version=7, actor=name) for name in signed]
-    assert schedule.choose(rows, [], wrong=frozenset(), version=9) == rows[1:]
-    assert successor.startswith(f"{DAMAGED}.")
 
 
 def run(folder: Path, module: str, *arguments: str) -> tuple[int, str]:

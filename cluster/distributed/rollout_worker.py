@@ -40,7 +40,7 @@ class RolloutWorker(Worker):
             self._config,
             policy=parts.policy,
             task=self._task,
-            name=self._member.signature,
+            name=self._member.name,
             seed=(self._config.seed, self._member.index, self._member.incarnation),
             buffer=sink,
             scorer=self._scorer,

@@ -66,11 +66,6 @@ class Member:
     peers: tuple[ActorHandle, ...] = ()  # the ranks above this one
 
     @property
-    def signature(self) -> str:
-        """Stands in what it makes; a successor, which may be broken, has one of its own."""
-        return f"{self.name}.{self.incarnation}" if self.incarnation else self.name
-
-    @property
     def full_name(self) -> str:
         """Of the Ray actor: never the same twice in a run."""
         rank = f".rank{self.rank}" if self.rank else ""

@@ -1,6 +1,5 @@
 """The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -130,15 +129,17 @@ class AgreementGate:
             gaps: from the learner's own log q, under `version`, which it has left since.
         """
         started_s = monotonic()
-        own = {pair for pair in gaps if pair[1] == self._heard(version)}
-        doubted = {pair for pair in own if not self.tolerance.admits(gaps[pair])}
+        doubted = {
+            pair
+            for pair, gap in gaps.items()
+            if pair[1] == version and self._publishes_itself and not self.tolerance.admits(gap)
+        }
         rows = [t for t in _sampled(members(groups)) if pair_of(t) in doubted]
         if wrong := self._judge(self._compare(rows, version + 1)):
             self._disagreement.note(0, list(wrong.values()))
             self._counts.quarantined += len(wrong)
             self._shut_away(wrong)
             self.replay.discard([t for g in groups for t in g.replayed if t in wrong])
-        self.schedule.note(own - doubted - self._wrong, frozenset())
         self.schedule.hear(gaps, version)
         self._counts.seconds += monotonic() - started_s
 
@@ -180,11 +181,10 @@ class AgreementGate:
         fresh = _sampled(t for group in drawn for t in group.fresh)
         replayed = _sampled(t for group in drawn for t in group.replayed)
         wrong = self._find_wrong(fresh, replayed, version)
-        if not wrong:
-            return list(drawn)
-        evidence = self._shut_away(wrong)
-        self.replay.discard([t for t in replayed if t in wrong])
-        self._disagreement.check(evidence)
+        if wrong:
+            evidence = self._shut_away(wrong)
+            self.replay.discard([t for t in replayed if t in wrong])
+            self._disagreement.check(evidence)
         groups = [
             replace(
                 group,
@@ -203,10 +203,7 @@ class AgreementGate:
             compared = self._compare(sampled, version)
             self.tolerance.calibrate(compared.values())
         else:
-            heard = self._heard(version)
-            chosen = self.schedule.choose(
-                fresh, replayed, wrong=self._wrong, version=version, heard=heard
-            )
+            chosen = self.schedule.choose(fresh, replayed, wrong=self._wrong, version=version)
             compared = self._compare(chosen, version)
         suspects = {
             t.actor for t, outcome in compared.items() if not self.tolerance.admits(outcome)
@@ -217,12 +214,8 @@ class AgreementGate:
         wrong_pairs = self._wrong | {pair_of(t) for t in wrong}
         lost = [t for t in sampled if t not in compared and pair_of(t) in wrong_pairs]
         wrong |= {t: Comparison(trajectory=t, learner_version=version) for t in lost}
-        self._count(sampled, compared, wrong, version)
+        self._count(sampled, compared, wrong)
         return wrong
-
-    def _heard(self, version: int) -> int | None:
-        """The version whose rows a step under `version` compares by itself."""
-        return version if self._publishes_itself else None
 
     def _judge(self, compared: Compared) -> Compared:
         """Those that are wrong; the schedule learns of all."""
@@ -254,24 +247,19 @@ class AgreementGate:
             compared |= zip(same, outcomes, strict=True)
         return compared
 
-    def _count(
-        self, sampled: Sequence[Trajectory], compared: Compared, wrong: Compared, version: int
-    ) -> None:
-        others = Counter(pair_of(t) for t in sampled if t not in compared)
-        heard = self._heard(version)
+    def _count(self, sampled: Sequence[Trajectory], compared: Compared, wrong: Compared) -> None:
+        others = [t for t in sampled if t not in compared]
         vouched = sum(
-            number
-            for pair, number in others.items()
-            if pair[1] in self.past and self.schedule.vouches(pair, heard=heard)
+            t.policy_version in self.past and self.schedule.vouches(pair_of(t)) for t in others
         )
         admitted = [outcome.rms_nats for t, outcome in compared.items() if t not in wrong]
         counts = self._counts
         counts.checked += len(compared)
         counts.vouched += vouched
-        counts.unchecked += others.total() - vouched
+        counts.unchecked += len(others) - vouched
         counts.quarantined += len(wrong)
         counts.admitted_max_nats = max([counts.admitted_max_nats, *admitted])
-        judged = len(compared) + vouched + sum(t not in compared for t in wrong)
+        judged = len(compared) + vouched + sum(t in wrong for t in others)
         self._disagreement.note(judged, list(wrong.values()))
 
     def _shut_away(self, wrong: Compared) -> Path:

@@ -50,23 +50,11 @@ class Schedule:
         self._agreed: set[Pair] = set()  # compared themselves
         self._records: dict[str, _Record] = {}
 
-    def alarmed(self, actor: str) -> bool:
-        """Whether it was heard to have changed, and has not been compared since."""
-        record = self._records.get(actor)
-        return record is not None and record.changed
-
-    def vouches(self, pair: Pair, *, heard: int | None = None) -> bool:
-        """Whether this actor agreed at this version, or has a record that reaches so far.
-
-        Args:
-            heard: the version whose rows the learner's own pass compares, and of which none is due.
-        """
+    def vouches(self, pair: Pair) -> bool:
+        """Whether this actor agreed at this version, or has a record that reaches so far."""
         actor, version = pair
         record = self._records.get(actor)
-        if pair in self._agreed or record is None:
-            return pair in self._agreed
-        is_heard = version == heard and not record.changed
-        return record.since <= version and (version < record.due or is_heard)
+        return pair in self._agreed or (record is not None and record.since <= version < record.due)
 
     def choose(
         self,
@@ -75,12 +63,10 @@ class Schedule:
         *,
         wrong: Set[Pair],
         version: int,
-        heard: int | None = None,
     ) -> list[Trajectory]:
         """What of a draw to compare, before anything is known of it.
 
-        - Of every actor the one with the most decisions, at the newest version that nothing vouches
-          for; and at every one of before its record, or without one.
+        - Of every actor and version that nothing vouches for, the one with the most decisions.
         - Everything of those that have ever been `wrong`.
         - Of the others of these versions, whose weights are in place by then, as many as bring it
           to about the share.
@@ -88,12 +74,8 @@ class Schedule:
         sampled = [*fresh, *replayed]
         if self._share == 1:
             return sampled
-        pairs = {pair_of(t) for t in sampled}
-        asked = self._asked({pair for pair in pairs if not self.vouches(pair, heard=heard)})
-        if not asked and not pairs & wrong:
-            return []
         probes = _most_telling(replayed) | _most_telling(fresh)
-        chosen = dict.fromkeys(probes[pair] for pair in sorted(asked))
+        chosen = dict.fromkeys(t for pair, t in probes.items() if not self.vouches(pair))
         chosen |= dict.fromkeys(t for t in sampled if pair_of(t) in wrong)
         versions = {t.policy_version for t in chosen}
         rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
@@ -101,16 +83,6 @@ class Schedule:
         lots = np.random.default_rng(version).random(len(rest))
         share = (self._share * len(sampled) - len(chosen)) / max(len(rest), 1)
         return [*chosen, *(t for t, lot in zip(rest, lots, strict=True) if lot < share)]
-
-    def _asked(self, unknown: Set[Pair]) -> Set[Pair]:
-        """Those to compare: where the newest agrees, the record vouches for the others."""
-        newest = dict(sorted(unknown))
-        records = self._records
-        return {
-            (actor, version)
-            for actor, version in unknown
-            if version == newest[actor] or actor not in records or version < records[actor].since
-        }
 
     def note(self, agreed: Iterable[Pair], wrong: Set[Pair]) -> None:
         """Learn what comparisons have said: who `agreed`, and of whom something was `wrong`."""
