@@ -119,12 +119,12 @@ def test_a_slow_tool_delays_its_own_row_only(
 def test_a_tool_that_fails_ends_its_own_row_and_is_named(
     ours: ModuleType, model: PreTrainedModel, folder: Path
 ) -> None:
-    requests = mixed_requests(60)
+    requests = mixed_requests(240)  # one in twelve or so fails, as threads let it
     engine = engine_of(ours, folder, ACTIONS, Fragile())
     numbers = engine.submit(requests)
     ended = drain(engine, numbers)
     faults = [one for one in ended.values() if isinstance(one, ToolFault)]
-    assert {one.reason for one in faults} == {"KeyError: 'nine'"} and 3 < len(faults) < 40
+    assert {one.reason for one in faults} == {"KeyError: 'nine'"} and 3 < len(faults) < 120
     kept = [n for n, number in enumerate(numbers) if isinstance(ended[number], Completion)]
     whole = [ended[numbers[n]] for n in kept]
     assert worst_disagreement(model, ACTIONS, [requests[n] for n in kept], whole) < 1e-4
