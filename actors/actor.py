@@ -118,7 +118,7 @@ class RolloutActor:
         """
         while self.awaits_weights and not stop():
             if (first := self.weights.newer_than(-1)) is not None:
-                self._take(first)
+                self._fresh = first
                 break
             self._pause()
         while not stop():
@@ -144,7 +144,8 @@ class RolloutActor:
 
         What it does follows from the seed alone, not from the time that anything takes.
         """
-        self._take(self.weights.newer_than(self.stats.version))
+        self._take(self._fresh or self.weights.newer_than(self.stats.version))
+        self._fresh = None
         self._ask(self.config.groups_per_batch)
         while self._under_way:
             self._poll()

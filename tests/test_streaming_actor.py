@@ -11,7 +11,7 @@ import torch
 
 from actors.actor import RolloutActor
 from actors.reward_query import DirectScorer
-from actors.weight_sources import PublishedWeights
+from actors.weight_sources import PublishedWeights, TakingTurns
 from buffer.trajectory import Trajectory
 from cluster.config.file import load_config
 from cluster.run.assembly import build_actor, load_task, model_policy
@@ -125,15 +125,17 @@ def test_an_actor_that_awaits_weights_samples_nothing_before_there_are_some(in_t
         if (turn := next(turns)) == 3:
             assert policy.submitted == 0
             shelf.newest = PublishedWeights(1, b"start", checksum(b"start"))
+        assert turn < 19 or policy.submitted > 0  # of version 1, though no other was published
         return turn >= 20
 
     config = STREAMING.model_copy(update={"max_rows": 12})
-    parts = {"weights": shelf, "policy": policy, "scorer": quick(), "config": config}
+    weights = TakingTurns(shelf, stop) if in_turns else shelf
+    parts = {"weights": weights, "policy": policy, "scorer": quick(), "config": config}
     actor, made = make_actor(awaits_weights=True, **parts)
     actor.run(stop, in_turns=in_turns)
     assert policy.loaded == [b"start"] and policy.submitted > 6
     assert {t.policy_version for group in made["buffer"].groups for t in group} == {1}
-    turns, shelf.newest = count(), None
+    turns, shelf.newest, parts["weights"] = count(), None, shelf
     unused = make_actor(awaits_weights=True, **(parts | {"policy": Ragged()}))[1]["policy"]
     make_actor(awaits_weights=True, **(parts | {"policy": unused}))[0].run(lambda: next(turns) > 2)
     assert unused.submitted == 0
