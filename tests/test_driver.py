@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from buffer.stats import Counters, ReplayStats
 from cluster.commands.train import stop_on_signal
 from cluster.config.file import load_config
-from cluster.run.directory import RunDirectory, RunState, read_scores
+from cluster.run.directory import RunDirectory, RunState, first_state, read_scores
 from cluster.run.driver import Driver
 from tasks.evaluation.evaluation import Evaluation, Metric, Scores
 
@@ -166,6 +167,51 @@ def test_what_a_process_measures_by_itself_is_ended_at_once_and_shown_until_then
     assert state.message == f"stopped on request while measuring {what}: --resume begins that anew"
     assert "... 3 of 9 texts" in told and "... 4 of 9 texts" not in told
     assert session.closed and session.started == (before is not None)
+
+
+@pytest.mark.parametrize("how", ["stop", "failure"])
+def test_what_a_stop_or_a_failure_while_loading_leaves(how: str, tmp_path: Path) -> None:
+    """The base's measurement, where that is done, and the step at which the run stood."""
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    last = first_state("r", steps=900).model_copy(update={"step": 500, "version": 400})
+    directory.write_state(last)
+
+    class Session(EndlessSession):
+        in_process = True
+
+        def start(self, report: object, stop: object) -> Any:
+            if how == "failure":
+                raise OSError("no weights")
+            driver.request_stop()
+
+        def evaluate(self, *_: object, step: int) -> Any:
+            return SimpleNamespace(done=lambda: True, result=lambda: BASE)
+
+    terminal: Any = SimpleNamespace(event=print, show=lambda state: None)
+    config = load_config("tasks/toy.toml", ["learner.steps=900"])
+    driver = Driver(config, directory, Session(), terminal, BUFFER, NOBODY)
+    with nullcontext() if how == "stop" else pytest.raises(OSError, match="no weights"):
+        driver.drive()
+    state = directory.state()
+    assert state is not None and state.phase == ("stopped" if how == "stop" else "failed")
+    assert (state.step, state.version, state.steps) == (500, 400, 900)
+    assert read_scores(directory) == Scores(before=BASE)
+
+
+def test_what_a_measurement_elsewhere_tells_does_not_delay_the_next_figures(
+    tmp_path: Path,
+) -> None:
+    directory = RunDirectory("r", root=tmp_path)
+    directory.path.mkdir()
+    terminal: Any = SimpleNamespace(event=print, show=lambda state: None)
+    config = load_config("tasks/toy.toml")
+    driver = Driver(config, directory, EndlessSession(), terminal, BUFFER, NOBODY)
+    driver._hear("4 of 9 texts")
+    assert directory.state() is None  # or the run's figures would wait for another second
+    driver._alone = "measuring"
+    driver._hear("5 of 9 texts")
+    assert directory.state() is not None
 
 
 def test_scores_of_another_version_are_told_and_count_for_nothing(tmp_path: Path) -> None:

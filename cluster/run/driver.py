@@ -64,6 +64,12 @@ class Driver:
         self._buffer = buffer
         self._audience = audience
         self._state = first_state(directory.name, steps=config.learner.steps)
+        if (
+            last := directory.state()
+        ) is not None:  # a stop before the learner is up is at its step
+            self._state = self._state.model_copy(
+                update={"step": last.step, "version": last.version}
+            )
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
         self._stop_requested = False
@@ -120,6 +126,7 @@ class Driver:
             self._event("measuring the base language model, before training")
             with self._ended_at_once("measuring the base language model"):
                 before = self._session.evaluate(None, self._event, self._hear, step=0)
+                before = self._kept_if_done(before)
         parts = {"actors": self._config.rollout_actors, "replicas": self._config.reward_replicas}
         wanted = ["learner 1", *(f"{kind} {number}" for kind, number in parts.items() if number)]
         self._event(f"waiting until every part has loaded the model: {', '.join(wanted)}")
@@ -133,9 +140,7 @@ class Driver:
                     if self._state.phase == "starting" and _is_up(run):
                         self._enter("training")
                         self._progress.begin()
-                    if before is not None and before.done():
-                        self._keep_before(before)
-                        before = None
+                    before = self._kept_if_done(before)
                     self._watch(run, log)
             finally:
                 if not run.finished:
@@ -184,7 +189,8 @@ class Driver:
         elif now - self._told_s >= _TELL_EVERY_S:
             self._told_s = now
             self._event(f"... {stage}")
-        self._show()
+        if self._alone:  # else whoever waits shows the state, with the run's figures
+            self._show()
 
     def _forget_older_policy(self) -> None:
         """Keep no measurement of a policy that has learned on since."""
@@ -258,6 +264,13 @@ class Driver:
             self._show()
             time.sleep(_TICK_S)
         return True
+
+    def _kept_if_done(self, before: PendingMeasurement | None) -> PendingMeasurement | None:
+        """What is still to be waited for."""
+        if before is None or not before.done():
+            return before
+        self._keep_before(before)
+        return None
 
     def _keep_before(self, pending: PendingMeasurement) -> None:
         """Keep the base's results; training is worth more than they are, so it goes on without."""
