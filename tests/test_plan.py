@@ -16,7 +16,7 @@ from cluster.__main__ import main
 from cluster.commands.plan import device_memory_mb
 from cluster.config.file import load_config
 from cluster.config.project import PROJECT_ROOT, UserError
-from cluster.run.plan import check_memory, check_memory_here, plan_run
+from cluster.run.plan import REMEDIES, check_memory, check_memory_here, plan_run
 from learner.config import LearnerConfig
 from learner.memory import adapter_bytes_held, longest_group, update_bytes
 from lm.actions import ActionSpace
@@ -247,6 +247,16 @@ def test_what_does_not_fit_is_named_with_its_remedy(capsys: pytest.CaptureFixtur
     with pytest.raises(UserError, match=r"does not fit: rollout actor needs [\d.]+ GB and has 2"):
         check_memory(plan, 2048)
     check_memory(plan, 64 * 1024)
+
+
+def test_whatever_takes_most_has_a_remedy() -> None:
+    causes = set[str]()
+    for changes in ([], ["task.reward_demonstrations=2"], ["reward.ranks=2"]):
+        config = load_config(CONFIG, changes)
+        causes |= {
+            cause for part in plan_run(config, on_gpu=True).parts for cause in part.memory_mb
+        }
+    assert causes == set(REMEDIES)
 
 
 def test_without_gpus_all_parts_share_the_host() -> None:

@@ -48,6 +48,7 @@ REMEDIES = {
     "adapter and optimizer": "lower lora.rank",
     "passes": "lower the section's token_budget, or set learner.checkpointing = true",
     "cache": "lower {rows} or task.max_len",
+    "worked examples": "lower task.reward_demonstrations",
     "rows that wait for tools": "lower {rows} or task.max_len",
     "prompts": 'take lm.dtype = "bfloat16" or a smaller lm.model',
     "draws": "lower {rows}",
