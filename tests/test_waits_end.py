@@ -30,7 +30,7 @@ class Evaluator:
         self.phases = iter(launch)
         self.incarnation, self.cause = incarnation, f"{name}: no answer to status"
         self.phase = Phase.PLACING
-        self.status = {"stages": 0}
+        self.status: dict[str, Any] = {"stages": 0}
         self.error: Exception | None = None
         self.result: dict[str, str] | None = None
         self.killed = False
@@ -39,7 +39,7 @@ class Evaluator:
     def poll(self) -> Phase:
         self.phase = next(self.phases, self.phase)
         if self.phase is Phase.FINISHED:
-            self.result = {"evaluation": "figures"}
+            self.status = self.result = {"evaluation": "figures"}
         return self.phase
 
     def kill(self) -> None:
@@ -69,6 +69,15 @@ def test_an_evaluation_that_makes_no_progress_is_given_up(monkeypatch: pytest.Mo
     with pytest.raises(PeerTimeout, match=r"evaluator-1: no progress of its evaluation .* 3600 s"):
         pending.result()
     assert Evaluator.made[0].killed
+
+
+def test_each_stage_is_told_and_the_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pending, _ = measuring(monkeypatch, [Phase.RUNNING, Phase.RUNNING, Phase.FINISHED])
+    told: list[str] = []
+    pending.progress = told.append
+    Evaluator.made[0].status = {"stages": 2, "stage": "drawing"}
+    assert [pending.done() for _ in range(3)] == [False, False, True]
+    assert told == ["evaluator-1: drawing"]
 
 
 def test_an_evaluator_without_a_place_waits_until_the_other_parts_have_ended(

@@ -46,7 +46,7 @@ class RemoteMeasurement:
         group, before = self._group, self._group.phase
         phase = group.poll()
         stages = group.status.get("stages", 0)
-        if stages != self._stages:
+        if stages > self._stages:
             self.progress(f"{self.name}: {group.status.get('stage', '')}")
         if phase is not Phase.RUNNING or stages != self._stages:
             self._stages, self._progressed_s = stages, time.monotonic()
