@@ -48,16 +48,11 @@ def hinted_demonstrations(
     """What `policy` writes behind each hint, in so many draws at temperature 1: the different ones.
 
     The objectives learn off policy, so that it need not be the policy's own in front of X. What a
-    tool ended is left out; raises what it raised where it ended all.
+    tool ended twice is left out; raises what it raised where it ended all, or too many in a row.
     """
     drawn = [hint for hint in hints for _ in range(draws)]
     ended = policy.attempt([Request(prompt=hint.shown, temperature=1.0) for hint in drawn])
-    faults = [one for one in ended if isinstance(one, ToolFault)]
-    if faults and len(faults) == len(ended):
-        raise faults[0].error
-    if faults:
-        told = (len(faults), len(ended), faults[0].reason)
-        _log.warning("a tool ended %d of %d draws behind hints: %s", *told)
+    tell_faults(ended, "draws behind hints")
     found = [
         Demonstration(
             prompt=hint.prompt,
@@ -68,6 +63,16 @@ def hinted_demonstrations(
         if isinstance(completion, Completion)
     ]
     return list(dict.fromkeys(found))
+
+
+def tell_faults(ended: Sequence[Completion | ToolFault], drawn: str) -> None:
+    """Warn that tools ended some of `drawn`; raises what one raised where they ended all."""
+    faults = [one for one in ended if isinstance(one, ToolFault)]
+    if faults and len(faults) == len(ended):
+        raise faults[0].error
+    if faults:
+        told = (len(faults), len(ended), drawn, faults[0].reason)
+        _log.warning("a tool ended %d of %d %s: %s", *told)
 
 
 class SeedSink(Protocol):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from buffer.trajectory import Trajectory
 from lm.sampling import Completion, Ended, Request
-from lm.tools import ToolFault, unfailing
+from lm.tools import ToolFault, drawn_again, unfailing
 from reward.request import ScoreItem
 
 
@@ -28,15 +28,12 @@ class RolloutEngine(Protocol):
         """
 
     def sample(self, requests: Sequence[Request]) -> list[Completion]:
-        """As `attempt`, all of them; raises what a tool raised where it ended one."""
+        """As `attempt`, all of them; raises what a tool raised where it ended one twice."""
         return unfailing(self.attempt(requests))
 
     def attempt(self, requests: Sequence[Request]) -> list[Completion | ToolFault]:
-        """What each request ends with, in order, while nothing else is under way."""
-        numbers, ended = self.submit(requests), dict[int, Completion | ToolFault]()
-        while len(ended) < len(numbers):
-            ended |= self.poll()
-        return [ended[number] for number in numbers]
+        """`drawn_again`, while nothing else is under way."""
+        return drawn_again(requests, self.submit, self.poll)
 
 
 class PendingScores(Protocol):

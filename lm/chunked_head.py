@@ -63,9 +63,13 @@ class OutputHead:
         return self._finished(nn.functional.linear(hidden_ND, weight_CD, bias_C))
 
     def logits_of(self, hidden_ND: Tensor, id_C: Tensor) -> Tensor:
-        """[N, C] of these tokens, in float32 at least; of others too where the head is adapted."""
+        """[N, C] of these tokens, distinct and ascending, in float32 at least; an adapted head's
+        logits of other tokens exist for a chunk of states at a time."""
+        if len(id_C) == self.vocab_size:
+            return self.logits(hidden_ND)
         if not self.frozen_linear:
-            return self.logits(hidden_ND)[:, id_C]
+            chunks = self._chunks_of(hidden_ND)
+            return torch.cat([self.logits(hidden_ND[chunk])[:, id_C] for chunk in chunks])
         bias_V = self.module.bias
         bias_C = None if bias_V is None else bias_V[id_C]
         return self.linear_logits(hidden_ND, self.module.weight[id_C], bias_C)
@@ -73,7 +77,7 @@ class OutputHead:
     def log_probs_of(self, hidden_ND: Tensor, token_NK: Tensor) -> Tensor:
         """[N, K] log p of K tokens in each state, nothing masked, nats, chunk by chunk."""
         parts = []
-        for chunk in _chunks(len(hidden_ND), max(1, CHUNK_ENTRIES // self.vocab_size)):
+        for chunk in self._chunks_of(hidden_ND):
             logits_NV = self.logits(hidden_ND[chunk])
             log_total_N1 = logits_NV.logsumexp(dim=-1, keepdim=True)
             parts.append(logits_NV.gather(1, token_NK[chunk]) - log_total_N1)
@@ -93,6 +97,10 @@ class OutputHead:
         """Whether it is a matrix that nobody trains or wraps."""
         trained = any(parameter.requires_grad for parameter in self.module.parameters())
         return type(self.module) is nn.Linear and not trained
+
+    def _chunks_of(self, hidden_ND: Tensor) -> Iterator[slice]:
+        """States whose logits of the whole vocabulary may exist at a time."""
+        return _chunks(len(hidden_ND), max(1, CHUNK_ENTRIES // self.vocab_size))
 
     def _finished(self, raw: Tensor) -> Tensor:
         logits = raw.to(torch.promote_types(raw.dtype, torch.float32))

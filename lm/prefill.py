@@ -26,10 +26,10 @@ class Prefill:
 
     def cache(self, number: int, *, copies: int) -> DynamicCache:
         """What texts go on from that begin with prompt `number`, the longest of its pass."""
-        states = [of_layer[[number] * copies] for of_layer in self.states]
-        cache = whole_cache()
-        for layer, (keys, values) in enumerate(zip(states[::2], states[1::2], strict=True)):
-            cache.update(keys, values, layer)
+        cache, copied = whole_cache(), [number] * copies
+        of_layers = zip(self.states[::2], self.states[1::2], strict=True)
+        for layer, (keys, values) in enumerate(of_layers):  # `update` copies: never all at once
+            cache.update(keys[copied], values[copied], layer)
         return cache
 
     @staticmethod

@@ -67,9 +67,10 @@ def misfit(function: object, given: Sequence[str]) -> str:
     if not callable(function):
         return f"it is a {type(function).__name__}, and no function: {called}"
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # of a function in C that tells none
-        return ""
+        signature = inspect.signature(function, follow_wrapped=False)  # a decorator may give more
+    except ValueError:  # of a function in C that tells none; a cache tells what it caches
+        cached = getattr(function, "__wrapped__", None)
+        return "" if cached is None else misfit(cached, given)
     try:
         signature.bind(*given)
     except TypeError as error:

@@ -275,6 +275,15 @@ def test_a_draw_behind_a_hint_that_a_tool_ended_is_left_out() -> None:
     assert [one.completion for one in found] == [(3, 3), (4, 4)]
     with pytest.raises(KeyError, match="nine"):
         hinted_demonstrations(hints, Failing(0), draws=2)
+    with pytest.raises(KeyError, match="nine"):  # too many in a row
+        hinted_demonstrations(hints[:1], Failing(1), draws=40)
+
+    class Recovering(Failing):
+        def ended(self, number: int, request: Request) -> Completion | ToolFault:
+            return super().ended(0 if number >= 6 else number, request)
+
+    again = hinted_demonstrations(hints, Recovering(4), draws=2)
+    assert [one.completion for one in again] == [(3, 3), (4, 4), (5, 5)]
 
 
 def test_demonstrations_are_scored_and_seeded_with_their_stop_states() -> None:

@@ -288,7 +288,10 @@ def test_a_rationale_that_a_tool_ended_is_a_vote_for_none(task: Arithmetic) -> N
     ways: dict[str, Any] = {"decode": task.tokenizer.decode, "parse": task.parse_answer}
     [voted] = vote([question], [asked], [[None, z, None]], answer=told.sample, **ways)
     assert voted.answers == (None, -1, None) and not voted.right
-    assert voted.rationales[0] == "" and voted.share_right == 1 / 3
+    assert voted.rationales[0] is None and voted.share_right == 1 / 3
+    [twice] = vote([question], [asked], [[None, z, z]], answer=told.sample, **ways)
+    assert spread_metrics([twice], samples=3)["3 spread edit_distance"].value == 0
+    assert spread_metrics([voted], samples=3)["3 spread edit_distance"].value is None
     drawn: Any = [[ToolFault(KeyError("nine")), told.sample([Request(prompt=asked)])[0]]]
     said = "1 of 2 rationales were ended by a tool, and lead to no answer: KeyError: 'nine'"
     assert (lost(drawn), lost(drawn[:0])) == (said, "")

@@ -187,6 +187,32 @@ def test_the_lm_s_own_log_probabilities_of_targets() -> None:
         torch.testing.assert_close(found_E, expected_E, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", HEADS)
+def test_logits_of_some_tokens_come_in_chunks_and_of_all_without_a_copy_of_the_head(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, hidden_ND = head_of(kind), torch.randn(STATES, WIDTH).double()
+    expected_NV = head.logits(hidden_ND)
+    rows: list[int] = []  # of each logits tensor of the whole vocabulary
+    finished = OutputHead._finished
+
+    def counted(self: OutputHead, raw: Tensor) -> Tensor:
+        rows.extend([len(raw)] * (raw.shape[1] == VOCAB))
+        return finished(self, raw)
+
+    monkeypatch.setattr(OutputHead, "_finished", counted)
+    monkeypatch.setattr("lm.chunked_head.CHUNK_ENTRIES", 4 * VOCAB)
+    for legal in (torch.tensor(LEGAL), torch.arange(VOCAB)):
+        found_NC = head.logits_of(hidden_ND, legal)
+        torch.testing.assert_close(found_NC, expected_NV[:, legal], rtol=1e-12, atol=1e-12)
+        if len(legal) < VOCAB:
+            assert rows == ([] if head.frozen_linear else [4, 4, 4, 2])
+    rows.clear()
+    monkeypatch.setattr(OutputHead, "linear_logits", None)  # which takes rows of the head
+    head.logits_of(hidden_ND, torch.arange(VOCAB))
+    assert rows == [STATES]
+
+
 @pytest.mark.parametrize("config", FINISHED, ids=lambda config: config.model_type)
 def test_a_head_finishes_its_logits_as_the_architecture_does(config: PretrainedConfig) -> None:
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Loading a base model: what comes back, and what is said when it cannot be loaded."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -108,9 +109,13 @@ def test_the_kernel_of_attention_is_the_one_asked_for(folder: Path) -> None:
         probe(base.model, "tiny")
 
 
+@pytest.mark.parametrize("queries", [6, 1])
 @pytest.mark.parametrize("copies", [False, True])
 def test_heads_that_share_keys_attend_as_transformers_lets_them_without_its_copies(
-    tiny_lm: Callable[[str], PreTrainedModel], copies: bool, monkeypatch: pytest.MonkeyPatch
+    tiny_lm: Callable[[str], PreTrainedModel],
+    copies: bool,
+    queries: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = tiny_lm("llama")
     assert model.config.num_key_value_heads < model.config.num_attention_heads
@@ -120,17 +125,28 @@ def test_heads_that_share_keys_attend_as_transformers_lets_them_without_its_copi
     sees_RQK[1, 2, 2] = True
     position_RQ = torch.arange(6).expand(2, 6)
     mask = attention_mask(model, sees_RQK, position_RQ, position_RQ)
+    with torch.no_grad():
+        read = (
+            model(
+                input_ids=ids_RQ[:, : 6 - queries],
+                attention_mask=mask[:, :, : 6 - queries, : 6 - queries],
+            ).past_key_values
+            if queries < 6
+            else None
+        )
 
     def logits(kernel: Any, **inputs: Any) -> torch.Tensor:
         AttentionInterface.register("sdpa", kernel)
-        return model(attention_mask=mask, **inputs).logits
+        cache = copy.deepcopy(read)
+        new = mask[:, :, -queries:]
+        return model(attention_mask=new, past_key_values=cache, **inputs).logits
 
     with torch.set_grad_enabled(copies):  # with gradients transformers' own is the faster one
         monkeypatch.setattr(
             sdpa_attention, "repeat_kv", spy := Mock(wraps=sdpa_attention.repeat_kv)
         )
         ours = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        inputs = {"inputs_embeds": model.get_input_embeddings()(ids_RQ)}
+        inputs = {"inputs_embeds": model.get_input_embeddings()(ids_RQ[:, -queries:])}
         mine = logits(ours, **inputs)
         assert spy.called == copies
         try:
@@ -138,6 +154,16 @@ def test_heads_that_share_keys_attend_as_transformers_lets_them_without_its_copi
         finally:
             AttentionInterface.register("sdpa", ours)
     assert spy.called
+    assert mine.shape[1] == queries and torch.equal(mine, theirs)
+
+
+def test_a_bias_of_positions_is_left_to_transformers() -> None:
+    module: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    query, key, value = (torch.randn(1, heads, 3, 4) for heads in (4, 2, 2))
+    mask, bias = torch.zeros(1, 1, 3, 3), torch.randn(1, 4, 3, 3)
+    inputs = (module, query, key, value, mask)
+    mine, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*inputs, position_bias=bias)
+    theirs, _ = sdpa_attention.sdpa_attention_forward(*inputs, position_bias=bias)
     assert torch.equal(mine, theirs)
 
 

@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from lm.config import LMConfig
 from lm.merged import save_merged
 from lm.model import LanguageModel, attach_adapter, load_base
 from lm.scoring import completion_log_probs
+from lm.tools import ToolFault
 from tasks.posterior.weights import Completed, log_probs
 from tasks.registry import build_task
 from tasks.task import Task
@@ -255,6 +257,21 @@ def test_rationales_are_the_policys_in_front_of_the_answers(
         q_N = np.exp(log_probs(model, task.actions, prompt, marks))
         assert q_N.sum() == pytest.approx(1.0, abs=1e-4)
         assert 0.5 * np.abs(share_N - q_N).sum() < 0.06
+
+
+def test_a_rationale_that_a_tool_ended_is_left_out(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = build_task(config.task, load_base(config.lm).tokenizer, seed=config.seed)
+    fault, z = ToolFault(KeyError("nine")), SimpleNamespace(tokens=np.array([4]))
+    drawn: list[list[Any]] = [[z, fault] for _ in task.prompts]
+    policy = SimpleNamespace(attempt=lambda *_, **__: drawn)
+    monkeypatch.setattr("cluster.run.imitation.evaluation_context", lambda *_, **__: policy)
+    shown = [(one.prompt.key, one.completion) for one in rationales(config, task)]
+    assert shown == [(prompt.key, (4, *prompt.answer)) for prompt in task.prompts]
+    drawn[:] = [[fault, fault] for _ in task.prompts]
+    with pytest.raises(KeyError, match="nine"):
+        list(rationales(config, task))
 
 
 def test_a_merged_lm_is_the_base_with_its_adapter(config: RunConfig, tmp_path: Path) -> None:

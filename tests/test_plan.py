@@ -22,8 +22,9 @@ from learner.memory import adapter_bytes_held, longest_group, update_bytes
 from lm.actions import ActionSpace
 from lm.config import LMConfig, LoRAConfig
 from lm.hub import load_tokenizer
-from lm.memory import MemoryMeter, kv_cache_bytes
+from lm.memory import MemoryMeter, kv_cache_bytes, metered
 from lm.model import LanguageModel, attach_adapter, build_without_weights, freeze
+from lm.prefill import Prefill
 from lm.sampling import Request, Sampler
 from reward.memory import longest_items, scoring_bytes
 from tasks.registry import build_task
@@ -126,6 +127,14 @@ def test_scoring_without_weights_takes_what_it_takes_with_weights(folder: Path) 
     real = AutoModelForCausalLM.from_config(llama())
     freeze(real)
     assert planned == pytest.approx(scoring_bytes(real, items, 256), rel=0.1)
+
+
+def test_a_prefill_is_copied_for_its_texts_a_layer_at_a_time() -> None:
+    states = [torch.ones(1, 2, 16, 4) for _ in range(2 * 8)]
+    prefill, held = Prefill(states=states, logits_UV=torch.ones(1, 1)), 8 * 16 * states[0].nbytes
+    with metered() as meter:
+        cache = prefill.cache(0, copies=8)
+    assert len(cache.layers) == 8 and meter.peak_bytes < 1.2 * held
 
 
 def test_the_cache_of_the_sampler_is_as_large_as_planned(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Reward terms that add up: the law by brute force, and verifiers that fail give no reward."""
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from cluster.run.directory import RunDirectory
 from cluster.run.evaluation import evaluation_context
 from lm.model import LanguageModel
 from lm.next_action import NextLogits
+from reward.checks import misfit
 from reward.packed import suffix_log_rewards
 from reward.request import ScoreItem
 from reward.terms import RewardTerms, TermScorer, Verdicts, as_score, build_terms
@@ -437,3 +439,16 @@ def test_training_ends_at_the_posterior_of_likelihood_and_verifier() -> None:
     before, after = scores.before.value("tv"), scores.after.value("tv")
     assert before is not None and before > 0.2
     assert after is not None and after <= 0.05
+
+
+def test_a_function_takes_what_its_decorator_takes() -> None:
+    def judge(text: str, record: object, limit: int) -> float:
+        return float(len(text) < limit)
+
+    @functools.wraps(judge)
+    def limited(text: str, record: object) -> float:
+        return judge(text, record, 9)
+
+    given = ("text", "record")
+    assert misfit(judge, given) and not misfit(limited, given)
+    assert misfit(functools.cache(judge), given) and not misfit(functools.cache(limited), given)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.demonstrations import Demonstration, unscored_demonstrations
+from actors.demonstrations import Demonstration, tell_faults, unscored_demonstrations
 from buffer.replay import DrawRequest, Group, Replay
 from buffer.trajectory import Trajectory
 from cluster.config.schema import RunConfig
@@ -21,6 +21,7 @@ from learner.objectives.base import Objective
 from learner.objectives.likelihood import MaximumLikelihood, TextLikelihood
 from lm.actions import ActionSpace
 from lm.model import LanguageModel, context_limit
+from lm.tools import ToolFault
 from tasks.stop_rule import any_text
 from tasks.task import Task
 
@@ -68,7 +69,8 @@ def rationales(
 
     Z is drawn at temperature 1 from the policy in `em.policy`, a function of `seed`.
 
-    Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM; and
+    What a tool ended twice is left out; raises what it raised where it ended all, or too many in a
+    row. Raises FileNotFoundError, AdapterMismatch: no policy there, or one of another LM; and
     StoppedWaiting once `stop()` holds.
     """
 
@@ -79,9 +81,12 @@ def rationales(
     number, context = config.em.rationales, task.reward_query.context
     policy = evaluation_context(config, Path(str(config.em.policy)), progress=heed)
     shown = [prompt.prompt for prompt in task.prompts]
-    drawn = policy.draw(task.actions, shown, number, tool=task.tool, seed=config.seed)
+    drawn = policy.attempt(task.actions, shown, number, tool=task.tool, seed=config.seed)
     asked = [(prompt, z) for prompt, same in zip(task.prompts, drawn, strict=True) for z in same]
+    tell_faults([z for _, z in asked], "rationales")
     for prompt, completion in asked:
+        if isinstance(completion, ToolFault):
+            continue
         text = (*completion.tokens.tolist(), *prompt.answer)
         yield Demonstration(
             prompt=dataclasses.replace(prompt, prompt=(*context, *prompt.scored_prompt)),

@@ -29,9 +29,13 @@ class Voted:
     """One question with its rationales and their answers."""
 
     item: TestQuestion
-    rationales: tuple[str, ...]
-    # None: the text after the rationale was no answer, or a tool ended the rationale.
-    answers: tuple[Answer | None, ...]
+    rationales: tuple[str | None, ...]  # None: a tool ended it
+    answers: tuple[Answer | None, ...]  # None: no rationale, or what followed was no answer
+
+    @property
+    def written(self) -> list[str]:
+        """The rationales that no tool ended."""
+        return [text for text in self.rationales if text is not None]
 
     @property
     def answer(self) -> Answer | None:
@@ -138,7 +142,7 @@ def vote(
     return [
         Voted(
             item=item,
-            rationales=tuple(decode(list(z or ())).strip() for z in same),
+            rationales=tuple(None if z is None else decode(list(z)).strip() for z in same),
             answers=tuple(None if z is None else answer_of[x, z] for z in same),
         )
         for item, x, same in zip(items, asked, rationales, strict=True)
@@ -188,7 +192,7 @@ def spread_metrics(voted: Sequence[Voted], samples: int) -> dict[str, Metric]:
         )
         right = [one.share_right for one in same]
         distinct = [one.distinct_right for one in same]
-        distance = [mean_edit_distance(one.rationales) for one in same]
+        distance = [mean_edit_distance(one.written) for one in same]
         figures = {
             "right": drawn("right rationales at temperature 1", right, ".1%"),
             "distinct_right": drawn("different right ones at temperature 1", distinct, ".2f"),
@@ -218,7 +222,7 @@ def _examples(voted: Sequence[Voted], count: int) -> Iterator[Example]:
     for one in (one for same in groups.values() for one in same[:share]):
         yield Example(
             question=one.item.prompt.text,
-            rationale=one.rationales[0],
+            rationale=next(iter(one.written), ""),
             answer="" if one.answer is None else str(one.answer),
             truth=str(one.item.answer),
             right=one.right,

@@ -81,7 +81,10 @@ class Questions(PlainTask, QuestionTask):
             return found
         metrics, examples, note = self._judged(context, context.terms)
         return found.with_metrics(metrics).model_copy(
-            update={"examples": found.examples or examples, "note": found.note or note}
+            update={
+                "examples": found.examples or examples,
+                "note": "; ".join(filter(None, (found.note, note))),
+            }
         )
 
     def _judged(
