@@ -124,7 +124,7 @@ def test_heads_that_share_keys_attend_as_transformers_lets_them_without_its_copi
     sees_RQK[1, :, 2] = False
     sees_RQK[1, 2, 2] = True
     position_RQ = torch.arange(6).expand(2, 6)
-    mask = attention_mask(model, sees_RQK, position_RQ, position_RQ)
+    mask: Any = attention_mask(model, sees_RQK, position_RQ, position_RQ)
     with torch.no_grad():
         read = (
             model(
