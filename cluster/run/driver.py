@@ -64,12 +64,9 @@ class Driver:
         self._buffer = buffer
         self._audience = audience
         self._state = first_state(directory.name, steps=config.learner.steps)
-        if (
-            last := directory.state()
-        ) is not None:  # a stop before the learner is up is at its step
-            self._state = self._state.model_copy(
-                update={"step": last.step, "version": last.version}
-            )
+        if last := directory.state():  # a stop before the learner is up is at its step
+            reached = {"step": last.step, "version": last.version}
+            self._state = self._state.model_copy(update=reached)
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)
         self._state_written_s = float("-inf")
         self._stop_requested = False
