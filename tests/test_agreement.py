@@ -306,8 +306,6 @@ def test_a_distributed_run_with_a_damaged_actor_ends_and_names_it(tmp_path: Path
         rf"learner: [48] trajectories quarantined: log q of {DAMAGED} at version", output
     )
     assert "replacing it" not in output and "Traceback" not in output, output
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert sum(row["agreement/quarantined"] for row in rows) > 0
     kept = list(read_quarantine(folder / "quarantine"))
     assert {outcome.trajectory.actor for outcome in kept} == {DAMAGED}
     assert str(folder / "quarantine" / "0001.records") in state["message"]

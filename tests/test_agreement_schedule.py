@@ -115,6 +115,22 @@ def test_who_breaks_within_a_version_that_agreed_is_compared_again_at_that_versi
     assert schedule.choose(fresh, [], wrong=frozenset(), version=22) == [fresh[1]]
 
 
+def test_of_who_differs_more_the_newest_version_alone_is_compared_where_it_is_new_enough() -> None:
+    schedule = Schedule(0.05)
+    play(schedule, {"a": range(21)})
+    for version, rms_nats in ((24, 0.1), (25, 0.3)):
+        gaps = heard("a", version - 4, rms_nats) | heard("a", version - 2, rms_nats)
+        schedule.hear(gaps, version)
+    newest, older, replayed = rows("a", 24), rows("a", 22), [*rows("a", 23), *rows("a", 25)]
+    none = frozenset[Pair]()
+    assert schedule.choose([*older, *newest], replayed, wrong=none, version=26) == [newest[1]]
+    # What is replayed may be of the time before, as is what is older than what was heard.
+    of_before = schedule.choose(older, replayed, wrong=none, version=26)
+    assert set(of_before) == {older[1], replayed[1], replayed[4]}
+    schedule.note({("a", 24)}, none)
+    assert schedule.choose([*older, *newest], replayed, wrong=none, version=26) == []
+
+
 def test_four_steps_move_the_policy_by_twice_what_one_does_and_its_own_version_by_nothing() -> None:
     schedule = Schedule(0.05)
     play(schedule, {"a": range(21)})

@@ -29,13 +29,14 @@ class _Record:
     last: int  # the last version that was compared
     gap: int = 1  # versions to the next comparison
     heard: float = 0.0  # how far it seemed to be moved then, nats; 0: not heard since
-    changed: bool = False  # it is heard to differ more by now
+    doubted: int | None = None  # the newest version at which it was heard to differ more by now
 
     @property
     def due(self) -> int:
         """The first version that it does not vouch for; of all actors the same, where it can be,
         since comparisons of one version share the change of weights."""
-        return self.last + 1 if self.changed else (self.last // self.gap + 1) * self.gap
+        doubted = self.doubted is not None
+        return self.last + 1 if doubted else (self.last // self.gap + 1) * self.gap
 
 
 class Schedule:
@@ -56,6 +57,11 @@ class Schedule:
         record = self._records.get(actor)
         return pair in self._agreed or (record is not None and record.since <= version < record.due)
 
+    def alarmed(self, actor: str) -> bool:
+        """Whether this actor is heard to differ more than when it last agreed."""
+        record = self._records.get(actor)
+        return record is not None and record.doubted is not None
+
     def choose(
         self,
         fresh: Sequence[Trajectory],
@@ -66,7 +72,9 @@ class Schedule:
     ) -> list[Trajectory]:
         """What of a draw to compare, before anything is known of it.
 
-        - Of every actor and version that nothing vouches for, the one with the most decisions.
+        - Of every actor and version that nothing vouches for, the one with the most decisions; of
+          an actor that is heard to differ more, of its newest version alone, which any damage that
+          was heard has reached.
         - Everything of those that have ever been `wrong`.
         - Of the others of these versions, whose weights are in place by then, as many as bring it
           to about the share.
@@ -74,8 +82,12 @@ class Schedule:
         sampled = [*fresh, *replayed]
         if self._share == 1:
             return sampled
-        probes = _most_telling(replayed) | _most_telling(fresh)
-        chosen = dict.fromkeys(t for pair, t in probes.items() if not self.vouches(pair))
+        probes = self._probes(replayed) | self._probes(fresh)
+        for actor, newest in _newest(pair_of(t) for t in fresh).items():
+            record = self._records.get(actor)
+            if record is not None and record.doubted is not None and newest >= record.doubted:
+                probes = {p: t for p, t in probes.items() if p[0] != actor or p[1] == newest}
+        chosen = dict.fromkeys(probes.values())
         chosen |= dict.fromkeys(t for t in sampled if pair_of(t) in wrong)
         versions = {t.policy_version for t in chosen}
         rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
@@ -94,7 +106,7 @@ class Schedule:
         for actor, version in newest.items():
             record = self._records.setdefault(actor, _Record(since=version, last=version))
             if version >= record.due:
-                record.last, record.heard, record.changed = version, 0.0, False
+                record.last, record.heard, record.doubted = version, 0.0, None
                 longest = round(1 / self._share) if self._share else 2 * record.gap
                 record.gap = min(2 * record.gap, longest)
         # At which of its versions an actor broke, nobody knows.
@@ -103,23 +115,29 @@ class Schedule:
     def hear(self, gaps: Mapping[Pair, Gap], version: int) -> None:
         """Bring forward who differs more from the learner, of `version`, than when it agreed."""
         moved: dict[str, list[float]] = {}  # by actor: sum of squares, decisions
-        oldest: dict[str, int] = {}
+        spans: dict[str, tuple[int, int]] = {}  # by actor: the oldest version, the newest
         for (actor, sampled_at), gap in gaps.items():
             if sampled_at < version:
                 of_actor = moved.setdefault(actor, [0.0, 0])
                 # Steps go different ways: the square grows as their number does.
                 of_actor[0] += gap.rms_nats**2 * gap.decisions / (version - sampled_at)
                 of_actor[1] += gap.decisions
-                oldest[actor] = min(oldest.get(actor, sampled_at), sampled_at)
+                oldest, newest = spans.get(actor, (sampled_at, sampled_at))
+                spans[actor] = min(oldest, sampled_at), max(newest, sampled_at)
         for actor, (squares, decisions) in moved.items():
             record, heard = self._records.get(actor), math.sqrt(squares / decisions)
             if record is not None:
                 record.heard = record.heard or heard
                 if not heard <= _GROWTH * record.heard:  # or NaN
-                    record.changed = True
+                    oldest, record.doubted = spans[actor]
                     # It may have broken within a version that agreed: what was heard is due.
-                    record.last = min(record.last, oldest[actor] - 1)
+                    record.last = min(record.last, oldest - 1)
                     self._agreed = {pair for pair in self._agreed if pair[0] != actor}
+
+    def _probes(self, trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
+        """Of each actor and version that nothing vouches for, the one with the most decisions."""
+        unknown = [t for t in trajectories if not self.vouches(pair_of(t))]
+        return {pair_of(t): t for t in sorted(unknown, key=num_decisions)}
 
     def keep(self, versions: Container[int]) -> None:
         """Forget who agreed at others, which cannot be compared any more."""
@@ -129,11 +147,16 @@ class Schedule:
         return [sorted(self._agreed), {name: asdict(each) for name, each in self._records.items()}]
 
     def restore(self, agreed: Iterable[Pair], records: Mapping[str, Any] | None = None) -> None:
-        """Know what was known at the moment of `save`; earlier checkpoints have no records."""
+        """Know what was known at the moment of `save`; earlier checkpoints have no records, or
+        such as do not say which version was heard to differ."""
         self._agreed = set(agreed)
-        self._records = {name: _Record(**each) for name, each in (records or {}).items()}
+        names = _Record.__dataclass_fields__
+        self._records = {
+            name: _Record(**{key: value for key, value in each.items() if key in names})
+            for name, each in (records or {}).items()
+        }
 
 
-def _most_telling(trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
-    """Of each actor and version, the trajectory with the most decisions to compare."""
-    return {pair_of(t): t for t in sorted(trajectories, key=num_decisions)}
+def _newest(pairs: Iterable[Pair]) -> dict[str, int]:
+    """The newest version of each actor."""
+    return dict(sorted(pairs))
