@@ -21,7 +21,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -76,7 +76,7 @@ class Spending:
     """CPU seconds of this thread, each second counted once: for the innermost that is open."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self._open: list[Mapping[str, float]] = []
         self._since_s = 0.0
 
@@ -90,6 +90,11 @@ class Spending:
         finally:
             self._book()
             self._open.pop()
+
+    def taken(self) -> dict[str, float]:
+        """What was spent since the last call."""
+        seconds, self.seconds = dict(self.seconds), defaultdict(float)
+        return seconds
 
     def _book(self) -> None:
         now_s = time.thread_time()
@@ -207,26 +212,26 @@ def measure(case: Case) -> dict[str, object]:
                     archive.age = int(rng.integers(5)) if case.age is None else case.age
                     actor.step()
                     actor.flush()
-                before = Counter(spending.seconds)
                 first = learner.gate.tolerance.calibrating
                 with spending.on({"learning": 1.0}):
                     wrong += learner.step()["agreement/quarantined"]
                     learner.publish()
-                steps.append((first, spending.seconds - before))
+                steps.append((first, spending.taken()))
     return row_of(case, steps) | {"compared": dict(compared), "quarantined": wrong}
 
 
-def row_of(case: Case, steps: list[tuple[bool, Counter[str]]]) -> dict[str, object]:
+def row_of(case: Case, steps: list[tuple[bool, dict[str, float]]]) -> dict[str, object]:
     """Shares in per cent, of a run that goes on as it did behind its first draws."""
+    names = ("learning", *CAUSES)
     first, steady = (
-        sum((spent for is_first, spent in steps if is_first == which), Counter[str]())
-        for which in (True, False)
+        {name: sum(s.get(name, 0.0) for is_first, s in steps if is_first == of) for name in names}
+        for of in (True, False)
     )
     number = sum(is_first for is_first, _ in steps)
     times = (WHOLE - number) / max(len(steps) - number, 1)
-    whole = {name: first[name] + times * steady[name] for name in ("learning", *CAUSES)}
+    whole = {name: first[name] + times * steady[name] for name in names}
     of_whole = {name: round(100 * whole[name] / sum(whole.values()), 2) for name in CAUSES}
-    of_steady = 100 * sum(steady[name] for name in CAUSES) / max(sum(steady.values()), 1e-9)
+    of_steady = 100 * sum(steady[n] for n in CAUSES) / max(sum(steady.values()), 1e-9)
     return {
         "model": Path(case.model).name or "seed LM",
         "actors": case.actors,
