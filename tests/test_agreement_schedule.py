@@ -91,7 +91,7 @@ def test_one_that_was_wrong_begins_anew_and_nothing_from_before_is_vouched_for()
 def test_who_differs_more_than_when_it_agreed_is_compared_at_once() -> None:
     schedule = Schedule(0.05)
     play(schedule, {"a": range(21), "b": range(21)})
-    for version, (of_a, of_b) in enumerate([(0.1, 0.1), (0.14, 0.14), (0.1, 0.16)], start=22):
+    for version, (of_a, of_b) in enumerate([(0.1, 0.1), (0.14, 0.1), (0.14, 0.16)], start=22):
         schedule.hear(heard("a", version - 1, of_a) | heard("b", version - 1, of_b), version)
     assert schedule.vouches(("a", 25)) and not schedule.vouches(("b", 25))
     assert not schedule.vouches(("b", 21)) and schedule.vouches(("b", 20))
@@ -131,6 +131,25 @@ def test_of_who_differs_more_the_newest_version_alone_is_compared_where_it_is_ne
     assert schedule.choose([*older, *newest], replayed, wrong=none, version=26) == []
 
 
+def test_what_is_replayed_from_long_ago_is_not_heard_and_the_most_is_usual_for_a_while() -> None:
+    schedule = Schedule(0.02)
+    play(schedule, {"a": range(33)})
+    schedule.hear(heard("a", 33, 0.1), 34)
+    schedule.hear(heard("a", 5, 9.0), 34)
+    schedule.hear(heard("a", 34, 0.1) | heard("a", 28, 9.0), 35)
+    schedule.hear(heard("a", 34, 0.14), 35)
+    schedule.hear(heard("a", 35, 0.2), 36)
+    assert schedule.vouches(("a", 36))
+    for version in range(37, 47):  # 0.2 of then counts for 0.163 now
+        schedule.hear(heard("a", version - 1, 0.1), version)
+    schedule.hear(heard("a", 46, 0.24), 47)
+    assert schedule.vouches(("a", 47))
+    for version in range(48, 90):
+        schedule.hear(heard("a", version - 1, 0.1), version)
+    schedule.hear(heard("a", 89, 0.16), 90)
+    assert not schedule.vouches(("a", 89))
+
+
 def test_four_steps_move_the_policy_by_twice_what_one_does_and_its_own_version_by_nothing() -> None:
     schedule = Schedule(0.05)
     play(schedule, {"a": range(21)})
@@ -138,7 +157,7 @@ def test_four_steps_move_the_policy_by_twice_what_one_does_and_its_own_version_b
     for age, rms_nats in ((1, 0.1), (4, 0.2), (4, 0.29)):
         schedule.hear(heard("a", 25 - age, rms_nats), 25)
         assert schedule.vouches(("a", 25))
-    schedule.hear(heard("a", 21, 0.31), 25)
+    schedule.hear(heard("a", 21, 0.44), 25)  # 1.5 times the last
     assert not schedule.vouches(("a", 25))
 
 

@@ -17,8 +17,13 @@ import numpy as np
 from buffer.trajectory import Trajectory
 from learner.agreement.comparison import Gap, Pair, num_decisions, pair_of
 
-# Of what is heard of an actor to what was heard when it last agreed, above which it is compared.
+# Of what is heard of an actor to the most that was heard of it lately, above which it is compared.
 _GROWTH = 1.5
+# What of that is left with every step: in 50 steps a third.
+_DECAY = 0.98
+# Versions behind its newest that are heard of an actor: of what is replayed only the policy's way
+# since is heard, which differs from row to row.
+_RECENT = 4
 
 
 @dataclass(slots=True)
@@ -28,7 +33,8 @@ class _Record:
     since: int  # the version with which agreement began
     last: int  # the last version that was compared
     gap: int = 1  # versions to the next comparison
-    heard: float = 0.0  # how far it seemed to be moved then, nats; 0: not heard since
+    newest: int = 0  # the newest version that was heard
+    heard: float = 0.0  # the most it seemed to be moved lately, nats; 0: not heard yet
     doubted: int | None = None  # the newest version at which it was heard to differ more by now
 
     @property
@@ -106,33 +112,38 @@ class Schedule:
         for actor, version in newest.items():
             record = self._records.setdefault(actor, _Record(since=version, last=version))
             if version >= record.due:
-                record.last, record.heard, record.doubted = version, 0.0, None
+                record.last, record.doubted = version, None
                 longest = round(1 / self._share) if self._share else 2 * record.gap
                 record.gap = min(2 * record.gap, longest)
         # At which of its versions an actor broke, nobody knows.
         self._agreed = {pair for pair in self._agreed if pair[0] not in liars} | set(honest)
 
     def hear(self, gaps: Mapping[Pair, Gap], version: int) -> None:
-        """Bring forward who differs more from the learner, of `version`, than when it agreed."""
-        moved: dict[str, list[float]] = {}  # by actor: sum of squares, decisions
-        spans: dict[str, tuple[int, int]] = {}  # by actor: the oldest version, the newest
-        for (actor, sampled_at), gap in gaps.items():
-            if sampled_at < version:
-                of_actor = moved.setdefault(actor, [0.0, 0])
-                # Steps go different ways: the square grows as their number does.
-                of_actor[0] += gap.rms_nats**2 * gap.decisions / (version - sampled_at)
-                of_actor[1] += gap.decisions
-                oldest, newest = spans.get(actor, (sampled_at, sampled_at))
-                spans[actor] = min(oldest, sampled_at), max(newest, sampled_at)
-        for actor, (squares, decisions) in moved.items():
-            record, heard = self._records.get(actor), math.sqrt(squares / decisions)
-            if record is not None:
-                record.heard = record.heard or heard
-                if not heard <= _GROWTH * record.heard:  # or NaN
-                    oldest, record.doubted = spans[actor]
-                    # It may have broken within a version that agreed: what was heard is due.
-                    record.last = min(record.last, oldest - 1)
-                    self._agreed = {pair for pair in self._agreed if pair[0] != actor}
+        """Bring forward who differs more from the learner, of `version`, than it did lately."""
+        for actor, newest in _newest(gaps).items():
+            record = self._records.get(actor)
+            if record is None:
+                continue
+            record.newest = max(record.newest, newest)
+            recent = {
+                sampled_at: gap
+                for (name, sampled_at), gap in gaps.items()
+                if name == actor and record.newest - _RECENT <= sampled_at < version
+            }
+            if not recent:
+                continue
+            # Steps go different ways: the square grows as their number does.
+            squares = sum(g.rms_nats**2 * g.decisions / (version - at) for at, g in recent.items())
+            heard = math.sqrt(squares / sum(gap.decisions for gap in recent.values()))
+            if heard <= _GROWTH * (record.heard or heard):  # never true of NaN
+                record.heard = max(heard, _DECAY * record.heard)
+                continue
+            # If it agrees, this much is usual.
+            record.heard = record.heard if math.isnan(heard) else heard
+            record.doubted = max(recent)
+            # It may have broken within a version that agreed: what was heard is due.
+            record.last = min(record.last, min(recent) - 1)
+            self._agreed = {pair for pair in self._agreed if pair[0] != actor}
 
     def _probes(self, trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
         """Of each actor and version that nothing vouches for, the one with the most decisions."""
