@@ -127,6 +127,8 @@ def test_of_who_differs_more_the_newest_version_alone_is_compared_where_it_is_ne
     # What is replayed may be of the time before, as is what is older than what was heard.
     of_before = schedule.choose(older, replayed, wrong=none, version=26)
     assert set(of_before) == {older[1], replayed[1], replayed[4]}
+    schedule.note({("a", 22)}, none)
+    assert not schedule.vouches(("a", 23))
     schedule.note({("a", 24)}, none)
     assert schedule.choose([*older, *newest], replayed, wrong=none, version=26) == []
 

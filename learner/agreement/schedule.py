@@ -111,7 +111,8 @@ class Schedule:
         newest = dict(honest)
         for actor, version in newest.items():
             record = self._records.setdefault(actor, _Record(since=version, last=version))
-            if version >= record.due:
+            # A doubt ends with what is as new as that which raised it.
+            if version >= record.due and version >= (record.doubted or 0):
                 record.last, record.doubted = version, None
                 longest = round(1 / self._share) if self._share else 2 * record.gap
                 record.gap = min(2 * record.gap, longest)
