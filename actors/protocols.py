@@ -32,7 +32,8 @@ class RolloutEngine(Protocol):
         return unfailing(self.attempt(requests))
 
     def attempt(self, requests: Sequence[Request]) -> list[Completion | ToolFault]:
-        """`drawn_again`, while nothing else is under way."""
+        """`drawn_again`, while nothing else is under way; where it raises, rows are left over, and
+        this engine is of no more use."""
         return drawn_again(requests, self.submit, self.poll)
 
 

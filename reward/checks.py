@@ -70,6 +70,8 @@ def misfit(function: object, given: Sequence[str]) -> str:
         signature = inspect.signature(function, follow_wrapped=False)  # a decorator may give more
     except ValueError:  # of a function in C that tells none; a cache tells what it caches
         cached = getattr(function, "__wrapped__", None)
+        if cached is not None and inspect.ismethod(function):
+            cached = cached.__get__(function.__self__)
         return "" if cached is None else misfit(cached, given)
     try:
         signature.bind(*given)

@@ -32,6 +32,17 @@ def test_rates_and_time_left_are_those_of_the_last_seconds(clock: list[float]) -
     assert progress.shown(buffer_size=3)[TRAJECTORIES_PER_S] == pytest.approx(10)
 
 
+def test_a_run_that_went_back_to_its_checkpoint_says_nothing_of_the_time_left(
+    clock: list[float],
+) -> None:
+    progress = Progress(steps=100, time_limit_s=None)
+    progress.begin()
+    for step in (50, 48):
+        progress.observe(trajectories=0, step=step)
+        clock[0] += 5
+    assert TIME_LEFT_S not in progress.shown(buffer_size=3)
+
+
 def test_the_time_limit_counts_from_the_beginning_of_training(clock: list[float]) -> None:
     progress = Progress(steps=100, time_limit_s=60)
     clock[0] += 500

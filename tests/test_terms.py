@@ -452,3 +452,10 @@ def test_a_function_takes_what_its_decorator_takes() -> None:
     given = ("text", "record")
     assert misfit(judge, given) and not misfit(limited, given)
     assert misfit(functools.cache(judge), given) and not misfit(functools.cache(limited), given)
+
+    class Judge:
+        @functools.cache  # noqa: B019
+        def score(self, text: str, record: object) -> float:
+            return 0.0
+
+    assert not misfit(Judge().score, given) and misfit(Judge().score, ["text"])

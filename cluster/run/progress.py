@@ -77,7 +77,8 @@ class Progress:
 
     def _left_s(self) -> float | None:
         limits = []
-        if steps_per_s := self._rate(2):
+        steps_per_s = self._rate(2) or 0.0
+        if steps_per_s > 0:  # a learner that was lost goes on from an earlier step
             limits.append((self._steps - self._marks[-1][2]) / steps_per_s)
         if self._time_limit_s is not None and self._began_s is not None:
             limits.append(max(0.0, self._time_limit_s - self.elapsed_s))

@@ -151,8 +151,8 @@ class AgreementGate:
 
         Not the share of what was wrong lately: that is counted anew.
         """
-        agreed, records = self.schedule.save()
-        known = [agreed, sorted(self._wrong), records]
+        agreed, *records = self.schedule.save()
+        known = [agreed, sorted(self._wrong), *records]
         data: bytes = msgpack.packb([self.past.save(), known, self.tolerance.save()])
         return data
 

@@ -4,7 +4,8 @@ A comparison is a forward pass for a row that shares its prompt with nobody. An 
 compared again 1, 2, 4, 8 .. versions later, at most 1 / share; in between its record vouches for
 it. Nobody is unheard in between: the learner computes log q of all that it learns from, under its
 own weights. Of what those weights sampled, that is the comparison. Of older versions it differs by
-what the policy has moved since, and an actor that suddenly differs more is compared at once.
+what the policy has moved since, and an actor that suddenly differs more is compared at once. Damage
+that grows slowly, or stays below what the policy moves, is found with the next comparison.
 """
 
 import math
@@ -17,10 +18,12 @@ import numpy as np
 from buffer.trajectory import Trajectory
 from learner.agreement.comparison import Gap, Pair, num_decisions, pair_of
 
-# Of what is heard of an actor to the most that was heard of it lately, above which it is compared.
+# Of what is heard of an actor to the most that was heard of any lately, above which it is compared.
 _GROWTH = 1.5
-# What of that is left with every step: in 50 steps a third.
-_DECAY = 0.98
+# What of that is left with every step: in 14 steps half.
+_DECAY = 0.95
+# What one hearing may add to it, as a factor: a single row may be off by any number of nats.
+_LEAP = 4.0
 # Versions behind its newest that are heard of an actor: of what is replayed only the policy's way
 # since is heard, which differs from row to row.
 _RECENT = 4
@@ -34,8 +37,8 @@ class _Record:
     last: int  # the last version that was compared
     gap: int = 1  # versions to the next comparison
     newest: int = 0  # the newest version that was heard
-    heard: float = 0.0  # the most it seemed to be moved lately, nats; 0: not heard yet
     doubted: int | None = None  # the newest version at which it was heard to differ more by now
+    heard: float = 0.0  # ... how much, nats
 
     @property
     def due(self) -> int:
@@ -56,6 +59,9 @@ class Schedule:
         self._share = share
         self._agreed: set[Pair] = set()  # compared themselves
         self._records: dict[str, _Record] = {}
+        # The most that one step seemed to move the policy lately, as rows of any actor have it that
+        # nobody doubts, nats; 0: nothing heard yet.
+        self._moved = 0.0
 
     def vouches(self, pair: Pair) -> bool:
         """Whether this actor agreed at this version, or has a record that reaches so far."""
@@ -64,7 +70,7 @@ class Schedule:
         return pair in self._agreed or (record is not None and record.since <= version < record.due)
 
     def alarmed(self, actor: str) -> bool:
-        """Whether this actor is heard to differ more than when it last agreed."""
+        """Whether this actor is heard to differ more than any did lately."""
         record = self._records.get(actor)
         return record is not None and record.doubted is not None
 
@@ -78,9 +84,9 @@ class Schedule:
     ) -> list[Trajectory]:
         """What of a draw to compare, before anything is known of it.
 
-        - Of every actor and version that nothing vouches for, the one with the most decisions; of
-          an actor that is heard to differ more, of its newest version alone, which any damage that
-          was heard has reached.
+        - Of every actor and version that nothing vouches for, the one with the most decisions. Of
+          an actor that is heard to differ more: of that version, and of its newest, which is of
+          after any damage that was heard; of no others, where it has a newer one.
         - Everything of those that have ever been `wrong`.
         - Of the others of these versions, whose weights are in place by then, as many as bring it
           to about the share.
@@ -89,10 +95,12 @@ class Schedule:
         if self._share == 1:
             return sampled
         probes = self._probes(replayed) | self._probes(fresh)
-        for actor, newest in _newest(pair_of(t) for t in fresh).items():
+        newest_of = _newest(pair_of(t) for t in fresh if t.policy_version <= version)
+        for actor, newest in newest_of.items():
             record = self._records.get(actor)
-            if record is not None and record.doubted is not None and newest >= record.doubted:
-                probes = {p: t for p, t in probes.items() if p[0] != actor or p[1] == newest}
+            if record is not None and record.doubted is not None and newest > record.doubted:
+                telling = {newest, record.doubted}
+                probes = {p: t for p, t in probes.items() if p[0] != actor or p[1] in telling}
         chosen = dict.fromkeys(probes.values())
         chosen |= dict.fromkeys(t for t in sampled if pair_of(t) in wrong)
         versions = {t.policy_version for t in chosen}
@@ -111,21 +119,23 @@ class Schedule:
         newest = dict(honest)
         for actor, version in newest.items():
             record = self._records.setdefault(actor, _Record(since=version, last=version))
-            # A doubt ends with what is as new as that which raised it.
-            if version >= record.due and version >= (record.doubted or 0):
-                record.last, record.doubted = version, None
+            # A doubt ends with what is newer than all that raised it.
+            if version >= record.due and (record.doubted is None or version > record.doubted):
+                self._moved = max(self._moved, record.heard)  # so much is usual
+                record.last, record.doubted, record.heard = version, None, 0.0
                 longest = round(1 / self._share) if self._share else 2 * record.gap
                 record.gap = min(2 * record.gap, longest)
         # At which of its versions an actor broke, nobody knows.
         self._agreed = {pair for pair in self._agreed if pair[0] not in liars} | set(honest)
 
     def hear(self, gaps: Mapping[Pair, Gap], version: int) -> None:
-        """Bring forward who differs more from the learner, of `version`, than it did lately."""
+        """Bring forward who differs more from the learner, of `version`, than any did lately."""
+        usual, most = self._moved, 0.0
         for actor, newest in _newest(gaps).items():
             record = self._records.get(actor)
             if record is None:
                 continue
-            record.newest = max(record.newest, newest)
+            record.newest = max(record.newest, min(newest, version))
             recent = {
                 sampled_at: gap
                 for (name, sampled_at), gap in gaps.items()
@@ -136,15 +146,15 @@ class Schedule:
             # Steps go different ways: the square grows as their number does.
             squares = sum(g.rms_nats**2 * g.decisions / (version - at) for at, g in recent.items())
             heard = math.sqrt(squares / sum(gap.decisions for gap in recent.values()))
-            if heard <= _GROWTH * (record.heard or heard):  # never true of NaN
-                record.heard = max(heard, _DECAY * record.heard)
+            if heard <= _GROWTH * (usual or heard):  # never true of NaN
+                most = max(most, heard)
                 continue
-            # If it agrees, this much is usual.
-            record.heard = record.heard if math.isnan(heard) else heard
-            record.doubted = max(recent)
+            record.doubted = max(record.doubted or 0, *recent)
+            record.heard = min(max(record.heard, heard), _LEAP * usual)  # NaN changes nothing
             # It may have broken within a version that agreed: what was heard is due.
             record.last = min(record.last, min(recent) - 1)
             self._agreed = {pair for pair in self._agreed if pair[0] != actor}
+        self._moved = max(most, _DECAY * usual) if most else usual
 
     def _probes(self, trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
         """Of each actor and version that nothing vouches for, the one with the most decisions."""
@@ -156,16 +166,20 @@ class Schedule:
         self._agreed = {pair for pair in self._agreed if pair[1] in versions}
 
     def save(self) -> list[Any]:
-        return [sorted(self._agreed), {name: asdict(each) for name, each in self._records.items()}]
+        records = {name: asdict(each) for name, each in self._records.items()}
+        return [sorted(self._agreed), records, self._moved]
 
-    def restore(self, agreed: Iterable[Pair], records: Mapping[str, Any] | None = None) -> None:
+    def restore(
+        self,
+        agreed: Iterable[Pair],
+        records: Mapping[str, Any] | None = None,
+        moved: float = 0.0,
+    ) -> None:
         """Know what was known at the moment of `save`; earlier checkpoints have no records, or
-        such as do not say which version was heard to differ."""
-        self._agreed = set(agreed)
-        names = _Record.__dataclass_fields__
+        such as do not say which version was heard to differ: those actors begin anew."""
+        self._agreed, self._moved = set(agreed), moved
         self._records = {
-            name: _Record(**{key: value for key, value in each.items() if key in names})
-            for name, each in (records or {}).items()
+            name: _Record(**each) for name, each in (records or {}).items() if "doubted" in each
         }
 
 
