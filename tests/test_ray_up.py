@@ -50,7 +50,7 @@ SSHD = (
     " -o PermitRootLogin=yes -o PidFile=none -o AuthorizedKeysFile=$HOME/.ssh/authorized_keys"
 )
 WHOLE = {"actors": 1, "replicas": 1}
-TIMEOUT_S = 150.0
+TIMEOUT_S = 240.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
