@@ -151,8 +151,32 @@ def test_what_is_replayed_from_long_ago_is_not_heard_and_the_most_is_usual_for_a
     assert schedule.vouches(("a", 42))
     for version in range(43, 80):
         schedule.hear(heard("a", version - 1, 0.1), version)
+    assert not schedule.alarmed("a")
     schedule.hear(heard("a", 79, 0.16), 80)
-    assert not schedule.vouches(("a", 79))
+    assert schedule.alarmed("a")
+
+
+def test_a_doubt_ends_with_what_is_newer_than_all_that_raised_it_and_so_much_is_usual_then() -> (
+    None
+):
+    schedule = Schedule(0.02)
+    play(schedule, {"a": range(33)})
+    schedule.hear(heard("a", 33, 0.1), 34)
+    schedule.hear(heard("a", 34, 0.3), 35)
+    schedule.hear(heard("a", 33, 0.3), 35)  # what is older takes nothing back
+    at_33, at_34, at_35 = rows("a", 33), rows("a", 34), rows("a", 35)
+    none = frozenset[Pair]()
+    # At the version that raised it an actor may have broken half-way.
+    chosen = schedule.choose([*at_33, *at_34], [], wrong=none, version=35)
+    assert set(chosen) == {at_33[1], at_34[1]}
+    for version in (33, 34):
+        schedule.note({("a", version)}, none)
+        assert schedule.alarmed("a")
+    chosen = schedule.choose([*at_33, *at_34, *at_35], [], wrong=none, version=36)
+    assert at_35[1] in chosen
+    schedule.note({("a", 35)}, none)
+    schedule.hear(heard("a", 35, 0.4), 36)
+    assert not schedule.alarmed("a")
 
 
 def test_neither_a_version_of_the_future_nor_one_huge_difference_makes_deaf() -> None:

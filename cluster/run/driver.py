@@ -64,7 +64,7 @@ class Driver:
         self._buffer = buffer
         self._audience = audience
         self._state = first_state(directory.name, steps=config.learner.steps)
-        if last := directory.state():  # a stop before the learner is up is at its step
+        if last := directory.state():  # until the learner is up, the run is where it was left
             reached = {"step": last.step, "version": last.version}
             self._state = self._state.model_copy(update=reached)
         self._progress = Progress(config.learner.steps, config.cluster.time_limit_s)

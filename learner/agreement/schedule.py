@@ -97,9 +97,8 @@ class Schedule:
         probes = self._probes(replayed) | self._probes(fresh)
         newest_of = _newest(pair_of(t) for t in fresh if t.policy_version <= version)
         for actor, newest in newest_of.items():
-            record = self._records.get(actor)
-            if record is not None and record.doubted is not None and newest > record.doubted:
-                telling = {newest, record.doubted}
+            if self.alarmed(actor) and newest > (doubted := self._records[actor].doubted or 0):
+                telling = {newest, doubted}
                 probes = {p: t for p, t in probes.items() if p[0] != actor or p[1] in telling}
         chosen = dict.fromkeys(probes.values())
         chosen |= dict.fromkeys(t for t in sampled if pair_of(t) in wrong)
