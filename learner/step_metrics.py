@@ -1,7 +1,6 @@
 """The metrics of one optimizer step: loss, agreement, batch, cost, and bounds of log Z."""
 
 import math
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -31,11 +30,12 @@ class Tally:
         self.loss = 0.0  # of this rank
         self.gaps: dict[Pair, Gap] = {}  # of who sampled the groups, once they are gathered
         sampled = (t for t in members(groups) if t.behaviour != "demonstration")
-        self._pairs = sorted({pair_of(t) for t in sampled})  # on all ranks the same
+        pairs = sorted({pair_of(t) for t in sampled})  # on all ranks the same
+        self._place = {pair: place for place, pair in enumerate(pairs)}
         self._row_sums: defaultdict[str, float] = defaultdict(float)
         self._rows = self._gap_sum = self._gap_count = self._gap_max = 0.0
         # Decisions, and sums of log q recomputed - recorded and of its square.
-        self._moments: Floats = np.zeros((len(self._pairs), 3))
+        self._moments: Floats = np.zeros((len(pairs), 3))
 
     def add(
         self, batch: Batch, inputs: ObjectiveInput, value: ObjectiveValue, *, factor: float
@@ -46,7 +46,7 @@ class Tally:
         self._rows += counted * len(batch.trajectories)
         for name, total in value.row_sums.items():
             self._row_sums[name] += counted * total.item()
-        if counted and self._pairs:
+        if counted and self._place:
             self._compare(batch, inputs)
 
     def gathered(self, engine: Engine) -> dict[str, float]:
@@ -61,7 +61,7 @@ class Tally:
         row_sums, moments_P3 = rest[: len(names)], np.reshape(rest[len(names) :], (-1, 3))
         self.gaps = {
             pair: Gap(int(count), math.sqrt(square / count), total / count)
-            for pair, (count, total, square) in zip(self._pairs, moments_P3, strict=True)
+            for pair, (count, total, square) in zip(self._place, moments_P3, strict=True)
         }
         metrics = {"loss/value": loss}
         metrics |= {f"loss/{n}": total / rows for n, total in zip(names, row_sums, strict=True)}
@@ -72,15 +72,13 @@ class Tally:
 
     def _compare(self, batch: Batch, inputs: ObjectiveInput) -> None:
         difference_BN, counted_BN = log_q_differences(batch, inputs.log_pf_BT, inputs.log_stop_BS)
-        squares_BN = difference_BN.double().square()
-        of_rows = [counted_BN.sum(1), difference_BN.double().sum(1), squares_BN.sum(1)]
-        moments_B3 = torch.stack([t.double() for t in of_rows], dim=1).cpu().numpy()
-        own = []
-        for row, trajectory in enumerate(batch.trajectories):
-            if trajectory.behaviour != "demonstration":
-                self._moments[bisect_left(self._pairs, pair_of(trajectory))] += moments_B3[row]
-                own += [row] if trajectory.policy_version == self._version else []
-        if own:
+        exact_BN = difference_BN.double()
+        of_rows = [counted_BN.sum(1).double(), exact_BN.sum(1), exact_BN.square().sum(1)]
+        moments_B3 = torch.stack(of_rows, dim=1).cpu().numpy()
+        sampled = {r: t for r, t in enumerate(batch.trajectories) if t.behaviour != "demonstration"}
+        places = [self._place[pair_of(t)] for t in sampled.values()]
+        np.add.at(self._moments, places, moments_B3[[*sampled]])
+        if own := [row for row, t in sampled.items() if t.policy_version == self._version]:
             gap_K = difference_BN[own][counted_BN[own]].abs()
             self._gap_sum += gap_K.sum().item()
             self._gap_count += gap_K.numel()

@@ -1,5 +1,6 @@
 """The agreement gate between replay and learner: what a sampler recorded must be reproducible."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -134,12 +135,13 @@ class AgreementGate:
             for pair, gap in gaps.items()
             if pair[1] == version and self._publishes_itself and not self.tolerance.admits(gap)
         }
-        rows = [t for t in _sampled(members(groups)) if pair_of(t) in doubted]
-        if wrong := self._judge(self._compare(rows, version + 1)):
-            self._disagreement.note(0, list(wrong.values()))
-            self._counts.quarantined += len(wrong)
-            self._shut_away(wrong)
-            self.replay.discard([t for g in groups for t in g.replayed if t in wrong])
+        if doubted:
+            rows = [t for t in _sampled(members(groups)) if pair_of(t) in doubted]
+            if wrong := self._judge(self._compare(rows, version + 1)):
+                self._disagreement.note(0, list(wrong.values()))
+                self._counts.quarantined += len(wrong)
+                self._shut_away(wrong)
+                self.replay.discard([t for g in groups for t in g.replayed if t in wrong])
         self.schedule.hear(gaps, version)
         self._counts.seconds += monotonic() - started_s
 
@@ -180,19 +182,19 @@ class AgreementGate:
         """The groups without what is wrong, and without those of which nothing fresh is left."""
         fresh = _sampled(t for group in drawn for t in group.fresh)
         replayed = _sampled(t for group in drawn for t in group.replayed)
-        wrong = self._find_wrong(fresh, replayed, version)
-        if wrong:
+        groups = list(drawn)
+        if wrong := self._find_wrong(fresh, replayed, version):
             evidence = self._shut_away(wrong)
             self.replay.discard([t for t in replayed if t in wrong])
             self._disagreement.check(evidence)
-        groups = [
-            replace(
-                group,
-                fresh=tuple(t for t in group.fresh if t not in wrong),
-                replayed=tuple(t for t in group.replayed if t not in wrong),
-            )
-            for group in drawn
-        ]
+            groups = [
+                replace(
+                    group,
+                    fresh=tuple(t for t in group.fresh if t not in wrong),
+                    replayed=tuple(t for t in group.replayed if t not in wrong),
+                )
+                for group in drawn
+            ]
         return [group for group in groups if group.fresh]
 
     def _find_wrong(
@@ -250,7 +252,9 @@ class AgreementGate:
     def _count(self, sampled: Sequence[Trajectory], compared: Compared, wrong: Compared) -> None:
         others = [t for t in sampled if t not in compared]
         vouched = sum(
-            t.policy_version in self.past and self.schedule.vouches(pair_of(t)) for t in others
+            number
+            for pair, number in Counter(map(pair_of, others)).items()
+            if pair[1] in self.past and self.schedule.vouches(pair)
         )
         admitted = [outcome.rms_nats for t, outcome in compared.items() if t not in wrong]
         counts = self._counts
@@ -259,7 +263,7 @@ class AgreementGate:
         counts.unchecked += len(others) - vouched
         counts.quarantined += len(wrong)
         counts.admitted_max_nats = max([counts.admitted_max_nats, *admitted])
-        judged = len(compared) + vouched + sum(t in wrong for t in others)
+        judged = len(compared) + vouched + len(wrong.keys() - compared.keys())
         self._disagreement.note(judged, list(wrong.values()))
 
     def _shut_away(self, wrong: Compared) -> Path:

@@ -23,6 +23,7 @@ class PastPolicies:
 
     def __init__(self, model: nn.Module, *, max_age: int, max_bytes: int = _MAX_BYTES) -> None:
         self._model = model
+        self._trained = [p for p in model.parameters() if p.requires_grad]
         self._max_age = max_age
         self._max_bytes = max_bytes
         self._adapters: dict[int, bytes] = {}  # oldest first
@@ -51,11 +52,11 @@ class PastPolicies:
         shards its state learns of it. Raises KeyError for a version that is not kept.
         """
         adapter = self._adapters[version]
-        own = {p: p.detach().clone() for p in self._model.parameters() if p.requires_grad}
+        own = [p.detach().clone() for p in self._trained]
         try:
             load_adapter_bytes(self._model, adapter)
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in own.items():
+                for parameter, value in zip(self._trained, own, strict=True):
                     parameter.copy_(value)

@@ -101,7 +101,9 @@ class Schedule:
                 telling = {newest, doubted}
                 probes = {p: t for p, t in probes.items() if p[0] != actor or p[1] in telling}
         chosen = dict.fromkeys(probes.values())
-        chosen |= dict.fromkeys(t for t in sampled if pair_of(t) in wrong)
+        chosen |= dict.fromkeys(t for t in sampled if wrong and pair_of(t) in wrong)
+        if not chosen:
+            return []
         versions = {t.policy_version for t in chosen}
         rest = [t for t in sampled if t.policy_version in versions and t not in chosen]
         # The version is the seed, so that a resumed run chooses as the uninterrupted one.
@@ -157,8 +159,11 @@ class Schedule:
 
     def _probes(self, trajectories: Sequence[Trajectory]) -> dict[Pair, Trajectory]:
         """Of each actor and version that nothing vouches for, the one with the most decisions."""
-        unknown = [t for t in trajectories if not self.vouches(pair_of(t))]
-        return {pair_of(t): t for t in sorted(unknown, key=num_decisions)}
+        pairs = set(map(pair_of, trajectories))
+        if not (unknown := {pair for pair in pairs if not self.vouches(pair)}):
+            return {}
+        telling = [t for t in trajectories if pair_of(t) in unknown]
+        return {pair_of(t): t for t in sorted(telling, key=num_decisions)}
 
     def keep(self, versions: Container[int]) -> None:
         """Forget who agreed at others, which cannot be compared any more."""

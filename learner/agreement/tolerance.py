@@ -27,7 +27,7 @@ _RMS_FACTOR = 2.0
 _MEAN_FACTOR = 0.25
 _SHORT_FACTOR = 6.0
 
-_CALIBRATING_DRAWS = 3
+_CALIBRATING_DRAWS = 2
 
 _WINDOW_DRAWS = 50
 # Of fewer a share says little: a single damaged version of a single actor could end a run.
