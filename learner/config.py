@@ -66,9 +66,10 @@ class LearnerConfig(Frozen):
     agreement_check_share: float = Field(0.02, ge=0, le=1)
     """Share of an actor's versions of which a trajectory is compared with the learner's log q under
     that version, once it has agreed for long; and of the draw that brings it. 1: everything is. In
-    the first two draws everything is, and an actor that is new, was wrong or has changed is
-    compared at once, then 1, 2, 4 .. versions later. 0: so on without end, so that one who breaks
-    late is found where it differs more than it did, and hardly by its turn."""
+    the first draws, up to 500 decisions or three draws, everything is, and an actor that is new,
+    was wrong or has changed is compared at once, then 1, 2, 4 .. versions later. 0: so on without
+    end, so that one who breaks late is found where it differs more than it did, and hardly by its
+    turn."""
     agreement_max_share: float = Field(0.25, ge=0, le=1)
     """Share of what was drawn lately that may disagree before the run ends; 1: all."""
 

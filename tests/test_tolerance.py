@@ -104,6 +104,24 @@ def test_errors_of_one_sign_are_held_closer_than_errors_that_cancel() -> None:
     assert "in the mean" in tolerance.excess(differing(noise + 0.05))
 
 
+@pytest.mark.parametrize(("decisions", "draws"), [(500, 1), (250, 2), (10, 3)])
+def test_draws_are_learned_from_until_they_have_shown_enough_and_at_most_three(
+    decisions: int, draws: int
+) -> None:
+    tolerance = Tolerance(ROUGH)
+    learned = 0
+    while tolerance.calibrating:
+        tolerance.calibrate([differing(np.full(decisions, 0.05))])
+        learned += 1
+    assert learned == draws
+
+
+def test_what_is_beyond_the_bound_does_not_count_as_shown() -> None:
+    tolerance = Tolerance(ROUGH)
+    tolerance.calibrate([differing(np.full(10_000, 9.0))])
+    assert tolerance.calibrating
+
+
 def test_what_is_configured_is_the_tolerance_and_nothing_is_learned() -> None:
     tolerance = Tolerance(FINE, fixed_nats=0.5)
     assert not tolerance.calibrating

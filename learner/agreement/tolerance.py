@@ -27,7 +27,9 @@ _RMS_FACTOR = 2.0
 _MEAN_FACTOR = 0.25
 _SHORT_FACTOR = 6.0
 
-_CALIBRATING_DRAWS = 2
+# Decisions after which the scale is known well enough, and draws after which it has to be.
+_CALIBRATING_DECISIONS = 500
+_CALIBRATING_DRAWS = 3
 
 _WINDOW_DRAWS = 50
 # Of fewer a share says little: a single damaged version of a single actor could end a run.
@@ -76,7 +78,9 @@ class Tolerance:
     @property
     def calibrating(self) -> bool:
         """Whether everything of the next draw is to be compared, for the scale's sake."""
-        return self._fixed_nats is None and self._draws < _CALIBRATING_DRAWS
+        seen = sum(decisions for _, decisions in self._squares.values())
+        enough = seen >= _CALIBRATING_DECISIONS or self._draws >= _CALIBRATING_DRAWS
+        return self._fixed_nats is None and not enough
 
     def calibrate(self, compared: Iterable[Comparison]) -> None:
         """Learn from all that was compared of one draw, before any of it is judged."""
