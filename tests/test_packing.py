@@ -1,6 +1,7 @@
 """Completions behind one copy of their prompt: the layout, and that none of them notices."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,5 +77,7 @@ def test_a_packed_group_scores_as_its_completions_do_alone(
     assert read[0][0] < len(prompts)
     for b, n in enumerate(lengths):
         one = completion_log_probs(model, actions, [prompts[b]], [completions[b]], [marks[b]])
-        torch.testing.assert_close(together.log_pf_BT[b, :n], one.log_pf_BT[0])
-        torch.testing.assert_close(together.log_stop_BS[b, : n + 1], one.log_stop_BS[0])
+        # GPT-J attends in float32, whatever its weights are.
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
+        close(together.log_pf_BT[b, :n], one.log_pf_BT[0])
+        close(together.log_stop_BS[b, : n + 1], one.log_stop_BS[0])
